@@ -1,0 +1,1 @@
+"""MEGABYTE (arXiv 2305.07185) in JAX."""

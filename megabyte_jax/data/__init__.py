@@ -1,0 +1,1 @@
+"""Bytes for training and evaluation."""

@@ -1,0 +1,1 @@
+"""The models: MEGABYTE and its baselines."""
