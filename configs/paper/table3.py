@@ -1,0 +1,28 @@
+"""Table 3 (and 8): word-level perplexity on PG-19 after 400 billion bytes.
+
+  python train.py --config=configs/paper/table3.py:megabyte --workdir=runs/table3/megabyte
+  python eval.py --workdir=runs/table3/megabyte --split=test --method=both
+
+The paper's perplexities, with bits per byte of the test set derived from them:
+
+                 validation  test   bpb (test)
+  transformer    81.6        69.4   1.032
+  perceiver_ar   119.1       88.8   1.092
+  megabyte       42.8        36.4   0.875
+"""
+
+from megabyte_jax import paper_rows
+
+ROWS = {
+  "transformer": paper_rows.with_method(
+    paper_rows.text_transformer("pg19", context=2048, train_bytes=paper_rows.LONG_BYTES), "sliding"
+  ),
+  "perceiver_ar": paper_rows.text_perceiver_ar("pg19", train_bytes=paper_rows.LONG_BYTES),
+  "megabyte": paper_rows.text_megabyte(
+    "pg19", (2048, 24), (1024, 24), train_bytes=paper_rows.LONG_BYTES, method="both"
+  ),
+}
+
+
+def get_config(name=""):
+  return paper_rows.select(ROWS, name)
