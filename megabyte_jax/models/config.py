@@ -112,6 +112,7 @@ class BlockOptions:
     init_std: standard deviation of the normal (cut at two of them) that parameters are drawn from.
     remat: what backward recomputes: none | full (each block) | named (all but the matrix products' outputs).
     compute_dtype: auto | bfloat16 | float32; auto is float32 on CPU and bfloat16 elsewhere.
+    scan_layers: one compiled block for all layers of a level; False compiles each layer by itself.
     attention: auto | xla | cudnn, see models/attention.py.
   """
 
@@ -122,6 +123,7 @@ class BlockOptions:
   attention_dropout: float = 0.0
   init_std: float = 0.006
   remat: Literal["none", "full", "named"] = "none"
+  scan_layers: bool = True
   compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
   attention: Literal["auto", "xla", "cudnn"] = "auto"
 

@@ -1,0 +1,132 @@
+"""Causal attention within spans, behind one contract.
+
+Shapes: B batch, N spans, M slots of a span, S earlier slots, H heads, K head width. A level whose span is
+the whole context has N = 1 (global attention); the local model has one span per patch (local attention).
+Batch and spans are never merged, so that spans can lie on different devices without communication.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from megabyte_jax.config_parsing import ConfigError
+
+_CUDNN_MIN_SLOTS = 64  # below, the matrix products of a span are too small for a fused kernel to help
+
+
+class Past(NamedTuple):
+  """Keys and values from before the slots at hand: a cache, or the end of the previous span.
+
+  Attributes:
+    k_BNSHK, v_BNSHK: keys (rotated, where positions are rotary) and values.
+    visible: bool, broadcastable to [B, N, M, S]: which of them each slot sees.
+  """
+
+  k_BNSHK: jax.Array
+  v_BNSHK: jax.Array
+  visible: jax.Array
+
+
+def attention(
+  q_BNMHK: jax.Array,
+  k_BNMHK: jax.Array,
+  v_BNMHK: jax.Array,
+  *,
+  past: Past | None = None,
+  window: int = 0,
+  implementation: str = "auto",
+  dropout: float = 0.0,
+  dropout_key: jax.Array | None = None,
+) -> jax.Array:
+  """Each slot attends to itself, to earlier slots of its span, and to what it sees of `past`.
+
+  Args:
+    q_BNMHK, k_BNMHK, v_BNMHK: queries, keys and values; scaling by 1/sqrt(K) is done here.
+    past: further keys and values that come before the span's own.
+    window: a slot sees only itself and the `window - 1` slots before it; 0 sees all. `past.visible`
+      is not narrowed by it.
+    implementation: xla | cudnn | auto. auto takes cudnn where it can serve, xla elsewhere.
+    dropout, dropout_key: dropout on the attention probabilities; none without a key.
+
+  Returns:
+    The attended values, [B, N, M, H, K], in the dtype of q. The softmax is float32.
+
+  Raises:
+    ConfigError: the implementation asked for cannot serve this call.
+  """
+  drops = dropout > 0 and dropout_key is not None
+  obstacle = _cudnn_obstacle(q_BNMHK, past is not None, drops)
+  if implementation == "cudnn":
+    if obstacle:
+      raise ConfigError(f"model.attention=cudnn cannot serve here: {obstacle}; take model.attention=auto")
+    return _cudnn(q_BNMHK, k_BNMHK, v_BNMHK, window)
+  if implementation == "auto" and not obstacle and q_BNMHK.shape[2] >= _CUDNN_MIN_SLOTS:
+    return _cudnn(q_BNMHK, k_BNMHK, v_BNMHK, window)
+  M = q_BNMHK.shape[2]
+  if window and past is None and window < M and M % window == 0 and q_BNMHK.shape[1] == 1:
+    return _windowed(q_BNMHK, k_BNMHK, v_BNMHK, window, dropout if drops else 0.0, dropout_key)
+  distance_MM = jnp.arange(M)[:, None] - jnp.arange(M)[None, :]
+  visible_MM = (distance_MM >= 0) & (distance_MM < (window or M))
+  return _xla(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past, dropout if drops else 0.0, dropout_key)
+
+
+def _xla(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past, dropout, dropout_key):
+  """The reference: logits, a masked float32 softmax, weighted sum; `past` is a second block of keys."""
+  scale = q_BNMHK.shape[-1] ** -0.5
+  blocks = [(k_BNMHK, v_BNMHK, visible_MM)] + ([past] if past is not None else [])
+  logits = []
+  for k, _, visible in blocks:
+    block = jnp.einsum("BNMHK,BNSHK->BNHMS", q_BNMHK, k, preferred_element_type=jnp.float32) * scale
+    visible = visible.reshape((1,) * (4 - visible.ndim) + visible.shape)[:, :, None]  # B N 1 M S
+    logits.append(jnp.where(visible, block, jnp.finfo(jnp.float32).min))
+  weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1)
+  if dropout > 0:
+    keep = jax.random.bernoulli(dropout_key, 1 - dropout, weights.shape)
+    weights = jnp.where(keep, weights / (1 - dropout), 0)
+  weights = weights.astype(q_BNMHK.dtype)
+  M = k_BNMHK.shape[2]
+  out = jnp.einsum("BNHMS,BNSHK->BNMHK", weights[..., :M], v_BNMHK)
+  if past is not None:
+    out += jnp.einsum("BNHMS,BNSHK->BNMHK", weights[..., M:], past.v_BNSHK)
+  return out
+
+
+def _windowed(q_B1MHK, k_B1MHK, v_B1MHK, window, dropout, dropout_key):
+  """Sliding window in O(M * window): blocks of `window` slots that also see the block before."""
+  B, _, M, H, K = q_B1MHK.shape
+  q, k, v = (a.reshape(B, M // window, window, H, K) for a in (q_B1MHK, k_B1MHK, v_B1MHK))
+  slot = jnp.arange(window)
+  inside = slot[:, None] >= slot[None, :]
+  before = slot[:, None] < slot[None, :]  # query i sees key j of the block before if window + i - j < window
+  has_previous = jnp.arange(M // window)[:, None, None] > 0
+  past = Past(previous_span(k), previous_span(v), has_previous & before)
+  return _xla(q, k, v, inside, past, dropout, dropout_key).reshape(B, 1, M, H, K)
+
+
+def previous_span(x_BNMHK: jax.Array) -> jax.Array:
+  """The same array one span later: span n holds what span n - 1 held, span 0 zeros."""
+  return jnp.concatenate([jnp.zeros_like(x_BNMHK[:, :1]), x_BNMHK[:, :-1]], axis=1)
+
+
+def _cudnn_obstacle(q_BNMHK, has_past: bool, drops: bool) -> str:
+  """Why cuDNN's fused attention cannot serve, or '' if it can."""
+  if jax.default_backend() != "gpu":
+    return f"the device is {jax.default_backend()}, not an NVIDIA GPU"
+  if q_BNMHK.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"it needs bfloat16 and compute is {q_BNMHK.dtype}"
+  if q_BNMHK.shape[-1] % 8 or q_BNMHK.shape[-1] > 128:
+    return f"head_dim {q_BNMHK.shape[-1]} is not a multiple of 8 up to 128"
+  if has_past:
+    return "it sees only the span's own slots, not the previous span's or a cache"
+  return "it has no dropout on attention probabilities" if drops else ""
+
+
+def _cudnn(q_BNMHK, k_BNMHK, v_BNMHK, window):
+  B, N, M, H, K = q_BNMHK.shape
+  q, k, v = (a.reshape(B * N, M, H, K) for a in (q_BNMHK, k_BNMHK, v_BNMHK))
+  local = (window - 1, 0) if window else None
+  out = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation="cudnn")
+  return out.reshape(B, N, M, H, K)

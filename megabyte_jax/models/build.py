@@ -1,0 +1,33 @@
+"""One of the models from its configuration, with or without memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from megabyte_jax.models.config import MegabyteConfig, ModelConfig
+from megabyte_jax.models.megabyte import Megabyte
+from megabyte_jax.models.perceiver_ar import PerceiverAR
+
+Model = Megabyte | PerceiverAR
+
+
+def make_model(config: ModelConfig, rngs: nnx.Rngs) -> Model:
+  """A model with freshly drawn parameters."""
+  return (Megabyte if isinstance(config, MegabyteConfig) else PerceiverAR)(config, rngs)
+
+
+def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
+  """The model without memory: its graph, and its parameters as nested dicts of ShapeDtypeStructs.
+
+  `nnx.merge(graph, parameters)` with real parameters is the model again.
+  """
+  graph, state = nnx.split(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0))))
+  return graph, nnx.to_pure_dict(state)
+
+
+def initial_parameters(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+  """Freshly drawn parameters as nested dicts; the same for the same key on any mesh."""
+  return nnx.to_pure_dict(nnx.split(make_model(config, nnx.Rngs(key)))[1])

@@ -1,0 +1,247 @@
+"""The decoder block that every model is made of, and stacks of it.
+
+Shapes: B batch, N spans, M slots of a span, D width, H heads, K head width, L layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from megabyte_jax.models import attention as attention_lib
+from megabyte_jax.models.attention import Past
+from megabyte_jax.models.config import BlockOptions, Level
+
+KeyValue = tuple[jax.Array, jax.Array]  # k_BNMHK, v_BNMHK
+
+
+def compute_dtype(options: BlockOptions) -> jnp.dtype:
+  """The dtype of activations; `auto` is float32 on CPU and bfloat16 elsewhere."""
+  if options.compute_dtype == "auto":
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+  return jnp.dtype(options.compute_dtype)
+
+
+def init_normal(options: BlockOptions, scale: float = 1.0) -> Callable:
+  """Normal(0, init_std * scale), cut at two standard deviations (appendix A.1)."""
+  return nnx.initializers.truncated_normal(stddev=options.init_std * scale, lower=-2.0, upper=2.0)
+
+
+def make_norm(width: int, options: BlockOptions, rngs: nnx.Rngs) -> nnx.Module:
+  """LayerNorm or RMSNorm; statistics in float32, result in the compute dtype."""
+  arguments = dict(num_features=width, epsilon=1e-5, dtype=compute_dtype(options), rngs=rngs)
+  if options.norm == "rmsnorm":
+    return nnx.RMSNorm(**arguments)
+  return nnx.LayerNorm(use_bias=options.bias, **arguments)
+
+
+def make_linear(
+  shape_in: tuple[int, ...], shape_out: tuple[int, ...], options: BlockOptions, rngs: nnx.Rngs, *, scale: float = 1.0
+) -> nnx.LinearGeneral:
+  """A matrix product over the last axes; `scale` shrinks the initial weights."""
+  return nnx.LinearGeneral(
+    shape_in,
+    shape_out,
+    axis=tuple(range(-len(shape_in), 0)),
+    use_bias=options.bias,
+    kernel_init=init_normal(options, scale),
+    dtype=compute_dtype(options),
+    rngs=rngs,
+  )
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+  """Zeroes a share `rate` of x and scales up the rest; does nothing without a key."""
+  if key is None or rate == 0:
+    return x
+  return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+
+
+def rotate(x_BNMHK: jax.Array, slots_M: jax.Array) -> jax.Array:
+  """Rotary positions (Su et al., 2021): turns the pair (x_i, x_{i+K/2}) by slot * 10000^(-2i/K).
+
+  Rotations add up: rotating the keys of slots j by -m makes them the keys of slots j - m.
+  """
+  half = x_BNMHK.shape[-1] // 2
+  frequency = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle_M1F = slots_M.astype(jnp.float32)[:, None, None] * frequency
+  a, b = jnp.split(x_BNMHK.astype(jnp.float32), 2, axis=-1)
+  sin, cos = jnp.sin(angle_M1F), jnp.cos(angle_M1F)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNMHK.dtype)
+
+
+class Block(nnx.Module):
+  """Pre-norm decoder block: attention, then feed-forward, each added to its input."""
+
+  def __init__(self, level: Level, options: BlockOptions, rngs: nnx.Rngs):
+    self.level, self.options = level, options
+    heads = level.heads
+    out_scale = (2 * level.num_layers) ** -0.5  # metaseq's scaling of residual outputs
+    self.attention_norm = make_norm(level.width, options, rngs)
+    self.qkv = make_linear((level.width,), (3, *heads), options, rngs)
+    self.attention_out = make_linear(heads, (level.width,), options, rngs, scale=out_scale)
+    self.ff_norm = make_norm(level.width, options, rngs)
+    self.ff_in = make_linear((level.width,), (level.hidden,), options, rngs)
+    self.ff_out = make_linear((level.hidden,), (level.width,), options, rngs, scale=out_scale)
+
+  def __call__(
+    self,
+    x_BNMD: jax.Array,
+    *,
+    slots_M: jax.Array,
+    past: Past | None = None,
+    dropout_key: jax.Array | None = None,
+  ) -> tuple[jax.Array, KeyValue]:
+    """One layer over M consecutive slots of each span.
+
+    Args:
+      x_BNMD: the residual stream.
+      slots_M: the slots' numbers within their span.
+      past: what a cache holds of earlier slots. Without one, the slots start their span, and see the
+        end of the previous span if the level has cross-patch attention.
+      dropout_key: None in evaluation and generation.
+
+    Returns:
+      The new residual stream, and the keys and values of its slots (what a cache keeps).
+    """
+    level, options = self.level, self.options
+    keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+    qkv_BNM3HK = checkpoint_name(self.qkv(self.attention_norm(x_BNMD)), "qkv")
+    q, k, v = (qkv_BNM3HK[:, :, :, i] for i in range(3))
+    if level.rotary:
+      q, k = rotate(q, slots_M), rotate(k, slots_M)
+    if past is None and level.cross_patch:
+      past = past_of_previous_span(k, v, level.cross_patch)
+    attended = attention_lib.attention(
+      q,
+      k,
+      v,
+      past=past,
+      window=level.attention_window,
+      implementation=options.attention,
+      dropout=options.attention_dropout,
+      dropout_key=keys[0],
+    )
+    attended = checkpoint_name(attended, "attended")
+    x_BNMD += dropout(self.attention_out(attended), options.dropout, keys[1])
+    hidden = checkpoint_name(self.ff_in(self.ff_norm(x_BNMD)), "ff_in")
+    hidden = getattr(jax.nn, options.activation)(hidden)
+    x_BNMD += dropout(self.ff_out(hidden), options.dropout, keys[2])
+    return x_BNMD, (k, v)
+
+
+def past_of_previous_span(k_BNMHK: jax.Array, v_BNMHK: jax.Array, r: int) -> Past:
+  """Cross-patch attention (section 2.3.2): the last r keys and values of the previous span, slots -r .. -1."""
+  M = k_BNMHK.shape[2]
+  k_tail = rotate(k_BNMHK[:, :, M - r :], jnp.full((r,), -M))
+  has_previous = jnp.arange(k_BNMHK.shape[1])[:, None, None] > 0
+  return Past(attention_lib.previous_span(k_tail), attention_lib.previous_span(v_BNMHK[:, :, M - r :]), has_previous)
+
+
+class Cache(NamedTuple):
+  """Keys and values of a stack for one span: the last r slots of the previous span, then this span's slots."""
+
+  k_LBNSHK: jax.Array
+  v_LBNSHK: jax.Array
+
+
+class Stack(nnx.Module):
+  """The decoder blocks of one level, their parameters stacked along a first axis, and a last norm."""
+
+  def __init__(self, level: Level, options: BlockOptions, rngs: nnx.Rngs):
+    self.level, self.options = level, options
+
+    @nnx.split_rngs(splits=level.num_layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make_blocks(rngs):
+      return Block(level, options, rngs)
+
+    self.blocks = make_blocks(rngs)
+    self.norm = make_norm(level.width, options, rngs)
+
+  def __call__(
+    self,
+    x_BNMD: jax.Array,
+    *,
+    dropout_key: jax.Array | None = None,
+    keep: Callable[[jax.Array, jax.Array], Any] = lambda k, v: None,
+  ) -> tuple[jax.Array, Any]:
+    """Whole spans (or their first M slots) at once.
+
+    Returns:
+      The normed output [B, N, M, D], and `keep(k_BNMHK, v_BNMHK)` of every layer, stacked.
+    """
+    slots_M = jnp.arange(x_BNMD.shape[2])
+    graph, layers = nnx.split(self.blocks)
+    keys = None if dropout_key is None else jax.random.split(dropout_key, self.level.num_layers)
+
+    def layer(x_BNMD, layer_and_key):
+      parameters, key = layer_and_key
+      x_BNMD, kv = nnx.merge(graph, parameters)(x_BNMD, slots_M=slots_M, dropout_key=key)
+      return x_BNMD, keep(*kv)
+
+    unroll = 1 if self.options.scan_layers else self.level.num_layers
+    x_BNMD, kept = jax.lax.scan(_rematerialised(layer, self.options.remat), x_BNMD, (layers, keys), unroll=unroll)
+    return self.norm(x_BNMD), kept
+
+  def empty_cache(self, batch: int, slots: int) -> Cache:
+    """A cache for a span of `slots` slots."""
+    heads, width = self.level.heads
+    shape = (self.level.num_layers, batch, 1, self.level.cross_patch + slots, heads, width)
+    zeros = functools.partial(jnp.zeros, shape, compute_dtype(self.options))
+    return Cache(zeros(), zeros())
+
+  def step(
+    self, x_B11D: jax.Array, cache: Cache, slot: jax.Array, has_previous: jax.Array | bool
+  ) -> tuple[jax.Array, Cache]:
+    """One slot, given the cache of the earlier ones; the same block function as in training.
+
+    Args:
+      x_B11D: the slot's input.
+      cache: as left by the slots before.
+      slot: its number within the span.
+      has_previous: whether a span lies before this one (used with cross-patch attention only).
+    """
+    r, window = self.level.cross_patch, self.level.attention_window
+    graph, layers = nnx.split(self.blocks)
+    cached = jnp.arange(cache.k_LBNSHK.shape[3]) - r  # the slot that each entry of the cache holds
+    visible = (cached < slot) & ((cached >= 0) | has_previous)
+    if window:
+      visible &= slot - cached < window
+
+    def layer(carry, parameters_and_number):
+      x_B11D, cache = carry
+      parameters, number = parameters_and_number
+      past = Past(*(jax.lax.dynamic_index_in_dim(a, number, keepdims=False) for a in cache), visible)
+      x_B11D, kv = nnx.merge(graph, parameters)(x_B11D, slots_M=slot[None], past=past)
+      at = (number, 0, 0, r + slot, 0, 0)
+      cache = Cache(*(jax.lax.dynamic_update_slice(a, new[None], at) for a, new in zip(cache, kv, strict=True)))
+      return (x_B11D, cache), None
+
+    numbers = jnp.arange(self.level.num_layers)
+    (x_B11D, cache), _ = jax.lax.scan(layer, (x_B11D, cache), (layers, numbers))
+    return self.norm(x_B11D), cache
+
+  def next_span(self, cache: Cache) -> Cache:
+    """The cache at the start of the next span: the last r slots move to the front, to slots -r .. -1."""
+    r = self.level.cross_patch
+    if r == 0:
+      return cache
+    slots = cache.k_LBNSHK.shape[3] - r
+    k_tail, v_tail = (a[:, :, :, slots:] for a in cache)
+    k_tail = jax.vmap(rotate, in_axes=(0, None))(k_tail, jnp.full((r,), -slots))
+    return Cache(cache.k_LBNSHK.at[:, :, :, :r].set(k_tail), cache.v_LBNSHK.at[:, :, :, :r].set(v_tail))
+
+
+def _rematerialised(layer: Callable, remat: str) -> Callable:
+  """`layer` with its activations recomputed in the backward pass, as `BlockOptions.remat` says."""
+  if remat == "none":
+    return layer
+  policy = jax.checkpoint_policies.save_only_these_names("qkv", "attended", "ff_in") if remat == "named" else None
+  return jax.checkpoint(layer, policy=policy, prevent_cse=False)  # inside a scan nothing can be merged anyway

@@ -1,0 +1,211 @@
+"""MEGABYTE, read beside section 2 of the paper.
+
+The model is a list of levels, from coarse to fine; the paper's global and local models are levels 1 and 2.
+Level i cuts its input into spans of S_{i-1} bytes (S_0 is the context) and each span into M_i = S_{i-1} / S_i
+slots of S_i bytes. It is a causal decoder over the slots of a span; spans are independent of each other.
+The output of a slot is the input of the span of level i+1 that covers the same bytes.
+
+Shapes: B batch, T bytes, N spans, M slots of a span, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from megabyte_jax.models.config import Level, MegabyteConfig
+from megabyte_jax.models.layers import Cache, Stack, init_normal
+from megabyte_jax.models.patch_embedder import PatchEmbedder, check_length
+from megabyte_jax.sharding import constrain
+
+
+class LevelModel(nnx.Module):
+  """One level: the patch embedder, the projection of the parent level's output, and the decoder."""
+
+  def __init__(self, level: Level, span: int, parent_byte_width: int, config: MegabyteConfig, rngs: nnx.Rngs):
+    self.slots_per_span = span // level.patch_size
+    self.embedder = PatchEmbedder(level, span, config.vocab_size, config, rngs)
+    if parent_byte_width:  # w_i, (S_i * d_{i-1}) x D_i, shared by all slots: w_GL of eq. (4) for the local model
+      shape = (level.patch_size * parent_byte_width, level.width)
+      self.from_parent = nnx.Param(init_normal(config)(rngs.params(), shape, jnp.float32))
+    self.decoder = Stack(level, config, rngs)
+
+  def add_parent(self, slots_BNMD: jax.Array, parent_BNP: jax.Array) -> jax.Array:
+    """Eq. (4): to slot j of each span, slice j of the parent's output for that span, times w_i."""
+    B, N, M, _ = slots_BNMD.shape
+    slices_BNMs = parent_BNP.reshape(B, N, M, self.from_parent.shape[0])
+    return slots_BNMD + slices_BNMs @ self.from_parent.astype(slots_BNMD.dtype)
+
+  def __call__(self, x_BT: jax.Array, parent_BNP: jax.Array | None, *, first: bool, dropout_key=None, keep=None):
+    """Hidden states [B, N, M, D] of whole spans: eqs. (1)-(3) for the first level, (4)-(5) for the others."""
+    spans = x_BT.shape[1] // min(self.slots_per_span * self.embedder.patch_size, x_BT.shape[1])
+    slots_BNMD = self.embedder.slots(x_BT.reshape(x_BT.shape[0], spans, -1))
+    if parent_BNP is not None:
+      slots_BNMD = self.add_parent(slots_BNMD, parent_BNP)
+    slots_BNMD = constrain(slots_BNMD, "slots" if first and spans == 1 else "spans")
+    keep = {} if keep is None else {"keep": keep}
+    return self.decoder(slots_BNMD, dropout_key=dropout_key, **keep)
+
+
+class DecodeState(NamedTuple):
+  """What decoding remembers between patches of the first level.
+
+  Attributes:
+    caches: of each level, for the span at hand.
+    memories: of each level's convolutional encoder.
+    patch_BS: the S_1 bytes before the next patch.
+    position: int32 scalar, bytes of the context so far; a multiple of S_1.
+  """
+
+  caches: tuple[Cache, ...]
+  memories: tuple[tuple[jax.Array, ...], ...]
+  patch_BS: jax.Array
+  position: jax.Array
+
+
+class Megabyte(nnx.Module):
+  """p(x_t | x_<t) for every byte of a sequence; see `MegabyteConfig` for the models it can be."""
+
+  def __init__(self, config: MegabyteConfig, rngs: nnx.Rngs):
+    self.config = config
+    parents = (0, *(level.byte_width for level in config.levels))
+    self.levels = nnx.List(
+      LevelModel(level, span, parent, config, rngs)
+      for level, span, parent in zip(config.levels, config.spans, parents, strict=False)
+    )
+
+  def __call__(self, x_BT: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
+    """Logits of every byte given the bytes before it.
+
+    Args:
+      x_BT: bytes, any integer dtype, 1 <= T <= context.
+      dropout_key: turns dropout on.
+
+    Returns:
+      Float32 logits [B, T, V]; those at t depend on x_<t alone.
+
+    Raises:
+      ConfigError: T is 0 or longer than the context.
+    """
+    B, T = x_BT.shape
+    check_length(T, self.config.context)
+    x_BT = jnp.pad(x_BT, ((0, 0), (0, -T % self.alignment)))  # a partly filled last patch
+    h_BNMD = None
+    for i, level in enumerate(self.levels):
+      key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
+      h_BNMD, _ = level(x_BT, self._per_span(h_BNMD), first=i == 0, dropout_key=key)
+    h_BTd = h_BNMD.reshape(B, x_BT.shape[1], -1)  # a slot of S_n bytes is cut into the outputs of its bytes
+    return self.levels[-1].embedder.logits(h_BTd)[:, :T]  # eq. (6)
+
+  @property
+  def alignment(self) -> int:
+    """Inputs are padded to a multiple of this many bytes: whole patches, or whole spans if there are several."""
+    span = self.config.spans[0]
+    return span if span < self.config.context else self.config.levels[0].patch_size
+
+  def _per_span(self, h_BNMD):
+    """The output of each slot as the input of one span of the next level: [B, N * M, D]."""
+    return None if h_BNMD is None else h_BNMD.reshape(h_BNMD.shape[0], -1, h_BNMD.shape[-1])
+
+  # --- Decoding. Each byte costs one step of the last level, each patch one of the level above, and so on. ---
+
+  def start_decoding(self, batch: int) -> DecodeState:
+    """The state before the first byte."""
+    return DecodeState(
+      tuple(level.decoder.empty_cache(batch, level.slots_per_span) for level in self.levels),
+      tuple(level.embedder.empty_memory(batch) for level in self.levels),
+      jnp.zeros((batch, self.config.levels[0].patch_size), jnp.int32),
+      jnp.int32(0),
+    )
+
+  def read_prompt(self, x_BT: jax.Array, length: jax.Array) -> DecodeState:
+    """The state after the first `length` bytes, rounded down to `alignment`, all processed at once.
+
+    Args:
+      x_BT: the prompt and then anything; T a multiple of `alignment`, at most the context.
+      length: int32 scalar, known bytes.
+    """
+    B, T = x_BT.shape
+    check_length(T, self.config.context)
+    patch, spans = self.config.levels[0].patch_size, self.config.spans
+    position = length // self.alignment * self.alignment
+    state = self.start_decoding(B)
+    caches, memories, h_BNMD = [], [], None
+    # A level below is needed only if cross-patch attention reads the end of its last span.
+    deepest = max((i for i, level in enumerate(self.config.levels) if level.cross_patch), default=0)
+    for i, (level, cache, span) in enumerate(zip(self.levels, state.caches, spans, strict=True)):
+      whole = i == 0 and span == self.config.context
+      if whole or i <= deepest:
+        last_span = 0 if whole else jnp.maximum(position // span - 1, 0)
+
+        def keep(k, v, last_span=last_span):
+          return tuple(jax.lax.dynamic_slice_in_dim(a, last_span, 1, axis=1) for a in (k, v))
+
+        h_BNMD, kept = level(x_BT, self._per_span(h_BNMD), first=i == 0, keep=keep)
+        r = self.config.levels[i].cross_patch
+        cache = Cache(*(a.at[:, :, :, r : r + new.shape[3]].set(new) for a, new in zip(cache, kept, strict=True)))
+      caches.append(cache)
+      memories.append(level.embedder.memory_at(x_BT, position - patch) if whole else state.memories[i])
+    patch_BS = jax.lax.dynamic_slice_in_dim(x_BT, jnp.maximum(position - patch, 0), patch, axis=1)
+    return DecodeState(tuple(caches), tuple(memories), patch_BS.astype(jnp.int32), jnp.int32(position))
+
+  def decode_patch(self, state: DecodeState, pick) -> tuple[DecodeState, jax.Array, jax.Array]:
+    """The next S_1 bytes.
+
+    Args:
+      state: after the bytes before.
+      pick: (logits [B, V], position) -> bytes [B] int32, called for one byte after the other.
+
+    Returns:
+      The state after them, the bytes [B, S_1], and the float32 logits [B, S_1, V] they were picked from.
+    """
+    B, patch = state.patch_BS.shape
+    logits_BSV = jnp.zeros((B, patch, self.config.vocab_size), jnp.float32)
+    loop = (state.caches, state.memories, jnp.zeros_like(state.patch_BS), logits_BSV)
+    slot = state.position % self.config.spans[0] // patch
+    loop = self._decode_slot(0, slot, state.position, None, state.patch_BS, loop, state.position, pick)
+    caches, memories, patch_BS, logits_BSV = loop
+    return DecodeState(caches, memories, patch_BS, state.position + patch), patch_BS, logits_BSV
+
+  def _decode_slot(self, i, slot, byte, parent_B11s, previous_BS, loop, patch_start, pick):
+    """Slot number `slot` of level i, whose first byte is byte `byte` of the context; then the levels below."""
+    caches, memories, bytes_BS, logits_BSV = loop
+    level, config = self.levels[i], self.config.levels[i]
+    B = bytes_BS.shape[0]
+    fresh = slot == 0
+    turned = level.decoder.next_span(caches[i])
+    cache = (
+      jax.tree.map(lambda new, old: jnp.where(fresh, new, old), turned, caches[i]) if config.cross_patch else turned
+    )
+    memory = jax.tree.map(lambda m: jnp.where(fresh, jnp.zeros_like(m), m), memories[i])
+    x_B11D, memory = level.embedder.next_slot(previous_BS, memory, slot)
+    if parent_B11s is not None:
+      x_B11D = level.add_parent(x_B11D, parent_B11s)
+    span_start = byte - slot * config.patch_size
+    h_B11D, cache = level.decoder.step(x_B11D, cache, slot, span_start > 0)
+    caches = (*caches[:i], cache, *caches[i + 1 :])
+    memories = (*memories[:i], memory, *memories[i + 1 :])
+    first = byte - patch_start  # where the slot's bytes lie in the patch of the first level
+    if i == len(self.levels) - 1:
+      logits = level.embedder.logits(h_B11D.reshape(B, config.patch_size, -1))
+      logits_BSV = jax.lax.dynamic_update_slice_in_dim(logits_BSV, logits, first, axis=1)
+      for s in range(config.patch_size):
+        picked_B1 = pick(logits[:, s], byte + s)[:, None].astype(bytes_BS.dtype)
+        bytes_BS = jax.lax.dynamic_update_slice_in_dim(bytes_BS, picked_B1, first + s, axis=1)
+      return caches, memories, bytes_BS, logits_BSV
+
+    below = self.config.levels[i + 1]
+    parts_BMs = h_B11D.reshape(B, config.patch_size // below.patch_size, -1)
+
+    def one_slot(j, loop):
+      start = byte + j * below.patch_size
+      before = jnp.maximum(start - below.patch_size - patch_start, 0)
+      previous = jax.lax.dynamic_slice_in_dim(loop[2], before, below.patch_size, axis=1)
+      part_B11s = jax.lax.dynamic_slice_in_dim(parts_BMs, j, 1, axis=1)[:, None]
+      return self._decode_slot(i + 1, j, start, part_B11s, previous, loop, patch_start, pick)
+
+    loop = (caches, memories, bytes_BS, logits_BSV)
+    return jax.lax.fori_loop(0, config.patch_size // below.patch_size, one_slot, loop)

@@ -1,0 +1,142 @@
+"""From bytes to the input slots of a level: eqs. (1) and (2), and the tied output of eq. (6).
+
+Shapes: B batch, N spans, L bytes of a span, M slots of a span, S bytes of a slot, d width of a byte,
+D = S * d width of a slot, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from megabyte_jax.config_parsing import require
+from megabyte_jax.models.config import BlockOptions, Level
+from megabyte_jax.models.layers import compute_dtype, init_normal
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=())
+def lookup(table_Vd: jax.Array, bytes_: jax.Array) -> jax.Array:
+  """Rows of the table. The gradient is a one-hot matrix product: fast and deterministic on every device."""
+  return jnp.take(table_Vd, bytes_, axis=0)
+
+
+def _lookup_forward(table_Vd, bytes_):
+  return lookup(table_Vd, bytes_), (bytes_, table_Vd.shape[0])
+
+
+def _lookup_backward(saved, gradient):
+  bytes_, vocab = saved
+  one_hot = jax.nn.one_hot(bytes_, vocab, dtype=gradient.dtype)
+  return jnp.einsum("...V,...d->Vd", one_hot, gradient, preferred_element_type=jnp.float32).astype(gradient.dtype), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+class CausalConv(nnx.Module):
+  """One layer of the convolutional patch encoder: h + relu(causal convolution of h) over a span's bytes."""
+
+  def __init__(self, size: int, width: int, options: BlockOptions, rngs: nnx.Rngs):
+    self.size, self.dtype = size, compute_dtype(options)
+    self.kernel = nnx.Param(init_normal(options)(rngs.params(), (size, width, width), jnp.float32))
+    self.bias = nnx.Param(jnp.zeros((width,))) if options.bias else None
+
+  def __call__(self, h_BNLd: jax.Array, left_BNFd: jax.Array | None = None) -> jax.Array:
+    """Byte t of the result depends on bytes t - size + 1 .. t of its span.
+
+    `left` holds the size - 1 bytes before, in stepwise decoding; without it the span starts here.
+    """
+    padding = 0
+    x = h_BNLd
+    if left_BNFd is None:
+      padding = self.size - 1
+    else:
+      x = jnp.concatenate([left_BNFd, h_BNLd], axis=2)
+    # A convolution over (spans, bytes) with filters of height 1 keeps the spans apart without merging axes.
+    y = jax.lax.conv_general_dilated(
+      x,
+      self.kernel[None].astype(self.dtype),
+      window_strides=(1, 1),
+      padding=((0, 0), (padding, 0)),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    if self.bias is not None:
+      y += self.bias.astype(self.dtype)
+    return h_BNLd + jax.nn.relu(y)
+
+
+class PatchEmbedder(nnx.Module):
+  """A level's byte table and byte positions, its pad, and its optional convolutional encoder."""
+
+  def __init__(self, level: Level, span: int, vocab_size: int, options: BlockOptions, rngs: nnx.Rngs):
+    self.patch_size, self.dtype = level.patch_size, compute_dtype(options)
+    width, draw = level.byte_width, init_normal(options)
+    self.table = nnx.Param(draw(rngs.params(), (vocab_size, width), jnp.float32))
+    self.positions = nnx.Param(draw(rngs.params(), (span, width), jnp.float32))
+    self.pad = nnx.Param(draw(rngs.params(), (level.patch_size, width), jnp.float32))
+    self.convolutions = nnx.List([CausalConv(size, width, options, rngs) for size in level.conv_filters])
+
+  def embed(self, bytes_BNL: jax.Array, first_byte: jax.Array | int = 0) -> jax.Array:
+    """Eq. (1): h_embed[t] = E[x_t] + E_pos[t], for L bytes of each span from byte `first_byte` on; [B, N, L, d]."""
+    length = bytes_BNL.shape[-1]
+    positions_Ld = jax.lax.dynamic_slice_in_dim(self.positions[...], first_byte, length)
+    return lookup(self.table.astype(self.dtype), bytes_BNL) + positions_Ld.astype(self.dtype)
+
+  def slots(self, bytes_BNL: jax.Array) -> jax.Array:
+    """Eq. (2): slot 0 is the pad, slot j the concatenated embeddings of the S bytes of patch j - 1; [B, N, M, D].
+
+    L must be a multiple of S. The last patch is not used.
+    """
+    h_BNLd = self.embed(bytes_BNL)
+    for convolution in self.convolutions:  # section 2.3.1, before chunking
+      h_BNLd = convolution(h_BNLd)
+    B, N, L, _ = h_BNLd.shape
+    h_BNMD = h_BNLd.reshape(B, N, L // self.patch_size, -1)
+    pad_BN1D = jnp.broadcast_to(self.pad_slot(), (B, N, 1, h_BNMD.shape[-1]))
+    return jnp.concatenate([pad_BN1D, h_BNMD[:, :, :-1]], axis=2)
+
+  def pad_slot(self) -> jax.Array:
+    """The pad as one slot, [D]."""
+    return self.pad.reshape(-1).astype(self.dtype)
+
+  def logits(self, h: jax.Array) -> jax.Array:
+    """Eq. (6): the output of each byte, [..., d], times the byte table; float32 [..., V]."""
+    return jnp.einsum("...d,Vd->...V", h, self.table.astype(self.dtype), preferred_element_type=jnp.float32)
+
+  # Stepwise decoding: the convolutions remember the bytes before the patch at hand.
+
+  def empty_memory(self, batch: int) -> tuple[jax.Array, ...]:
+    """What each convolution sees to the left of a span: zeros."""
+    width = self.table.shape[1]
+    return tuple(jnp.zeros((batch, 1, c.size - 1, width), self.dtype) for c in self.convolutions)
+
+  def memory_at(self, bytes_BL: jax.Array, at: jax.Array) -> tuple[jax.Array, ...]:
+    """The memory just before byte `at` of a span that starts with `bytes_BL`."""
+    h_B1Ld, memory = self.embed(bytes_BL[:, None]), []
+    for convolution in self.convolutions:
+      padded = jnp.pad(h_B1Ld, ((0, 0), (0, 0), (convolution.size - 1, 0), (0, 0)))
+      memory.append(jax.lax.dynamic_slice_in_dim(padded, at, convolution.size - 1, axis=2))
+      h_B1Ld = convolution(h_B1Ld)
+    return tuple(memory)
+
+  def next_slot(
+    self, previous_BS: jax.Array, memory: tuple[jax.Array, ...], slot: jax.Array
+  ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Slot number `slot` as `slots` makes it, from the S bytes before it: [B, 1, 1, D], and the memory after them."""
+    is_first = slot == 0
+    h_B1Sd = self.embed(previous_BS[:, None], jnp.maximum(slot - 1, 0) * self.patch_size)
+    new_memory = []
+    for convolution, left in zip(self.convolutions, memory, strict=True):
+      seen = jnp.concatenate([left, h_B1Sd], axis=2)
+      new_memory.append(jnp.where(is_first, left, seen[:, :, seen.shape[2] - convolution.size + 1 :]))
+      h_B1Sd = convolution(h_B1Sd, left)
+    h_B11D = h_B1Sd.reshape(h_B1Sd.shape[0], 1, 1, -1)
+    return jnp.where(is_first, self.pad_slot(), h_B11D), tuple(new_memory)
+
+
+def check_length(length: int, context: int) -> None:
+  """Raises ConfigError unless 1 <= length <= context."""
+  require(1 <= length <= context, f"the input has {length} bytes; the model takes 1 to {context} (model.context)")

@@ -1,0 +1,165 @@
+"""PerceiverAR (Hawthorne et al., 2022), the paper's second baseline (appendix C).
+
+One causal cross-attention takes a long context of single bytes to the latents at its end; causal
+self-attention layers follow over the latents alone. Latent n predicts byte `start + n`.
+
+Shapes: B batch, T bytes, N latents, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from megabyte_jax.models import attention as attention_lib
+from megabyte_jax.models.attention import Past
+from megabyte_jax.models.config import PerceiverARConfig
+from megabyte_jax.models.layers import Cache, Stack, dropout, make_linear, make_norm, rotate
+from megabyte_jax.models.patch_embedder import PatchEmbedder, check_length
+
+
+class CrossAttention(nnx.Module):
+  """Pre-norm cross-attention from latents to the whole context, and a feed-forward layer, each with a residual."""
+
+  def __init__(self, config: PerceiverARConfig, rngs: nnx.Rngs):
+    self.config, level = config, config.level
+    out_scale = (2 * (config.num_layers + 1)) ** -0.5
+    self.query_norm = make_norm(level.width, config, rngs)
+    self.context_norm = make_norm(level.width, config, rngs)
+    self.query = make_linear((level.width,), level.heads, config, rngs)
+    self.key_value = make_linear((level.width,), (2, *level.heads), config, rngs)
+    self.attention_out = make_linear(level.heads, (level.width,), config, rngs, scale=out_scale)
+    self.ff_norm = make_norm(level.width, config, rngs)
+    self.ff_in = make_linear((level.width,), (level.hidden,), config, rngs)
+    self.ff_out = make_linear((level.hidden,), (level.width,), config, rngs, scale=out_scale)
+
+  def keys_values(self, context_B1TD: jax.Array, first_slot: jax.Array | int = 0) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of context slots `first_slot` .., each [B, 1, T, H, K]."""
+    key_value = self.key_value(self.context_norm(context_B1TD))
+    k, v = key_value[:, :, :, 0], key_value[:, :, :, 1]
+    if self.config.rotary:
+      k = rotate(k, first_slot + jnp.arange(k.shape[2]))
+    return k, v
+
+  def __call__(self, latents_B1ND, own, past: Past, first_slot_B, dropout_key=None) -> jax.Array:
+    """Latents attend to `own` (the keys and values of their slots, causally) and to `past` (slots before)."""
+    config = self.config
+    keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+    q = self.query(self.query_norm(latents_B1ND))
+    if config.rotary:
+      slots_BN = first_slot_B[:, None] + jnp.arange(q.shape[2])
+      q = jax.vmap(lambda q, slots: rotate(q[None], slots)[0])(q, slots_BN)
+    attended = attention_lib.attention(
+      q, *own, past=past, implementation="xla", dropout=config.attention_dropout, dropout_key=keys[0]
+    )
+    x = latents_B1ND + dropout(self.attention_out(attended), config.dropout, keys[1])
+    hidden = getattr(jax.nn, config.activation)(self.ff_in(self.ff_norm(x)))
+    return x + dropout(self.ff_out(hidden), config.dropout, keys[2])
+
+
+class DecodeState(NamedTuple):
+  """What decoding remembers between bytes.
+
+  Attributes:
+    context: keys and values of the cross-attention, one "layer" over T slots.
+    latents: of the self-attention layers over the N latents.
+    byte_B1: the byte before `position`.
+    position: int32 scalar, bytes of the context so far.
+    start: int32 scalar, where the latents start.
+  """
+
+  context: Cache
+  latents: Cache
+  byte_B1: jax.Array
+  position: jax.Array
+  start: jax.Array
+
+
+class PerceiverAR(nnx.Module):
+  """p(x_t | x_<t) for the last N bytes of a context."""
+
+  alignment = 1  # read_prompt takes any number of bytes
+
+  def __init__(self, config: PerceiverARConfig, rngs: nnx.Rngs):
+    self.config = config
+    self.embedder = PatchEmbedder(config.level, config.context, config.vocab_size, config, rngs)
+    self.cross = CrossAttention(config, rngs)
+    self.decoder = Stack(config.level, config, rngs)
+
+  def __call__(
+    self, x_BT: jax.Array, *, start_B: jax.Array | None = None, dropout_key: jax.Array | None = None
+  ) -> jax.Array:
+    """Logits of bytes start .. start + N - 1 of each row, given all bytes before each.
+
+    Args:
+      x_BT: bytes, 1 <= T <= context.
+      start_B: where each row's latents start, 0 <= start <= T - N; default T - N. With T < N all T are latents.
+      dropout_key: turns dropout on.
+
+    Returns:
+      Float32 logits [B, min(N, T), V].
+
+    Raises:
+      ConfigError: T is 0 or longer than the context.
+    """
+    logits_BNV, _ = self._run(x_BT, start_B, dropout_key, keep=lambda k, v: None)
+    return logits_BNV
+
+  def _run(self, x_BT, start_B, dropout_key, keep):
+    B, T = x_BT.shape
+    check_length(T, self.config.context)
+    N = min(self.config.latents, T)
+    keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+    context_B1TD = self.embedder.slots(x_BT[:, None])
+    k, v = self.cross.keys_values(context_B1TD)
+    if start_B is None:  # the same for all rows: nothing is attended to twice
+      start_B = jnp.full((B,), T - N)
+      latents, own = context_B1TD[:, :, T - N :], (k[:, :, T - N :], v[:, :, T - N :])
+      past = Past(k[:, :, : T - N], v[:, :, : T - N], jnp.ones((1,), bool))
+    else:
+      cut = jax.vmap(lambda a, start: jax.lax.dynamic_slice_in_dim(a, start, N, axis=1))
+      latents, own = cut(context_B1TD, start_B), (cut(k, start_B), cut(v, start_B))
+      past = Past(k, v, (jnp.arange(T) < start_B[:, None])[:, None, None])
+    x_B1ND = self.cross(latents, own, past, start_B, keys[0])
+    h_B1ND, kept = self.decoder(x_B1ND, dropout_key=keys[1], keep=keep)
+    return self.embedder.logits(h_B1ND[:, 0]), (k, v, kept)
+
+  # --- Decoding. Latents that have been computed stay: the latents' start moves only when they are used up. ---
+
+  def latents_start(self, position: jax.Array) -> jax.Array:
+    """Where the latents start when byte `position` is decoded: at 0 until N are used, then half of N further on.
+
+    So every byte is predicted as in the evaluation with stride N / 2.
+    """
+    N, stride = self.config.latents, max(self.config.latents // 2, 1)
+    return jnp.where(position < N, 0, ((position - N) // stride + 1) * stride)
+
+  def read_prompt(self, x_BT: jax.Array, length: jax.Array) -> DecodeState:
+    """The state after the first `length` bytes of x, [B, context]; processed at once."""
+    B, T = x_BT.shape
+    N = min(self.config.latents, T)
+    start = jnp.minimum(self.latents_start(length), T - N)
+    _, (k, v, kept) = self._run(x_BT, jnp.full((B,), start), None, keep=lambda k, v: (k, v))
+    byte_B1 = jax.lax.dynamic_slice_in_dim(x_BT, jnp.maximum(length - 1, 0), 1, axis=1)
+    return DecodeState(Cache(k[None], v[None]), Cache(*kept), byte_B1.astype(jnp.int32), jnp.int32(length), start)
+
+  def decode_patch(self, state: DecodeState, pick) -> tuple[DecodeState, jax.Array, jax.Array]:
+    """The next byte; arguments and results as in `Megabyte.decode_patch`, with patches of one byte.
+
+    The latents must not be used up: position < start + N.
+    """
+    slot, latent = state.position, state.position - state.start
+    x_B11D, _ = self.embedder.next_slot(state.byte_B1, (), slot)
+    own = self.cross.keys_values(x_B11D, slot)
+    seen = jnp.arange(state.context.k_LBNSHK.shape[3]) < slot
+    past = Past(state.context.k_LBNSHK[0], state.context.v_LBNSHK[0], seen)
+    x_B11D = self.cross(x_B11D, own, past, jnp.full(state.byte_B1.shape[:1], slot))
+    at = (0, 0, 0, slot, 0, 0)
+    context = Cache(*(jax.lax.dynamic_update_slice(a, b[None], at) for a, b in zip(state.context, own, strict=True)))
+    h_B11D, latents = self.decoder.step(x_B11D, state.latents, latent, False)
+    logits_B1V = self.embedder.logits(h_B11D[:, 0])
+    byte_B1 = pick(logits_B1V[:, 0], state.position)[:, None].astype(jnp.int32)
+    return DecodeState(context, latents, byte_B1, state.position + 1, state.start), byte_B1, logits_B1V

@@ -1,0 +1,115 @@
+"""The device mesh and the one table of partition specs.
+
+Axes: `data` replicates the model, `fsdp` also shards its parameters, `seq` spreads a sequence's patches,
+`tensor` spreads heads and feed-forward units. All four always exist; unused ones have size 1. XLA adds the
+communication (sharding in Auto mode).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from megabyte_jax.config import ConfigError, MegabyteConfig, MeshConfig, ModelConfig
+from megabyte_jax.config_parsing import require
+
+BATCH = ("data", "fsdp")
+
+# Parameters by the end of their name; optimizer moments bear the names of their parameters. The first axis of
+# everything in `blocks` counts layers. What matches no line is replicated (norms and biases of width D).
+PARAMETERS = (
+  (r"qkv\.kernel", P(None, "fsdp", None, "tensor", None)),  # layers, D, 3, heads, head width
+  (r"qkv\.bias", P(None, None, "tensor", None)),
+  (r"attention_out\.kernel", P(None, "tensor", None, "fsdp")),  # layers, heads, head width, D
+  (r"ff_in\.kernel", P(None, "fsdp", "tensor")),
+  (r"ff_in\.bias", P(None, "tensor")),
+  (r"ff_out\.kernel", P(None, "tensor", "fsdp")),
+  (r"from_parent", P(None, "fsdp")),
+  (r"embedder\.(table|positions|pad)", P(None, "fsdp")),  # per byte width, if it divides
+)
+
+ACTIVATIONS = {
+  "bytes": P(BATCH, "seq"),  # B T
+  "slots": P(BATCH, None, "seq", None),  # B 1 M D: the first level's slots are spread
+  "spans": P(BATCH, "seq", None, None),  # B N M D: whole spans are spread, so that they need no communication
+}
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+  """The mesh over `devices` (default: all).
+
+  Raises:
+    ConfigError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = dataclasses.asdict(config)
+  fixed = math.prod(size for size in sizes.values() if size > 0)
+  free = [name for name, size in sizes.items() if size == -1]
+  require(
+    len(devices) % fixed == 0 and (bool(free) or fixed == len(devices)),
+    f"config.mesh {sizes} does not fit {len(devices)} devices: the sizes must multiply to {len(devices)}"
+    + (f"; the fixed ones multiply to {fixed}" if free else "; set one of them to -1"),
+  )
+  for name in free:
+    sizes[name] = len(devices) // fixed
+  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+
+
+def check_mesh(mesh: Mesh, model: ModelConfig, batch_size: int) -> None:
+  """Raises ConfigError, naming sizes that would fit, unless the model and batch can be spread over the mesh."""
+  levels = model.levels if isinstance(model, MegabyteConfig) else (model.level,)
+  spread = {
+    "batch_size (per accumulation step)": (
+      batch_size,
+      mesh.shape["data"] * mesh.shape["fsdp"],
+      "mesh.data * mesh.fsdp",
+    ),
+  }
+  if isinstance(model, MegabyteConfig):
+    patches = model.context // max(model.levels[0].patch_size, model.span)
+    spread["the number of patches (context / patch size)"] = (patches, mesh.shape["seq"], "mesh.seq")
+  for i, level in enumerate(levels):
+    spread[f"levels[{i}].num_heads"] = (level.num_heads, mesh.shape["tensor"], "mesh.tensor")
+    spread[f"levels[{i}] feed-forward width"] = (level.hidden, mesh.shape["tensor"], "mesh.tensor")
+    spread[f"levels[{i}].width"] = (level.width, mesh.shape["fsdp"], "mesh.fsdp")
+  for what, (size, parts, axis) in spread.items():
+    if size % parts:
+      fits = [n for n in range(1, min(size, mesh.size) + 1) if size % n == 0]
+      raise ConfigError(f"{what} is {size}, which {axis} = {parts} does not divide; {axis} could be {fits}")
+
+
+def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+  """The partition spec of a parameter or moment; an axis that does not divide its dimension is left out."""
+  for pattern, spec in PARAMETERS:
+    if re.search(pattern + "$", name) and len(spec) == len(shape):
+      return P(*(axis if axis and dim % mesh.shape[axis] == 0 else None for axis, dim in zip(spec, shape, strict=True)))
+  return P()
+
+
+def shard_abstract(tree: Any, mesh: Mesh) -> Any:
+  """The same tree of ShapeDtypeStructs, each with its NamedSharding from the table."""
+
+  def place(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    sharding = NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Of byte arrays [B, T]. Bytes are few: every device of a sequence holds all of its rows' bytes."""
+  return NamedSharding(mesh, P(BATCH))
+
+
+def constrain(x: jax.Array, kind: str) -> jax.Array:
+  """Lays an activation out as ACTIVATIONS[kind] says, on the mesh that `jax.set_mesh` set; nothing without one."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, ACTIVATIONS[kind])
