@@ -122,6 +122,26 @@ def megabyte_flops(
   )
 
 
+def figure3_curves() -> dict[str, tuple[list[int], list[float]]]:
+  """Fig. 3: name -> (sequence lengths, forward operations per token), P = 8.
+
+  For the two smaller sizes the shapes are those that reproduce the figure; the text of section 3.1 names others.
+  """
+  lengths = [2**n for n in range(8, 21)]
+  curves = {}
+  for name, shape in {"604M": (12, 2048), "6.4B": (32, 4096), "173B": (96, 12_288)}.items():
+    curves[f"Transformer {name}"] = (lengths, [transformer_flops(*shape, length) for length in lengths])
+    curves[f"Linear Transformer {name}"] = (lengths, [linear_transformer_flops(*shape)] * len(lengths))
+  for name, global_shape, local_shape in (
+    ("616M", (12, 2048), (4, 512)),
+    ("6.5B", (32, 4096), (12, 1024)),
+    ("173B", (94, 12_288), (16, 4096)),
+  ):
+    values = [megabyte_flops(global_shape, local_shape, 8, length) for length in lengths]
+    curves[f"MEGABYTE {name}"] = (lengths, values)
+  return curves
+
+
 def _attention_width(level: Level) -> int:
   """Width of all heads together; the same as the level's width unless head_dim says otherwise."""
   heads, head_dim = level.heads
