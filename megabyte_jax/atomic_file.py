@@ -1,0 +1,27 @@
+"""Files that appear complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from etils import epath
+
+
+@contextlib.contextmanager
+def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
+  """Yields a temporary path beside `path` to write to; it takes the name `path` when the block ends well.
+
+  A reader sees the old file or the new one, never a part. The folder is made where it is missing; after an
+  exception the temporary file is removed and `path` is as it was.
+  """
+  path = epath.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+  try:
+    yield temporary
+    temporary.replace(path)
+  finally:
+    if temporary.exists():
+      temporary.unlink()
