@@ -137,6 +137,15 @@ def latents_window(latents_start: int, config: PerceiverARConfig) -> int:
   return max(0, latents_start + config.latents - config.context)
 
 
+def generation_window(position: int, config: ModelConfig) -> tuple[int, int, int]:
+  """Where byte `position` is generated: (start of the window, bytes it can hold, PerceiverAR's latent start in it)."""
+  start = window_start(position, config)
+  if not isinstance(config, PerceiverARConfig):
+    return start, config.context, 0
+  window = latents_window(start, config)
+  return window, start - window + config.latents, start - window
+
+
 def _sliding_windows(document_length: int, context: int, stride: int) -> Iterator[Window]:
   """Windows of `context` bytes at multiples of `stride`, each scoring what the one before did not reach."""
   scored, start = 0, 0

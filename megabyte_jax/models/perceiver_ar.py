@@ -127,21 +127,17 @@ class PerceiverAR(nnx.Module):
     h_B1ND, kept = self.decoder(x_B1ND, dropout_key=keys[1], keep=keep)
     return self.embedder.logits(h_B1ND[:, 0]), (k, v, kept)
 
-  # --- Decoding. Latents that have been computed stay: the latents' start moves only when they are used up. ---
+  # --- Decoding. Computed latents stay: only when all N are used does the caller read the text again with a later
+  # latent_start (windows.generation_window), so that every byte is predicted as in the evaluation. ---
 
-  def latents_start(self, position: jax.Array) -> jax.Array:
-    """Where the latents start when byte `position` is decoded: at 0 until N are used, then half of N further on.
+  def read_prompt(self, x_BT: jax.Array, length: jax.Array, latent_start: jax.Array | int = 0) -> DecodeState:
+    """The state after the first `length` bytes of x, [B, context], processed at once.
 
-    So every byte is predicted as in the evaluation with stride N / 2.
+    Args:
+      latent_start: where the latents start; they serve bytes up to latent_start + N - 1, and `length` is one of these.
     """
-    N, stride = self.config.latents, max(self.config.latents // 2, 1)
-    return jnp.where(position < N, 0, ((position - N) // stride + 1) * stride)
-
-  def read_prompt(self, x_BT: jax.Array, length: jax.Array) -> DecodeState:
-    """The state after the first `length` bytes of x, [B, context]; processed at once."""
-    B, T = x_BT.shape
-    N = min(self.config.latents, T)
-    start = jnp.minimum(self.latents_start(length), T - N)
+    B = x_BT.shape[0]
+    start = jnp.int32(latent_start)
     _, (k, v, kept) = self._run(x_BT, jnp.full((B,), start), None, keep=lambda k, v: (k, v))
     byte_B1 = jax.lax.dynamic_slice_in_dim(x_BT, jnp.maximum(length - 1, 0), 1, axis=1)
     return DecodeState(Cache(k[None], v[None]), Cache(*kept), byte_B1.astype(jnp.int32), jnp.int32(length), start)

@@ -1,0 +1,162 @@
+"""Bits per byte of documents: every byte scored exactly once, whatever the method."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from megabyte_jax import windows
+from megabyte_jax.config import Config, MegabyteConfig
+from megabyte_jax.config_parsing import require
+from megabyte_jax.data.sources import Source
+from megabyte_jax.loss import bits_per_byte
+from megabyte_jax.sharding import batch_sharding
+from megabyte_jax.train_state import make_eval_step
+from megabyte_jax.windows import Window
+
+Row = tuple[int, Window]  # document number, window
+
+
+@dataclasses.dataclass
+class Evaluation:
+  """What was measured. Sums are float64.
+
+  Attributes:
+    method: as in windows.py.
+    cost: forward passes per byte, relative to basic.
+    document_nats, document_bytes: [documents], summed over each.
+    context_nats, context_bytes: [T], by a byte's position in the window that scored it (Fig. 4).
+    patch_nats, patch_bytes: [P], by a byte's position in its patch (Fig. 5).
+    seconds: wall time, compilation included.
+  """
+
+  method: str
+  cost: float
+  document_nats: np.ndarray
+  document_bytes: np.ndarray
+  context_nats: np.ndarray
+  context_bytes: np.ndarray
+  patch_nats: np.ndarray
+  patch_bytes: np.ndarray
+  seconds: float = 0.0
+
+  @property
+  def nats(self) -> float:
+    """Of all bytes."""
+    return float(self.document_nats.sum())
+
+  @property
+  def bytes(self) -> int:
+    """Bytes scored."""
+    return int(self.document_bytes.sum())
+
+  @property
+  def bpb(self) -> float:
+    """Bits per byte."""
+    return bits_per_byte(self.nats, self.bytes)
+
+
+def evaluate(
+  config: Config,
+  parameters: Any,
+  source: Source,
+  *,
+  mesh: Mesh,
+  method: str = "basic",
+  stride: int = 0,
+  max_bytes: int = 0,
+  eval_step: Callable[..., jax.Array] | None = None,
+  on_byte_nats: Callable[[int, int, np.ndarray, np.ndarray], None] | None = None,
+  on_progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+  """Scores every byte of every document of `source` exactly once.
+
+  Args:
+    parameters: nested dicts, laid out on `mesh`.
+    method, stride: see windows.py.
+    max_bytes: stop once this many bytes are in the plan; 0 scores all.
+    eval_step: from `make_eval_step`, to reuse its compilation.
+    on_byte_nats: called with (document, start, nats, mask) of every window: of document bytes start,
+      start + 1, ... those with mask True are scored by this window.
+    on_progress: called with (bytes scored, bytes to score).
+
+  Raises:
+    ConfigError: the method does not fit the model.
+  """
+  begin = time.perf_counter()
+  windows.check_method(config.model, method, stride)
+  eval_step = eval_step or make_eval_step(config)
+  context = config.model.context
+  patch = config.model.levels[0].patch_size if isinstance(config.model, MegabyteConfig) else 1
+  lengths = np.asarray(source.lengths, np.int64)
+  require(lengths.sum() > 0, "there is not a single byte to evaluate")
+  total = int(lengths.sum()) if not max_bytes else min(int(lengths.sum()), max_bytes)
+  result = Evaluation(
+    method,
+    windows.cost_factor(method, config.model, stride),
+    *(np.zeros(size) for size in (len(lengths), len(lengths), context, context, patch, patch)),
+  )
+  batch_size = config.eval.batch_size or config.batch_size
+  share = mesh.shape["data"] * mesh.shape["fsdp"]
+  batch_size += -batch_size % share
+  sharding = batch_sharding(mesh)
+  with_latents = not isinstance(config.model, MegabyteConfig)
+
+  for rows in _batched(_rows(lengths, config, method, stride, max_bytes), batch_size):
+    x_BT = np.zeros((batch_size, context), np.uint8)
+    length_B, start_B = np.zeros(batch_size, np.int32), np.zeros(batch_size, np.int32)
+    for b, (document, window) in enumerate(rows):
+      x_BT[b, : window.length] = source.read(document, window.start, window.start + window.length)
+      length_B[b], start_B[b] = window.length, window.latent_start
+    arrays = (x_BT, length_B, start_B) if with_latents else (x_BT, length_B)
+    placed = (jax.make_array_from_callback(a.shape, sharding, lambda index, a=a: a[index]) for a in arrays)
+    with jax.set_mesh(mesh):
+      nats = eval_step(parameters, *placed)
+    nats_BT = np.asarray(multihost_utils.process_allgather(nats, tiled=True) if jax.process_count() > 1 else nats)
+    for (document, window), nats_T in zip(rows, nats_BT, strict=False):
+      mask = windows.scored_mask(window)
+      scored = np.where(mask, nats_T[: window.length].astype(np.float64), 0.0)
+      _add(result, document, window, scored, mask)
+      if on_byte_nats:
+        on_byte_nats(document, window.start, nats_T[: window.length], mask)
+    if on_progress:
+      on_progress(result.bytes, total)
+  result.seconds = time.perf_counter() - begin
+  return result
+
+
+def _add(result: Evaluation, document: int, window: Window, nats: np.ndarray, mask: np.ndarray) -> None:
+  result.document_nats[document] += nats.sum()
+  result.document_bytes[document] += mask.sum()
+  result.context_nats[: window.length] += nats
+  result.context_bytes[: window.length] += mask
+  place = np.arange(window.length) % len(result.patch_nats)
+  result.patch_nats += np.bincount(place, nats, len(result.patch_nats))
+  result.patch_bytes += np.bincount(place, mask, len(result.patch_nats))
+
+
+def _rows(lengths, config: Config, method: str, stride: int, max_bytes: int) -> Iterator[Row]:
+  left = max_bytes or int(lengths.sum())
+  for document, length in enumerate(lengths):
+    used = int(min(length, left))
+    for window in windows.plan(used, config.model, method, stride) if used else ():
+      yield document, window
+    left -= used
+
+
+def _batched(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+  batch: list[Row] = []
+  for row in rows:
+    batch.append(row)
+    if len(batch) == size:
+      yield batch
+      batch = []
+  if batch:
+    yield batch
