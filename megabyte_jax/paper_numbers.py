@@ -168,17 +168,28 @@ TABLES = {
   ),
   "14": Table(
     "Standard sizes (those of GPT-3)",
-    ("layers", "width", "heads", "head width"),
+    ("layers", "width", "heads", "head width", "true size (12 L D^2)"),
     tuple(
-      Row(f"S{i}", "", dict(zip(("layers", "width", "heads", "head width"), shape, strict=True)), size)
-      for i, (size, *shape) in enumerate(
+      Row(
+        f"S{i}",
+        "",
+        {
+          "layers": layers,
+          "width": width,
+          "heads": heads,
+          "head width": width // heads,
+          "true size (12 L D^2)": 12 * layers * width**2,
+        },
+        size,
+      )
+      for i, (size, layers, width, heads) in enumerate(
         (
-          ("125M", 12, 768, 12, 64),
-          ("350M", 24, 1024, 16, 64),
-          ("760M", 24, 1536, 16, 96),
-          ("1.3B", 24, 2048, 32, 64),
-          ("2.7B", 32, 2560, 32, 80),
-          ("6.7B", 32, 4096, 32, 128),
+          ("125M", 12, 768, 12),
+          ("350M", 24, 1024, 16),
+          ("760M", 24, 1536, 16),
+          ("1.3B", 24, 2048, 32),
+          ("2.7B", 32, 2560, 32),
+          ("6.7B", 32, 4096, 32),
         ),
         1,
       )
