@@ -1,0 +1,233 @@
+"""Training batches whose order is a pure function of (seed, step).
+
+Which bytes a row of a batch holds is index arithmetic: row r of step s is draw number s * batch_size + r; draws walk
+through shuffled epochs of windows. So starting at any step costs nothing, and any number of hosts sees the same global
+batches, each host reading only the rows that its own devices hold.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import grain
+import jax
+import numpy as np
+
+from megabyte_jax.data.sources import DataError, Mixture, Source
+
+_AHEAD = 2  # batches on their way to the devices while the current one is worked on
+
+
+class Batch(NamedTuple):
+  """Bytes and how many of each row are data; the rest of a row, past its length, is zeros to be left unscored.
+
+  Attributes:
+    x_BT: uint8 [batch, context].
+    length_B: int32 [batch], 1 <= length <= context; always the context where windows are packed.
+  """
+
+  x_BT: np.ndarray | jax.Array
+  length_B: np.ndarray | jax.Array
+
+
+class Span(NamedTuple):
+  """A window: `length` bytes from byte `start` of a document on, running into the next documents if need be."""
+
+  document: int
+  start: int
+  length: int
+
+
+class Windows:
+  """All training windows of one source: what draw number n is.
+
+  packed: the documents, joined end to end, are cut into windows of `context` bytes from an offset that is drawn
+    anew for each epoch; an epoch leaves out fewer than two windows' worth of bytes, at the two ends.
+  whole: each document is cut from its first byte on and its last window may be short; every epoch has every byte once.
+
+  Args:
+    source: where the bytes are; one that is not joinable is always cut whole.
+    context: bytes per window.
+    seed: 0 <= seed < 2^32.
+    documents: packed | whole.
+
+  Raises:
+    DataError: packed data hold fewer bytes than one window.
+  """
+
+  def __init__(self, source: Source, context: int, seed: int, documents: str):
+    self.source, self.context, self.seed = source, context, seed
+    self.packed = documents == "packed" and source.joinable
+    self.total = int(source.lengths.sum())
+    if self.packed:
+      if self.total < context:
+        raise DataError(
+          f"{_describe(source)} {self.total:,} bytes, fewer than the context of {context:,}; give more data, a shorter "
+          "context, or --config.data.documents=whole, which pads short documents"
+        )
+      self._ends = np.cumsum(source.lengths)
+      self.per_epoch = max(1, self.total // context - 1)
+    else:
+      self._ends = np.cumsum(-(-source.lengths // context))
+      self.per_epoch = int(self._ends[-1])
+    order = grain.MapDataset.range(self.per_epoch)
+    self._order = (order.shuffle(seed) if self.per_epoch > 1 else order).repeat()
+
+  def span(self, draw: int) -> Span:
+    """The window that is draw number `draw` >= 0."""
+    window = self._order[draw]
+    if self.packed:
+      slack = self.total - self.per_epoch * self.context
+      place = window * self.context + _random_below(slack + 1, self.seed, draw // self.per_epoch)
+      document = int(np.searchsorted(self._ends, place, side="right"))
+      return Span(document, place - self._first(document), self.context)
+    document = int(np.searchsorted(self._ends, window, side="right"))
+    start = (window - self._first(document)) * self.context
+    return Span(document, start, min(self.context, int(self.source.lengths[document]) - start))
+
+  def read(self, draw: int, out_T: np.ndarray) -> int:
+    """Writes the bytes of draw number `draw` to the front of `out_T` and returns how many there are."""
+    document, start, length = self.span(draw)
+    done = 0
+    while done < length:
+      stop = min(start + length - done, int(self.source.lengths[document]))
+      out_T[done : done + stop - start] = self.source.read(document, start, stop)
+      done, document, start = done + stop - start, document + 1, 0
+    return length
+
+  def _first(self, document: int) -> int:
+    return int(self._ends[document - 1]) if document else 0
+
+
+class _Mixed:
+  """Draws from several `Windows` in fixed proportions, evenly interleaved."""
+
+  def __init__(self, parts: Sequence[Windows], weights: Sequence[float]):
+    self.parts = parts
+    endless = [grain.MapDataset.range(1).repeat().map_with_index(lambda i, _, k=k: (k, i)) for k in range(len(parts))]
+    self._order = grain.MapDataset.mix(endless, weights)
+
+  def read(self, draw: int, out_T: np.ndarray) -> int:
+    part, draw_of_part = self._order[draw]
+    return self.parts[part].read(draw_of_part, out_T)
+
+
+def open_windows(source: Source, *, context: int, seed: int, documents: str = "packed") -> Windows | _Mixed:
+  """The windows of a source; those of a `Mixture` are shuffled each on its own and drawn in its proportions."""
+  parts = source.sources if isinstance(source, Mixture) else [source]
+  seeds = np.random.SeedSequence(seed).generate_state(len(parts))
+  windows = [Windows(part, context, int(s), documents) for part, s in zip(parts, seeds, strict=True)]
+  return _Mixed(windows, source.weights) if isinstance(source, Mixture) else windows[0]
+
+
+def batches(
+  source: Source,
+  *,
+  batch_size: int,
+  context: int,
+  seed: int,
+  first_step: int = 0,
+  num_steps: int | None = None,
+  documents: str = "packed",
+  sharding: jax.sharding.Sharding | None = None,
+  num_threads: int | None = None,
+) -> Iterator[tuple[int, Batch]]:
+  """Yields (step, batch) for the steps from `first_step` on.
+
+  Args:
+    source: what to read.
+    batch_size: rows over all devices of all hosts.
+    context: bytes per row.
+    seed: of the order; the same (seed, step) always gives the same batch.
+    first_step: where to start or resume; costs nothing.
+    num_steps: stop before this step; None never stops.
+    documents: packed | whole, see `Windows`.
+    sharding: of the [batch, context] array. Batches are then global arrays, of which this process reads only the rows
+      that its devices hold, and they are sent to the devices ahead of time. None yields NumPy arrays of all rows.
+    num_threads: threads that read and decode; None takes one per core, at most 16; 0 reads when asked.
+
+  Raises:
+    DataError: see `Windows`; and, when reached, an item that cannot be read.
+  """
+  windows = open_windows(source, context=context, seed=seed, documents=documents)
+  rows = np.arange(batch_size) if sharding is None else rows_of_this_process(sharding, batch_size, context)
+  threads = min(16, os.cpu_count() or 1) if num_threads is None else num_threads
+  host = host_batches(windows, batch_size, rows, first_step, num_steps, context, threads)
+  return host if sharding is None else _to_devices(host, rows, batch_size, sharding)
+
+
+def rows_of_this_process(sharding: jax.sharding.Sharding, batch_size: int, context: int) -> np.ndarray:
+  """The rows of a [batch_size, context] array of which this process's devices hold a part, in order."""
+  indices = sharding.addressable_devices_indices_map((batch_size, context)).values()
+  return np.unique(np.concatenate([np.arange(batch_size)[index[0]] for index in indices]))
+
+
+def host_batches(
+  windows: Windows | _Mixed,
+  batch_size: int,
+  rows: np.ndarray,
+  first_step: int,
+  num_steps: int | None,
+  context: int,
+  num_threads: int,
+) -> Iterator[tuple[int, Batch]]:
+  """Yields (step, the given rows of the global batch), read ahead by threads."""
+
+  def read(step: int) -> tuple[int, Batch]:
+    x_RT, length_R = np.zeros((len(rows), context), np.uint8), np.zeros(len(rows), np.int32)
+    for i, row in enumerate(rows):
+      length_R[i] = windows.read(step * batch_size + int(row), x_RT[i])
+    return step, Batch(x_RT, length_R)
+
+  last = 2**62 if num_steps is None else num_steps
+  if last <= first_step:
+    return iter(())
+  steps = grain.MapDataset.range(first_step, last).map(read)
+  ahead = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+  return iter(steps.to_iter_dataset(ahead))
+
+
+def _to_devices(
+  host: Iterator[tuple[int, Batch]], rows: np.ndarray, batch_size: int, sharding: jax.sharding.Sharding
+) -> Iterator[tuple[int, Batch]]:
+  """Global arrays of the host's rows, a few of them on their way at once."""
+  lengths_sharding = _rows_sharding(sharding)
+  place = {int(row): i for i, row in enumerate(rows)}
+
+  def globally(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    def part(index):
+      first, last, _ = index[0].indices(batch_size)
+      i = place[first]
+      return array[(slice(i, i + last - first), *index[1:])]  # a device's rows are consecutive, and so in `rows`
+
+    return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
+
+  queue: deque[tuple[int, Batch]] = deque()
+  for step, batch in host:
+    queue.append((step, Batch(globally(batch.x_BT, sharding), globally(batch.length_B, lengths_sharding))))
+    if len(queue) > _AHEAD:
+      yield queue.popleft()
+  yield from queue
+
+
+def _rows_sharding(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+  """That of a [batch] array whose rows lie where those of the [batch, context] array do."""
+  if isinstance(sharding, jax.sharding.NamedSharding):
+    return sharding.update(spec=jax.sharding.PartitionSpec(*sharding.spec[:1]))
+  if isinstance(sharding, jax.sharding.SingleDeviceSharding):
+    return sharding
+  raise TypeError(f"batches need a NamedSharding or a SingleDeviceSharding, not {type(sharding).__name__}")
+
+
+@functools.lru_cache(maxsize=64)  # the same for all draws of an epoch
+def _random_below(bound: int, seed: int, epoch: int) -> int:
+  return int(np.random.default_rng((seed, epoch)).integers(bound))
+
+
+def _describe(source: Source) -> str:
+  names = source.names
+  return f"{names[0]} has" if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names):,} documents) have"
