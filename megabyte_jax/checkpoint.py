@@ -208,7 +208,7 @@ class Checkpoints:
       steps = self._manager.all_steps()
       if step not in steps:
         raise CheckpointError(f"no checkpoint of step {step} in {self.folder}; there are {_list(steps)}")
-      if not _from_first_process(self._is_whole(step, items)):
+      if not _from_first_process(jax.process_index() > 0 or self._is_whole(step, items)):
         raise CheckpointError(f"the checkpoint {self.folder / str(step)} is damaged; take another step")
     meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
     if meta.get("format", 0) > FORMAT:

@@ -1,0 +1,70 @@
+"""What the devices can do and how much of their memory was used."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+from collections.abc import Iterable
+
+import jax
+
+# bfloat16 FLOP/s of dense matrix products, as the makers state them (without structured sparsity).
+_TPU_CORE = {  # of one TensorCore: a device is one or, on most v4 and v5p systems, two of a chip's cores
+  "TPU v2": 23e12,
+  "TPU v3": 61.5e12,
+  "TPU v4": 137.5e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5e": 197e12,
+  "TPU v5": 229.5e12,
+  "TPU v5p": 229.5e12,
+  "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12,
+  "TPU7x": 1153.5e12,
+}
+_GPU = (  # the first whose words are in the device's name
+  ("GB300", 2500e12),
+  ("GB200", 2500e12),
+  ("B300", 2250e12),
+  ("B200", 2250e12),
+  ("GH200", 989e12),
+  ("H200 NVL", 835e12),
+  ("H200", 989e12),
+  ("H100 NVL", 835e12),
+  ("H100 PCIe", 756e12),
+  ("H100", 989e12),
+  ("A100", 312e12),
+  ("A30", 165e12),
+  ("A10G", 70e12),
+  ("A10", 125e12),
+  ("L40S", 362e12),
+  ("L40", 181e12),
+  ("L4", 121e12),
+  ("RTX 4090", 165e12),
+  ("RTX 3090", 71e12),
+)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+  """bfloat16 FLOP/s that `device` can do at most, None where that is not known (a CPU, say)."""
+  kind = device.device_kind
+  if kind in _TPU_CORE:
+    return _TPU_CORE[kind] * getattr(device, "num_cores", 1)
+  return next((peak for name, peak in _GPU if re.search(rf"\b{name}\b", kind)), None)
+
+
+def memory_in_use(devices: Iterable[jax.Device]) -> int | None:
+  """Most bytes used so far on any of `devices` that belong to this process, None where that is not known.
+
+  On CPU it is the most memory that the process has held.
+  """
+  peaks = []
+  for device in devices:
+    if device.process_index != jax.process_index():
+      continue
+    if device.platform == "cpu":
+      held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+      peaks.append(held if sys.platform == "darwin" else held * 1024)
+    else:
+      peaks.append((device.memory_stats() or {}).get("peak_bytes_in_use", 0))
+  return max(peaks, default=0) or None

@@ -1,0 +1,122 @@
+"""Numbers that people read: amounts, durations, and a line that shows how far long work has come."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from typing import TextIO
+
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E")
+
+
+def human(value: float, unit: str = "") -> str:
+  """Three significant digits with a decimal prefix: human(1.2e6, "B/s") is "1.20 MB/s"."""
+  if not math.isfinite(value):
+    return f"{value} {unit}".rstrip()
+  size, index = abs(value), 0
+  while size >= 999.5 and index + 1 < len(_PREFIXES):
+    size, index = size / 1000, index + 1
+  if index == 0 and size == int(size):
+    digits = 0
+  else:
+    digits = 0 if size >= 99.95 else 1 if size >= 9.995 else 2
+  return f"{math.copysign(size, value):.{digits}f} {_PREFIXES[index]}{unit}".rstrip()
+
+
+def duration(seconds: float) -> str:
+  """The two largest units of a time: "4.2s", "45s", "3m12s", "2h05m", "3d04h"."""
+  if not math.isfinite(seconds):
+    return "?"
+  if seconds < 9.95:
+    return f"{seconds:.1f}s"
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  days, hours = divmod(hours, 24)
+  if days:
+    return f"{days}d{hours:02}h"
+  if hours:
+    return f"{hours}h{minutes:02}m"
+  return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+class Progress:
+  """One line on a terminal, rewritten a few times a second, with rate and time left; a context manager.
+
+  Where the stream is no terminal, nothing appears but the last line, when all is done.
+
+    with Progress("scoring", total=len(data)) as progress:
+      for window in windows:
+        ...
+        progress.add(window.size)
+  """
+
+  def __init__(
+    self,
+    label: str,
+    total: float | None = None,
+    unit: str = "B",
+    *,
+    stream: TextIO | None = None,
+    every: float = 0.25,
+    enabled: bool = True,
+  ):
+    """Starts the clock.
+
+    Args:
+      label: what is being done.
+      total: amount of work, None where it is not known.
+      unit: of that amount.
+      stream: None takes stderr.
+      every: least seconds between two updates.
+      enabled: False shows nothing at all: for all processes but one.
+    """
+    self.done = 0.0
+    self._label, self._total, self._unit, self._every = label, total, unit, every
+    self._stream = stream or sys.stderr
+    self._enabled = enabled
+    self._live = enabled and self._stream.isatty()
+    self._start = time.monotonic()
+    self._shown = -math.inf
+
+  def __enter__(self) -> Progress:
+    return self
+
+  def __exit__(self, kind, *_) -> None:
+    if kind is None:
+      self.finish()
+    elif self._live:
+      self._stream.write("\n")
+
+  def add(self, amount: float) -> None:
+    """Counts `amount` more as done."""
+    self.update(self.done + amount)
+
+  def update(self, done: float) -> None:
+    """Sets how much is done."""
+    self.done = done
+    now = time.monotonic()
+    if self._live and now - self._shown >= self._every:
+      self._shown = now
+      self._stream.write(f"\r{self._line(now - self._start)}\x1b[K")
+      self._stream.flush()
+
+  def finish(self) -> None:
+    """Replaces the line by the final amount, time and rate."""
+    if self._enabled:
+      seconds = time.monotonic() - self._start
+      amount = human(self.done, self._unit)
+      start, end = ("\r", "\x1b[K\n") if self._live else ("", "\n")
+      self._stream.write(f"{start}{self._label}: {amount} in {duration(seconds)}{self._rate(seconds)}{end}")
+      self._stream.flush()
+
+  def _line(self, seconds: float) -> str:
+    if not self._total:
+      return f"{self._label}: {human(self.done, self._unit)}{self._rate(seconds)}, {duration(seconds)}"
+    left = (self._total - self.done) * seconds / self.done if self.done else math.inf
+    share = f"{100 * self.done / self._total:3.0f}%"
+    of = f"{human(self.done, self._unit)} of {human(self._total, self._unit)}"
+    return f"{self._label}: {share}  {of}{self._rate(seconds)}, {duration(left)} left"
+
+  def _rate(self, seconds: float) -> str:
+    return f" ({human(self.done / seconds, self._unit + '/s')})" if self.done and seconds > 0 else ""
