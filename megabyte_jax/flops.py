@@ -52,6 +52,11 @@ def parameter_count(config: ModelConfig) -> int:
   return total
 
 
+def predicted_bytes(config: ModelConfig) -> int:
+  """Bytes that a training window predicts: all of them, but for PerceiverAR only its latents'."""
+  return config.latents if isinstance(config, PerceiverARConfig) else config.context
+
+
 def flops_per_byte(
   config: ModelConfig, context: int | None = None, attention: Attention = "causal", *, training: bool = False
 ) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import ml_collections
 
+from megabyte_jax import flops
 from megabyte_jax.config import (
   Config,
   DataConfig,
@@ -89,11 +90,6 @@ def perceiver_ar(shape: Shape, context: int, latents: int) -> PerceiverARConfig:
   )
 
 
-def predicted_bytes(model: ModelConfig) -> int:
-  """Bytes that a training window predicts: all of them, but for PerceiverAR only its latents'."""
-  return model.latents if isinstance(model, PerceiverARConfig) else model.context
-
-
 def run(
   model: ModelConfig,
   data: DataConfig,
@@ -104,7 +100,7 @@ def run(
   method: str = "basic",
 ) -> Config:
   """A whole run: appendix A.1's optimizer, and as many steps as `train_bytes` predicted bytes take."""
-  num_steps = round(train_bytes / (batch_size * predicted_bytes(model)))
+  num_steps = round(train_bytes / (batch_size * flops.predicted_bytes(model)))
   return Config(
     model=model,
     data=data,

@@ -48,7 +48,7 @@ def test_row_parses_and_round_trips(table, name):
   assert row == MODULES[table].ROWS[name]
   assert Config.from_dict(row.to_dict()) == row
   assert f"{table}.py:" in MODULES[table].__doc__  # the recipe
-  trained = row.num_steps * row.batch_size * paper_rows.predicted_bytes(row.model)
+  trained = row.num_steps * row.batch_size * flops.predicted_bytes(row.model)
   budgets = (paper_rows.BYTES, paper_rows.LONG_BYTES, paper_rows.IMAGENET64_BYTES)
   assert any(trained == pytest.approx(budget, rel=1e-3) for budget in budgets)
 
