@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import uuid
 from collections.abc import Iterator
 
 from etils import epath
@@ -18,7 +18,7 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
   """
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+  temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
   try:
     yield temporary
     temporary.replace(path)

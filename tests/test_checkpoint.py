@@ -74,6 +74,17 @@ def test_parameters_alone_from_a_folder_that_is_only_read(tmp_path):
   assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_reader_follows_a_run_that_goes_on(tmp_path):
+  with Checkpoints(tmp_path, CheckpointConfig(keep=1)) as writer:
+    writer.save(1, *make_state(1), {}, force=True)
+    writer.wait()
+    with Checkpoints(tmp_path, read_only=True) as reader:
+      assert reader.latest_step() == 1
+      writer.save(2, *make_state(2), {}, force=True)
+      writer.wait()
+      assert reader.restore_params(abstract(make_state()[0])).step == 2
+
+
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 def test_restores_onto_another_mesh(tmp_path):
   save_steps(tmp_path, 5)
