@@ -7,11 +7,8 @@ When the context is full, its last half is read again and generation goes on (wi
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import sys
-import time
 from collections.abc import Callable
 
 import jax
@@ -117,7 +114,7 @@ def generate(
   num_bytes: int = 256,
   *,
   num_samples: int = 1,
-  sampling: Sampling = Sampling(),  # noqa: B008  (it is frozen)
+  sampling: Sampling = Sampling(),
   seed: int = 0,
   on_bytes: Callable[[np.ndarray], None] | None = None,
 ) -> Generated:

@@ -1,0 +1,29 @@
+"""The quick start: a small MEGABYTE on the two novels shipped with the package.
+
+  python train.py
+
+TIME and RESULT are in the README.
+"""
+
+from megabyte_jax.config import CheckpointConfig, Config, DataConfig, Level, MegabyteConfig, OptimizerConfig
+
+
+def get_config():
+  return Config(
+    model=MegabyteConfig(
+      context=256,
+      levels=(
+        Level(patch_size=4, width=192, num_layers=3, num_heads=4),
+        Level(patch_size=1, width=96, num_layers=2, num_heads=2),
+      ),
+      dropout=0.0,
+      init_std=0.02,
+    ),
+    data=DataConfig(train="sample:text/train", validation="sample:text/validation"),
+    optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=100),
+    checkpoint=CheckpointConfig(every_steps=500),
+    batch_size=16,
+    num_steps=1500,
+    log_every=50,
+    sample_bytes=300,
+  ).to_config_dict()

@@ -1,0 +1,157 @@
+"""Bits per byte of a trained model on any data; every byte is scored exactly once.
+
+  python eval.py --workdir=runs/quickstart                                the validation split
+  python eval.py --workdir=runs/quickstart --data=FILE_OR_FOLDER          data of your own
+  python eval.py --workdir=runs/quickstart --method=both                  four passes, the best estimate (Table 11)
+
+The last line is one JSON object with bpb, bytes, nats, seconds and more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+
+import jax
+import numpy as np
+
+from megabyte_jax import command_line, perplexity, plots, report
+from megabyte_jax.atomic_file import replacing
+from megabyte_jax.checkpoint import Checkpoints, load_config
+from megabyte_jax.config import ConfigError
+from megabyte_jax.data.sources import open_path, open_source
+from megabyte_jax.models.build import abstract_model
+from megabyte_jax.sharding import make_mesh, shard_abstract
+from megabyte_jax.windows import METHODS
+
+
+def main() -> None:
+  """Reads the arguments, evaluates, writes eval.json and pictures into the work directory."""
+  args = parse_arguments()
+  config = load_config(args.workdir)
+  config = dataclasses.replace(
+    config, eval=dataclasses.replace(config.eval, batch_size=args.batch_size or config.eval.batch_size)
+  )
+  mesh = make_mesh(config.mesh)
+  source = open_path(args.data, config.data) if args.data else open_source(config.data, args.split)
+  _, abstract = abstract_model(config.model)
+  with contextlib.closing(Checkpoints(args.workdir, read_only=True)) as checkpoints:
+    restored = checkpoints.restore_params(shard_abstract(abstract, mesh), args.step)
+  print(f"step {restored.step} of {args.workdir}, {len(source.lengths):,} documents of {args.data or args.split}")
+
+  primer = open_source(config.data, "train") if args.compressors and config.data.form == "bytes" else None
+  with PerByte(args.per_byte_out, source.lengths) as per_byte:
+    result = report.evaluate_and_print(
+      config,
+      restored.params,
+      source,
+      mesh,
+      primer=primer,
+      with_compressors=args.compressors and config.data.form == "bytes" and not args.max_bytes,
+      method=args.method or config.eval.method,
+      stride=args.stride,
+      max_bytes=args.max_bytes,
+      on_byte_nats=per_byte.put if args.per_byte_out else None,
+    )
+  more = {"step": restored.step, "data": args.data or getattr(config.data, args.split), "workdir": args.workdir}
+  if args.words:
+    more["words"] = number_of_words(args.words, source, result.bytes)
+    more["word_perplexity"] = perplexity.word_perplexity(result.nats, more["words"])
+    print(f"word-level perplexity {more['word_perplexity']:.2f} ({more['words']:,} words)")
+  if jax.process_index() == 0:
+    write_positions(args.workdir, result)
+    line = report.result_json(result, **more)
+    with replacing(os.path.join(args.workdir, "eval.json")) as path:
+      path.write_text(line + "\n")
+    print(line)
+
+
+def parse_arguments() -> argparse.Namespace:
+  """The command line; see the head of this file."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--workdir", default="runs/quickstart", help="the folder of a train.py run")
+  parser.add_argument("--split", default="validation", choices=["train", "validation", "test"])
+  parser.add_argument("--data", default="", help="file, folder, glob or data set, instead of a split")
+  parser.add_argument("--step", type=int, help="checkpoint; default: the newest")
+  parser.add_argument("--method", default="", choices=["", *METHODS], help="default: config.eval.method")
+  parser.add_argument("--stride", type=int, default=0, help="bytes between sliding windows; default: half a window")
+  parser.add_argument("--batch-size", type=int, default=0, help="windows at once; default: config.eval.batch_size")
+  parser.add_argument("--max-bytes", type=int, default=0, help="score only the first so many bytes")
+  parser.add_argument("--per-byte-out", default="", metavar="FILE.npy", help="write each byte's nats, float32")
+  parser.add_argument("--words", default="", metavar="N|count|pg19", help="word-level perplexity over so many words")
+  parser.add_argument(
+    "--compressors", action=argparse.BooleanOptionalAction, default=True, help="compare with gzip ..."
+  )
+  args = parser.parse_args()
+  for name in ("stride", "batch_size", "max_bytes"):
+    if getattr(args, name) < 0:
+      raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative")
+  return args
+
+
+def number_of_words(words: str, source, scored: int) -> int:
+  """The words of the text: a number, `count` to count them, or `pg19` for that data set's official test count."""
+  if words == "count":
+    text = report.read_all(source)
+    if text is None or len(text) != scored:
+      raise ConfigError("--words=count needs the whole text scored, and less than 200 MB of it; give the number")
+    return perplexity.count_words(text)
+  if words.startswith("pg19"):
+    split = words.partition("-")[2] or "test"
+    if split not in perplexity.PG19:
+      raise ConfigError(f"--words={words}: take pg19-train, pg19-validation or pg19-test")
+    return perplexity.PG19[split].words
+  if not words.isdigit():
+    raise ConfigError(f"--words={words} is neither a number nor count nor pg19-SPLIT")
+  return int(words)
+
+
+class PerByte:
+  """Collects each byte's nats in a .npy file, which appears when all are there."""
+
+  def __init__(self, path: str, lengths: np.ndarray):
+    self.path, self.first = path, np.concatenate([[0], np.cumsum(lengths)])
+
+  def __enter__(self) -> PerByte:
+    if self.path:
+      folder = os.path.dirname(self.path) or "."
+      if not os.path.isdir(folder):
+        raise ConfigError(f"--per-byte-out={self.path}: there is no folder {folder}; make it first")
+      self.temporary = f"{self.path}.{os.getpid()}.tmp"
+      self.nats = np.lib.format.open_memmap(self.temporary, "w+", np.float32, (int(self.first[-1]),))
+      self.nats[:] = np.nan  # what --max-bytes leaves out
+    return self
+
+  def put(self, document: int, start: int, nats: np.ndarray, mask: np.ndarray) -> None:
+    """Keeps the nats of a window where its mask is True."""
+    at = int(self.first[document]) + start
+    self.nats[at : at + len(nats)][mask] = nats[mask]
+
+  def __exit__(self, kind, *_) -> None:
+    if self.path and kind is None:
+      self.nats.flush()
+      os.replace(self.temporary, self.path)
+    elif self.path:
+      os.unlink(self.temporary)
+
+
+def write_positions(workdir: str, result) -> None:
+  """Bits by position in the patch (Fig. 5) and in the window (Fig. 4): a JSON file and a picture of each."""
+  with np.errstate(invalid="ignore"):
+    patch = result.patch_nats / result.patch_bytes / np.log(2)
+    context = result.context_nats / result.context_bytes / np.log(2)
+  values = {"patch": patch.tolist(), "patch_bytes": result.patch_bytes.tolist()}
+  if len(context) <= 65536:
+    values |= {"context": context.tolist(), "context_bytes": result.context_bytes.tolist()}
+  with replacing(os.path.join(workdir, "eval_positions.json")) as path:
+    path.write_text(json.dumps(values).replace("NaN", "null") + "\n")
+  plots.loss_by_position(context, os.path.join(workdir, "eval_by_context.png"), "Loss by position", "byte in context")
+  if len(patch) > 1:
+    plots.loss_by_position(patch, os.path.join(workdir, "eval_by_patch.png"), "Loss by position", "byte in patch")
+
+
+if __name__ == "__main__":
+  command_line.run(main)

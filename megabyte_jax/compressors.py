@@ -1,0 +1,40 @@
+"""What general-purpose compressors need for the same bytes: the yardstick beside a model's bits per byte."""
+
+from __future__ import annotations
+
+import bz2
+import dataclasses
+import lzma
+import zlib
+from collections.abc import Callable
+
+# The same algorithms and levels as the command-line tools, without their file headers of a few bytes.
+COMPRESSORS: dict[str, Callable[[bytes], int]] = {
+  "gzip -9": lambda data: len(zlib.compress(data, 9)),
+  "bzip2 -9": lambda data: len(bz2.compress(data, 9)),
+  "xz -9e": lambda data: len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compressed:
+  """Bits per byte of one compressor.
+
+  Attributes:
+    alone: of the data by themselves.
+    primed: what the data add to the training text when they follow it; None if that is not known.
+      (gzip sees only its last 32 kB, bzip2 its last 900 kB.)
+  """
+
+  alone: float
+  primed: float | None
+
+
+def compress_all(data: bytes, primer: bytes | None = None) -> dict[str, Compressed]:
+  """Bits per byte that each compressor needs for `data`, alone and after `primer`."""
+  results = {}
+  for name, size in COMPRESSORS.items():
+    bits = 8 / len(data)
+    primed = None if not primer else (size(primer + data) - size(primer)) * bits
+    results[name] = Compressed(size(data) * bits, primed)
+  return results

@@ -1,0 +1,52 @@
+"""Starting a new run from another run's parameters, also with a longer context."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from megabyte_jax.checkpoint import CheckpointError, Checkpoints, load_config
+from megabyte_jax.models.build import abstract_model
+from megabyte_jax.sharding import shard_abstract
+
+
+def parameters_from(workdir: str, fresh: Any, mesh: Mesh) -> Any:
+  """The newest parameters of the run in `workdir`, for the model that `fresh` belongs to.
+
+  All arrays must have the new model's shapes, but for byte positions: where the new context (or span) is
+  longer, the positions beyond the old ones keep their fresh initial values; where it is shorter, the
+  first ones are taken.
+
+  Args:
+    fresh: the new model's initial parameters, laid out on `mesh`.
+
+  Raises:
+    CheckpointError: there is no such run, or its model is another one; names the arrays that differ.
+  """
+  _, abstract = abstract_model(load_config(workdir).model)
+  old, new = _shapes(abstract), _shapes(fresh)
+  differ = [name for name in old.keys() | new.keys() if old.get(name) != new.get(name)]
+  if differ:
+    raise CheckpointError(
+      f"the model of {workdir} does not fit this config; different: {', '.join(sorted(differ)[:8])}"
+    )
+  checkpoints = Checkpoints(workdir, read_only=True)
+  restored = checkpoints.restore_params(shard_abstract(abstract, mesh)).params
+  checkpoints.close()
+
+  def fit(new: jax.Array, old: jax.Array) -> jax.Array:
+    rows = min(len(old), len(new)) if new.ndim else 0
+    return old if new.shape == old.shape else jax.device_put(new.at[:rows].set(old[:rows]), new.sharding)
+
+  return jax.tree.map(fit, fresh, restored)
+
+
+def _shapes(parameters: Any) -> dict[str, tuple[int, ...]]:
+  """Shapes by name; of byte positions only the width, since their number may differ."""
+  shapes = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    shapes[name] = leaf.shape[1:] if name.endswith("embedder.positions") else leaf.shape
+  return shapes

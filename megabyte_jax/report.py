@@ -1,0 +1,127 @@
+"""What train.py and eval.py print for people: the run, the table of results, a sample, what to do next."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from megabyte_jax.compressors import Compressed, compress_all
+from megabyte_jax.config import Config
+from megabyte_jax.data.sources import Source
+from megabyte_jax.evaluate import Evaluation, evaluate
+from megabyte_jax.flops import flops_per_byte, parameter_count
+from megabyte_jax.generate import Sampling, generate
+from megabyte_jax.models.build import abstract_model
+from megabyte_jax.progress import Progress, duration, human
+
+_COMPRESSED_BYTES = 200_000_000  # beyond this xz would run for many minutes
+
+
+def describe_run(config: Config, mesh: Mesh, source: Source, first_step: int) -> str:
+  """Device, model, data and where the run stands."""
+  device = jax.devices()[0]
+  axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+  model = config.model
+  return "\n".join(
+    [
+      f"device  {jax.device_count()} x {device.device_kind}" + (f" (mesh: {axes})" if axes else ""),
+      f"model   {model.family}, {human(parameter_count(model))} parameters, context {model.context:,} bytes, "
+      f"{human(flops_per_byte(model, training=True), 'FLOP')} per byte of training",
+      f"data    {int(source.lengths.sum()):,} bytes in {len(source.lengths):,} documents",
+      f"steps   {first_step:,} of {config.num_steps:,} done, {config.batch_size} x {model.context:,} bytes each",
+    ]
+  )
+
+
+def evaluate_and_print(
+  config: Config,
+  parameters: Any,
+  source: Source,
+  mesh: Mesh,
+  *,
+  primer: Source | None = None,
+  with_compressors: bool = True,
+  **options: Any,
+) -> Evaluation:
+  """Evaluates with a progress line and prints the table of bits per byte, compressors included.
+
+  Args:
+    primer: the training data, for the compressors' primed figures.
+    options: further arguments of `evaluate`.
+  """
+  total = int(np.sum(source.lengths))
+  with Progress("scoring", total=total, enabled=jax.process_index() == 0) as progress:
+    result = evaluate(
+      config, parameters, source, mesh=mesh, on_progress=lambda done, _: progress.update(done), **options
+    )
+  compressors = {}
+  if with_compressors and total <= _COMPRESSED_BYTES and jax.process_index() == 0:
+    compressors = compress_all(read_all(source), read_all(primer) if primer and primer.joinable else None)
+  if jax.process_index() == 0:
+    print(results_table(config, result, compressors), flush=True)
+  return result
+
+
+def read_all(source: Source) -> bytes | None:
+  """All documents joined, None if they are more than the compressors take."""
+  if int(np.sum(source.lengths)) > _COMPRESSED_BYTES:
+    return None
+  return b"".join(source.read(i, 0, int(length)).tobytes() for i, length in enumerate(source.lengths))
+
+
+def results_table(config: Config, result: Evaluation, compressors: dict[str, Compressed]) -> str:
+  """Bits per byte of the model and of the compressors, one line each."""
+  name = "MEGABYTE" if config.model.family == "megabyte" else "PerceiverAR"
+  if config.model.family == "megabyte" and len(config.model.levels) == 1 and config.model.levels[0].patch_size == 1:
+    name = "Transformer"
+  lines = [
+    f"bits per byte on {result.bytes:,} bytes ({len(result.document_bytes):,} documents, {duration(result.seconds)})",
+    f"  {name:<12}{result.bpb:7.3f}   {result.method} inference, {result.cost:g}x",
+  ]
+  for compressor, bits in sorted(compressors.items(), key=lambda item: item[1].alone):
+    primed = "" if bits.primed is None else f"   {bits.primed:.3f} primed with the training data"
+    lines.append(f"  {compressor:<12}{bits.alone:7.3f}{primed}")
+  return "\n".join(lines)
+
+
+def print_sample(config: Config, parameters: Any, source: Source) -> None:
+  """Prints `config.sample_bytes` bytes that continue the end of the first training document's first bytes."""
+  if not config.sample_bytes or config.data.form != "bytes":
+    return
+  graph, _ = abstract_model(config.model)
+  prompt_bytes = min(64, config.model.context // 2, int(source.lengths[-1]))
+  prompt = source.read(len(source.lengths) - 1, 0, prompt_bytes).tobytes()
+  print(f"\na sample (temperature 0.7) that continues {prompt.decode(errors='replace')!r}:\n")
+  made = generate(nnx.merge(graph, parameters), prompt, config.sample_bytes, sampling=Sampling(temperature=0.7))
+  print(made.bytes_[0].tobytes().decode(errors="replace"), "\n")
+
+
+def what_next(workdir: str, picture: str) -> str:
+  """Commands to try after training."""
+  return "\n".join(
+    [
+      f"loss curve: {picture}",
+      "try next:",
+      f"  python eval.py --workdir={workdir} --data=YOUR_FILE_OR_FOLDER",
+      f'  python -m megabyte_jax.generate --workdir={workdir} --prompt="It is a truth" --bytes=400 --temperature=0.7',
+      "  python train.py --workdir=runs/mine --config.data.train=YOUR_FOLDER --config.data.validation=YOUR_FILE",
+    ]
+  )
+
+
+def result_json(result: Evaluation, **more: Any) -> str:
+  """The evaluation as one JSON object on one line."""
+  values = {
+    "bpb": result.bpb,
+    "bytes": result.bytes,
+    "nats": result.nats,
+    "seconds": round(result.seconds, 3),
+    "method": result.method,
+    "cost": result.cost,
+  }
+  return json.dumps({**values, **more})
