@@ -131,6 +131,8 @@ def test_generation_sees_what_sliding_evaluation_sees(position, case):
     assert (window.start, window.start + window.latent_start) == (windows.latents_window(start, config), start)
   else:
     assert window.start == start
+  room = min(config.context, window.latent_start + size)
+  assert windows.generation_window(position, config) == (window.start, room, window.latent_start)
   later = dict(scored_bytes(windows.plan(position + 77, config, "sliding")))[position]
   assert (later.start, later.latent_start) == (window.start, window.latent_start)
 

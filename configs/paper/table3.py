@@ -3,6 +3,8 @@
   python train.py --config=configs/paper/table3.py:megabyte --workdir=runs/table3/megabyte
   python eval.py --workdir=runs/table3/megabyte --split=test --method=both
 
+The Transformer slides by half its window; Fig. 4 of the paper has it slide by 512 bytes: --stride=512.
+
 The paper's perplexities, with bits per byte of the test set derived from them:
 
                  validation  test   bpb (test)
