@@ -45,6 +45,9 @@ class DataConfig:
     documents: packed (windows are cut from all documents joined end to end) | whole (no window crosses
       from one document into the next).
     image_size: images are scaled (short side) and centre-cropped to this many pixels squared.
+    image_tiles: 0 takes the centred square of an image; else the short side is scaled to this many pixels and the
+      image is cut into disjoint tiles of image_size pixels squared.
+    convert_images: make grey, alpha, CMYK and 16-bit images RGB instead of calling them unreadable.
     scan: order of an image's bytes: patch (section D.1 of the paper) | raster.
     scan_patch: bytes P = 3 * p^2 of a p x p patch in a patch scan.
     sample_rate: audio is resampled to this many samples per second; 0 keeps the file's own.
@@ -60,6 +63,8 @@ class DataConfig:
   form: Literal["bytes", "image", "audio"] = "bytes"
   documents: Literal["packed", "whole"] = "packed"
   image_size: int = 64
+  image_tiles: int = 0
+  convert_images: bool = False
   scan: Literal["patch", "raster"] = "patch"
   scan_patch: int = 12
   sample_rate: int = 0

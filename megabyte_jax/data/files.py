@@ -25,8 +25,11 @@ def open_files(spec: str, data: DataConfig) -> Source:
   Raises:
     DataError: there are none, or one is empty or cannot be read.
   """
-  paths = find_files(spec)
-  return ByteFiles(*paths, skip_bad=data.skip_bad)
+  if data.form == "image":
+    from megabyte_jax.data import image_source, images  # noqa: PLC0415
+
+    return image_source.Images(image_source.ImageFiles(*find_files(spec, images.SUFFIXES)), data)
+  return ByteFiles(*find_files(spec), skip_bad=data.skip_bad)
 
 
 def find_files(spec: str, suffixes: Sequence[str] = ()) -> tuple[list[str], list[str]]:
@@ -161,7 +164,20 @@ def read_block(path: str, start: int, stop: int) -> bytes:
     return file.read(stop - start)
 
 
-def fingerprint_files(paths: Sequence[str], names: Sequence[str], lengths: np.ndarray) -> str:
+def read_whole(path: str) -> bytes:
+  """All bytes of a local or remote file. Raises DataError naming it where that fails."""
+  try:
+    return epath.Path(path).read_bytes()
+  except OSError as error:
+    raise DataError(f"{path} cannot be read ({error.strerror or error})") from error
+
+
+def sizes_of(paths: Sequence[str]) -> list[int]:
+  """Bytes of each file; -1 where it cannot be looked at."""
+  return [epath.Path(path).stat().length if "://" in path else _size(path) for path in paths]
+
+
+def fingerprint_files(paths: Sequence[str], names: Sequence[str], lengths: Sequence[int] | np.ndarray) -> str:
   """Hash of all names and lengths and of three blocks of each file (of evenly spaced ones where there are many).
 
   Cheap for files of any size. Times of change are left out, so that a copy of the data counts as the same data.

@@ -1,0 +1,147 @@
+"""Images as documents: decoded, scaled and scanned when they are read."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+
+from megabyte_jax.config import DataConfig
+from megabyte_jax.config_parsing import require
+from megabyte_jax.data import images
+from megabyte_jax.data.files import fingerprint_files, read_whole, sizes_of
+from megabyte_jax.data.sources import DataError, check_range, combine_fingerprints
+
+_DECODED = 16  # decoded images kept at hand: an evaluation reads the windows of an image one after the other
+
+
+class EncodedImages(Protocol):
+  """Where encoded images come from: files, or records of a data set."""
+
+  names: Sequence[str]
+  fingerprint: str
+
+  def load(self, i: int) -> bytes:
+    """The encoded image number i."""
+    ...
+
+
+class ImageFiles:
+  """JPEG, PNG and WebP files."""
+
+  def __init__(self, paths: Sequence[str], names: Sequence[str]):
+    self.paths, self.names = paths, names
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """See `fingerprint_files`."""
+    return fingerprint_files(self.paths, self.names, sizes_of(self.paths))
+
+  def load(self, i: int) -> bytes:
+    """See `EncodedImages.load`."""
+    return read_whole(self.paths[i])
+
+
+class Images:
+  """One document per image, or per tile of an image, of image_size^2 * 3 bytes, in the order of the scan.
+
+  With data.image_tiles = 0 an image gives its centred square (`images.square_image`). Otherwise its short side is
+  scaled to image_tiles pixels and it is cut into as many squares as fit side by side from the top left corner.
+
+  Args:
+    encoded: where the images are.
+    data: size, scan and what to do with odd or bad images. With skip_bad every image is decoded once at the start;
+      unreadable ones are left out and counted in `skipped`.
+    convert: make grey, CMYK and other images RGB although data.convert_images does not ask for it.
+  """
+
+  joinable = False
+
+  def __init__(self, encoded: EncodedImages, data: DataConfig, convert: bool = False):
+    if data.scan == "patch":
+      p = images.patch_side(data.scan_patch)
+      require(
+        data.image_size % p == 0,
+        f"config.data.image_size {data.image_size} is not a multiple of the {p} pixels of a patch "
+        f"(config.data.scan_patch={data.scan_patch})",
+      )
+    require(
+      data.image_tiles == 0 or data.image_tiles >= data.image_size,
+      f"config.data.image_tiles {data.image_tiles} is smaller than image_size {data.image_size}",
+    )
+    self.encoded, self.data, self.convert = encoded, data, convert or data.convert_images
+    self.skipped = 0
+    self._decoded = functools.lru_cache(maxsize=_DECODED)(self._decode)
+    good = self._good_images() if data.skip_bad else np.arange(len(encoded.names))
+    if data.image_tiles:
+      self._place_tiles(good)
+    else:
+      self._places = None
+      self._image = good
+      everything = len(good) == len(encoded.names)
+      self.names = encoded.names if everything else [encoded.names[i] for i in good]
+    self.lengths = np.full(len(self.names), data.image_size**2 * 3, np.int64)
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Changes with the images and with how they are turned into bytes."""
+    d = self.data
+    how = (d.image_size, d.image_tiles, d.scan, d.scan_patch if d.scan == "patch" else 0, self.convert, self.skipped)
+    return combine_fingerprints([self.encoded.fingerprint, repr(how)])
+
+  def read(self, document: int, start: int, stop: int) -> np.ndarray:
+    """See `Source.read`. Raises DataError naming an image that cannot be decoded."""
+    check_range(self, document, start, stop)
+    image = self._decoded(int(self._image[document]))
+    if self._places is not None:
+      (top, left), n = self._places[document], self.data.image_size
+      image = images.image_to_bytes(image[top : top + n, left : left + n], self.data.scan, self.data.scan_patch)
+    return image[start:stop].copy()
+
+  def _decode(self, i: int) -> np.ndarray:
+    """The bytes of an image or, where tiles are cut, its pixels."""
+    image = images.open_image(self.encoded.load(i), self.encoded.names[i], self.convert)
+    if self.data.image_tiles:
+      return images.scaled_image(image, self.data.image_tiles)
+    square = images.square_image(image, self.data.image_size)
+    return images.image_to_bytes(square, self.data.scan, self.data.scan_patch)
+
+  def _good_images(self) -> np.ndarray:
+    with ThreadPoolExecutor() as pool:
+      good = np.flatnonzero(list(pool.map(self._is_good, range(len(self.encoded.names)))))
+    self.skipped = len(self.encoded.names) - len(good)
+    if not len(good):
+      raise DataError(f"none of {self.skipped} images can be read, {self.encoded.names[0]} for one")
+    return good
+
+  def _is_good(self, i: int) -> bool:
+    try:
+      images.open_image(self.encoded.load(i), self.encoded.names[i], self.convert)
+    except DataError:
+      return False
+    return True
+
+  def _place_tiles(self, good: np.ndarray) -> None:
+    n = self.data.image_size
+    self._image, self._places, self.names = [], [], []
+    for i in good:
+      width, height = images.scaled_size(_size(self.encoded.load(int(i)), self.encoded.names[i]), self.data.image_tiles)
+      for row, column in np.ndindex(height // n, width // n):
+        self._image.append(i)
+        self._places.append((row * n, column * n))
+        self.names.append(f"{self.encoded.names[i]}[{row},{column}]")
+
+
+def _size(data: bytes, name: str) -> tuple[int, int]:
+  """(width, height) from the head of an image file."""
+  from PIL import Image  # noqa: PLC0415
+
+  try:
+    with Image.open(io.BytesIO(data)) as image:
+      return image.size
+  except Exception as error:  # see images.open_image
+    raise DataError(f"{name} is not a JPEG, PNG or WebP image ({error})") from error

@@ -1,0 +1,176 @@
+"""Bytes <-> images: decoding, scaling, the patch scan and the raster scan, and pictures to look at."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from megabyte_jax.atomic_file import replacing
+from megabyte_jax.config import DataConfig
+from megabyte_jax.config_parsing import require
+from megabyte_jax.data.sources import DataError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_FORMATS = ("JPEG", "PNG", "WEBP")
+_ALPHA, _GREY = ("RGBA", "LA", "PA", "RGBa", "La"), ("L", "1")
+
+
+def patch_side(scan_patch: int) -> int:
+  """Pixels p on the side of a patch of P = 3 * p^2 bytes. Raises ConfigError where there is no such p."""
+  p = math.isqrt(scan_patch // 3) if scan_patch > 0 else 0
+  require(
+    p > 0 and 3 * p * p == scan_patch,
+    f"config.data.scan_patch is {scan_patch}; a patch scan needs 3 * p^2 bytes: 3, 12, 27, 48, 192, 768, ...",
+  )
+  return p
+
+
+def image_to_bytes(image_HWC: np.ndarray, scan: str, scan_patch: int = 3) -> np.ndarray:
+  """The bytes of an image in the order in which they are modelled.
+
+  raster: row after row, each pixel as red, green, blue. patch (section D.1 of the paper): the image is cut into
+  p x p patches, P = 3 * p^2; patches go row after row, and so do the pixels of a patch. So a patch of the model is a
+  square of the image.
+
+  Args:
+    image_HWC: uint8 [height, width, 3].
+    scan: patch | raster.
+    scan_patch: P; p must divide height and width. Not looked at in a raster scan.
+
+  Returns:
+    uint8 [height * width * 3].
+  """
+  height, width, _ = image_HWC.shape
+  if scan == "raster":
+    return np.ascontiguousarray(image_HWC).reshape(-1)
+  p = _fitting_side(scan_patch, height, width)
+  return image_HWC.reshape(height // p, p, width // p, p, 3).swapaxes(1, 2).reshape(-1)
+
+
+def bytes_to_image(
+  x: np.ndarray, scan: str, scan_patch: int = 3, *, height: int | None = None, width: int | None = None
+) -> np.ndarray:
+  """The inverse of `image_to_bytes`: uint8 [height, width, 3]; by default the image is square.
+
+  Raises:
+    DataError: the number of bytes is not that of such an image.
+  """
+  x = np.asarray(x, np.uint8)
+  if height is None or width is None:
+    height = width = math.isqrt(x.size // 3)
+  if x.size != height * width * 3 or not x.size:
+    raise DataError(f"{x.size:,} bytes are no {height} x {width} image of 3 bytes a pixel")
+  if scan == "raster":
+    return x.reshape(height, width, 3)
+  p = _fitting_side(scan_patch, height, width)
+  return x.reshape(height // p, width // p, p, p, 3).swapaxes(1, 2).reshape(height, width, 3)
+
+
+def _fitting_side(scan_patch: int, height: int, width: int) -> int:
+  p = patch_side(scan_patch)
+  require(
+    height % p == 0 and width % p == 0,
+    f"patches of {p} x {p} pixels (config.data.scan_patch={scan_patch}) do not tile an image of {height} x {width}",
+  )
+  return p
+
+
+def open_image(data: bytes, name: str, convert: bool = False):
+  """Decodes a JPEG, PNG or WebP file to a Pillow image of mode RGB, in the file's own size.
+
+  EXIF orientation is not applied, as TFDS does not. What is not plain 8-bit RGB is an error, or, with `convert`: grey
+  is repeated over the three channels, alpha is dropped, CMYK goes through Pillow's formula, of 16 bits the upper 8 are
+  kept. A palette without transparency is plain RGB.
+
+  Raises:
+    DataError: names the item and what is wrong with it.
+  """
+  from PIL import Image  # noqa: PLC0415
+
+  try:
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+      if image.format == "PNG":  # Pillow decodes pixels without looking at their checksums
+        image.verify()
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+      animated = image.format != "JPEG" and getattr(image, "is_animated", False)
+      image.load()
+  except Exception as error:  # decoders of damaged files raise nearly everything
+    raise DataError(f"{name} is not a whole JPEG, PNG or WebP image ({error})") from error
+  odd = _oddity(image, data) or ("an animation" if animated else "")
+  if odd and (animated or not convert):
+    how = "remove it, or skip such images with --config.data.skip_bad=True"
+    how += "" if animated else ", or make them RGB with --config.data.convert_images=True"
+    raise DataError(f"{name} is {odd}, not an 8-bit RGB image; {how}")
+  if image.mode in ("I;16", "I;16B", "I;16L", "I"):  # grey of 16 bits
+    image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+  return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _oddity(image, data: bytes) -> str:
+  """What keeps an image from being 8-bit RGB; empty if nothing does."""
+  sixteen_bits = image.format == "PNG" and data[24] == 16  # Pillow shows 16-bit RGB as RGB
+  if sixteen_bits or image.mode.startswith(("I", "F")):
+    return "an image of 16 bits a channel"
+  if image.mode in _ALPHA or (image.mode in ("P", "RGB", "L") and "transparency" in image.info):
+    return "an image with alpha"
+  if image.mode in _GREY:
+    return "a grey image"
+  return "" if image.mode in ("RGB", "P") else f"an image of colours {image.mode}"
+
+
+def square_image(image, size: int) -> np.ndarray:
+  """The centred square of a Pillow image, uint8 [size, size, 3].
+
+  The short side is scaled to `size` pixels by Pillow's bicubic filter (which averages when it makes smaller), and the
+  middle of the long side is kept, in one resampling. An image that has this size already is left untouched.
+  """
+  from PIL import Image  # noqa: PLC0415
+
+  if image.size != (size, size):
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+  return np.asarray(image)
+
+
+def scaled_image(image, short_side: int) -> np.ndarray:
+  """A Pillow image with its short side scaled to `short_side` (bicubic), uint8 [height, width, 3]."""
+  from PIL import Image  # noqa: PLC0415
+
+  size = scaled_size(image.size, short_side)
+  return np.asarray(image if size == image.size else image.resize(size, Image.Resampling.BICUBIC))
+
+
+def scaled_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+  """(width, height) after scaling the short side to `short_side` pixels."""
+  return tuple(short_side if s == min(size) else max(short_side, round(s * short_side / min(size))) for s in size)
+
+
+def write_png(path: epath.PathLike, image_HWC: np.ndarray) -> None:
+  """Writes a uint8 [height, width, 3] image; the file appears whole or not at all."""
+  from PIL import Image  # noqa: PLC0415
+
+  with replacing(path) as temporary, temporary.open("wb") as file:
+    Image.fromarray(np.asarray(image_HWC, np.uint8)).save(file, format="PNG")
+
+
+def write_document_png(path: epath.PathLike, x: np.ndarray, data: DataConfig) -> None:
+  """Writes the bytes of one (evaluated or generated) image as the picture that they are under `data`."""
+  write_png(path, bytes_to_image(x, data.scan, data.scan_patch))
+
+
+def image_grid(rows: Sequence[Sequence[np.ndarray]], gap: int = 2) -> np.ndarray:
+  """Equally large uint8 [height, width, 3] images in rows on white, as one image."""
+  height, width, _ = rows[0][0].shape
+  columns = max(len(row) for row in rows)
+  grid = np.full((len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+  for i, row in enumerate(rows):
+    for j, image in enumerate(row):
+      top, left = gap + i * (height + gap), gap + j * (width + gap)
+      grid[top : top + height, left : left + width] = image
+  return grid
