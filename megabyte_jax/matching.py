@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -25,9 +24,9 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from megabyte_jax import flops
+from megabyte_jax import command_line, flops
 from megabyte_jax.config import Config
-from megabyte_jax.config_parsing import ConfigError, require
+from megabyte_jax.config_parsing import require
 from megabyte_jax.models.config import PerceiverARConfig
 from megabyte_jax.sharding import batch_sharding, make_mesh
 from megabyte_jax.train_state import initial_state, make_train_step
@@ -193,16 +192,14 @@ _STEPS = flags.DEFINE_integer("steps", 10, "training steps timed for each number
 
 def main(argv: Sequence[str]) -> None:
   """Prints the solution."""
-  try:
-    for name, value in (("reference", _REFERENCE.value), ("candidate", _CANDIDATE.value)):
-      require(value is not None, f"--{name} is missing; give a config, such as configs/paper/table2.py:pg19_megabyte")
-    reference, candidate = Config.from_dict(_REFERENCE.value), Config.from_dict(_CANDIDATE.value)
-    cost = training_flops if _BY.value == "flops" else functools.partial(seconds_per_byte, steps=_STEPS.value)
-    unit = "training FLOPs/byte" if _BY.value == "flops" else "seconds/byte, training"
-    print(report(match(reference, candidate, cost, _LEVEL.value), reference, unit))
-  except ConfigError as error:
-    sys.exit(f"error: {error}")
+  require(len(argv) == 1, f"{' '.join(argv[1:])!r} is no flag; give --reference=CONFIG and --candidate=CONFIG")
+  for name, value in (("reference", _REFERENCE.value), ("candidate", _CANDIDATE.value)):
+    require(value is not None, f"--{name} is missing; give a config, such as configs/paper/table2.py:pg19_megabyte")
+  reference, candidate = Config.from_dict(_REFERENCE.value), Config.from_dict(_CANDIDATE.value)
+  cost = training_flops if _BY.value == "flops" else functools.partial(seconds_per_byte, steps=_STEPS.value)
+  unit = "training FLOPs/byte" if _BY.value == "flops" else "seconds/byte, training"
+  print(report(match(reference, candidate, cost, _LEVEL.value), reference, unit))
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(lambda argv: command_line.run(lambda: main(argv)), flags_parser=command_line.parse_config_flags)

@@ -88,4 +88,4 @@ def test_command_line():
   shown = subprocess.run([*command, *configs], capture_output=True, text=True, check=True).stdout
   assert "of the reference" in shown and "--config.model.levels[0].num_layers=" in shown
   failed = subprocess.run([*command, configs[0]], capture_output=True, text=True, check=False)
-  assert failed.returncode != 0 and "--candidate is missing" in failed.stderr
+  assert failed.returncode != 0 and failed.stderr.startswith("error: --candidate is missing")
