@@ -48,7 +48,7 @@ def from_runs(folder: pathlib.Path, rows: Mapping[str, Config]) -> list[Measured
   for path in sorted(folder.glob("**/eval*.json")):
     config_path = path.parent / "config.json"
     content = _read(path)
-    if not config_path.exists() or not isinstance(content, dict):
+    if not config_path.exists() or not isinstance(content, dict) or "bpb" not in content:
       continue
     try:
       config = Config.from_dict(_read(config_path))
@@ -57,7 +57,7 @@ def from_runs(folder: pathlib.Path, rows: Mapping[str, Config]) -> list[Measured
     for name in _rows_of(path.parent, config, content.get("method"), rows):
       smaller = config.model != rows[name].model
       size = f" ({flops.parameter_count(config.model) / 1e6:.3g}M parameters)" if smaller else ""
-      found.append(Measured(name, _numbers(content), f"{path}{size}"))
+      found.append(Measured(name, _numbers({"split": _split(content, config)} | content), f"{path}{size}"))
   return found
 
 
@@ -68,6 +68,12 @@ def _rows_of(run: pathlib.Path, config: Config, method: str | None, rows: Mappin
     return [named]
   same = [name for name, row in rows.items() if (row.model, row.data) == (config.model, config.data)]
   return [name for name in same if method is None or rows[name].eval.method == method]
+
+
+def _split(content: Mapping[str, Any], config: Config) -> str:
+  """The split whose data was evaluated; other data is nobody's."""
+  splits = ("test", "validation", "train")
+  return next((split for split in splits if content.get("data") == getattr(config.data, split)), "other")
 
 
 def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:

@@ -159,6 +159,7 @@ def imagenet(size: int, scan_patch: int = 192, scan: str = "patch") -> DataConfi
     validation="tfds:imagenet2012:validation",
     form="image",
     image_size=size,
+    convert_images=True,  # some of them are grey or CMYK
     scan=scan,
     scan_patch=scan_patch,
     documents="whole",

@@ -83,12 +83,13 @@ def test_run_directories(tmp_path):
   rows = tables.all_rows()
   small = dataclasses.replace(rows["table9:megabyte"], model=rows["table9:transformer"].model)
   for folder, config, evaluation in (
-    ("table9/megabyte", small, {"bpb": 2.0, "split": "test", "word_perplexity": 40.0}),
+    ("table9/megabyte", small, {"bpb": 2.0, "data": "data/pg19/test", "word_perplexity": 40.0}),
     ("mine", rows["table11:strided"], {"bpb": 1.5, "method": "strided"}),
   ):
     (tmp_path / folder).mkdir(parents=True)
     (tmp_path / folder / "config.json").write_text(json.dumps(config.to_dict()))
     (tmp_path / folder / "eval.json").write_text(json.dumps(evaluation))
+    (tmp_path / folder / "eval_positions.json").write_text('{"patch": [1, 2]}')
   found = {m.row: m for m in measured.from_runs(tmp_path, rows)}
   assert set(found) == {"table9:megabyte", "table11:strided"}
   assert found["table9:megabyte"].numbers["perplexity_test"] == 40.0

@@ -1,7 +1,7 @@
 """Table 3 (and 8): word-level perplexity on PG-19 after 400 billion bytes.
 
   python train.py --config=configs/paper/table3.py:megabyte --workdir=runs/table3/megabyte
-  python eval.py --workdir=runs/table3/megabyte --split=test --method=both
+  python eval.py --workdir=runs/table3/megabyte --split=test --method=both --words=pg19
 
 The Transformer slides by half its window; Fig. 4 of the paper has it slide by 512 bytes: --stride=512.
 
