@@ -56,12 +56,12 @@ class Images:
     encoded: where the images are.
     data: size, scan and what to do with odd or bad images. With skip_bad every image is decoded once at the start;
       unreadable ones are left out and counted in `skipped`.
-    convert: make grey, CMYK and other images RGB although data.convert_images does not ask for it.
+    convert: what is made RGB (see `images.open_image`) where data.convert_images does not ask for all.
   """
 
   joinable = False
 
-  def __init__(self, encoded: EncodedImages, data: DataConfig, convert: bool = False):
+  def __init__(self, encoded: EncodedImages, data: DataConfig, convert: str = ""):
     if data.scan == "patch":
       p = images.patch_side(data.scan_patch)
       require(
@@ -73,7 +73,7 @@ class Images:
       data.image_tiles == 0 or data.image_tiles >= data.image_size,
       f"config.data.image_tiles {data.image_tiles} is smaller than image_size {data.image_size}",
     )
-    self.encoded, self.data, self.convert = encoded, data, convert or data.convert_images
+    self.encoded, self.data, self.convert = encoded, data, "all" if data.convert_images else convert
     self.skipped = 0
     self._decoded = functools.lru_cache(maxsize=_DECODED)(self._decode)
     good = self._good_images() if data.skip_bad else np.arange(len(encoded.names))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from megabyte_jax.data.sources import DataError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _ALPHA, _GREY = ("RGBA", "LA", "PA", "RGBa", "La"), ("L", "1")
+_GREY_IMAGE, _CMYK_IMAGE = "a grey image", "an image of colours CMYK"  # what decoders of three channels make RGB
 
 
 def patch_side(scan_patch: int) -> int:
@@ -79,12 +81,17 @@ def _fitting_side(scan_patch: int, height: int, width: int) -> int:
   return p
 
 
-def open_image(data: bytes, name: str, convert: bool = False):
+def open_image(data: bytes, name: str, convert: str = ""):
   """Decodes a JPEG, PNG or WebP file to a Pillow image of mode RGB, in the file's own size.
 
-  EXIF orientation is not applied, as TFDS does not. What is not plain 8-bit RGB is an error, or, with `convert`: grey
-  is repeated over the three channels, alpha is dropped, CMYK goes through Pillow's formula, of 16 bits the upper 8 are
-  kept. A palette without transparency is plain RGB.
+  EXIF orientation is not applied, as TFDS does not. What is not plain 8-bit RGB is an error unless `convert` allows it.
+  A palette without transparency is plain RGB.
+
+  Args:
+    data: the file.
+    name: of the item, for errors.
+    convert: "colours" repeats grey over the three channels and turns CMYK to RGB by Pillow's formula; "all" also drops
+      alpha and keeps the upper 8 of 16 bits.
 
   Raises:
     DataError: names the item and what is wrong with it.
@@ -93,21 +100,32 @@ def open_image(data: bytes, name: str, convert: bool = False):
 
   try:
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-      if image.format == "PNG":  # Pillow decodes pixels without looking at their checksums
-        image.verify()
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+      if image.format == "PNG":
+        _check_png(data)
       animated = image.format != "JPEG" and getattr(image, "is_animated", False)
       image.load()
   except Exception as error:  # decoders of damaged files raise nearly everything
     raise DataError(f"{name} is not a whole JPEG, PNG or WebP image ({error})") from error
   odd = _oddity(image, data) or ("an animation" if animated else "")
-  if odd and (animated or not convert):
+  fine = convert == "all" or (convert == "colours" and odd in (_GREY_IMAGE, _CMYK_IMAGE))
+  if odd and (animated or not fine):
     how = "remove it, or skip such images with --config.data.skip_bad=True"
     how += "" if animated else ", or make them RGB with --config.data.convert_images=True"
     raise DataError(f"{name} is {odd}, not an 8-bit RGB image; {how}")
   if image.mode in ("I;16", "I;16B", "I;16L", "I"):  # grey of 16 bits
     image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
   return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _check_png(data: bytes) -> None:
+  """Raises ValueError unless all checksums of a PNG file hold; Pillow decodes pixels without looking at theirs."""
+  place, kind = 8, b""
+  while kind != b"IEND":
+    length = int.from_bytes(data[place : place + 4], "big")
+    kind, crc = data[place + 4 : place + 8], data[place + 8 + length : place + 12 + length]
+    if zlib.crc32(data[place + 4 : place + 8 + length]) != int.from_bytes(crc, "big") or len(crc) != 4:
+      raise ValueError(f"wrong checksum or end of file in the chunk at byte {place}")
+    place += 12 + length
 
 
 def _oddity(image, data: bytes) -> str:
@@ -118,7 +136,7 @@ def _oddity(image, data: bytes) -> str:
   if image.mode in _ALPHA or (image.mode in ("P", "RGB", "L") and "transparency" in image.info):
     return "an image with alpha"
   if image.mode in _GREY:
-    return "a grey image"
+    return _GREY_IMAGE
   return "" if image.mode in ("RGB", "P") else f"an image of colours {image.mode}"
 
 

@@ -93,6 +93,10 @@ def _open_one(spec: str, data: DataConfig) -> Source:
       known = sorted(os.path.relpath(root, SAMPLE_FOLDER) for root, dirs, _ in os.walk(SAMPLE_FOLDER) if not dirs)
       raise ConfigError(f"no sample data {spec!r}; there are {', '.join('sample:' + name for name in known)}")
     return files.open_files(path, data)
+  if spec.startswith("tfds:"):
+    from megabyte_jax.data import tfds_source  # noqa: PLC0415
+
+    return tfds_source.open_tfds(spec, data)
   return files.open_files(spec, data)
 
 

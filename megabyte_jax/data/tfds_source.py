@@ -1,0 +1,240 @@
+"""TFDS data sets, read at random from ArrayRecord files without TensorFlow.
+
+A data set is named `tfds:NAME:SPLIT` or `tfds:NAME:SPLIT#FEATURE`. NAME is a TFDS name, with configuration and version
+if need be (downsampled_imagenet/64x64, imagenet2012:5.1.0), or the folder of a prepared data set, local or gs://; SPLIT
+is TFDS's split syntax (validation, train[:90%]).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from megabyte_jax.config import DataConfig
+from megabyte_jax.config_parsing import require
+from megabyte_jax.data.files import fingerprint_files, sizes_of
+from megabyte_jax.data.image_source import Images
+from megabyte_jax.data.sources import DataError, Source, check_range, combine_fingerprints
+
+_SPLIT = r"\w+(?:\[[^\]]*\])?"
+_SPEC = re.compile(rf"tfds:(?P<name>.+):(?P<split>{_SPLIT}(?:\+{_SPLIT})*)(?:#(?P<feature>\w+))?")
+_RECORDS_KEPT = 16  # texts kept at hand: an evaluation reads the windows of a book one after the other
+
+
+class Spec(NamedTuple):
+  """The parts of `tfds:NAME:SPLIT#FEATURE`; feature may be empty."""
+
+  name: str
+  split: str
+  feature: str
+
+
+def parse_spec(spec: str) -> Spec:
+  """Raises ConfigError where `spec` is no `tfds:NAME:SPLIT`."""
+  match = _SPEC.fullmatch(spec)
+  require(match is not None, f"data source {spec!r} names no split; write it like tfds:pg19:validation")
+  return Spec(match["name"], match["split"], match["feature"] or "")
+
+
+def open_tfds(spec: str, data: DataConfig) -> Source:
+  """The images (data.form = image) or texts (bytes) of a data set.
+
+  Grey and CMYK JPEGs become RGB, as the data set's own description (three channels) has it.
+
+  Raises:
+    ConfigError: no such data set, split or feature.
+    DataError: it is not prepared, or not as ArrayRecord; the message holds the command that helps.
+  """
+  import tensorflow_datasets as tfds  # noqa: PLC0415
+
+  name, split, feature = parse_spec(spec)
+  require(data.form != "audio", f"{spec}: audio is read from files; no TFDS audio yet (config.data.form)")
+  builder = find_builder(name, data.tfds_dir)
+  _check_prepared(builder, name, data.tfds_dir)
+  kinds = (tfds.features.Image,) if data.form == "image" else (tfds.features.Text, tfds.features.Tensor)
+  feature = _find_feature(builder, kinds, feature, spec, data.form)
+  records = Records(builder, split, feature, spec)
+  return Images(records, data, convert="colours") if data.form == "image" else Texts(records, data.skip_bad)
+
+
+def find_builder(name: str, tfds_dir: str) -> Any:
+  """TFDS's builder of a data set, or of the one that lies in the folder `name`. Raises ConfigError if there is none."""
+  import tensorflow_datasets as tfds  # noqa: PLC0415
+
+  if "://" in name or name.startswith((".", "/", "~")):
+    folder = epath.Path(name).expanduser()
+    if not (folder / "dataset_info.json").exists():
+      raise DataError(f"{name} holds no prepared TFDS data set (no dataset_info.json)")
+    return tfds.builder_from_directory(folder)
+  try:
+    return tfds.builder(name, data_dir=tfds_dir or None)
+  except tfds.core.DatasetNotFoundError as error:
+    where = tfds_dir or "TFDS's default folder"
+    hint = re.search(r"Did you mean[^?\n]*\?", str(error))
+    raise DataError(
+      f"TFDS knows no data set {name!r}, and none lies in {where}. {hint[0] if hint else ''} "
+      "Check the name, or where it lies with --config.data.tfds_dir=DIR"
+    ) from error
+  except (ValueError, AssertionError) as error:  # a configuration or version that does not exist
+    raise DataError(f"tfds:{name}: {error}") from error
+
+
+def prepare_command(action: str, name: str, tfds_dir: str) -> str:
+  """The command line that builds or converts a data set."""
+  where = f" --tfds_dir={tfds_dir}" if tfds_dir else ""
+  return f"python -m megabyte_jax.data.prepare {action} tfds:{name}{where}"
+
+
+def _check_prepared(builder: Any, name: str, tfds_dir: str) -> None:
+  folder = epath.Path(builder.data_dir)
+  if not builder.info.splits:
+    manual = ""
+    if getattr(builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", None):
+      root = tfds_dir or builder.data_dir_root
+      manual = f" (its files must be fetched by hand first, into {root}/downloads/manual)"
+    command = prepare_command("build", name, tfds_dir)
+    raise DataError(f"tfds:{name} is not in {folder}; prepare it with\n  {command}{manual}")
+  formats = {form.value for form in builder.info.available_file_formats()}
+  if "array_record" not in formats:
+    raise DataError(
+      f"tfds:{name} in {folder} is stored as {', '.join(sorted(formats))}, which cannot be read at random; convert it "
+      f"with\n  {prepare_command('convert', name, tfds_dir)}\nwhich needs no TensorFlow and leaves the old files alone"
+    )
+
+
+def _find_feature(builder: Any, kinds: tuple[type, ...], wanted: str, spec: str, form: str) -> str:
+  """The feature of the wanted kind; where there are several texts, the one called text or ..._text."""
+  features = dict(builder.info.features.items()) if hasattr(builder.info.features, "items") else {}
+  fitting = [name for name, kind in features.items() if isinstance(kind, kinds) and (form == "image" or _is_text(kind))]
+  if wanted:
+    require(wanted in fitting, f"{spec} has no {form} feature {wanted!r}; there are {', '.join(fitting) or 'none'}")
+    return wanted
+  if len(fitting) > 1:
+    fitting = [name for name in fitting if re.fullmatch(r"(.*_)?(text|content|image)", name)]
+  require(
+    len(fitting) == 1,
+    f"{spec} does not say which feature to read as config.data.form={form}; add #FEATURE, one of {', '.join(features)}",
+  )
+  return fitting[0]
+
+
+def _is_text(kind: Any) -> bool:
+  return kind.shape == () and kind.np_dtype in (np.str_, np.bytes_, object)
+
+
+class Records:
+  """One feature of the records of a split, as stored (images encoded, text in UTF-8)."""
+
+  def __init__(self, builder: Any, split: str, feature: str, spec: str):
+    import tensorflow_datasets as tfds  # noqa: PLC0415
+
+    self.spec, self.feature = spec, feature
+    try:
+      self._info = builder.info.splits[split]
+    except (ValueError, KeyError) as error:
+      raise DataError(f"{spec}: no such split; there are {', '.join(builder.info.splits)}") from error
+    image = isinstance(builder.info.features[feature], tfds.features.Image)
+    decoders = {feature: tfds.decode.SkipDecoding()} if image else None
+    self._records = builder.as_data_source(split, decoders=decoders, file_format="array_record")
+    # Asked for after the choice of format, for the names of the files depend on it.
+    self._shards = builder.info.splits[split].file_instructions
+    self._ends = np.cumsum([shard.take for shard in self._shards])
+    self._check_shard = functools.cache(self._find_problem)
+    self.names = _Numbered(spec, len(self._records))
+    if not len(self._records):
+      raise DataError(f"{spec} has no records")
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Changes with the shards (as `fingerprint_files`) and with the part of them that is read."""
+    paths = [str(shard.filename) for shard in self._shards]
+    names = [path.rsplit("/", 1)[-1] for path in paths]
+    part = repr([(shard.skip, shard.take) for shard in self._shards])
+    return combine_fingerprints([fingerprint_files(paths, names, sizes_of(paths)), part, self.feature])
+
+  def load(self, i: int) -> bytes:
+    """The stored bytes of record number i. Raises DataError naming it and its file."""
+    k = int(np.searchsorted(self._ends, i, side="right"))
+    shard = self._shards[k]
+    try:
+      self._check_shard(k)
+      value = self._records[i][self.feature]
+      return value.encode() if isinstance(value, str) else bytes(value)
+    except Exception as error:  # the reader has no error of its own
+      place = i - int(self._ends[k]) + shard.take + shard.skip
+      raise DataError(f"{self.names[i]} (record {place} of {shard.filename}) cannot be read: {error}") from error
+
+  def _find_problem(self, k: int) -> None:
+    """Raises ValueError where shard k is damaged; a reader gives empty records for some that were cut short."""
+    from array_record.python import array_record_module  # noqa: PLC0415
+
+    shard = self._shards[k]
+    reader = array_record_module.ArrayRecordReader(str(shard.filename), options="readahead_buffer_size:0")
+    whole, count = reader.ok(), reader.num_records()
+    reader.close()
+    if not whole or count != shard.examples_in_shard:
+      raise ValueError(f"the file is damaged, {count} of {shard.examples_in_shard} records are left; prepare it again")
+
+
+class Texts:
+  """One document per text. Their lengths are found by reading all of them once, when the source is opened."""
+
+  joinable = True
+
+  def __init__(self, records: Records, skip_bad: bool):
+    self._records = records
+    count = len(records.names)
+    if count > 1000:
+      logging.warning(
+        "reading %s once to learn the lengths of its %d texts; pack it to start at once: "
+        "python -m megabyte_jax.data.prepare pack %s DIR",
+        *(records.spec, count, records.spec),
+      )
+    with ThreadPoolExecutor() as pool:
+      lengths = np.array(list(pool.map(lambda i: self._length(i, skip_bad), range(count))), np.int64)
+    self._kept = np.flatnonzero(lengths)
+    self.skipped = count - len(self._kept)
+    if not len(self._kept):
+      raise DataError(f"all {count} texts of {records.spec} are empty or unreadable")
+    self.lengths = lengths[self._kept]
+    self.names = [records.names[i] for i in self._kept]
+    self.fingerprint = combine_fingerprints([records.fingerprint, str(self.skipped)])
+    self._text = functools.lru_cache(maxsize=_RECORDS_KEPT)(records.load)
+
+  def _length(self, i: int, skip_bad: bool) -> int:
+    try:
+      length = len(self._records.load(i))
+      if length or skip_bad:
+        return length
+      raise DataError(f"{self._records.names[i]} is empty; skip such texts with --config.data.skip_bad=True")
+    except DataError:
+      if skip_bad:
+        return 0
+      raise
+
+  def read(self, document: int, start: int, stop: int) -> np.ndarray:
+    """See `Source.read`."""
+    check_range(self, document, start, stop)
+    return np.frombuffer(self._text(int(self._kept[document])), np.uint8)[start:stop].copy()
+
+
+class _Numbered(Sequence):
+  """spec[0], spec[1], ... without a list of millions of strings."""
+
+  def __init__(self, spec: str, count: int):
+    self._spec, self._count = spec, count
+
+  def __len__(self) -> int:
+    return self._count
+
+  def __getitem__(self, i):
+    if not 0 <= i < self._count:
+      raise IndexError(i)
+    return f"{self._spec}[{i}]"
