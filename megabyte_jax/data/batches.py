@@ -17,6 +17,7 @@ import grain
 import jax
 import numpy as np
 
+from megabyte_jax.config_parsing import require
 from megabyte_jax.data.sources import DataError, Mixture, Source
 
 _AHEAD = 2  # batches on their way to the devices while the current one is worked on
@@ -56,6 +57,7 @@ class Windows:
     documents: packed | whole.
 
   Raises:
+    ConfigError: the context is no multiple of the source's unit.
     DataError: packed data hold fewer bytes than one window.
   """
 
@@ -63,6 +65,10 @@ class Windows:
     self.source, self.context, self.seed = source, context, seed
     self.packed = documents == "packed" and source.joinable
     self.total = int(source.lengths.sum())
+    require(
+      context % source.unit == 0,
+      f"a context of {context} bytes cuts apart the {source.unit} bytes of a sample; make it a multiple",
+    )
     if self.packed:
       if self.total < context:
         raise DataError(
@@ -81,8 +87,9 @@ class Windows:
     """The window that is draw number `draw` >= 0."""
     window = self._order[draw]
     if self.packed:
-      slack = self.total - self.per_epoch * self.context
-      place = window * self.context + _random_below(slack + 1, self.seed, draw // self.per_epoch)
+      unit = self.source.unit
+      slack = (self.total - self.per_epoch * self.context) // unit
+      place = window * self.context + unit * _random_below(slack + 1, self.seed, draw // self.per_epoch)
       document = int(np.searchsorted(self._ends, place, side="right"))
       return Span(document, place - self._first(document), self.context)
     document = int(np.searchsorted(self._ends, window, side="right"))

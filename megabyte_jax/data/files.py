@@ -29,6 +29,10 @@ def open_files(spec: str, data: DataConfig) -> Source:
     from megabyte_jax.data import image_source, images  # noqa: PLC0415
 
     return image_source.Images(image_source.ImageFiles(*find_files(spec, images.SUFFIXES)), data)
+  if data.form == "audio":
+    from megabyte_jax.data import audio  # noqa: PLC0415
+
+    return audio.AudioFiles(*find_files(spec, audio.SUFFIXES), data)
   return ByteFiles(*find_files(spec), skip_bad=data.skip_bad)
 
 
@@ -97,7 +101,7 @@ class ByteFiles:
     skip_bad: leave empty or unreadable files out, and count them in `skipped`, instead of raising DataError.
   """
 
-  joinable = True
+  joinable, unit = True, 1
 
   def __init__(self, paths: Sequence[str], names: Sequence[str], skip_bad: bool = False):
     self.paths, self.names, lengths, self.skipped = [], [], [], 0

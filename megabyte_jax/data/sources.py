@@ -10,6 +10,7 @@ One file, image or recording is one document.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from typing import Protocol
@@ -34,12 +35,14 @@ class Source(Protocol):
     lengths: int64 array, bytes per document.
     joinable: whether a window may run from one document into the next (an image's bytes mean nothing
       without its first pixel's place, so images may not be joined).
+    unit: bytes that belong together, such as the two of a 16-bit sample; windows start at multiples of it.
     fingerprint: short hexadecimal string; differs when the data, or how they are turned into bytes, differ.
   """
 
   names: Sequence[str]
   lengths: np.ndarray
   joinable: bool
+  unit: int
   fingerprint: str
 
   def read(self, document: int, start: int, stop: int) -> np.ndarray:
@@ -108,6 +111,7 @@ class Joined:
     self.names = [name for source in sources for name in source.names]
     self.lengths = np.concatenate([source.lengths for source in sources])
     self.joinable = all(source.joinable for source in sources)
+    self.unit = math.lcm(*(source.unit for source in sources))
     self.fingerprint = combine_fingerprints(source.fingerprint for source in sources)
     self._first = np.cumsum([0] + [len(source.lengths) for source in sources])
 

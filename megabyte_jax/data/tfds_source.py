@@ -186,7 +186,7 @@ class Records:
 class Texts:
   """One document per text. Their lengths are found by reading all of them once, when the source is opened."""
 
-  joinable = True
+  joinable, unit = True, 1
 
   def __init__(self, records: Records, skip_bad: bool):
     self._records = records
