@@ -25,6 +25,10 @@ def open_files(spec: str, data: DataConfig) -> Source:
   Raises:
     DataError: there are none, or one is empty or cannot be read.
   """
+  from megabyte_jax.data import packed  # noqa: PLC0415  (packed data are byte files underneath)
+
+  if packed.is_packed(spec):
+    return packed.Packed(spec, data)
   if data.form == "image":
     from megabyte_jax.data import image_source, images  # noqa: PLC0415
 

@@ -74,7 +74,9 @@ def find_builder(name: str, tfds_dir: str) -> Any:
       raise DataError(f"{name} holds no prepared TFDS data set (no dataset_info.json)")
     return tfds.builder_from_directory(folder)
   try:
-    return tfds.builder(name, data_dir=tfds_dir or None)
+    builder = tfds.builder(name, data_dir=tfds_dir or None)
+    # What lies there describes itself best: the builder of the code does not see that a data set has two file formats.
+    return tfds.builder_from_directory(builder.data_dir) if builder.info.splits else builder
   except tfds.core.DatasetNotFoundError as error:
     where = tfds_dir or "TFDS's default folder"
     hint = re.search(r"Did you mean[^?\n]*\?", str(error))
