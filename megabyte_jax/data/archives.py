@@ -69,9 +69,10 @@ def _members(path: str) -> Iterator[tuple[str, int, IO[bytes]]]:
   lower = path.lower()
   if lower.endswith(".zip"):
     with zipfile.ZipFile(path) as archive:
+      _check_count(path, len(archive.infolist()))
       for entry in archive.infolist():
-        if not entry.is_dir() and not _hidden(entry.filename):
-          with archive.open(entry) as file:
+        with archive.open(entry) as file:  # also of those left out: it compares the name with the one at the file
+          if not entry.is_dir() and not _hidden(entry.filename):
             yield entry.filename, entry.file_size, file
   elif lower.endswith(_TAR):
     with _open_tar(lower)(path, "rb") as file:
@@ -85,6 +86,17 @@ def _members(path: str) -> Iterator[tuple[str, int, IO[bytes]]]:
     stem, suffix = os.path.splitext(os.path.basename(path))
     with _SINGLE[suffix.lower()](path, "rb") as file:
       yield stem, -1, file
+
+
+def _check_count(path: str, found: int) -> None:
+  """Raises ValueError unless a zip file's directory has as many entries as its end says; zipfile does not look."""
+  with open(path, "rb") as file:
+    file.seek(max(0, os.path.getsize(path) - 22 - 65535))
+    tail = file.read()
+  place = tail.rfind(b"PK\5\6")
+  promised = int.from_bytes(tail[place + 10 : place + 12], "little")
+  if promised not in (found, 0xFFFF):  # 0xFFFF: in the zip64 record
+    raise ValueError(f"{found} of {promised} entries are in its directory")
 
 
 def _open_tar(name: str) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import io
 import json
 import os
 import sys
@@ -35,6 +36,7 @@ FORMAT = "megabyte_jax packed bytes 1"
 MANIFEST = "manifest.json"
 _SAVE_EVERY = 1 << 26  # bytes between points from which a restart goes on
 _BLOCK = 1 << 22  # bytes read at once for a checksum
+_KEYS = {"bytes": int, "documents": int, "skipped": int, "unit": int, "settings": dict, "request": dict, "sha256": dict}
 # Settings that change the bytes, by form of data: a folder packed with others is refused.
 _SETTINGS = {
   "bytes": (),
@@ -68,9 +70,13 @@ class Packed:
       packed = self.manifest["settings"].get(name)
       require(packed == value, f"{path} was packed with {name}={packed!r}; config.data.{name} is {value!r}")
     try:
-      with (folder / "ends.npy").open("rb") as file:
-        ends = np.lib.format.read_array(file)
+      ends_file = (folder / "ends.npy").read_bytes()
+      if hashlib.sha256(ends_file).hexdigest() != self.manifest["sha256"].get("ends.npy"):
+        raise ValueError("ends.npy does not have its checksum")
+      ends = np.lib.format.read_array(io.BytesIO(ends_file))
       self._bytes = ByteFiles([str(folder / "data.bin")], ["data.bin"])
+    except DataError:
+      raise
     except (OSError, ValueError) as error:
       raise DataError(f"{path} is not whole ({error}); pack it again") from error
     found = (len(ends), int(ends[-1]) if len(ends) else 0, int(self._bytes.lengths[0]))
@@ -85,7 +91,7 @@ class Packed:
     self.joinable = data.form != "image"
     self.unit = self.manifest["unit"]
     self.skipped = self.manifest["skipped"]
-    self.fingerprint = self.manifest["sha256"]["ends.npy"][:8] + self._bytes.fingerprint[:8]
+    self.fingerprint = hashlib.sha256(ends_file).hexdigest()[:8] + self._bytes.fingerprint[:8]
 
   @functools.cached_property
   def names(self) -> Sequence[str]:
@@ -104,8 +110,13 @@ def _read_manifest(folder: epath.Path) -> dict[str, Any]:
     manifest = json.loads((folder / MANIFEST).read_text())
     if manifest["format"] != FORMAT:
       raise DataError(f"{folder} is in the format {manifest['format']!r}; this version reads {FORMAT!r}")
+    missing = [key for key, kind in _KEYS.items() if not isinstance(manifest[key], kind)]
+    if missing:
+      raise DataError(f"{folder / MANIFEST} has a wrong {missing[0]!r}; pack the data again")
     return manifest
-  except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+  except DataError:
+    raise
+  except (OSError, KeyError, TypeError, ValueError) as error:
     raise DataError(f"{folder / MANIFEST} cannot be read ({error!r}); pack the data again") from error
 
 

