@@ -10,21 +10,21 @@ The last line is one JSON object with bpb, bytes, nats, seconds and more.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
 
 import jax
 import numpy as np
+from flax import nnx
 
 from megabyte_jax import command_line, perplexity, plots, report
 from megabyte_jax.atomic_file import replacing
-from megabyte_jax.checkpoint import Checkpoints, load_config
+from megabyte_jax.checkpoint import load_config
 from megabyte_jax.config import ConfigError
 from megabyte_jax.data.sources import open_path, open_source
-from megabyte_jax.models.build import abstract_model
-from megabyte_jax.sharding import make_mesh, shard_abstract
+from megabyte_jax.pretrained import load
+from megabyte_jax.sharding import make_mesh
 from megabyte_jax.windows import METHODS
 
 
@@ -37,16 +37,15 @@ def main() -> None:
   )
   mesh = make_mesh(config.mesh)
   source = open_path(args.data, config.data) if args.data else open_source(config.data, args.split)
-  _, abstract = abstract_model(config.model)
-  with contextlib.closing(Checkpoints(args.workdir, read_only=True)) as checkpoints:
-    restored = checkpoints.restore_params(shard_abstract(abstract, mesh), args.step)
-  print(f"step {restored.step} of {args.workdir}, {len(source.lengths):,} documents of {args.data or args.split}")
+  model, _, step = load(args.workdir, args.step, mesh)
+  parameters = nnx.to_pure_dict(nnx.state(model))
+  print(f"step {step} of {args.workdir}, {len(source.lengths):,} documents of {args.data or args.split}")
 
   primer = open_source(config.data, "train") if args.compressors and config.data.form == "bytes" else None
   with PerByte(args.per_byte_out, source.lengths) as per_byte:
     result = report.evaluate_and_print(
       config,
-      restored.params,
+      parameters,
       source,
       mesh,
       primer=primer,
@@ -56,7 +55,7 @@ def main() -> None:
       max_bytes=args.max_bytes,
       on_byte_nats=per_byte.put if args.per_byte_out else None,
     )
-  more = {"step": restored.step, "data": args.data or getattr(config.data, args.split), "workdir": args.workdir}
+  more = {"step": step, "data": args.data or getattr(config.data, args.split), "workdir": args.workdir}
   if args.words:
     more["words"] = number_of_words(args.words, source, result.bytes)
     more["word_perplexity"] = perplexity.word_perplexity(result.nats, more["words"])

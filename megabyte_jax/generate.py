@@ -1,155 +1,104 @@
-"""Sampling bytes with per-level caches: one local step a byte, one global step a patch.
+"""Continues a text with a trained model.
 
-  python -m megabyte_jax.generate --workdir=runs/quickstart --prompt="It is a truth" --bytes=400
-
-When the context is full, its last half is read again and generation goes on (windows.py).
+python -m megabyte_jax.generate --workdir=runs/quickstart --prompt="It is a truth" --bytes=400
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Callable
+import argparse
+import codecs
+import os
+import sys
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from megabyte_jax import windows
-from megabyte_jax.config_parsing import require
-from megabyte_jax.models.build import Model
-from megabyte_jax.models.config import PerceiverARConfig
-
-_CHUNK_BYTES = 64  # bytes decoded between two looks at the result
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-  """How a byte is picked.
-
-  Attributes:
-    temperature: logits are divided by it; 0 picks the most probable byte.
-    top_k: only the k most probable bytes; 0 all.
-    top_p: only the most probable bytes that together reach this probability; 1 all.
-  """
-
-  temperature: float = 1.0
-  top_k: int = 0
-  top_p: float = 1.0
-
-  def __post_init__(self):
-    require(self.temperature >= 0, f"temperature is {self.temperature}; it must not be negative")
-    require(self.top_k >= 0, f"top_k is {self.top_k}; it must not be negative")
-    require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be in (0, 1]")
+from megabyte_jax import command_line
+from megabyte_jax.atomic_file import replacing
+from megabyte_jax.config_parsing import ConfigError, require
+from megabyte_jax.pretrained import load
+from megabyte_jax.progress import Progress, duration, human
+from megabyte_jax.sampling import Sampling, generate
 
 
-def pick_byte(logits_V: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-  """One byte from float32 logits, int32 scalar."""
-  if sampling.temperature == 0:
-    return jnp.argmax(logits_V).astype(jnp.int32)
-  logits_V = logits_V / sampling.temperature
-  descending_V = jnp.sort(logits_V)[::-1]
-  if 0 < sampling.top_k < logits_V.shape[0]:
-    logits_V = jnp.where(logits_V < descending_V[sampling.top_k - 1], -jnp.inf, logits_V)
-    descending_V = jnp.where(jnp.arange(logits_V.shape[0]) < sampling.top_k, descending_V, -jnp.inf)
-  if sampling.top_p < 1:
-    # A byte stays if those more probable than it do not reach top_p already.
-    before_V = jnp.cumsum(jax.nn.softmax(descending_V)) - jax.nn.softmax(descending_V)
-    least = jnp.min(jnp.where(before_V < sampling.top_p, descending_V, jnp.inf))
-    logits_V = jnp.where(logits_V < least, -jnp.inf, logits_V)
-  return jax.random.categorical(key, logits_V).astype(jnp.int32)
+def parse_arguments() -> argparse.Namespace:
+  """The command line; see the head of this file."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--workdir", default="runs/quickstart", help="the folder of a train.py run")
+  parser.add_argument("--step", type=int, help="checkpoint; default: the newest")
+  parser.add_argument("--prompt", default="", help="text to continue")
+  parser.add_argument("--prompt-file", default="", help="a file to continue, instead of --prompt")
+  parser.add_argument("--bytes", type=int, default=400, help="to generate")
+  parser.add_argument("--num-samples", type=int, default=1, help="continuations, generated side by side")
+  parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most probable byte")
+  parser.add_argument("--top-k", type=int, default=0, help="only the k most probable bytes; 0: all")
+  parser.add_argument("--top-p", type=float, default=1.0, help="only the most probable bytes that reach p together")
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--output", default="", help="write the raw bytes (prompt included) here; {} numbers samples")
+  args = parser.parse_args()
+  require(not (args.prompt and args.prompt_file), "give --prompt or --prompt-file, not both")
+  require(
+    args.num_samples == 1 or not args.output or "{}" in args.output,
+    f"--output={args.output} names one file for {args.num_samples} samples; put {{}} where their number goes",
+  )
+  if args.prompt_file and not os.path.isfile(args.prompt_file):
+    raise ConfigError(f"--prompt-file={args.prompt_file} does not exist")
+  return args
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _read_prompt(graph, parameters, x_BT, *where):
-  return nnx.merge(graph, parameters).read_prompt(x_BT, *where)
+def main() -> None:
+  """Loads the model, streams one sample or shows progress on several, prints or writes them."""
+  args = parse_arguments()
+  sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+  prompt = args.prompt.encode("utf-8", "surrogateescape")  # bytes that are no UTF-8 come through as they are
+  if args.prompt_file:
+    with open(args.prompt_file, "rb") as file:
+      prompt = file.read()
+  model, _, step = load(args.workdir, args.step)
+  print(f"step {step} of {args.workdir}", file=sys.stderr)
+  streams = args.num_samples == 1 and not args.output
+  show = StreamedText() if streams else None
+  if streams:
+    show.write(prompt)
+  progress = Progress("generating", total=args.bytes * args.num_samples, enabled=not streams)
+
+  def on_bytes(new: np.ndarray) -> None:
+    if streams:
+      show.write(new.tobytes())
+    progress.add(new.size)
+
+  options = dict(num_samples=args.num_samples, sampling=sampling, seed=args.seed, on_bytes=on_bytes)
+  with progress:
+    made = generate(model, prompt, args.bytes, **options)
+  if streams:
+    show.close()
+    seconds = progress.seconds
+    speed = human(args.bytes / seconds, "B/s")
+    print(f"{args.bytes:,} bytes in {duration(seconds)} ({speed}, compilation included)", file=sys.stderr)
+  for number, sample in enumerate(made.bytes_):
+    text = prompt + sample.tobytes()
+    if args.output:
+      with replacing(args.output.replace("{}", str(number))) as path:
+        path.write_bytes(text)
+    elif not streams:
+      print(f"--- sample {number} ---\n{text.decode(errors='replace')}")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _decode(graph, sampling, parameters, state, x_BT, known, offset, patches, keys_B):
-  """Decodes `patches` patches (at most a chunk); bytes before `known` are taken from x instead.
+class StreamedText:
+  """Writes bytes to the terminal as text as they come; a character that is split waits for its other bytes."""
 
-  Positions count from the window's start, which is byte `offset` of the text.
-  """
-  model = nnx.merge(graph, parameters)
-  B, S = x_BT.shape[0], patch_bytes(model)
-  size = max(_CHUNK_BYTES // S, 1) * S
+  def __init__(self):
+    self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-  def pick(logits_BV, position):
-    text_position = offset + position
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, text_position)
-    sampled_B = jax.vmap(functools.partial(pick_byte, sampling=sampling))(logits_BV, keys)
-    given_B = jax.lax.dynamic_index_in_dim(x_BT, jnp.minimum(position, x_BT.shape[1] - 1), 1, keepdims=False)
-    return jnp.where(position < known, given_B.astype(jnp.int32), sampled_B)
+  def write(self, data: bytes) -> None:
+    """Prints what is complete."""
+    sys.stdout.write(self.decoder.decode(data))
+    sys.stdout.flush()
 
-  def one_patch(i, carry):
-    state, bytes_BC, nats_BC = carry
-    state, bytes_BS, logits_BSV = model.decode_patch(state, pick)
-    log_p_BSV = jax.nn.log_softmax(logits_BSV)
-    nats_BS = -jnp.take_along_axis(log_p_BSV, bytes_BS[..., None], axis=-1)[..., 0]
-    put = jax.lax.dynamic_update_slice_in_dim
-    return state, put(bytes_BC, bytes_BS, i * S, axis=1), put(nats_BC, nats_BS, i * S, axis=1)
-
-  empty = (state, jnp.zeros((B, size), jnp.int32), jnp.zeros((B, size), jnp.float32))
-  return jax.lax.fori_loop(0, patches, one_patch, empty)
+  def close(self) -> None:
+    """Prints what is left, and ends the line."""
+    sys.stdout.write(self.decoder.decode(b"", final=True) + "\n")
+    sys.stdout.flush()
 
 
-def patch_bytes(model: Model) -> int:
-  """Bytes that `model.decode_patch` makes at once."""
-  return 1 if isinstance(model.config, PerceiverARConfig) else model.config.levels[0].patch_size
-
-
-@dataclasses.dataclass(frozen=True)
-class Generated:
-  """Generated bytes: `bytes_` uint8 [samples, n], and `nats` float32 [samples, n], -ln p of each (temperature 1)."""
-
-  bytes_: np.ndarray
-  nats: np.ndarray
-
-
-def generate(
-  model: Model,
-  prompt: bytes = b"",
-  num_bytes: int = 256,
-  *,
-  num_samples: int = 1,
-  sampling: Sampling = Sampling(),
-  seed: int = 0,
-  on_bytes: Callable[[np.ndarray], None] | None = None,
-) -> Generated:
-  """Continues `prompt`, `num_samples` times.
-
-  Args:
-    prompt: of any length; what the context cannot hold is forgotten from the front.
-    num_bytes: to generate, of any number.
-    seed: the randomness of a byte depends on the seed, the sample's number and the byte's place alone.
-    on_bytes: called with new bytes, uint8 [samples, m], as they come.
-  """
-  require(num_bytes >= 0, f"the number of bytes to generate is {num_bytes}; it must not be negative")
-  require(num_samples >= 1, f"the number of samples is {num_samples}; it must be at least 1")
-  graph, parameters = nnx.split(model)
-  config, S, context = model.config, patch_bytes(model), model.config.context
-  keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(num_samples))
-  done, total = len(prompt), len(prompt) + num_bytes
-  text = np.zeros((num_samples, total + S + context), np.uint8)  # room for a last patch and a last window
-  text[:, :done] = np.frombuffer(prompt, np.uint8)
-  nats = np.zeros((num_samples, total), np.float32)
-  while done < total:
-    offset, limit, latent_start = windows.generation_window(done, config)
-    x_BT = jnp.asarray(text[:, offset : offset + context], jnp.int32)
-    known = done - offset
-    where = (known, latent_start) if isinstance(config, PerceiverARConfig) else (known,)
-    state = _read_prompt(graph, parameters, x_BT, *where)
-    at = known // model.alignment * model.alignment  # bytes from here to `known` are decoded as given
-    while at < limit and offset + at < total:
-      patches = min(max(_CHUNK_BYTES // S, 1), (limit - at) // S, -(-(total - offset - at) // S))
-      state, bytes_BC, nats_BC = _decode(graph, sampling, parameters, state, x_BT, known, offset, patches, keys_B)
-      first, last = max(offset + at, done), min(offset + at + patches * S, total)
-      shift = offset + at
-      text[:, first:last] = np.asarray(bytes_BC)[:, first - shift : last - shift]
-      nats[:, first:last] = np.asarray(nats_BC)[:, first - shift : last - shift]
-      if on_bytes and last > first:
-        on_bytes(text[:, first:last])
-      at, done = at + patches * S, max(last, done)
-  return Generated(text[:, len(prompt) : total], nats[:, len(prompt) :])
+if __name__ == "__main__":
+  command_line.run(main)

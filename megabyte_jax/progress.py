@@ -88,6 +88,11 @@ class Progress:
     elif self._live:
       self._stream.write("\n")
 
+  @property
+  def seconds(self) -> float:
+    """Since the start."""
+    return time.monotonic() - self._start
+
   def add(self, amount: float) -> None:
     """Counts `amount` more as done."""
     self.update(self.done + amount)

@@ -15,9 +15,9 @@ from megabyte_jax.config import Config
 from megabyte_jax.data.sources import Source
 from megabyte_jax.evaluate import Evaluation, evaluate
 from megabyte_jax.flops import flops_per_byte, parameter_count
-from megabyte_jax.generate import Sampling, generate
 from megabyte_jax.models.build import abstract_model
 from megabyte_jax.progress import Progress, duration, human
+from megabyte_jax.sampling import Sampling, generate
 
 _COMPRESSED_BYTES = 200_000_000  # beyond this xz would run for many minutes
 

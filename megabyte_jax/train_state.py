@@ -87,7 +87,7 @@ def make_train_step(config: Config) -> Callable[..., tuple[TrainState, dict[str,
     gradient = jax.tree.map(lambda g: g / count, gradient)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.parameters)
     parameters = optax.apply_updates(state.parameters, updates)
-    metrics = {"nats": nats, "bytes": count.astype(jnp.float32), "grad_norm": optax.global_norm(gradient)}
+    metrics = {"nats": nats, "bytes": count.astype(jnp.float32), "grad_norm": optax.tree.norm(gradient)}
     return TrainState(state.step + 1, parameters, opt_state), metrics
 
   return jax.jit(train_step, donate_argnums=0)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from megabyte_jax.config_parsing import ConfigError
 
 _CUDNN_MIN_SLOTS = 64  # below, the matrix products of a span are too small for a fused kernel to help
+_SHORT_SPAN = 16  # slots, up to which sums of products beat matrix products on a GPU
 
 
 class Past(NamedTuple):
@@ -70,6 +71,8 @@ def attention(
     return _windowed(q_BNMHK, k_BNMHK, v_BNMHK, window, dropout if drops else 0.0, dropout_key)
   distance_MM = jnp.arange(M)[:, None] - jnp.arange(M)[None, :]
   visible_MM = (distance_MM >= 0) & (distance_MM < (window or M))
+  if q_BNMHK.shape[1] > 1 and M <= _SHORT_SPAN and not drops and jax.default_backend() == "gpu":
+    return _short(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past)
   return _xla(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past, dropout if drops else 0.0, dropout_key)
 
 
@@ -92,6 +95,22 @@ def _xla(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past, dropout, dropout_key):
   if past is not None:
     out += jnp.einsum("BNHMS,BNSHK->BNMHK", weights[..., M:], past.v_BNSHK)
   return out
+
+
+def _short(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past):
+  """As `_xla` for many short spans: products and sums that XLA fuses, where small matrix products would crawl."""
+  k, v, visible = k_BNMHK, v_BNMHK, visible_MM
+  if past is not None:
+    k, v = jnp.concatenate([past.k_BNSHK, k], axis=2), jnp.concatenate([past.v_BNSHK, v], axis=2)
+    M, S = visible_MM.shape[0], past.k_BNSHK.shape[2]
+    before = past.visible.reshape((1,) * (4 - past.visible.ndim) + past.visible.shape)
+    before = jnp.broadcast_to(before, (*before.shape[:2], M, S))
+    visible = jnp.concatenate([before, jnp.broadcast_to(visible_MM, (*before.shape[:2], M, M))], axis=-1)
+  q, k, v = (a.astype(jnp.float32) for a in (q_BNMHK, k, v))
+  logits_BNMSH = jnp.sum(q[:, :, :, None] * k[:, :, None], axis=-1) * q.shape[-1] ** -0.5
+  logits_BNMSH = jnp.where(visible[..., None], logits_BNMSH, jnp.finfo(jnp.float32).min)
+  weights_BNMSH = jax.nn.softmax(logits_BNMSH, axis=3)
+  return jnp.sum(weights_BNMSH[..., None] * v[:, :, None], axis=3).astype(q_BNMHK.dtype)
 
 
 def _windowed(q_B1MHK, k_B1MHK, v_B1MHK, window, dropout, dropout_key):

@@ -1,0 +1,36 @@
+"""A trained model from its work directory."""
+
+from __future__ import annotations
+
+import contextlib
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from megabyte_jax.checkpoint import Checkpoints, load_config
+from megabyte_jax.config import Config, MeshConfig
+from megabyte_jax.models.build import Model, abstract_model
+from megabyte_jax.sharding import make_mesh, shard_abstract
+
+
+def load(workdir: str, step: int | None = None, mesh: Mesh | None = None) -> tuple[Model, Config, int]:
+  """The model of a train.py run, with the parameters of one of its checkpoints.
+
+  Args:
+    workdir: the run's folder.
+    step: which checkpoint; None takes the newest that is whole.
+    mesh: where the parameters go; None puts all of them on the first device.
+
+  Returns:
+    The model, the run's config, and the step.
+
+  Raises:
+    CheckpointError: there is no run, no such checkpoint, or it is damaged.
+  """
+  config = load_config(workdir)
+  mesh = mesh or make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
+  graph, abstract = abstract_model(config.model)
+  with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+    restored = checkpoints.restore_params(shard_abstract(abstract, mesh), step)
+  return nnx.merge(graph, restored.params), config, restored.step
