@@ -1,0 +1,9 @@
+"""Eight virtual CPU devices for every test, asked for before JAX starts."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+_flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "xla_force_host_platform_device_count" not in f]
+os.environ["XLA_FLAGS"] = " ".join([*_flags, "--xla_force_host_platform_device_count=8"])
+# A cache of compiled programs would hide what a fresh machine does.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
