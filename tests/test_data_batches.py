@@ -18,7 +18,7 @@ from megabyte_jax.data.sources import DataError, Mixture, open_path
 class Numbers:
   """Documents whose byte i says where it is: the low byte of a running count over all documents."""
 
-  unit, skipped, fingerprint = 1, 0, "numbers"
+  unit, slow, skipped, fingerprint = 1, False, 0, "numbers"
 
   def __init__(self, *lengths, joinable=True):
     self.lengths, self.joinable = np.array(lengths, np.int64), joinable

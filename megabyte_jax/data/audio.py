@@ -95,7 +95,7 @@ class AudioFiles:
     DataError: a file is empty or no such audio; or, when it is read, damaged.
   """
 
-  joinable = True
+  joinable, slow = True, True
 
   def __init__(self, paths: Sequence[str], names: Sequence[str], data: DataConfig):
     self.data, self.paths, self.names = data, list(paths), list(names)

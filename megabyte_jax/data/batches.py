@@ -155,14 +155,15 @@ def batches(
     documents: packed | whole, see `Windows`.
     sharding: of the [batch, context] array. Batches are then global arrays, of which this process reads only the rows
       that its devices hold, and they are sent to the devices ahead of time. None yields NumPy arrays of all rows.
-    num_threads: threads that read and decode; None takes one per core, at most 16; 0 reads when asked.
+    num_threads: threads that read and decode; None takes one per core, at most 16, or a single one where reading is
+      cheap and threads would only wait for each other; 0 reads when asked.
 
   Raises:
     DataError: see `Windows`; and, when reached, an item that cannot be read.
   """
   windows = open_windows(source, context=context, seed=seed, documents=documents)
   rows = np.arange(batch_size) if sharding is None else rows_of_this_process(sharding, batch_size, context)
-  threads = min(16, os.cpu_count() or 1) if num_threads is None else num_threads
+  threads = num_threads if num_threads is not None else min(16, os.cpu_count() or 1) if source.slow else 1
   host = host_batches(windows, batch_size, rows, first_step, num_steps, context, threads)
   return host if sharding is None else _to_devices(host, rows, batch_size, sharding)
 

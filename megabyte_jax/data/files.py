@@ -122,6 +122,7 @@ class ByteFiles:
     if not self.paths:
       raise DataError(f"all {self.skipped} files are empty or unreadable, {paths[0]} for one")
     self.lengths = np.array(lengths, np.int64)
+    self.slow = any("://" in path for path in self.paths)
     self._map = functools.lru_cache(maxsize=_OPEN_FILES)(self._open)
 
   @functools.cached_property

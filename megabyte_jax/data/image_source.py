@@ -59,7 +59,7 @@ class Images:
     convert: what is made RGB (see `images.open_image`) where data.convert_images does not ask for all.
   """
 
-  joinable, unit = False, 1
+  joinable, unit, slow = False, 1, True
 
   def __init__(self, encoded: EncodedImages, data: DataConfig, convert: str = ""):
     if data.scan == "patch":

@@ -88,6 +88,7 @@ class Packed:
     self._folder = folder
     self._starts = np.concatenate([[0], ends[:-1]])
     self.lengths = np.diff(ends, prepend=0).astype(np.int64)
+    self.slow = self._bytes.slow
     self.joinable = data.form != "image"
     self.unit = self.manifest["unit"]
     self.skipped = self.manifest["skipped"]

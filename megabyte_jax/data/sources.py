@@ -36,6 +36,7 @@ class Source(Protocol):
     joinable: whether a window may run from one document into the next (an image's bytes mean nothing
       without its first pixel's place, so images may not be joined).
     unit: bytes that belong together, such as the two of a 16-bit sample; windows start at multiples of it.
+    slow: whether reading takes work or waiting (decoding, a network), so that threads help.
     skipped: items that were left out because they could not be read (see DataConfig.skip_bad).
     fingerprint: short hexadecimal string; differs when the data, or how they are turned into bytes, differ.
   """
@@ -44,6 +45,7 @@ class Source(Protocol):
   lengths: np.ndarray
   joinable: bool
   unit: int
+  slow: bool
   skipped: int
   fingerprint: str
 
@@ -112,6 +114,7 @@ class Joined:
     self.sources = list(sources)
     self.names = [name for source in sources for name in source.names]
     self.lengths = np.concatenate([source.lengths for source in sources])
+    self.slow = any(source.slow for source in sources)
     self.skipped = sum(source.skipped for source in sources)
     self.joinable = all(source.joinable for source in sources)
     self.unit = math.lcm(*(source.unit for source in sources))

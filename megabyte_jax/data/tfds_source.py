@@ -188,7 +188,7 @@ class Records:
 class Texts:
   """One document per text. Their lengths are found by reading all of them once, when the source is opened."""
 
-  joinable, unit = True, 1
+  joinable, unit, slow = True, 1, True
 
   def __init__(self, records: Records, skip_bad: bool):
     self._records = records
