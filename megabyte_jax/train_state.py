@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from megabyte_jax.config import Config
+from megabyte_jax.config import Config, PerceiverARConfig
 from megabyte_jax.loss import byte_nats
 from megabyte_jax.models.build import abstract_model, initial_parameters
 from megabyte_jax.optimizer import make_optimizer
@@ -55,29 +55,32 @@ def make_train_step(config: Config) -> Callable[..., tuple[TrainState, dict[str,
   """The jitted step (state, x_BT, length_B) -> (state, metrics); the old state's memory is reused.
 
   `length_B` is None where every row is full. Metrics: nats (summed), bytes (counted), grad_norm; float32.
-  Dropout is a function of the seed and the step.
+  Dropout and PerceiverAR's random spans are functions of the seed and the step.
   """
   graph, _ = abstract_model(config.model)
   optimizer = make_optimizer(config.optimizer, config.num_steps)
   drops = config.model.dropout > 0 or config.model.attention_dropout > 0
+  has_latents = isinstance(config.model, PerceiverARConfig)
   parts = config.accumulate
 
   def summed_nats(parameters, x_BT, length_B, key):
-    nats_BT, scored_BT = byte_nats(nnx.merge(graph, parameters), x_BT, length_B=length_B, dropout_key=key)
+    start_B = random_latent_starts(key, config, x_BT.shape, length_B) if has_latents else None
+    dropout_key = jax.random.fold_in(key, 1) if drops else None
+    model = nnx.merge(graph, parameters)
+    nats_BT, scored_BT = byte_nats(model, x_BT, length_B=length_B, start_B=start_B, dropout_key=dropout_key)
     return jnp.sum(nats_BT), jnp.sum(scored_BT)
 
   gradient_of_sum = jax.value_and_grad(summed_nats, has_aux=True)
 
   def train_step(state: TrainState, x_BT: jax.Array, length_B: jax.Array | None = None):
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step) if drops else None
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     if parts == 1:
       (nats, count), gradient = gradient_of_sum(state.parameters, x_BT, length_B, key)
     else:
 
       def part(total, inputs):
         number, rows = inputs
-        part_key = None if key is None else jax.random.fold_in(key, number)
-        (nats, count), gradient = gradient_of_sum(state.parameters, *rows, part_key)
+        (nats, count), gradient = gradient_of_sum(state.parameters, *rows, jax.random.fold_in(key, number))
         return jax.tree.map(jnp.add, total, (nats, count, gradient)), None
 
       # Row b goes to part b % parts, so that each part is spread over all devices.
@@ -91,6 +94,28 @@ def make_train_step(config: Config) -> Callable[..., tuple[TrainState, dict[str,
     return TrainState(state.step + 1, parameters, opt_state), metrics
 
   return jax.jit(train_step, donate_argnums=0)
+
+
+_SHORT_PREFIX_SHARE = 1 / 8  # of packed rows; see random_latent_starts
+
+
+def random_latent_starts(
+  key: jax.Array, config: Config, shape: tuple[int, int], length_B: jax.Array | None
+) -> jax.Array:
+  """Where PerceiverAR's latents start in each training row, int32 [B] ("random spans", section 4.1).
+
+  In a whole document any place is as likely as any other, as in its evaluation. Rows of a packed text are
+  spans from its middle, so the latents lie at their end; in one row of eight they may start anywhere, for
+  the short prefixes that evaluation meets at the beginning of every text.
+  """
+  B, T = shape
+  latest_B = jnp.full((B,), T) if length_B is None else length_B
+  latest_B = jnp.maximum(latest_B - min(config.model.latents, T), 0)
+  anywhere_B = jax.random.randint(jax.random.fold_in(key, 2), (B,), 0, latest_B + 1)
+  if config.data.documents == "whole":
+    return anywhere_B
+  is_short_B = jax.random.bernoulli(jax.random.fold_in(key, 3), _SHORT_PREFIX_SHARE, (B,))
+  return jnp.where(is_short_B, anywhere_B, latest_B)
 
 
 def make_eval_step(config: Config) -> Callable[..., jax.Array]:
