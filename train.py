@@ -24,7 +24,7 @@ from megabyte_jax.data.batches import batches
 from megabyte_jax.data.sources import open_source
 from megabyte_jax.evaluate import evaluate
 from megabyte_jax.fine_tune import parameters_from
-from megabyte_jax.flops import flops_per_byte
+from megabyte_jax.flops import flops_per_byte, predicted_bytes
 from megabyte_jax.metrics import Metrics
 from megabyte_jax.optimizer import learning_rate
 from megabyte_jax.sharding import batch_sharding, make_mesh
@@ -51,7 +51,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
   metrics = Metrics(
     workdir,
     num_steps=config.num_steps,
-    bytes_per_step=config.batch_size * config.model.context,
+    bytes_per_step=config.batch_size * predicted_bytes(config.model),
     start_step=first_step,
     seconds=seconds,
     flops_per_byte=flops_per_byte(config.model, training=True),
