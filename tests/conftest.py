@@ -7,3 +7,16 @@ _flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "xla_force_host_
 os.environ["XLA_FLAGS"] = " ".join([*_flags, "--xla_force_host_platform_device_count=8"])
 # A cache of compiled programs would hide what a fresh machine does.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture
+def quick_compile():
+  """Compiles without most optimisations: a tiny model spends its time in the compiler, not in the run."""
+  import jax  # noqa: PLC0415
+
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)
