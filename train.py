@@ -14,6 +14,7 @@ import signal
 
 import jax
 import numpy as np
+import optax
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -40,96 +41,101 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
   mesh = make_mesh(config.mesh)
   source = open_source(config.data, "train")
   validation = open_source(config.data, "validation") if config.data.validation else None
-  checkpoints = Checkpoints(workdir, config.checkpoint)
-  state, seconds = restore_or_start(config, mesh, checkpoints, source.fingerprint, workdir, init_from)
-  first_step = int(state.step)
-  save_config(workdir, config)
-  print(report.describe_run(config, mesh, source, first_step), flush=True)
+  with contextlib.ExitStack() as closing:  # whatever happens, what is being written is finished
+    stop = closing.enter_context(StopSignal())
+    checkpoints = closing.enter_context(Checkpoints(workdir, config.checkpoint))
+    state, meta = restore_or_start(config, mesh, checkpoints, source.fingerprint, workdir, init_from)
+    first_step = int(state.step)
+    data = batches(
+      source,
+      batch_size=config.batch_size,
+      context=config.model.context,
+      seed=config.seed,
+      first_step=first_step,
+      num_steps=config.num_steps,
+      documents=config.data.documents,
+      sharding=batch_sharding(mesh),
+    )
+    save_config(workdir, config)
+    print(report.describe_run(config, mesh, source, first_step), flush=True)
+    metrics = closing.enter_context(
+      Metrics(
+        workdir,
+        num_steps=config.num_steps,
+        bytes_per_step=config.batch_size * predicted_bytes(config.model),
+        start_step=first_step,
+        seconds=meta["seconds"],
+        flops_per_byte=flops_per_byte(config.model, training=True),
+      )
+    )
+    train_step, eval_step = make_train_step(config), make_eval_step(config)
+    schedule = learning_rate(config.optimizer, config.num_steps)
+    may_be_short = config.data.documents == "whole" or not source.joinable
+    waiting = collections.deque()  # (step, its metrics): read one step late, while the devices are busy with the next
+    nats, count = meta["since_logged"]  # sums since the last progress line
 
-  train_step, eval_step = make_train_step(config), make_eval_step(config)
-  schedule = learning_rate(config.optimizer, config.num_steps)
-  metrics = Metrics(
-    workdir,
-    num_steps=config.num_steps,
-    bytes_per_step=config.batch_size * predicted_bytes(config.model),
-    start_step=first_step,
-    seconds=seconds,
-    flops_per_byte=flops_per_byte(config.model, training=True),
-  )
-  stop = StopSignal()
-  may_be_short = config.data.documents == "whole" or not source.joinable
-  data = batches(
-    source,
-    batch_size=config.batch_size,
-    context=config.model.context,
-    seed=config.seed,
-    first_step=first_step,
-    num_steps=config.num_steps,
-    documents=config.data.documents,
-    sharding=batch_sharding(mesh),
-  )
+    def read_metrics(leave: int) -> None:
+      nonlocal nats, count
+      while len(waiting) > leave:
+        step, values = waiting.popleft()
+        values = {name: float(value) for name, value in values.items()}
+        check_finite(step, values, checkpoints, workdir)
+        if step == first_step + 1:
+          metrics.start(step)  # speed is measured from here on: compilation is over
+        nats, count = nats + values["nats"], count + values["bytes"]
+        if step % config.log_every == 0 or step == config.num_steps:
+          rate = float(schedule(step - 1))
+          metrics.log(step, loss=nats / count, learning_rate=rate, grad_norm=values["grad_norm"])
+          nats = count = 0.0
 
-  waiting = collections.deque()  # (step, its metrics): read one step late, while the devices are busy with the next
-  nats = count = 0.0  # since the last progress line
-
-  def read_metrics(leave: int) -> None:
-    nonlocal nats, count
-    while len(waiting) > leave:
-      step, values = waiting.popleft()
-      values = {name: float(value) for name, value in values.items()}
-      check_finite(step, values, checkpoints, workdir)
-      nats, count = nats + values["nats"], count + values["bytes"]
-      if step % config.log_every == 0 or step == config.num_steps:
-        rate = float(schedule(step - 1))
-        metrics.log(step, loss=nats / count, learning_rate=rate, grad_norm=values["grad_norm"])
-        nats = count = 0.0
-      if step == first_step + 1:
-        metrics.start(step)  # speed is measured from here on: compilation is over
-
-  with jax.set_mesh(mesh):
-    for number, batch in data:
-      step = number + 1
-      with trace(config.profile_steps, step, workdir):
+    trace = closing.enter_context(Trace(config.profile_steps, workdir))
+    with jax.set_mesh(mesh):
+      for number, batch in data:
+        # Before the next step, not after the last one: so a resumed run makes up for an evaluation that was cut off.
+        if validation and number and config.eval.every_steps and number % config.eval.every_steps == 0:
+          read_metrics(leave=0)
+          with metrics.paused():
+            result = evaluate(
+              config, state.parameters, validation, mesh=mesh, eval_step=eval_step, max_bytes=config.eval.max_bytes
+            )
+          metrics.write(number, {"validation_bpb": result.bpb})
+          print(f"step {number}: validation bpb {result.bpb:.4f} ({result.bytes:,} bytes)", flush=True)
+        step = number + 1
+        trace.before(step)
         state, values = train_step(state, batch.x_BT, batch.length_B if may_be_short else None)
         waiting.append((step, values))
-      stopping = stop.requested or checkpoints.preempted(step)
-      evaluating = validation and config.eval.every_steps and step % config.eval.every_steps == 0
-      saving = stopping or step == config.num_steps or checkpoints.should_save(step)
-      read_metrics(leave=0 if saving or evaluating else 1)  # nothing is saved that is not known to be finite
-      if saving:
-        meta = {"config": config.to_dict(), "fingerprint": source.fingerprint, "seconds": metrics.seconds}
-        checkpoints.save(step, state.parameters, state.opt_state, meta, force=True)
-      if evaluating and not stopping and step < config.num_steps:
-        with metrics.paused():
-          result = evaluate(
-            config, state.parameters, validation, mesh=mesh, eval_step=eval_step, max_bytes=config.eval.max_bytes
-          )
-        metrics.write(step, {"validation_bpb": result.bpb})
-        print(f"step {step}: validation bpb {result.bpb:.4f} ({result.bytes:,} bytes)", flush=True)
-      if stopping and step < config.num_steps:
-        checkpoints.close()
-        metrics.close()
-        print(f"stopped at step {step}, which is saved in {workdir}; the same command goes on from there")
-        return
+        trace.after(step)
+        stopping = stop.requested or checkpoints.preempted(step)
+        saving = stopping or step == config.num_steps or checkpoints.should_save(step)
+        read_metrics(leave=0 if saving else 1)  # nothing is saved that is not known to be finite
+        if saving:
+          check_finite(step, {"parameter_norm": float(norm(state.parameters))}, checkpoints, workdir)
+          meta = {"config": config.to_dict(), "fingerprint": source.fingerprint, "seconds": metrics.seconds}
+          meta |= {"since_logged": [nats, count]}
+          checkpoints.save(step, state.parameters, state.opt_state, meta, force=True)
+        if stopping and step < config.num_steps:
+          checkpoints.wait()
+          print(f"stopped at step {step}, which is saved in {workdir}; the same command goes on from there")
+          return
 
-  checkpoints.close()
-  if validation:
-    result = report.evaluate_and_print(config, state.parameters, validation, mesh, eval_step=eval_step, primer=source)
-    metrics.write(config.num_steps, {"validation_bpb": result.bpb})
-  metrics.close()
+    stop.close()
+    checkpoints.wait()
+    if validation:
+      result = report.evaluate_and_print(config, state.parameters, validation, mesh, eval_step=eval_step, primer=source)
+      metrics.write(config.num_steps, {"validation_bpb": result.bpb})
   picture = os.path.join(workdir, "loss.png")
   plots.loss_curve(os.path.join(workdir, "metrics.jsonl"), picture)
   report.print_sample(config, state.parameters, source)
   print(report.what_next(workdir, picture))
 
 
-def restore_or_start(config, mesh, checkpoints, fingerprint, workdir, init_from) -> tuple[TrainState, float]:
-  """The state to train from, and the seconds that went into it so far."""
+def restore_or_start(config, mesh, checkpoints, fingerprint, workdir, init_from) -> tuple[TrainState, dict]:
+  """The state to train from, and what its checkpoint says of the run so far."""
   if checkpoints.latest_step() is None:
     state = initial_state(config, mesh)
     if init_from:
       state = state._replace(parameters=parameters_from(init_from, state.parameters, mesh))
-    return state, 0.0
+    return state, {"seconds": 0.0, "since_logged": (0.0, 0.0)}
   if init_from:
     raise ConfigError(f"{workdir} holds a run already, so --init_from={init_from} would be ignored; drop one of them")
   meta = checkpoints.meta()
@@ -137,18 +143,24 @@ def restore_or_start(config, mesh, checkpoints, fingerprint, workdir, init_from)
   abstract = abstract_state(config, mesh)
   restored = checkpoints.restore(abstract.parameters, abstract.opt_state)
   step = jax.device_put(np.int32(restored.step), abstract.step.sharding)
-  return TrainState(step, restored.params, restored.opt_state), meta["seconds"]
+  return TrainState(step, restored.params, restored.opt_state), meta
+
+
+norm = jax.jit(optax.tree.norm)
 
 
 def check_finite(step: int, values: dict[str, float], checkpoints: Checkpoints, workdir: str) -> None:
   """Ends a run whose numbers are broken, before they reach a checkpoint."""
-  if np.isfinite(values["nats"]) and np.isfinite(values["grad_norm"]):
+  broken = ", ".join(f"{name} {value}" for name, value in values.items() if not np.isfinite(value))
+  if not broken:
     return
-  checkpoints.close()
+  checkpoints.wait()
+  good = checkpoints.latest_step()
   raise FloatingPointError(
-    f"at step {step} the loss is {values['nats'] / values['bytes']} and the gradient's norm {values['grad_norm']}; "
-    f"the last good checkpoint is that of step {checkpoints.latest_step()} in {workdir}. Lower "
-    "config.optimizer.learning_rate or raise warmup_steps, and start with --init_from or anew in another --workdir"
+    f"the numbers broke down at step {step}: {broken}. "
+    + (f"The last good checkpoint, of step {good}, is kept in {workdir}. " if good else "No checkpoint was saved yet. ")
+    + "Lower config.optimizer.learning_rate or raise config.optimizer.warmup_steps, and start anew in another --workdir"
+    + (f" (with --init_from={workdir} from that checkpoint's parameters)" if good else "")
   )
 
 
@@ -157,23 +169,53 @@ class StopSignal:
 
   def __init__(self):
     self.requested = False
-    for name in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(name, self._on_signal)
+    self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+
+  def __enter__(self) -> StopSignal:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def close(self) -> None:
+    """Signals do again what they did before."""
+    while self._before:
+      signal.signal(*self._before.popitem())
 
   def _on_signal(self, number, frame):
     self.requested = True
+    os.write(2, b"\nstopping after this step (Ctrl-C: at once, without saving)\n")  # print may not be called here
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@contextlib.contextmanager
-def trace(profile_steps: tuple[int, ...], step: int, workdir: str):
+class Trace:
   """Records a device trace of steps first .. last in `workdir`/trace (for TensorBoard or Perfetto)."""
-  if profile_steps and step == profile_steps[0]:
-    jax.profiler.start_trace(os.path.join(workdir, "trace"))
-  yield
-  if profile_steps and step == profile_steps[1]:
-    jax.block_until_ready(jax.live_arrays())
-    jax.profiler.stop_trace()
+
+  def __init__(self, steps: tuple[int, ...], workdir: str):
+    self._steps, self._folder, self._on = steps, os.path.join(workdir, "trace"), False
+
+  def __enter__(self) -> Trace:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._stop()
+
+  def before(self, step: int) -> None:
+    """Starts the trace if `step` is to be in it."""
+    if self._steps and not self._on and self._steps[0] <= step <= self._steps[1]:
+      jax.profiler.start_trace(self._folder)
+      self._on = True
+
+  def after(self, step: int) -> None:
+    """Writes the trace if `step` is the last one in it."""
+    if self._on and step == self._steps[1]:
+      self._stop()
+
+  def _stop(self) -> None:
+    if self._on:
+      jax.block_until_ready(jax.live_arrays())
+      jax.profiler.stop_trace()
+      self._on = False
 
 
 def main(arguments: list[str]) -> None:

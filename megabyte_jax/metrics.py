@@ -42,7 +42,9 @@ class Metrics:
     devices: Sequence[jax.Device] | None = None,
     tensorboard: bool = True,
   ):
-    """Opens the files in `workdir`; lines of steps after `start_step` are cut off, the run does them again.
+    """Opens the files in `workdir`; what is there of later steps is cut off, the run does them again.
+
+    That goes for the evaluation of `start_step`, too: it comes after the checkpoint from which a run goes on.
 
     Args:
       workdir: the run's folder.
@@ -200,21 +202,22 @@ def _can_append(path: epath.Path) -> bool:
 
 
 def _keep_until(path: epath.Path, last_step: int) -> list[str]:
-  """Drops the lines of `path` after `last_step`, and a last one that is not whole; returns those that stay."""
+  """Drops the lines of `path` after the `log` of `last_step`, and broken ones; returns those that stay."""
   path.parent.mkdir(parents=True, exist_ok=True)
   if not path.exists():
     return []
   text = path.read_text()
-  lines = [line for line in text.splitlines(keepends=True) if _step_of(line) <= last_step]
+  lines = [line for line in text.splitlines(keepends=True) if _stays(line, last_step)]
   if "".join(lines) != text:
     with replacing(path) as temporary:
       temporary.write_text("".join(lines))
   return lines
 
 
-def _step_of(line: str) -> float:
-  """The step of a whole line, infinity for anything else."""
+def _stays(line: str, last_step: int) -> bool:
+  """Whether a line is whole and comes before the end of `last_step`."""
   try:
-    return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    record = json.loads(line) if line.endswith("\n") else {"step": math.inf}
+    return record["step"] < last_step or (record["step"] == last_step and "loss" in record)
   except (ValueError, KeyError, TypeError):
-    return math.inf
+    return False
