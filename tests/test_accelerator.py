@@ -52,10 +52,14 @@ def test_bfloat16_and_fast_attention_follow_the_reference(name):
   x_BT = jax.random.randint(jax.random.key(1), (2, config.context), 0, 256)
   with jax.default_matmul_precision("highest"):
     loss, gradient = loss_and_gradient(with_options(config, compute_dtype="float32", attention="xla"), x_BT)
+  errors = []
   for options in ({"attention": "xla"}, {"attention": "auto"}, {"attention": "auto", "remat": "named"}):
     fast_loss, fast_gradient = loss_and_gradient(with_options(config, compute_dtype="bfloat16", **options), x_BT)
     assert abs(fast_loss - loss) < 2e-3 * loss, options
-    assert np.linalg.norm(fast_gradient - gradient) < 0.03 * np.linalg.norm(gradient), options
+    errors.append(np.linalg.norm(fast_gradient - gradient) / np.linalg.norm(gradient))
+  print(name, "relative error of the gradient: xla, auto, auto with recomputation", errors)
+  assert errors[0] < 0.1  # bfloat16 itself, with random data and so next to no signal
+  assert max(errors) < 1.2 * errors[0]  # fast attention adds nothing to it
 
 
 @pytest.mark.parametrize("r", [0, 8])
