@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
 
 import jax
 import numpy as np
@@ -56,15 +57,20 @@ def main() -> None:
       on_byte_nats=per_byte.put if args.per_byte_out else None,
     )
   more = {"step": step, "data": args.data or getattr(config.data, args.split), "workdir": args.workdir}
+  if not args.data:
+    more["split"] = args.split
   if args.words:
     more["words"] = number_of_words(args.words, source, result.bytes)
     more["word_perplexity"] = perplexity.word_perplexity(result.nats, more["words"])
     print(f"word-level perplexity {more['word_perplexity']:.2f} ({more['words']:,} words)")
   if jax.process_index() == 0:
-    write_positions(args.workdir, result)
     line = report.result_json(result, **more)
-    with replacing(os.path.join(args.workdir, "eval.json")) as path:
-      path.write_text(line + "\n")
+    try:
+      write_positions(args.workdir, result)
+      with replacing(os.path.join(args.workdir, "eval.json")) as path:
+        path.write_text(line + "\n")
+    except OSError as error:  # somebody else's run, perhaps; the result is worth more than its files
+      print(f"warning: nothing is kept in {args.workdir}: {error}", file=sys.stderr)
     print(line)
 
 

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 import optax
 from absl import app, flags
-from ml_collections import config_flags
 
 from megabyte_jax import command_line, plots, report
 from megabyte_jax.checkpoint import Checkpoints, check_same_run, save_config
@@ -26,12 +25,13 @@ from megabyte_jax.data.sources import open_source
 from megabyte_jax.evaluate import evaluate
 from megabyte_jax.fine_tune import parameters_from
 from megabyte_jax.flops import flops_per_byte, predicted_bytes
+from megabyte_jax.media_samples import write_samples
 from megabyte_jax.metrics import Metrics
 from megabyte_jax.optimizer import learning_rate
 from megabyte_jax.sharding import batch_sharding, make_mesh
 from megabyte_jax.train_state import TrainState, abstract_state, initial_state, make_eval_step, make_train_step
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", "What to train.")
+_CONFIG = command_line.define_config("configs/quickstart.py", "What to train.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where checkpoints, metrics and pictures go.")
 _INIT_FROM = flags.DEFINE_string("init_from", "", "Start a new run from the parameters of the run in this folder.")
 
@@ -126,6 +126,8 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
   picture = os.path.join(workdir, "loss.png")
   plots.loss_curve(os.path.join(workdir, "metrics.jsonl"), picture)
   report.print_sample(config, state.parameters, source)
+  for path in write_samples(config, state.parameters, validation or source, workdir):
+    print(f"samples: {path}")
   print(report.what_next(workdir, picture))
 
 

@@ -2,41 +2,79 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags, logging
+from ml_collections import config_flags
 
 from megabyte_jax.checkpoint import CheckpointError
 from megabyte_jax.config import ConfigError
 from megabyte_jax.data.sources import DataError
 
-USER_ERRORS = (ConfigError, CheckpointError, DataError, FloatingPointError, PermissionError)
+USER_ERRORS = (ConfigError, CheckpointError, DataError, FloatingPointError, OSError)
 
 
 def run(main: Callable[[], None]) -> None:
   """Calls main(); an error that the user can put right becomes one line on stderr and exit code 1."""
   try:
     main()
+  except BrokenPipeError:  # the reader of our output, head for instance, has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except USER_ERRORS as error:
-    print(f"error: {error}", file=sys.stderr)
+    print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
     sys.exit(1)
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(130)
-  except BrokenPipeError:  # the reader of our output, head for instance, has seen enough
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def define_config(default: str, help_string: str) -> flags.FlagHolder:
+  """The flag --config, whose file and overrides absl may read right here."""
+  with _wrong_flags(sys.argv):
+    return config_flags.DEFINE_config_file("config", default, help_string)
 
 
 def parse_config_flags(arguments: Sequence[str]) -> list[str]:
   """absl's flag parsing, where a wrong flag or `--config.key` is one line that names it."""
-  try:
+  with _wrong_flags(arguments):
     rest = flags.FLAGS(arguments)
+    if "config" in flags.FLAGS and not hasattr(flags.FLAGS["config"].value, "items"):  # raises where there is no file
+      raise flags.Error(
+        f"get_config() of {flags.FLAGS['config'].config_filename} must return Config(...).to_config_dict()"
+      )
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # libraries tell a lot at INFO
     return rest
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    text = " ".join(str(error).split())
-    print(f"error: {text}\nsee --help, and the fields in megabyte_jax/config.py", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _wrong_flags(arguments: Sequence[str]) -> Iterator[None]:
+  try:
+    yield
+  except (flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError) as error:
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    if isinstance(error, (AttributeError, LookupError)) and "ml_collections" not in raised_in:
+      raise  # a bug in the file that --config names, whose traceback is of use
+    print(f"error: {_one_line(error, arguments)}\nsee --help, and megabyte_jax/config.py", file=sys.stderr)
     sys.exit(2)
+
+
+def _one_line(error: Exception, arguments: Sequence[str]) -> str:
+  """What went wrong, without the tracebacks and quotes that ml_collections wraps it in."""
+  text = str(error).strip()
+  if isinstance(error, flags.Error | ValueError):  # perhaps with the traceback of an error within the config file
+    *_, text = re.split(r"^\S*(?:Error|Exception): ", text, flags=re.MULTILINE)
+  elif isinstance(error, OSError):  # the last of several messages in one
+    text = re.sub(r".*\[Errno \d+\] ", "", text, flags=re.DOTALL)
+  else:  # an override of what is not there
+    key = str(error.args[0]).strip("'\"").split("'")[0].split("\\n")[0]
+    close = re.search('Did you mean "(.*?)"', text)
+    overrides = [argument for argument in arguments if re.match(r"--?\w+\.", argument)]
+    named = [argument for argument in overrides if re.search(rf"[.]{re.escape(key)}\b", argument)] or overrides
+    text = f"there is no such key: {' '.join(named)}" + (f"; did you mean {close[1]}?" if close else "")
+  return " ".join(text.split())
