@@ -1,0 +1,36 @@
+"""Audio: three short recordings at 8 kHz, one mu-law byte a sample, tested on a fourth.
+
+  pip install "megabyte_jax[audio]"
+  python train.py --config=configs/quickstart_audio.py --workdir=runs/quickstart_audio
+
+TIME and RESULT to be measured.
+"""
+
+from megabyte_jax.config import CheckpointConfig, Config, DataConfig, Level, MegabyteConfig, OptimizerConfig
+
+
+def get_config():
+  return Config(
+    model=MegabyteConfig(
+      context=1024,
+      levels=(
+        Level(patch_size=8, width=128, num_layers=2, num_heads=4),
+        Level(patch_size=1, width=64, num_layers=2, num_heads=2, rotary=True, cross_patch=8),
+      ),
+      dropout=0.1,
+      init_std=0.02,
+    ),
+    data=DataConfig(
+      train="sample:audio/train",
+      validation="sample:audio/validation",
+      form="audio",
+      sample_rate=8000,
+      encoding="mulaw8",
+    ),
+    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
+    checkpoint=CheckpointConfig(every_steps=200),
+    batch_size=8,
+    num_steps=600,
+    log_every=50,
+    sample_bytes=16000,
+  ).to_config_dict()
