@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from megabyte_jax import command_line, perplexity, plots, report
+from megabyte_jax import command_line, distributed, perplexity, plots, report
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.checkpoint import load_config
 from megabyte_jax.config import ConfigError
@@ -32,6 +32,7 @@ from megabyte_jax.windows import METHODS
 def main() -> None:
   """Reads the arguments, evaluates, writes eval.json and pictures into the work directory."""
   args = parse_arguments()
+  distributed.start_from_arguments(args)
   config = load_config(args.workdir)
   config = dataclasses.replace(
     config, eval=dataclasses.replace(config.eval, batch_size=args.batch_size or config.eval.batch_size)
@@ -43,7 +44,7 @@ def main() -> None:
   print(f"step {step} of {args.workdir}, {len(source.lengths):,} documents of {args.data or args.split}")
 
   primer = open_source(config.data, "train") if args.compressors and config.data.form == "bytes" else None
-  with PerByte(args.per_byte_out, source.lengths) as per_byte:
+  with PerByte(args.per_byte_out if jax.process_index() == 0 else "", source.lengths) as per_byte:
     result = report.evaluate_and_print(
       config,
       parameters,
@@ -54,7 +55,7 @@ def main() -> None:
       method=args.method or config.eval.method,
       stride=args.stride,
       max_bytes=args.max_bytes,
-      on_byte_nats=per_byte.put if args.per_byte_out else None,
+      on_byte_nats=per_byte.put if per_byte.path else None,
     )
   more = {"step": step, "data": args.data or getattr(config.data, args.split), "workdir": args.workdir}
   if not args.data:
@@ -90,6 +91,7 @@ def parse_arguments() -> argparse.Namespace:
   parser.add_argument(
     "--compressors", action=argparse.BooleanOptionalAction, default=True, help="compare with gzip ..."
   )
+  distributed.add_arguments(parser)
   args = parser.parse_args()
   for name in ("stride", "batch_size", "max_bytes"):
     if getattr(args, name) < 0:

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from megabyte_jax import command_line, plots, report
+from megabyte_jax import command_line, distributed, plots, report
 from megabyte_jax.checkpoint import Checkpoints, check_same_run, save_config
 from megabyte_jax.config import Config, ConfigError
 from megabyte_jax.data.batches import batches
@@ -34,6 +34,7 @@ from megabyte_jax.train_state import TrainState, abstract_state, initial_state, 
 _CONFIG = command_line.define_config("configs/quickstart.py", "What to train.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where checkpoints, metrics and pictures go.")
 _INIT_FROM = flags.DEFINE_string("init_from", "", "Start a new run from the parameters of the run in this folder.")
+distributed.define_flags()
 
 
 def train(config: Config, workdir: str, init_from: str = "") -> None:
@@ -124,7 +125,8 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
       result = report.evaluate_and_print(config, state.parameters, validation, mesh, eval_step=eval_step, primer=source)
       metrics.write(config.num_steps, {"validation_bpb": result.bpb})
   picture = os.path.join(workdir, "loss.png")
-  plots.loss_curve(os.path.join(workdir, "metrics.jsonl"), picture)
+  if jax.process_index() == 0:
+    plots.loss_curve(os.path.join(workdir, "metrics.jsonl"), picture)
   report.print_sample(config, state.parameters, source)
   for path in write_samples(config, state.parameters, validation or source, workdir):
     print(f"samples: {path}")
@@ -167,11 +169,16 @@ def check_finite(step: int, values: dict[str, float], checkpoints: Checkpoints, 
 
 
 class StopSignal:
-  """`requested` turns true on SIGTERM (what schedulers send) or Ctrl-C; a second Ctrl-C stops at once."""
+  """`requested` turns true on SIGTERM (what schedulers send) or Ctrl-C; a second Ctrl-C stops at once.
+
+  With several processes it never does: there JAX hears SIGTERM, and all agree on a step (`Checkpoints.preempted`).
+  """
 
   def __init__(self):
     self.requested = False
-    self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    self._alone = jax.process_count() == 1
+    heard = (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,)
+    self._before = {number: signal.signal(number, self._on_signal) for number in heard}
 
   def __enter__(self) -> StopSignal:
     return self
@@ -185,8 +192,10 @@ class StopSignal:
       signal.signal(*self._before.popitem())
 
   def _on_signal(self, number, frame):
-    self.requested = True
-    os.write(2, b"\nstopping after this step (Ctrl-C: at once, without saving)\n")  # print may not be called here
+    self.requested = self._alone
+    if not self._alone:
+      signal.raise_signal(signal.SIGTERM)
+    os.write(2, b"\nstopping soon (Ctrl-C: at once, without saving)\n")  # print may not be called here
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -224,7 +233,9 @@ def main(arguments: list[str]) -> None:
   """Reads the flags and trains."""
   if len(arguments) > 1:
     raise ConfigError(f"unexpected {' '.join(arguments[1:])}; flags begin with --")
-  train(Config.from_dict(_CONFIG.value), _WORKDIR.value, _INIT_FROM.value)
+  config = Config.from_dict(_CONFIG.value)
+  distributed.start_from_flags()
+  train(config, _WORKDIR.value, _INIT_FROM.value)
 
 
 if __name__ == "__main__":
