@@ -127,7 +127,16 @@ def _windowed(q_B1MHK, k_B1MHK, v_B1MHK, window, dropout, dropout_key):
 
 def previous_span(x_BNMHK: jax.Array) -> jax.Array:
   """The same array one span later: span n holds what span n - 1 held, span 0 zeros."""
-  return jnp.concatenate([jnp.zeros_like(x_BNMHK[:, :1]), x_BNMHK[:, :-1]], axis=1)
+  return shift(x_BNMHK, axis=1)
+
+
+def shift(x: jax.Array, axis: int) -> jax.Array:
+  """x one place later along `axis`, zeros first; the last place falls out.
+
+  As a pad with a negative end XLA moves one place between neighbouring devices; a concatenation of unequal parts
+  would be redistributed as a whole.
+  """
+  return jax.lax.pad(x, jnp.zeros((), x.dtype), [(int(i == axis), -int(i == axis), 0) for i in range(x.ndim)])
 
 
 def _cudnn_obstacle(q_BNMHK, has_past: bool, drops: bool) -> str:

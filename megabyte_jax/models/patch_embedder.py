@@ -13,24 +13,28 @@ import jax.numpy as jnp
 from flax import nnx
 
 from megabyte_jax.config_parsing import require
+from megabyte_jax.models.attention import shift
 from megabyte_jax.models.config import BlockOptions, Level
 from megabyte_jax.models.layers import compute_dtype, init_normal
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=())
-def lookup(table_Vd: jax.Array, bytes_: jax.Array) -> jax.Array:
-  """Rows of the table. The gradient is a one-hot matrix product: fast and deterministic on every device."""
-  return jnp.take(table_Vd, bytes_, axis=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def lookup(table_Vd: jax.Array, bytes_: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """Rows of the float32 table, as `dtype`.
+
+  The gradient is a one-hot matrix product with float32 sums: fast and deterministic on every device.
+  """
+  return jnp.take(table_Vd, bytes_, axis=0).astype(dtype)
 
 
-def _lookup_forward(table_Vd, bytes_):
-  return lookup(table_Vd, bytes_), (bytes_, table_Vd.shape[0])
+def _lookup_forward(table_Vd, bytes_, dtype):
+  return lookup(table_Vd, bytes_, dtype), (bytes_, table_Vd.shape[0])
 
 
-def _lookup_backward(saved, gradient):
+def _lookup_backward(dtype, saved, gradient):
   bytes_, vocab = saved
-  one_hot = jax.nn.one_hot(bytes_, vocab, dtype=gradient.dtype)
-  return jnp.einsum("...V,...d->Vd", one_hot, gradient, preferred_element_type=jnp.float32).astype(gradient.dtype), None
+  one_hot = jax.nn.one_hot(bytes_, vocab, dtype=dtype)
+  return jnp.einsum("...V,...d->Vd", one_hot, gradient, preferred_element_type=jnp.float32), None
 
 
 lookup.defvjp(_lookup_forward, _lookup_backward)
@@ -83,7 +87,7 @@ class PatchEmbedder(nnx.Module):
     """Eq. (1): h_embed[t] = E[x_t] + E_pos[t], for L bytes of each span from byte `first_byte` on; [B, N, L, d]."""
     length = bytes_BNL.shape[-1]
     positions_Ld = jax.lax.dynamic_slice_in_dim(self.positions[...], first_byte, length)
-    return lookup(self.table.astype(self.dtype), bytes_BNL) + positions_Ld.astype(self.dtype)
+    return lookup(self.table[...], bytes_BNL, self.dtype) + positions_Ld.astype(self.dtype)
 
   def slots(self, bytes_BNL: jax.Array) -> jax.Array:
     """Eq. (2): slot 0 is the pad, slot j the concatenated embeddings of the S bytes of patch j - 1; [B, N, M, D].
@@ -95,8 +99,8 @@ class PatchEmbedder(nnx.Module):
       h_BNLd = convolution(h_BNLd)
     B, N, L, _ = h_BNLd.shape
     h_BNMD = h_BNLd.reshape(B, N, L // self.patch_size, -1)
-    pad_BN1D = jnp.broadcast_to(self.pad_slot(), (B, N, 1, h_BNMD.shape[-1]))
-    return jnp.concatenate([pad_BN1D, h_BNMD[:, :, :-1]], axis=2)
+    is_first_M1 = (jnp.arange(h_BNMD.shape[2]) == 0)[:, None]
+    return jnp.where(is_first_M1, self.pad_slot(), shift(h_BNMD, axis=2))
 
   def pad_slot(self) -> jax.Array:
     """The pad as one slot, [D]."""

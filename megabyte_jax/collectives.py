@@ -1,0 +1,132 @@
+"""Communication in a compiled program: which collectives it runs, how often and with how many bytes.
+
+Read from the text of the optimised program (`compiled.as_text()`), the only form in which XLA shows them. A layer
+stack is a loop there, so what is in its body counts as often as the loop runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+_BYTES |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8}
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_CALL = re.compile(r"(?:calls|to_apply|condition|body|async_execution_thread\w*)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)")
+_OPERATION = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One collective operation of a program.
+
+  Attributes:
+    kind: one of KINDS.
+    arrays: bytes of each array it leaves on a device (of a reduce-scatter: that it starts from).
+    group: devices that take part together.
+    times: how often one run of the program runs it.
+    name: where in the source program it comes from, as XLA recorded it; '' if it did not.
+  """
+
+  kind: str
+  arrays: tuple[int, ...]
+  group: int
+  times: int
+  name: str
+
+  @property
+  def wire_bytes(self) -> float:
+    """Bytes that each device sends in one run of the program, by ring algorithms."""
+    share = (self.group - 1) / self.group
+    factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
+    return sum(self.arrays) * factor * self.times
+
+
+def collectives(hlo: str) -> list[Collective]:
+  """All collectives in the text of an optimised program, in its order; groups of one device are left out."""
+  times = _runs(hlo)
+  found = []
+  for computation, line in _lines(hlo):
+    match = _OPERATION.search(line)
+    if not match or not times[computation]:
+      continue
+    shape, kind, started = match.groups()
+    group = _group(line)
+    arrays = _arrays(shape, kind, bool(started))
+    if kind == "reduce-scatter":
+      arrays = tuple(size * group for size in arrays)
+    name = re.search(r'op_name="([^"]*)"', line)
+    if group > 1:
+      found.append(Collective(kind, arrays, group, times[computation], name[1] if name else ""))
+  return found
+
+
+def _lines(hlo: str):
+  """(name of its computation, line) of every instruction."""
+  computation = ""
+  for line in hlo.splitlines():
+    header = _COMPUTATION.match(line)
+    if header:
+      computation = header[2]
+    elif " = " in line:
+      yield computation, line
+
+
+def _runs(hlo: str) -> dict[str, int]:
+  """How often each computation runs: loops of a known length multiply, calls add up."""
+  entry = next((m[2] for m in map(_COMPUTATION.match, hlo.splitlines()) if m and m[1]), "")
+  calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
+  for computation, line in _lines(hlo):
+    trips = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line) if " while(" in line else None
+    names = _CALL.findall(line)
+    for many, one in _BRANCHES.findall(line):
+      names += [name.strip().lstrip("%") for name in many.split(",")] if many else [one]
+    calls[computation] += [(name, int(trips[1]) if trips else 1) for name in names]
+  runs: dict[str, int] = defaultdict(int)
+  todo = [(entry, 1)]  # the call graph has no cycles
+  while todo:
+    computation, count = todo.pop()
+    runs[computation] += count
+    todo += [(name, count * trips) for name, trips in calls[computation]]
+  return runs
+
+
+def _arrays(shape: str, kind: str, started: bool) -> tuple[int, ...]:
+  """Bytes of the results in an instruction's shape. That of an asynchronous start also lists operands, and flags."""
+  sizes = [
+    _BYTES.get(dtype, 1) * math.prod(int(d) for d in dims.split(",") if d)
+    for dtype, dims in _SHAPE.findall(re.sub(r"\{[^}]*\}", "", shape))
+  ]
+  if not started or kind == "all-reduce" or len(sizes) < 2:
+    return tuple(sizes)
+  if kind == "collective-permute":  # operand, result, two flags
+    return (sizes[1],)
+  return tuple(sizes[len(sizes) // 2 :])
+
+
+def _group(line: str) -> int:
+  """Devices of one replica group; a permute, which has pairs instead, counts as 2.
+
+  Three notations: `{{0,1},{2,3}}`, `[groups,size]<=[..]`, and `mesh['a'=4,'b'=2] {'b'}`, where an axis may be split:
+  `'a':(1)2` is a part of it with 2 devices.
+  """
+  if "source_target_pairs" in line:
+    return 2
+  listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+  if listed:
+    return len(listed[1].split(","))
+  counted = re.search(r"replica_groups=\[(\d+(?:,\d+)*)\]<=", line)
+  if counted:
+    return int(counted[1].split(",")[-1])
+  named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*(?:,?\s*device_ids=\S+\s*)?\{([^}]*)\}", line)
+  if not named:
+    return 2
+  sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
+  parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
+  return math.prod(int(part) if part else sizes[name] for name, part in parts)

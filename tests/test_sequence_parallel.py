@@ -1,0 +1,152 @@
+"""What a sequence spread over devices costs, counted in the compiled programs of an 8-device mesh with `seq` alone.
+
+Only the global model gathers. The local model is without communication, but for what its options ask of the
+neighbour: r slots for cross-patch attention. Where results are right is tested elsewhere; here only what is moved.
+"""
+
+import functools
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from megabyte_jax.collectives import collectives
+from megabyte_jax.config import MeshConfig
+from megabyte_jax.loss import byte_nats
+from megabyte_jax.models.build import abstract_model
+from megabyte_jax.models.config import Level, MegabyteConfig
+from megabyte_jax.sharding import batch_sharding, make_mesh, shard_abstract
+
+DEVICES = 8
+LAYERS = 2
+P, PATCHES = 8, 32
+GLOBAL = {"patch_size": P, "width": 32, "num_layers": LAYERS, "num_heads": 4}  # 8 channels a head
+LOCAL = {"patch_size": 1, "width": 16, "num_layers": LAYERS, "num_heads": 2}
+GATHERS = {("all-gather", PATCHES * 32 * 4): 2 * LAYERS}  # k and v of the whole sequence, float32, in each layer
+PATCH_SHIFT = {("collective-permute", 32 * 4): 1}
+
+pytestmark = pytest.mark.usefixtures("devices")
+
+
+@pytest.fixture
+def devices():
+  assert jax.device_count() == DEVICES
+
+
+def model(r=0, conv=(), **options):
+  levels = (Level(**GLOBAL, conv_filters=conv), Level(**LOCAL, cross_patch=r, rotary=r > 0))
+  return MegabyteConfig(context=P * PATCHES, levels=levels, dropout=0.0, **options)
+
+
+def seq_mesh():
+  return make_mesh(MeshConfig(data=1, seq=DEVICES))
+
+
+def compiled(config, function):
+  """The collectives of function(model, x_BT), parameters and bytes laid out as in training."""
+  mesh = seq_mesh()
+  graph, parameters = abstract_model(config)
+  x_BT = jax.ShapeDtypeStruct((1, config.context), jnp.uint8, sharding=batch_sharding(mesh))
+  with jax.set_mesh(mesh):
+    program = jax.jit(lambda parameters, x_BT: function(nnx.merge(graph, parameters), x_BT))
+    return collectives(program.lower(shard_abstract(parameters, mesh), x_BT).compile().as_text())
+
+
+@functools.cache
+def forward(config):
+  return compiled(config, lambda model, x_BT: model(x_BT))
+
+
+@functools.cache
+def backward(config):
+  def gradient(model, x_BT):
+    graph, parameters = nnx.split(model)
+    return jax.grad(lambda parameters: byte_nats(nnx.merge(graph, parameters), x_BT)[0].sum())(parameters)
+
+  return compiled(config, gradient)
+
+
+def count(found):
+  """(kind, bytes of an array) -> how often, every array by itself."""
+  total = Counter()
+  for one in found:
+    for size in one.arrays:
+      total[one.kind, size] += one.times
+  return dict(total)
+
+
+def test_forward_has_only_the_global_models_gathers_and_the_patch_shift():
+  assert count(forward(model())) == {**GATHERS, **PATCH_SHIFT}
+
+
+def test_local_model_alone_has_no_communication():
+  mesh = seq_mesh()
+  config = model()
+
+  def local(model, x_BT):
+    parent_BNP = jax.lax.with_sharding_constraint(
+      jnp.ones((1, PATCHES, GLOBAL["width"])), jax.sharding.PartitionSpec(None, "seq")
+    )
+    h_BNMD, _ = model.levels[1](x_BT, parent_BNP, first=False)
+    return model.levels[1].embedder.logits(h_BNMD)
+
+  assert mesh.shape["seq"] == DEVICES
+  assert compiled(config, local) == []
+
+
+@pytest.mark.parametrize("r", [3, P])
+def test_cross_patch_attention_permutes_r_keys_and_values_a_layer(r):
+  r_slots = ("collective-permute", r * LOCAL["width"] * 4)
+  assert count(forward(model(r=r))) == {**GATHERS, **PATCH_SHIFT, r_slots: 2 * LAYERS}
+
+
+def test_convolutional_encoder_permutes_once_a_layer():
+  found = count(forward(model(conv=(3, 5, 7))))
+  halos = {("collective-permute", (size - 1) * 4 * 4): 1 for size in (3, 5, 7)}  # size - 1 bytes of 4 channels
+  assert found == {**GATHERS, **PATCH_SHIFT, **halos}
+
+
+def test_backward_adds_transposes_and_the_parameters_all_reduce():
+  r = 3
+  config = model(r=r)
+  forward_only, both = forward(config), backward(config)
+  kinds = Counter()
+  for one in both:
+    kinds[one.kind] += len(one.arrays) * one.times
+  moved = {size: times for (kind, size), times in count(both).items() if kind == "collective-permute"}
+  assert moved == {size: 2 * n for (kind, size), n in count(forward_only).items() if kind == "collective-permute"}
+  # k and v are gathered again for the gradients of queries and probabilities; their own are summed over devices.
+  assert kinds["all-gather"] == 4 * LAYERS
+  assert set(kinds) == {"all-gather", "collective-permute", "all-reduce"}
+  # Every parameter of a stack is a slice of L layers: summed within the loop; those outside of it once.
+  parameters = jax.tree.leaves(abstract_model(config)[1])
+  summed = sum(size * one.times for one in both if one.kind == "all-reduce" for size in one.arrays)
+  keys_and_values = 2 * LAYERS * PATCHES * GLOBAL["width"] * 4
+  assert summed == pytest.approx(keys_and_values + sum(4 * p.size for p in parameters), rel=0.15)
+
+
+def test_parse_collectives():
+  text = """HloModule a
+%body (p: f32[4]) -> f32[4] {
+  %rs = f32[4]{0} reduce-scatter(%p), replica_groups={{0,1,2,3}}, to_apply=%add, metadata={op_name="x/y"}
+}
+%cond (p: f32[4]) -> pred[] {
+  ROOT %lt = pred[] compare(%p, %p)
+}
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %ag = (bf16[2,8]{1,0:T(8,128)}, bf16[8,8]{1,0}) all-gather-start(%a), replica_groups=[2,4]<=[8], dimensions={0}
+  %one = f32[9] all-reduce(%a), replica_groups=mesh['x'=4,'y'=2] {}, to_apply=%add
+  %split = f32[16] all-reduce(%a), replica_groups=mesh['x'=4,'y'=2] {'x':(1)2,'y'}, to_apply=%add
+  %w = f32[4] while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"12"}}
+}
+"""
+  found = {one.kind: one for one in collectives(text)}
+  assert len(collectives(text)) == 3
+  assert found["reduce-scatter"].times == 12
+  assert found["reduce-scatter"].name == "x/y"
+  assert found["reduce-scatter"].wire_bytes == 12 * 4 * 4 * 3  # each device starts from 4 parts and sends 3
+  assert found["all-gather"].arrays == (128,)
+  assert found["all-gather"].wire_bytes == 128 * 3 / 4
+  assert found["all-reduce"].group == 4
