@@ -77,9 +77,9 @@ def megabyte(
   return MegabyteConfig(context=context, levels=tuple(levels), span=span, **TRAINING)
 
 
-def transformer(shape: Shape, context: int) -> MegabyteConfig:
-  """The byte-level Transformer."""
-  return MegabyteConfig(context=context, levels=(level(1, shape),), **TRAINING)
+def transformer(shape: Shape, context: int, window: int = 0) -> MegabyteConfig:
+  """The byte-level Transformer; `window` bytes are seen by each layer, 0 sees the whole context."""
+  return MegabyteConfig(context=context, levels=(level(1, shape, attention_window=window),), **TRAINING)
 
 
 def perceiver_ar(shape: Shape, context: int, latents: int) -> PerceiverARConfig:
@@ -183,6 +183,11 @@ def audio() -> DataConfig:
 def text_transformer(data: str, context: int = 1024, train_bytes: int = BYTES) -> Config:
   """Text, Transformer 320M."""
   return run(transformer((1024, 22), context), text(data), batch_size=72, train_bytes=train_bytes)
+
+
+def text_windowed_transformer(data: str, train_bytes: int = BYTES) -> Config:
+  """Not in the paper: the text Transformer with a sliding window of 1,024 in a context of 8,192, the same FLOPs."""
+  return run(transformer((1024, 22), 8192, 1024), text(data), batch_size=9, train_bytes=train_bytes)
 
 
 def text_perceiver_ar(data: str, train_bytes: int = BYTES) -> Config:
