@@ -24,8 +24,7 @@ from megabyte_jax.atomic_file import replacing
 from megabyte_jax.checkpoint import load_config
 from megabyte_jax.config import ConfigError
 from megabyte_jax.data.sources import open_path, open_source
-from megabyte_jax.pretrained import load
-from megabyte_jax.sharding import make_mesh
+from megabyte_jax.pretrained import evaluation_mesh, load, step_argument
 from megabyte_jax.windows import METHODS
 
 
@@ -37,7 +36,7 @@ def main() -> None:
   config = dataclasses.replace(
     config, eval=dataclasses.replace(config.eval, batch_size=args.batch_size or config.eval.batch_size)
   )
-  mesh = make_mesh(config.mesh)
+  mesh = evaluation_mesh(config.mesh)
   source = open_path(args.data, config.data) if args.data else open_source(config.data, args.split)
   model, _, step = load(args.workdir, args.step, mesh)
   parameters = nnx.to_pure_dict(nnx.state(model))
@@ -81,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
   parser.add_argument("--workdir", default="runs/quickstart", help="the folder of a train.py run")
   parser.add_argument("--split", default="validation", choices=["train", "validation", "test"])
   parser.add_argument("--data", default="", help="file, folder, glob or data set, instead of a split")
-  parser.add_argument("--step", type=int, help="checkpoint; default: the newest")
+  parser.add_argument("--step", type=step_argument, metavar="N|best", help="checkpoint; default: the newest")
   parser.add_argument("--method", default="", choices=["", *METHODS], help="default: config.eval.method")
   parser.add_argument("--stride", type=int, default=0, help="bytes between sliding windows; default: half a window")
   parser.add_argument("--batch-size", type=int, default=0, help="windows at once; default: config.eval.batch_size")

@@ -100,6 +100,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
               config, state.parameters, validation, mesh=mesh, eval_step=eval_step, max_bytes=config.eval.max_bytes
             )
           metrics.write(number, {"validation_bpb": result.bpb})
+          checkpoints.record(number, result.bpb)
           print(f"step {number}: validation bpb {result.bpb:.4f} ({result.bytes:,} bytes)", flush=True)
         step = number + 1
         trace.before(step)
@@ -107,7 +108,8 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
         waiting.append((step, values))
         trace.after(step)
         stopping = stop.requested or checkpoints.preempted(step)
-        saving = stopping or step == config.num_steps or checkpoints.should_save(step)
+        candidate = config.checkpoint.keep_best and config.eval.every_steps and step % config.eval.every_steps == 0
+        saving = stopping or candidate or step == config.num_steps or checkpoints.should_save(step)
         read_metrics(leave=0 if saving else 1)  # nothing is saved that is not known to be finite
         if saving:
           check_finite(step, {"parameter_norm": float(norm(state.parameters))}, checkpoints, workdir)
@@ -124,6 +126,8 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
     if validation:
       result = report.evaluate_and_print(config, state.parameters, validation, mesh, eval_step=eval_step, primer=source)
       metrics.write(config.num_steps, {"validation_bpb": result.bpb})
+      if not config.eval.max_bytes:  # else another part of the data was scored
+        checkpoints.record(config.num_steps, result.bpb)
   picture = os.path.join(workdir, "loss.png")
   if jax.process_index() == 0:
     plots.loss_curve(os.path.join(workdir, "metrics.jsonl"), picture)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from megabyte_jax.best_steps import BestSteps
 from megabyte_jax.config import CheckpointConfig
 from megabyte_jax.digests import find_damage, write_digests
 from megabyte_jax.saved_run import CheckpointError, changed_keys, check_same_run, load_config, save_config
@@ -72,8 +74,10 @@ class Checkpoints:
     self._saving_step = -1
     self._last_save = time.monotonic()
     if not read_only:
+      self._check_shared()
       self._warn_of_half_written()
-    keep = [ocp.checkpoint_managers.LatestN(config.keep)]
+    self._best = BestSteps(self.folder, config.keep_best)
+    keep = [ocp.checkpoint_managers.LatestN(config.keep), self._best]
     if config.keep_every_steps:
       keep.append(ocp.checkpoint_managers.EveryNSteps(config.keep_every_steps))
     self._manager = ocp.CheckpointManager(
@@ -105,6 +109,11 @@ class Checkpoints:
     if several and step % _MULTI_PROCESS_CLOCK_STEPS:
       return False  # asking process 0 waits for the devices
     return bool(_from_first_process(time.monotonic() - self._last_save >= 60 * self._config.every_minutes))
+
+  def record(self, step: int, bpb: float) -> None:
+    """Notes the validation bits per byte of the checkpoint of `step`: `keep_best` and `best_step` go by them."""
+    if step in self._manager.all_steps():
+      self._best.put(step, bpb)
 
   def preempted(self, step: int) -> bool:
     """Whether the cluster manager has announced the end of this job: the same answer in every process.
@@ -175,6 +184,23 @@ class Checkpoints:
       CheckpointError: there are checkpoints, and all are damaged.
     """
     return self._latest(_ITEMS)
+
+  def best_step(self) -> int:
+    """The step whose checkpoint had the fewest validation bits per byte during training.
+
+    Raises:
+      CheckpointError: none of the checkpoints that are there was evaluated.
+    """
+    if self._read_only:
+      self._manager.reload()
+    self._best.reload()
+    best = self._best.best(self._manager.all_steps())
+    if not best:
+      raise CheckpointError(
+        f"none of the checkpoints in {self.folder} was evaluated while training; set config.eval.every_steps and "
+        "config.checkpoint.keep_best, or take another step"
+      )
+    return best[0]
 
   def meta(self, step: int | None = None) -> dict[str, Any]:
     """The JSON object saved with `step` (None: the newest whole one); see `save`."""
@@ -296,6 +322,25 @@ class Checkpoints:
         _warn(f"moved it to {target}; delete it when it is of no more use")
     _from_first_process(0)  # nobody lists the folder before it is done
     self._manager.reload()
+
+  def _check_shared(self) -> None:
+    """Raises CheckpointError in all processes unless each sees the folder of process 0, where all write their parts."""
+    if jax.process_count() == 1:
+      return
+    self.folder.mkdir(parents=True, exist_ok=True)
+    number = _from_first_process(uuid.uuid4().int % 2**31)
+    sign = self.folder / f".shared-{number}"
+    if jax.process_index() == 0:
+      sign.touch()
+    _from_first_process(0)
+    blind = np.flatnonzero(~multihost_utils.process_allgather(np.asarray(sign.exists())).ravel())
+    if jax.process_index() == 0:
+      sign.unlink()
+    if blind.size:
+      raise CheckpointError(
+        f"processes {_list(blind.tolist()).removeprefix('steps ')} do not see {self.folder} as process 0 does; "
+        "--workdir must be on a file system that all hosts share, or in a bucket"
+      )
 
   def _warn_of_half_written(self) -> None:
     if jax.process_index() == 0 and self.folder.exists():

@@ -118,16 +118,25 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-  """When checkpoints are written and which are kept; the last step always is. 0 turns a rule off."""
+  """When checkpoints are written and which are kept; the last step always is. 0 turns a rule off.
+
+  Attributes:
+    every_steps, every_minutes: save so often.
+    keep: how many of the newest stay.
+    keep_every_steps: those of every so many steps stay for good.
+    keep_best: how many of those with the fewest validation bits per byte stay, of the evaluations during training
+      (eval.every_steps), each of which then saves a checkpoint; `eval.py --step=best` takes the best of them.
+  """
 
   every_steps: int = 1000
   every_minutes: float = 0.0
   keep: int = 2
   keep_every_steps: int = 0
+  keep_best: int = 0
 
   def __post_init__(self):
     require(self.keep >= 1, f"checkpoint.keep is {self.keep}; keep at least 1")
-    for name in ("every_steps", "every_minutes", "keep_every_steps"):
+    for name in ("every_steps", "every_minutes", "keep_every_steps", "keep_best"):
       require(getattr(self, name) >= 0, f"checkpoint.{name} is {getattr(self, name)}; it must not be negative")
 
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from megabyte_jax import windows
 from megabyte_jax.config import Config, MegabyteConfig
 from megabyte_jax.config_parsing import require
+from megabyte_jax.data.batches import rows_of_this_process
 from megabyte_jax.data.sources import Source
 from megabyte_jax.loss import bits_per_byte
 from megabyte_jax.sharding import batch_sharding
@@ -107,13 +108,15 @@ def evaluate(
   share = mesh.shape["data"] * mesh.shape["fsdp"]
   batch_size += -batch_size % share
   sharding = batch_sharding(mesh)
+  own_rows = set(rows_of_this_process(sharding, batch_size, context).tolist())
   with_latents = not isinstance(config.model, MegabyteConfig)
 
   for rows in _batched(_rows(lengths, config, method, stride, max_bytes), batch_size):
     x_BT = np.zeros((batch_size, context), np.uint8)
     length_B, start_B = np.zeros(batch_size, np.int32), np.zeros(batch_size, np.int32)
     for b, (document, window) in enumerate(rows):
-      x_BT[b, : window.length] = source.read(document, window.start, window.start + window.length)
+      if b in own_rows:
+        x_BT[b, : window.length] = source.read(document, window.start, window.start + window.length)
       length_B[b], start_B[b] = window.length, window.latent_start
     arrays = (x_BT, length_B, start_B) if with_latents else (x_BT, length_B)
     placed = (jax.make_array_from_callback(a.shape, sharding, lambda index, a=a: a[index]) for a in arrays)

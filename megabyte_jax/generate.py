@@ -15,7 +15,7 @@ import numpy as np
 from megabyte_jax import command_line
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.config_parsing import ConfigError, require
-from megabyte_jax.pretrained import load
+from megabyte_jax.pretrained import load, step_argument
 from megabyte_jax.progress import Progress, duration, human
 from megabyte_jax.sampling import Sampling, generate
 
@@ -24,7 +24,7 @@ def parse_arguments() -> argparse.Namespace:
   """The command line; see the head of this file."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--workdir", default="runs/quickstart", help="the folder of a train.py run")
-  parser.add_argument("--step", type=int, help="checkpoint; default: the newest")
+  parser.add_argument("--step", type=step_argument, metavar="N|best", help="checkpoint; default: the newest")
   parser.add_argument("--prompt", default="", help="text to continue")
   parser.add_argument("--prompt-file", default="", help="a file to continue, instead of --prompt")
   parser.add_argument("--bytes", type=int, default=400, help="to generate")

@@ -9,17 +9,18 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from megabyte_jax.checkpoint import Checkpoints, load_config
-from megabyte_jax.config import Config, MeshConfig
+from megabyte_jax.config import Config, ConfigError, MeshConfig
 from megabyte_jax.models.build import Model, abstract_model
 from megabyte_jax.sharding import make_mesh, shard_abstract
 
 
-def load(workdir: str, step: int | None = None, mesh: Mesh | None = None) -> tuple[Model, Config, int]:
+def load(workdir: str, step: int | str | None = None, mesh: Mesh | None = None) -> tuple[Model, Config, int]:
   """The model of a train.py run, with the parameters of one of its checkpoints.
 
   Args:
     workdir: the run's folder.
-    step: which checkpoint; None takes the newest that is whole.
+    step: which checkpoint; None takes the newest that is whole, "best" the one with the fewest validation bits per
+      byte while training (see CheckpointConfig).
     mesh: where the parameters go; None puts all of them on the first device.
 
   Returns:
@@ -32,5 +33,19 @@ def load(workdir: str, step: int | None = None, mesh: Mesh | None = None) -> tup
   mesh = mesh or make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
   graph, abstract = abstract_model(config.model)
   with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+    step = checkpoints.best_step() if step == "best" else step
     restored = checkpoints.restore_params(shard_abstract(abstract, mesh), step)
   return nnx.merge(graph, restored.params), config, restored.step
+
+
+def evaluation_mesh(config: MeshConfig) -> Mesh:
+  """The run's own mesh where it fits the devices that are here, else all of them on `fsdp`, which suits any model."""
+  try:
+    return make_mesh(config)
+  except ConfigError:
+    return make_mesh(MeshConfig(data=1, fsdp=-1))
+
+
+def step_argument(text: str) -> int | str:
+  """The value of a command's --step: a number, or best."""
+  return text if text == "best" else int(text)

@@ -90,8 +90,11 @@ def results_table(config: Config, result: Evaluation, compressors: dict[str, Com
 
 
 def print_sample(config: Config, parameters: Any, source: Source) -> None:
-  """Prints `config.sample_bytes` bytes that continue the end of the first training document's first bytes."""
-  if not config.sample_bytes or config.data.form != "bytes":
+  """Prints `config.sample_bytes` bytes that continue the first bytes of the last training document.
+
+  Nothing in a run of several processes, whose parameters no process has alone: `generate` loads them anew.
+  """
+  if not config.sample_bytes or config.data.form != "bytes" or jax.process_count() > 1:
     return
   graph, _ = abstract_model(config.model)
   prompt_bytes = min(64, config.model.context // 2, int(source.lengths[-1]))

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from etils import epath
 
 from megabyte_jax.atomic_file import replacing
@@ -25,7 +26,9 @@ class CheckpointError(ValueError):
 
 
 def save_config(workdir: epath.PathLike, config: Config) -> None:
-  """Writes `config` to `workdir`/config.json, where `load_config` finds it."""
+  """Writes `config` to `workdir`/config.json, where `load_config` finds it; process 0 does, all may call."""
+  if jax.process_index() > 0:
+    return
   with replacing(epath.Path(workdir) / CONFIG_FILE) as path:
     path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
