@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import os
 import pathlib
 import tarfile
 import time
@@ -105,7 +104,10 @@ def test_damaged_recordings(kind, tmp_path):
 
 
 def archive(kind):
-  file, contents = io.BytesIO(), {f"{i}.txt": bytes([65 + i]) * 300 + os.urandom(50) for i in range(4)}
+  file, contents = (
+    io.BytesIO(),
+    {f"{i}.txt": bytes([65 + i]) * 300 + np.random.default_rng(i).bytes(50) for i in range(4)},
+  )
   if kind == "zip":
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as out:
       for name, data in contents.items():
@@ -154,7 +156,7 @@ def test_damaged_array_records(tmp_path):
 
 def test_damaged_packed_folders(tmp_path):
   text = tmp_path / "text"
-  text.write_bytes(os.urandom(2000))
+  text.write_bytes(np.random.default_rng(0).bytes(2000))
   prepare.main(["pack", str(text), str(tmp_path / "item")])
   rng = np.random.default_rng(0)
   for name in ("manifest.json", "ends.npy", "data.bin"):

@@ -150,8 +150,8 @@ def test_an_interrupted_pack_goes_on_where_it_was(tmp_path, monkeypatch):
 def test_killing_it_leaves_nothing_that_looks_whole(tmp_path):
   big = tmp_path / "big"
   big.mkdir()
-  block = np.random.default_rng(0).bytes(1 << 24)
-  for i in range(16):
+  block = np.random.default_rng(0).bytes(1 << 23)
+  for i in range(14):
     (big / f"{i:02}").write_bytes(block)
   command = [sys.executable, "-m", "megabyte_jax.data.prepare", "pack", str(big), str(tmp_path / "packed")]
   process = subprocess.Popen(command, stderr=subprocess.DEVNULL)

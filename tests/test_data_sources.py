@@ -1,3 +1,4 @@
+import itertools
 import shutil
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 
 from megabyte_jax.config import ConfigError, DataConfig
 from megabyte_jax.data import files
+from megabyte_jax.data.read_ahead import read_ahead
 from megabyte_jax.data.sources import DataError, Joined, Mixture, open_path, open_source
 
 PLAIN = DataConfig()
@@ -130,3 +132,19 @@ def test_bytes_handed_out_are_the_callers_own(tmp_path):
   got = source.read(0, 0, 3)
   got[:] = 0
   assert source.read(0, 0, 3).tobytes() == b"abc" and got.dtype == np.uint8
+
+
+def test_reading_ahead_keeps_the_order_and_passes_errors_on(tmp_path):
+  source = open_path("sample:text/train", PLAIN)
+  spans = [(i % 2, 1000 * i, 1000 * i + 7 * i) for i in range(100)]
+  for threads in (0, 1, 3):
+    found = [x.tobytes() for x in read_ahead(source, spans, threads)]
+    assert found == [source.read(*span).tobytes() for span in spans]
+    endless = read_ahead(source, ((0, 0, 5) for _ in itertools.count()), threads)
+    assert [x.size for x in itertools.islice(endless, 50)] == [5] * 50
+    endless.close()
+  (tmp_path / "x").write_bytes(bytes(100))
+  source = open_path(str(tmp_path / "x"), PLAIN)
+  (tmp_path / "x").write_bytes(b"")
+  with pytest.raises(DataError, match="no longer"):
+    list(read_ahead(source, [(0, 0, 1)] * 20, 2))

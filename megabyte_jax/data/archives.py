@@ -89,13 +89,13 @@ def _members(path: str) -> Iterator[tuple[str, int, IO[bytes]]]:
 
 
 def _check_count(path: str, found: int) -> None:
-  """Raises ValueError unless a zip file's directory has as many entries as its end says; zipfile does not look."""
+  """Raises ValueError unless a zip file's directory has entries, as many as its end says; zipfile does not look."""
   with open(path, "rb") as file:
     file.seek(max(0, os.path.getsize(path) - 22 - 65535))
     tail = file.read()
   place = tail.rfind(b"PK\5\6")
   promised = int.from_bytes(tail[place + 10 : place + 12], "little")
-  if promised not in (found, 0xFFFF):  # 0xFFFF: in the zip64 record
+  if not found or promised not in (found, 0xFFFF):  # 0xFFFF: in the zip64 record
     raise ValueError(f"{found} of {promised} entries are in its directory")
 
 

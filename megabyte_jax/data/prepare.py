@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from megabyte_jax.config import DataConfig
 from megabyte_jax.config_parsing import dataclass_from_mapping
 from megabyte_jax.data import archives, packed
+from megabyte_jax.data.read_ahead import read_ahead
 from megabyte_jax.data.sources import DataError, Source, open_path
 
 _BLOCK = 1 << 24  # bytes read at once of a long document
@@ -53,28 +54,19 @@ def _request(spec: str, fingerprint: str, data: DataConfig) -> dict:
 
 
 def _documents(source: Source, first: int) -> Iterator[tuple[str, Iterator[bytes]]]:
-  """(name, blocks) of the documents from number `first` on; short ones are read ahead by threads."""
-  with ThreadPoolExecutor() as pool:
-    ahead = 4 * pool._max_workers
-    count, futures = len(source.lengths), {}
-    try:
-      for i in range(first, count):
-        for j in range(i, min(i + ahead, count)):
-          if j not in futures and source.lengths[j] <= _BLOCK:
-            futures[j] = pool.submit(source.read, j, 0, int(source.lengths[j]))
-        if i in futures:
-          yield source.names[i], iter([futures.pop(i).result().tobytes()])
-        else:
-          yield source.names[i], _blocks(source, i)
-    finally:
-      for future in futures.values():
-        future.cancel()
-
-
-def _blocks(source: Source, document: int) -> Iterator[bytes]:
-  length = int(source.lengths[document])
-  for start in range(0, length, _BLOCK):
-    yield source.read(document, start, min(start + _BLOCK, length)).tobytes()
+  """(name, blocks) of the documents from number `first` on, read ahead."""
+  lengths = source.lengths
+  blocks = read_ahead(
+    source,
+    (
+      (i, start, min(start + _BLOCK, int(lengths[i])))
+      for i in range(first, len(lengths))
+      for start in range(0, int(lengths[i]), _BLOCK)
+    ),
+  )
+  for i in range(first, len(lengths)):
+    count = -(-int(lengths[i]) // _BLOCK)
+    yield source.names[i], (block.tobytes() for block in itertools.islice(blocks, count))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
