@@ -1,0 +1,118 @@
+"""Running train.py and eval.py as a person does, and inside the test's own process."""
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from megabyte_jax.checkpoint import Checkpoints
+from megabyte_jax.config import MeshConfig
+from megabyte_jax.data.sources import SAMPLE_FOLDER
+from megabyte_jax.saved_run import load_config
+from megabyte_jax.sharding import make_mesh
+from megabyte_jax.train_state import abstract_state
+
+ROOT = pathlib.Path(__file__).parents[1]
+MESH = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+
+
+def write_data(folder):
+  """20 kB to train on and 1,000 bytes to validate with, in two documents."""
+  novel = pathlib.Path(SAMPLE_FOLDER, "text", "train", "moby_dick.txt").read_bytes()
+  (folder / "train.txt").write_bytes(novel[30_000:50_000])
+  (folder / "validation").mkdir()
+  (folder / "validation" / "a.txt").write_bytes(novel[60_000:60_700])
+  (folder / "validation" / "b.txt").write_bytes(novel[70_000:70_300])
+  return folder
+
+
+def environment(cache=None):
+  """One device, as most people have; compiled programs are kept in the folder `cache` if given."""
+  variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  if cache:
+    variables |= {
+      "JAX_ENABLE_COMPILATION_CACHE": "true",
+      "JAX_COMPILATION_CACHE_DIR": str(cache),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+  return variables
+
+
+def start(*arguments, cache=None, **options):
+  """The running command `python ARGUMENTS`; its output waits for a reader after a few lines."""
+  return subprocess.Popen(
+    [sys.executable, *map(str, arguments)],
+    cwd=ROOT,
+    env=environment(cache),
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    pipesize=4096,
+    **options,
+  )
+
+
+def finish(process):
+  """What the command still prints, and its exit code."""
+  output, _ = process.communicate(timeout=300)
+  return output, process.returncode
+
+
+@contextlib.contextmanager
+def compiling_once(folder):
+  """Within, equal programs are compiled once, also over several runs in this process."""
+  settings = {
+    "jax_enable_compilation_cache": True,
+    "jax_compilation_cache_dir": str(folder),
+    "jax_persistent_cache_min_compile_time_secs": 0,
+  }
+  before = {name: getattr(jax.config, name) for name in settings}
+  try:
+    for name, value in settings.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def evaluate_command(monkeypatch, *arguments):
+  """What eval.py prints when it is called in this process, as (lines, the last one's JSON)."""
+  import eval as command  # noqa: PLC0415  (its name would hide the built-in)
+
+  monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
+  with contextlib.redirect_stdout(io.StringIO()) as output:
+    command.main()
+  lines = output.getvalue().splitlines()
+  return lines, json.loads(lines[-1])
+
+
+def metric_lines(workdir):
+  """metrics.jsonl without what a clock or the machine decides."""
+  timed = {"bytes_per_second", "flops_per_second", "mfu", "seconds", "memory_bytes"}
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+
+
+def saved_state(workdir):
+  """(step, parameters, optimizer state) of the newest checkpoint, as NumPy arrays."""
+  abstract = abstract_state(load_config(workdir), MESH)
+  with Checkpoints(workdir, read_only=True) as checkpoints:
+    restored = checkpoints.restore(abstract.parameters, abstract.opt_state)
+  return restored.step, *jax.tree.map(np.asarray, (restored.params, restored.opt_state))
+
+
+def assert_bitwise_equal(tree, other):
+  leaves, others = jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(other)
+  assert jax.tree.structure(tree) == jax.tree.structure(other)
+  for (path, a), b in zip(leaves, others, strict=True):
+    np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path), strict=True)
