@@ -99,13 +99,16 @@ def _forward(name: str):
   return jax.jit(lambda parameters, x_BT: nnx.merge(graph, parameters)(x_BT))
 
 
-def logits(name: str, x_BT: np.ndarray) -> np.ndarray:
-  """Of whole contexts. Rows are worked through `context` at a time, so that all proofs share one compilation."""
+def logits(name: str, x_BT: np.ndarray, changed: dict[str, Any] | None = None) -> np.ndarray:
+  """Of whole contexts, with the variant's parameters or `changed` ones.
+
+  Rows are worked through `context` at a time, so that all proofs share one compilation.
+  """
   context = VARIANTS[name].context
   x_BT = np.asarray(x_BT)
   assert x_BT.shape[1] == context
   padded = np.pad(x_BT, ((0, -len(x_BT) % context), (0, 0)))
-  parts = [_forward(name)(parameters(name), part) for part in padded.reshape(-1, context, context)]
+  parts = [_forward(name)(changed or parameters(name), part) for part in padded.reshape(-1, context, context)]
   return np.concatenate(parts)[: len(x_BT)]
 
 

@@ -103,3 +103,17 @@ def test_whole_model(name):
   for row, x_T in zip(ours, x_BT, strict=True):
     expected = reference.logits(x_T, variants.parameters(name), config)
     np.testing.assert_allclose(row, expected, atol=5e-5, rtol=5e-5)
+
+
+@pytest.mark.parametrize("name", variants.every_variant)
+def test_every_parameter_matters(name):
+  """A parameter without effect could be forgotten, by the model and by its transcription, and no test would see it."""
+  p = jax.tree.map(np.asarray, variants.parameters(name))
+  x_BT = variants.random_bytes(name, 1, seed=6)
+  before = variants.logits(name, x_BT)
+  idle = []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(p):
+    changed = jax.tree_util.tree_map_with_path(lambda q, a, path=path: a + 0.1 * np.sign(a) if q == path else a, p)
+    if np.abs(variants.logits(name, x_BT, changed) - before).max() < 1e-3:
+      idle.append((jax.tree_util.keystr(path), leaf.shape))
+  assert not idle
