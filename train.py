@@ -28,7 +28,7 @@ from megabyte_jax.flops import flops_per_byte, predicted_bytes
 from megabyte_jax.media_samples import write_samples
 from megabyte_jax.metrics import Metrics
 from megabyte_jax.optimizer import learning_rate
-from megabyte_jax.sharding import batch_sharding, make_mesh
+from megabyte_jax.sharding import batch_sharding, check_mesh, make_mesh
 from megabyte_jax.train_state import TrainState, abstract_state, initial_state, make_eval_step, make_train_step
 
 _CONFIG = command_line.define_config("configs/quickstart.py", "What to train.")
@@ -40,13 +40,13 @@ distributed.define_flags()
 def train(config: Config, workdir: str, init_from: str = "") -> None:
   """Trains until `config.num_steps`, from the newest checkpoint in `workdir` if there is one."""
   mesh = make_mesh(config.mesh)
+  check_mesh(mesh, config.model, config.batch_size // config.accumulate)
   source = open_source(config.data, "train")
   validation = open_source(config.data, "validation") if config.data.validation else None
   with contextlib.ExitStack() as closing:  # whatever happens, what is being written is finished
     stop = closing.enter_context(StopSignal())
     checkpoints = closing.enter_context(Checkpoints(workdir, config.checkpoint))
-    state, meta = restore_or_start(config, mesh, checkpoints, source.fingerprint, workdir, init_from)
-    first_step = int(state.step)
+    first_step = checkpoints.latest_step() or 0
     data = batches(
       source,
       batch_size=config.batch_size,
@@ -57,6 +57,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
       documents=config.data.documents,
       sharding=batch_sharding(mesh),
     )
+    state, meta = restore_or_start(config, mesh, checkpoints, source.fingerprint, workdir, init_from)
     save_config(workdir, config)
     print(report.describe_run(config, mesh, source, first_step), flush=True)
     metrics = closing.enter_context(
