@@ -231,8 +231,6 @@ class Stack(nnx.Module):
   def next_span(self, cache: Cache) -> Cache:
     """The cache at the start of the next span: the last r slots move to the front, to slots -r .. -1."""
     r = self.level.cross_patch
-    if r == 0:
-      return cache
     slots = cache.k_LBNSHK.shape[3] - r
     k_tail, v_tail = (a[:, :, :, slots:] for a in cache)
     k_tail = jax.vmap(rotate, in_axes=(0, None))(k_tail, jnp.full((r,), -slots))

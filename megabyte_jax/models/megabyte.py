@@ -10,7 +10,7 @@ Shapes: B batch, T bytes, N spans, M slots of a span, D width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ class LevelModel(nnx.Module):
   """One level: the patch embedder, the projection of the parent level's output, and the decoder."""
 
   def __init__(self, level: Level, span: int, parent_byte_width: int, config: MegabyteConfig, rngs: nnx.Rngs):
-    self.slots_per_span = span // level.patch_size
+    self.span, self.slots_per_span = span, span // level.patch_size
     self.embedder = PatchEmbedder(level, span, config.vocab_size, config, rngs)
     if parent_byte_width:  # w_i, (S_i * d_{i-1}) x D_i, shared by all slots: w_GL of eq. (4) for the local model
       shape = (level.patch_size * parent_byte_width, level.width)
@@ -39,15 +39,22 @@ class LevelModel(nnx.Module):
     slices_BNMs = parent_BNP.reshape(B, N, M, self.from_parent.shape[0])
     return slots_BNMD + slices_BNMs @ self.from_parent.astype(slots_BNMD.dtype)
 
-  def __call__(self, x_BT: jax.Array, parent_BNP: jax.Array | None, *, first: bool, dropout_key=None, keep=None):
-    """Hidden states [B, N, M, D] of whole spans: eqs. (1)-(3) for the first level, (4)-(5) for the others."""
-    spans = x_BT.shape[1] // min(self.slots_per_span * self.embedder.patch_size, x_BT.shape[1])
-    slots_BNMD = self.embedder.slots(x_BT.reshape(x_BT.shape[0], spans, -1))
+  def __call__(self, x_BT: jax.Array, parent_BNP: jax.Array | None, **options) -> tuple[jax.Array, Any]:
+    """Eqs. (1)-(3) for the first level, (4)-(5) for the others.
+
+    Args:
+      x_BT: whole spans of bytes, or the beginning of a single one.
+      parent_BNP: the parent level's output for each span; None at the first level.
+      options: passed on to the decoder, `Stack.__call__`.
+
+    Returns:
+      Hidden states [B, N, M, D], and what the decoder was asked to keep.
+    """
+    B, T = x_BT.shape
+    slots_BNMD = self.embedder.slots(x_BT.reshape(B, -1, min(self.span, T)))
     if parent_BNP is not None:
       slots_BNMD = self.add_parent(slots_BNMD, parent_BNP)
-    slots_BNMD = constrain(slots_BNMD, "slots" if first and spans == 1 else "spans")
-    keep = {} if keep is None else {"keep": keep}
-    return self.decoder(slots_BNMD, dropout_key=dropout_key, **keep)
+    return self.decoder(constrain(slots_BNMD, "slots" if slots_BNMD.shape[1] == 1 else "spans"), **options)
 
 
 class DecodeState(NamedTuple):
@@ -96,7 +103,7 @@ class Megabyte(nnx.Module):
     h_BNMD = None
     for i, level in enumerate(self.levels):
       key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
-      h_BNMD, _ = level(x_BT, self._per_span(h_BNMD), first=i == 0, dropout_key=key)
+      h_BNMD, _ = level(x_BT, self._per_span(h_BNMD), dropout_key=key)
     h_BTd = h_BNMD.reshape(B, x_BT.shape[1], -1)  # a slot of S_n bytes is cut into the outputs of its bytes
     return self.levels[-1].embedder.logits(h_BTd)[:, :T]  # eq. (6)
 
@@ -144,7 +151,7 @@ class Megabyte(nnx.Module):
         def keep(k, v, last_span=last_span):
           return tuple(jax.lax.dynamic_slice_in_dim(a, last_span, 1, axis=1) for a in (k, v))
 
-        h_BNMD, kept = level(x_BT, self._per_span(h_BNMD), first=i == 0, keep=keep)
+        h_BNMD, kept = level(x_BT, self._per_span(h_BNMD), keep=keep)
         r = self.config.levels[i].cross_patch
         cache = Cache(*(a.at[:, :, :, r : r + new.shape[3]].set(new) for a, new in zip(cache, kept, strict=True)))
       caches.append(cache)
@@ -175,12 +182,10 @@ class Megabyte(nnx.Module):
     caches, memories, bytes_BS, logits_BSV = loop
     level, config = self.levels[i], self.config.levels[i]
     B = bytes_BS.shape[0]
-    fresh = slot == 0
-    turned = level.decoder.next_span(caches[i])
-    cache = (
-      jax.tree.map(lambda new, old: jnp.where(fresh, new, old), turned, caches[i]) if config.cross_patch else turned
-    )
-    memory = jax.tree.map(lambda m: jnp.where(fresh, jnp.zeros_like(m), m), memories[i])
+    cache, memory = caches[i], memories[i]
+    if config.cross_patch:  # other caches need no preparation: of a new span nothing is visible yet
+      cache = jax.tree.map(lambda new, old: jnp.where(slot == 0, new, old), level.decoder.next_span(cache), cache)
+    memory = jax.tree.map(lambda m: jnp.where(slot == 0, jnp.zeros_like(m), m), memory)
     x_B11D, memory = level.embedder.next_slot(previous_BS, memory, slot)
     if parent_B11s is not None:
       x_B11D = level.add_parent(x_B11D, parent_B11s)
