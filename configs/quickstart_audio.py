@@ -1,4 +1,4 @@
-"""Audio: three short recordings at 8 kHz, one mu-law byte a sample, tested on a fourth.
+"""Audio: three short recordings at 16 kHz, one mu-law byte a sample, tested on a fourth.
 
   pip install "megabyte_jax[audio]"
   python train.py --config=configs/quickstart_audio.py --workdir=runs/quickstart_audio
@@ -24,13 +24,13 @@ def get_config():
       train="sample:audio/train",
       validation="sample:audio/validation",
       form="audio",
-      sample_rate=8000,
+      sample_rate=16000,
       encoding="mulaw8",
     ),
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
     checkpoint=CheckpointConfig(every_steps=200),
     batch_size=8,
-    num_steps=600,
+    num_steps=500,
     log_every=50,
-    sample_bytes=16000,
+    sample_bytes=32000,
   ).to_config_dict()

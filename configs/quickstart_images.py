@@ -2,7 +2,10 @@
 
   python train.py --config=configs/quickstart_images.py --workdir=runs/quickstart_images
 
-TIME and RESULT to be measured.
+Takes 5.5 minutes of processor time on two cores, final evaluation and samples included. 4.85 bits per byte on the 168
+tiles of the two photographs, where gzip -9 needs 5.49, bzip2 -9 4.77 and xz -9e 4.39; it still learns when it stops.
+samples.png in the work directory has rows of real, completed (the upper half is given) and sampled tiles. Numbers on
+such tiles say nothing about ImageNet64.
 """
 
 from megabyte_jax.config import CheckpointConfig, Config, DataConfig, Level, MegabyteConfig, MeshConfig, OptimizerConfig
