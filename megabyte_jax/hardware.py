@@ -53,6 +53,12 @@ def peak_flops(device: jax.Device) -> float | None:
   return next((peak for name, peak in _GPU if re.search(rf"\b{name}\b", kind)), None)
 
 
+def platform() -> str:
+  """What the program at hand is for: cpu, gpu or tpu; that of the mesh set, which need not be of this machine."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device is not None else jax.default_backend()
+
+
 def memory_in_use(devices: Iterable[jax.Device]) -> int | None:
   """Most bytes used so far on any of `devices` that belong to this process, None where that is not known.
 

@@ -13,8 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from megabyte_jax.config_parsing import ConfigError
+from megabyte_jax.hardware import platform
+from megabyte_jax.models import fused_attention
 
-_CUDNN_MIN_SLOTS = 64  # below, the matrix products of a span are too small for a fused kernel to help
+_FUSED = {"cudnn": fused_attention.cudnn, "splash": fused_attention.splash}
+_FUSED_MIN_SLOTS = 64  # below, the matrix products of a span are too small for a fused kernel to help
 _SHORT_SPAN = 16  # slots, up to which sums of products beat matrix products on a GPU
 
 
@@ -49,7 +52,9 @@ def attention(
     past: further keys and values that come before the span's own.
     window: a slot sees only itself and the `window - 1` slots before it; 0 sees all. `past.visible`
       is not narrowed by it.
-    implementation: xla | cudnn | auto. auto takes cudnn where it can serve, xla elsewhere.
+    implementation: xla | cudnn | splash | auto. auto takes splash on a TPU and cudnn on a GPU where they can serve
+      and spans are long. One asked for by name must serve all whole contexts (N = 1); many spans and calls with a
+      `past` take it where it can. Everything else is xla's.
     dropout, dropout_key: dropout on the attention probabilities; none without a key.
 
   Returns:
@@ -59,19 +64,20 @@ def attention(
     ConfigError: the implementation asked for cannot serve this call.
   """
   drops = dropout > 0 and dropout_key is not None
-  obstacle = _cudnn_obstacle(q_BNMHK, past is not None, drops)
-  if implementation == "cudnn":
-    if obstacle:
-      raise ConfigError(f"model.attention=cudnn cannot serve here: {obstacle}; take model.attention=auto")
-    return _cudnn(q_BNMHK, k_BNMHK, v_BNMHK, window)
-  if implementation == "auto" and not obstacle and q_BNMHK.shape[2] >= _CUDNN_MIN_SLOTS:
-    return _cudnn(q_BNMHK, k_BNMHK, v_BNMHK, window)
   M = q_BNMHK.shape[2]
+  for name, fused in _FUSED.items():
+    if implementation not in ("auto", name):
+      continue
+    obstacle = _obstacle(name, q_BNMHK, past is not None, drops)
+    if implementation == name and obstacle and past is None and q_BNMHK.shape[1] == 1:
+      raise ConfigError(f"model.attention={name} cannot serve here: {obstacle}; take model.attention=auto")
+    if not obstacle and (implementation == name or M >= _FUSED_MIN_SLOTS):
+      return fused(q_BNMHK, k_BNMHK, v_BNMHK, window)
   if window and past is None and window < M and M % window == 0 and q_BNMHK.shape[1] == 1:
     return _windowed(q_BNMHK, k_BNMHK, v_BNMHK, window, dropout if drops else 0.0, dropout_key)
   distance_MM = jnp.arange(M)[:, None] - jnp.arange(M)[None, :]
   visible_MM = (distance_MM >= 0) & (distance_MM < (window or M))
-  if q_BNMHK.shape[1] > 1 and M <= _SHORT_SPAN and not drops and jax.default_backend() == "gpu":
+  if q_BNMHK.shape[1] > 1 and M <= _SHORT_SPAN and not drops and platform() == "gpu":
     return _short(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past)
   return _xla(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past, dropout if drops else 0.0, dropout_key)
 
@@ -139,22 +145,14 @@ def shift(x: jax.Array, axis: int) -> jax.Array:
   return jax.lax.pad(x, jnp.zeros((), x.dtype), [(int(i == axis), -int(i == axis), 0) for i in range(x.ndim)])
 
 
-def _cudnn_obstacle(q_BNMHK, has_past: bool, drops: bool) -> str:
-  """Why cuDNN's fused attention cannot serve, or '' if it can."""
-  if jax.default_backend() != "gpu":
-    return f"the device is {jax.default_backend()}, not an NVIDIA GPU"
-  if q_BNMHK.dtype not in (jnp.bfloat16, jnp.float16):
-    return f"it needs bfloat16 and compute is {q_BNMHK.dtype}"
-  if q_BNMHK.shape[-1] % 8 or q_BNMHK.shape[-1] > 128:
-    return f"head_dim {q_BNMHK.shape[-1]} is not a multiple of 8 up to 128"
+def _obstacle(name: str, q_BNMHK: jax.Array, has_past: bool, drops: bool) -> str:
+  """Why the fused attention `name` cannot serve this call on this device, or '' if it can."""
   if has_past:
     return "it sees only the span's own slots, not the previous span's or a cache"
-  return "it has no dropout on attention probabilities" if drops else ""
-
-
-def _cudnn(q_BNMHK, k_BNMHK, v_BNMHK, window):
-  B, N, M, H, K = q_BNMHK.shape
-  q, k, v = (a.reshape(B * N, M, H, K) for a in (q_BNMHK, k_BNMHK, v_BNMHK))
-  local = (window - 1, 0) if window else None
-  out = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation="cudnn")
-  return out.reshape(B, N, M, H, K)
+  if drops:
+    return "it has no dropout on attention probabilities"
+  if name == "cudnn":
+    return fused_attention.cudnn_obstacle(q_BNMHK)
+  if platform() != "tpu":
+    return f"the device is {platform()}, not a TPU"
+  return fused_attention.splash_obstacle(q_BNMHK)

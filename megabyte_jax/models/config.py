@@ -113,7 +113,7 @@ class BlockOptions:
     remat: what backward recomputes: none | full (each block) | named (all but the matrix products' outputs).
     compute_dtype: auto | bfloat16 | float32; auto is float32 on CPU and bfloat16 elsewhere.
     scan_layers: one compiled block for all layers of a level; False compiles each layer by itself.
-    attention: auto | xla | cudnn, see models/attention.py.
+    attention: auto | xla | cudnn | splash, see models/attention.py.
   """
 
   norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -125,7 +125,7 @@ class BlockOptions:
   remat: Literal["none", "full", "named"] = "none"
   scan_layers: bool = True
   compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-  attention: Literal["auto", "xla", "cudnn"] = "auto"
+  attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
 
   def check_options(self) -> None:
     """Raises ConfigError for impossible values."""
