@@ -83,7 +83,7 @@ def test_each_window_of_a_packed_epoch_is_seen_once_and_cut_elsewhere_in_the_nex
 
 def test_packed_windows_run_from_one_document_into_the_next():
   source = Numbers(5, 3, 1, 40)
-  for _, batch in take(source, context=16):
+  for _, batch in take(source, context=16, num_steps=5):
     for row in batch.x_BT:
       np.testing.assert_array_equal(np.diff(row.astype(int)), 1)
 
