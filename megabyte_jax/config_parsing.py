@@ -49,6 +49,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     return value
   if origin in (types.UnionType, typing.Union):  # of model families, told apart by their field `family`
     families = {typing.get_args(typing.get_type_hints(cls)["family"])[0]: cls for cls in args}
+    require(hasattr(value, "items"), f"{where} must be a group of keys, not {value!r}")
     family = value.get("family", next(iter(families)))
     require(family in families, f"{where}.family is {family!r}; choose one of {', '.join(map(repr, families))}")
     return _convert(value, families[family], where)

@@ -81,7 +81,10 @@ def check_mesh(mesh: Mesh, model: ModelConfig, batch_size: int) -> None:
   for what, (size, parts, axis) in spread.items():
     if size % parts:
       fits = [n for n in range(1, min(size, mesh.size) + 1) if size % n == 0]
-      raise ConfigError(f"{what} is {size}, which {axis} = {parts} does not divide; {axis} could be {fits}")
+      raise ConfigError(
+        f"{what} is {size}, which {axis} = {parts} does not divide; "
+        f"{axis} could be {fits}, or take a multiple of {parts} here"
+      )
 
 
 def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
