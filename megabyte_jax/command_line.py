@@ -72,9 +72,9 @@ def _one_line(error: Exception, arguments: Sequence[str]) -> str:
   elif isinstance(error, OSError):  # the last of several messages in one
     text = re.sub(r".*\[Errno \d+\] ", "", text, flags=re.DOTALL)
   else:  # an override of what is not there
-    key = str(error.args[0]).strip("'\"").split("'")[0].split("\\n")[0]
+    key = re.search(r"\w+", text)[0]
     close = re.search('Did you mean "(.*?)"', text)
     overrides = [argument for argument in arguments if re.match(r"--?\w+\.", argument)]
-    named = [argument for argument in overrides if re.search(rf"[.]{re.escape(key)}\b", argument)] or overrides
+    named = [argument for argument in overrides if re.search(rf"[.]{key}\b", argument)] or overrides
     text = f"there is no such key: {' '.join(named)}" + (f"; did you mean {close[1]}?" if close else "")
   return " ".join(text.split())

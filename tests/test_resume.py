@@ -168,7 +168,7 @@ def test_progress_lines_and_evaluations_are_those_of_one_run(folder, config, com
 
 
 def test_what_does_not_continue_a_run_is_refused(folder, config, compiled, tmp_path):
-  config = dataclasses.replace(config, num_steps=8, data=dataclasses.replace(config.data, validation=""))
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, validation=""))
   train_with_a_signal(config, tmp_path / "run", 2)
   other = dataclasses.replace(
     config,
@@ -187,7 +187,7 @@ def test_other_bytes_in_the_same_file_are_refused(folder, config, compiled, tmp_
   text = (folder / "train.txt").read_bytes()
   data = tmp_path / "data.txt"
   data.write_bytes(text)
-  config = dataclasses.replace(config, num_steps=8, data=DataConfig(train=str(data), validation=""))
+  config = dataclasses.replace(config, data=DataConfig(train=str(data), validation=""))
   train_with_a_signal(config, tmp_path / "run", 2)
   data.write_bytes(text[:-1] + b"#")
   with pytest.raises(CheckpointError, match=r"data fingerprint: .* -> "):
@@ -209,6 +209,7 @@ def test_broken_numbers_end_the_run_with_the_last_good_checkpoint(
 ):
   config = dataclasses.replace(
     config,
+    model=dataclasses.replace(config.model, levels=config.model.levels[:1]),  # quicker to compile
     optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=5),
     checkpoint=CheckpointConfig(every_steps=every_steps),
     data=dataclasses.replace(config.data, validation=""),

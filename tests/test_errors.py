@@ -1,0 +1,175 @@
+"""What the commands say when something is wrong: one line, no traceback, and an exit code other than 0."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from commands import ROOT, environment
+
+# Imports the package once, then runs each command in a process of its own that begins there.
+DRIVER = """
+import json, os, runpy, sys
+from megabyte_jax import checkpoint, command_line, evaluate, metrics, report
+from megabyte_jax.data import batches, files
+sys.path.insert(0, os.getcwd())
+for name, arguments in json.load(sys.stdin).items():
+  child = os.fork()
+  if child == 0:
+    output = os.open(os.path.join(sys.argv[1], name), os.O_CREAT | os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.argv = arguments
+    try:
+      runpy.run_path(arguments[0], run_name="__main__")
+      code = 0
+    except SystemExit as exit:
+      code = exit.code or 0
+    except BaseException:
+      import traceback
+      traceback.print_exc()
+      code = 99
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+TINY = "--config=tests/tiny_config.py"
+DATA = "--config.data.train"
+# name: (arguments, exit code, pattern); FOLDER stands for a folder with the files of `folder` below
+CASES = {
+  "unknown flag": (["train.py", "--confg=x"], 2, r"Unknown command line flag 'confg'\. Did you mean: config"),
+  "unknown key": (["train.py", "--config.nokey=1"], 2, r"no such key: --config\.nokey=1"),
+  "misspelt key": (
+    ["train.py", TINY, "--config.seed=1", "--config.batch_sise=4"],
+    2,
+    r"no such key: --config\.batch_sise=4; did you mean batch_size\?",
+  ),
+  "misspelt key of a level": (
+    ["train.py", TINY, "--config.model.levels[0].num_layer=3"],
+    2,
+    r"no such key: --config\.model\.levels\[0\]\.num_layer=3; did you mean num_layers\?",
+  ),
+  "no such level": (
+    ["train.py", "--config.model.levels[5].num_layers=3"],
+    2,
+    r"no such key: --config\.model\.levels\[5\]\.num_layers=3",
+  ),
+  "wrong type": (["train.py", "--config.batch_size=abc"], 2, r"--config\.batch_size=abc: invalid literal for int"),
+  "wrong type of number": (["train.py", "--config.optimizer.learning_rate=x"], 2, r"could not convert string to float"),
+  "missing value": (
+    ["train.py", "--workdir=FOLDER/new", "--config.batch_size"],
+    2,
+    r"Missing value for flag --config\.batch_size",
+  ),
+  "override first": (["train.py", "--config.seed=1", TINY], 2, r"--config\.seed=1 in argv before a value for --config"),
+  "positional": (["train.py", "configs/quickstart.py"], 1, r"unexpected configs/quickstart\.py; flags begin with --"),
+  "no config file": (
+    ["train.py", "--config=nothing.py"],
+    2,
+    r"No such file or directory: 'nothing\.py'",
+  ),
+  "no row": (["train.py", "--config=configs/paper/table2.py:x"], 2, r"no row 'x' in this file; take one of pg19_"),
+  "config without return": (
+    ["train.py", "--config=FOLDER/no_return.py"],
+    2,
+    r"get_config\(\) of .* must return Config",
+  ),
+  "misspelt field": (["train.py", "--config=FOLDER/misspelt.py"], 2, r"unexpected keyword argument 'widht'"),
+  "impossible value": (["train.py", TINY, "--config.batch_size=0"], 1, r"batch_size is 0; it must be at least 1"),
+  "mesh": (["train.py", TINY, "--config.mesh.data=3"], 1, r"does not fit 1 devices: the sizes must multiply to 1"),
+  "no data": (["train.py", TINY, f"{DATA}=FOLDER/nothing"], 1, r"FOLDER/nothing does not exist; name a file, a folder"),
+  "no sample data": (["train.py", TINY, f"{DATA}=sample:txt"], 1, r"no sample data 'sample:txt'; there are .*sample:"),
+  "empty data": (["train.py", TINY, f"{DATA}=FOLDER/empty"], 1, r"FOLDER/empty is empty; remove it"),
+  "empty folder": (["train.py", TINY, f"{DATA}=FOLDER/folder"], 1, r"no files in folder FOLDER/folder"),
+  "short data": (["train.py", TINY, f"{DATA}=FOLDER/short"], 1, r"20 bytes, fewer than the context of 32; give more"),
+  "no validation data": (
+    ["train.py", TINY, "--config.data.validation=FOLDER/nothing"],
+    1,
+    r"FOLDER/nothing does not exist",
+  ),
+  "workdir below a file": (["train.py", TINY, "--workdir=FOLDER/short/run"], 1, r"Not a directory: '.*FOLDER/short"),
+  "no such run to start from": (["train.py", TINY, "--init_from=FOLDER/folder"], 1, r"FOLDER/folder holds no run"),
+  "eval: no run": (["eval.py", "--workdir=FOLDER/folder"], 1, r"FOLDER/folder holds no run: .* give the --workdir"),
+  "eval: no checkpoint": (["eval.py", "--workdir=FOLDER/run", "--split=train"], 1, r"no checkpoint in .*FOLDER/run"),
+  "eval: no split": (
+    ["eval.py", "--workdir=FOLDER/run", "--split=test"],
+    1,
+    r"config\.data\.test is empty; name a file",
+  ),
+  "eval: unknown split": (["eval.py", "--split=dev"], 2, r"invalid choice: 'dev' \(choose from .*validation"),
+  "eval: no data": (["eval.py", "--workdir=FOLDER/run", "--data=FOLDER/x"], 1, r"FOLDER/x does not exist"),
+  "eval: negative": (["eval.py", "--max-bytes=-1"], 1, r"--max-bytes is -1; it must not be negative"),
+  "eval: unknown flag": (["eval.py", "--wordir=x"], 2, r"unrecognized arguments: --wordir=x"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("errors")
+  (folder / "empty").touch()
+  (folder / "folder").mkdir()
+  (folder / "short").write_text("twenty bytes of text")
+  (folder / "no_return.py").write_text("def get_config():\n  pass\n")
+  (folder / "misspelt.py").write_text(
+    "from megabyte_jax.config import Level\n\ndef get_config():\n  return Level(widht=3)\n"
+  )
+  (folder / "run").mkdir()
+  return folder
+
+
+@pytest.fixture(scope="module")
+def said(folder):
+  """{name: (exit code, what was printed)} of all cases."""
+  import tiny_config  # noqa: PLC0415
+
+  from megabyte_jax.config import Config  # noqa: PLC0415
+  from megabyte_jax.saved_run import save_config  # noqa: PLC0415
+
+  save_config(folder / "run", Config.from_dict(tiny_config.get_config()))
+  outputs = folder / "outputs"
+  outputs.mkdir()
+  workdir = f"--workdir={folder / 'new'}"
+  commands = {}
+  for name, (arguments, *_) in CASES.items():
+    arguments = [argument.replace("FOLDER", str(folder)) for argument in arguments]
+    has_workdir = any(argument.startswith("--workdir") for argument in arguments)
+    commands[name] = arguments + ([workdir] if arguments[0] == "train.py" and not has_workdir else [])
+  driver = subprocess.run(
+    [sys.executable, "-c", DRIVER, str(outputs)],
+    input=json.dumps(commands),
+    cwd=ROOT,
+    env=environment(),
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  codes = {name: int(code) for name, code in (line.rsplit(" ", 1) for line in driver.stdout.splitlines())}
+  return {name: (codes[name], (outputs / name).read_text()) for name in commands}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_clear_line(said, folder, name):
+  _, expected_code, pattern = CASES[name]
+  code, output = said[name]
+  assert code == expected_code, output
+  assert "Traceback" not in output
+  (error,) = [line for line in output.splitlines() if "error: " in line]
+  assert re.search(pattern.replace("FOLDER", re.escape(str(folder))), error), output
+  assert len(error) < 700 or "pg19_" in error
+
+
+def test_nothing_is_left_in_the_work_directory(said, folder):
+  left = [path for path in (folder / "new").rglob("*") if path.is_file()] if (folder / "new").exists() else []
+  assert left == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to the superuser")
+def test_a_folder_that_may_not_be_written(tmp_path):
+  tmp_path.chmod(0o500)
+  command = [sys.executable, "train.py", TINY, f"--workdir={tmp_path / 'run'}"]
+  result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+  assert result.returncode == 1 and "error: " in result.stderr and "Permission denied" in result.stderr

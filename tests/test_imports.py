@@ -1,0 +1,47 @@
+"""What `import megabyte_jax` brings along, and what it offers."""
+
+import json
+import subprocess
+import sys
+
+import megabyte_jax
+
+CODE = """
+import json, sys
+import {module}
+print(json.dumps(sorted({{name.split(".")[0] for name in sys.modules}})))
+"""
+# tensorboardX and matplotlib are for training, soundfile, soxr and PIL for some data; the rest is never needed.
+HEAVY = {
+  "tensorflow",
+  "tensorflow_datasets",
+  "torch",
+  "matplotlib",
+  "tensorboardX",
+  "PIL",
+  "soundfile",
+  "soxr",
+  "pandas",
+}
+
+
+def imported(module):
+  output = subprocess.run(
+    [sys.executable, "-c", CODE.format(module=module)], capture_output=True, text=True, check=True
+  )
+  return set(json.loads(output.stdout))
+
+
+def test_the_package_brings_nothing_heavy_along():
+  modules = imported("megabyte_jax")
+  assert "jax" in modules
+  assert not modules & HEAVY
+
+
+def test_nor_does_training_bring_tensorflow_or_torch():
+  assert not imported("train") & {"tensorflow", "tensorflow_datasets", "torch"}
+
+
+def test_public_names_exist_and_are_explained():
+  for name in megabyte_jax.__all__:
+    assert getattr(megabyte_jax, name).__doc__, name
