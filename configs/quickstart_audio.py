@@ -3,7 +3,9 @@
   pip install "megabyte_jax[audio]"
   python train.py --config=configs/quickstart_audio.py --workdir=runs/quickstart_audio
 
-TIME and RESULT to be measured.
+Takes 4 minutes of processor time on two cores, final evaluation and samples included. 4.69 bits per byte on the fourth
+recording, where gzip -9 needs 4.16, xz -9e 3.38 and bzip2 -9 2.93: thirteen seconds of sound to learn from are few, and
+the loss is still falling. The work directory gets real.wav, completed.wav (its first half is given) and sampled.wav.
 """
 
 from megabyte_jax.config import CheckpointConfig, Config, DataConfig, Level, MegabyteConfig, OptimizerConfig
