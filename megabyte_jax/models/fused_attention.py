@@ -151,8 +151,9 @@ def _query_block(queries: int) -> int:
 
 
 def _mesh() -> dict[str, int]:
-  """Sizes of the axes of the mesh that is set; empty without one."""
-  return dict(jax.sharding.get_abstract_mesh().shape)
+  """Sizes of the axes of the mesh that is set; empty without one, and on a single device."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return dict(mesh.shape) if mesh.size > 1 else {}
 
 
 def _uneven(q_BNMHK: jax.Array) -> str:
