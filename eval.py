@@ -22,8 +22,10 @@ from flax import nnx
 from megabyte_jax import command_line, distributed, perplexity, plots, report
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.checkpoint import load_config
-from megabyte_jax.config import ConfigError
-from megabyte_jax.data.sources import open_path, open_source
+from megabyte_jax.config import Config, ConfigError
+from megabyte_jax.data import image_report
+from megabyte_jax.data.sources import Source, open_path, open_source
+from megabyte_jax.evaluate import Evaluation
 from megabyte_jax.pretrained import evaluation_mesh, load, step_argument
 from megabyte_jax.windows import METHODS
 
@@ -64,9 +66,15 @@ def main() -> None:
     more["word_perplexity"] = perplexity.word_perplexity(result.nats, more["words"])
     print(f"word-level perplexity {more['word_perplexity']:.2f} ({more['words']:,} words)")
   if jax.process_index() == 0:
+    images = summarize_images(config, source, result)
+    if images:
+      print(images)
+      more |= {"images": images.images, "mean_bpb": images.mean_bpb, "standard_error": images.standard_error}
     line = report.result_json(result, **more)
     try:
       write_positions(args.workdir, result)
+      if images:
+        print("pictures:", *image_report.write_best_and_worst(images, source, config.data, args.workdir))
       with replacing(os.path.join(args.workdir, "eval.json")) as path:
         path.write_text(line + "\n")
     except OSError as error:  # somebody else's run, perhaps; the result is worth more than its files
@@ -144,6 +152,13 @@ class PerByte:
       os.unlink(self.temporary)
 
 
+def summarize_images(config: Config, source: Source, result: Evaluation) -> image_report.ImageSummary | None:
+  """Mean and standard error over whole images; None where the data are no images, or none was scored whole."""
+  if config.data.form != "image" or not (result.document_bytes == source.lengths).any():
+    return None
+  return image_report.summarize(result.document_nats, result.document_bytes, source.lengths)
+
+
 def write_positions(workdir: str, result) -> None:
   """Bits by position in the patch (Fig. 5) and in the window (Fig. 4): a JSON file and a picture of each."""
   with np.errstate(invalid="ignore"):
@@ -155,7 +170,7 @@ def write_positions(workdir: str, result) -> None:
   with replacing(os.path.join(workdir, "eval_positions.json")) as path:
     path.write_text(json.dumps(values).replace("NaN", "null") + "\n")
   plots.loss_by_position(context, os.path.join(workdir, "eval_by_context.png"), "Loss by position", "byte in context")
-  if len(patch) > 1:
+  if len(patch) > 1 and result.method in ("basic", "sliding"):  # the others score only half of each patch
     plots.loss_by_position(patch, os.path.join(workdir, "eval_by_patch.png"), "Loss by position", "byte in patch")
 
 

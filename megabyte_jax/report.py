@@ -80,7 +80,7 @@ def results_table(config: Config, result: Evaluation, compressors: dict[str, Com
   if config.model.family == "megabyte" and len(config.model.levels) == 1 and config.model.levels[0].patch_size == 1:
     name = "Transformer"
   lines = [
-    f"bits per byte on {result.bytes:,} bytes ({len(result.document_bytes):,} documents, {duration(result.seconds)})",
+    f"bits per byte on {result.bytes:,} bytes ({np.count_nonzero(result.document_bytes):,} documents, {duration(result.seconds)})",
     f"  {name:<12}{result.bpb:7.3f}   {result.method} inference, {result.cost:g}x",
   ]
   for compressor, bits in sorted(compressors.items(), key=lambda item: item[1].alone):

@@ -20,14 +20,14 @@ class ImageSummary:
   Attributes:
     images: how many.
     mean_bpb: the mean of their bits per byte; images are equally large, so it is also that of all their bytes.
-    standard_error: of the mean, over images: standard deviation (n - 1) / sqrt(n); nan for a single image.
+    standard_error: of the mean, over images: standard deviation (n - 1) / sqrt(n); None for a single image.
     ranked: document numbers, lowest bits per byte first.
     bpb: bits per byte of each of `ranked`.
   """
 
   images: int
   mean_bpb: float
-  standard_error: float
+  standard_error: float | None
   ranked: np.ndarray
   bpb: np.ndarray
 
@@ -51,7 +51,7 @@ def summarize(document_nats: np.ndarray, document_bytes: np.ndarray, lengths: np
     raise ValueError("not a single image was scored as a whole; score more bytes")
   bpb = np.asarray(document_nats, np.float64)[whole] / np.asarray(document_bytes)[whole] / np.log(2)
   order = np.argsort(bpb, kind="stable")
-  error = float(bpb.std(ddof=1) / np.sqrt(len(bpb))) if len(bpb) > 1 else float("nan")
+  error = float(bpb.std(ddof=1) / np.sqrt(len(bpb))) if len(bpb) > 1 else None
   return ImageSummary(len(whole), float(bpb.mean()), error, whole[order], bpb[order])
 
 
