@@ -28,7 +28,8 @@ def free_port():
 class Processes:
   """`python ARGUMENTS` in `count` processes with `devices` virtual CPU devices each; `output[i]` grows as they print.
 
-  Compiled programs are kept in the folder `cache`, if given. Should another program take the port just before process 0 does, all are started again with another one.
+  Compiled programs are kept in the folder `cache`, if given. Should another program take the port just before
+  process 0 does, all are started again with another one.
   """
 
   def __init__(self, count, devices, *arguments, timeout=240, cache=None):

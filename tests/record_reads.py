@@ -1,0 +1,26 @@
+"""Runs train.py and writes down which rows of the batches this process read: `WORKDIR/rows-PROCESS.json`."""
+
+import contextlib
+import json
+import os
+import pathlib
+import runpy
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+if __name__ == "__main__":
+  from megabyte_jax.data.batches import Windows
+
+  drawn, read = [], Windows.read
+
+  def read_and_note(self, draw, out_T):
+    drawn.append(draw)
+    return read(self, draw, out_T)
+
+  Windows.read = read_and_note
+  [workdir] = [argument.partition("=")[2] for argument in sys.argv if argument.startswith("--workdir=")]
+  sys.argv[0] = str(ROOT / "train.py")
+  with contextlib.suppress(SystemExit):  # train.py ends so, too, when all is well
+    runpy.run_path(sys.argv[0], run_name="__main__")
+  pathlib.Path(workdir, f"rows-{os.environ['JAX_PROCESS_ID']}.json").write_text(json.dumps(sorted(drawn)))
