@@ -29,7 +29,9 @@ class BestSteps:
     self._bpb = _read(self._path)
 
   def put(self, step: int, bpb: float) -> None:
-    """Writes down how well the checkpoint of `step` did."""
+    """Writes down how well the checkpoint of `step` did, if that is a number."""
+    if not math.isfinite(bpb):
+      return
     self._bpb[step] = float(bpb)
     if jax.process_index() == 0:
       with replacing(self._path) as path:
@@ -37,7 +39,7 @@ class BestSteps:
 
   def best(self, steps: Sequence[int], count: int = 1) -> list[int]:
     """The best `count` of `steps`, best first; the later of two that are equal. Those never measured are left out."""
-    measured = [step for step in steps if math.isfinite(self._bpb.get(step, math.nan))]
+    measured = [step for step in steps if step in self._bpb]
     return sorted(measured, key=lambda step: (self._bpb[step], -step))[:count]
 
   def reload(self) -> None:
