@@ -11,6 +11,7 @@ import collections
 import contextlib
 import os
 import signal
+from typing import Any
 
 import jax
 import numpy as np
@@ -107,7 +108,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
         trace.before(step)
         state, values = train_step(state, batch.x_BT, batch.length_B if may_be_short else None)
         waiting.append((step, values))
-        trace.after(step)
+        trace.after(step, values)
         stopping = stop.requested or checkpoints.preempted(step)
         candidate = config.checkpoint.keep_best and config.eval.every_steps and step % config.eval.every_steps == 0
         saving = stopping or candidate or step == config.num_steps or checkpoints.should_save(step)
@@ -222,16 +223,16 @@ class Trace:
       jax.profiler.start_trace(self._folder)
       self._on = True
 
-  def after(self, step: int) -> None:
-    """Writes the trace if `step` is the last one in it."""
+  def after(self, step: int, results: Any) -> None:
+    """Writes the trace if `step`, which computes `results`, is the last one in it."""
     if self._on and step == self._steps[1]:
+      jax.block_until_ready(results)
       self._stop()
 
   def _stop(self) -> None:
     if self._on:
-      jax.block_until_ready(jax.live_arrays())
-      jax.profiler.stop_trace()
       self._on = False
+      jax.profiler.stop_trace()
 
 
 def main(arguments: list[str]) -> None:

@@ -74,7 +74,7 @@ def compiling_once(folder):
     "jax_compilation_cache_dir": str(folder),
     "jax_persistent_cache_min_compile_time_secs": 0,
   }
-  before = {name: getattr(jax.config, name) for name in settings}
+  before = {name: jax.config.values[name] for name in settings}
   try:
     for name, value in settings.items():
       jax.config.update(name, value)

@@ -112,8 +112,8 @@ def test_after_many_kills_at_random_moments(folder, uninterrupted, seed):
 
 
 @pytest.fixture(scope="module")
-def compiled(folder):
-  with compiling_once(folder / "cache_of_eight"):
+def compiled(tmp_path_factory):
+  with compiling_once(tmp_path_factory.getbasetemp() / "compiled"):
     yield
 
 
