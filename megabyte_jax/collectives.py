@@ -18,6 +18,7 @@ _BYTES |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALL = re.compile(r"(?:calls|to_apply|condition|body|async_execution_thread\w*)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)")
+_TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 _OPERATION = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 
@@ -81,13 +82,18 @@ def _lines(hlo: str):
 def _runs(hlo: str) -> dict[str, int]:
   """How often each computation runs: loops of a known length multiply, calls add up."""
   entry = next((m[2] for m in map(_COMPUTATION.match, hlo.splitlines()) if m and m[1]), "")
+  definitions: dict[str, dict[str, str]] = defaultdict(dict)
+  for computation, line in _lines(hlo):
+    text = line.strip()
+    definitions[computation]["ROOT" if text.startswith("ROOT ") else text.split(" = ")[0].lstrip("%")] = text
   calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
   for computation, line in _lines(hlo):
-    trips = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line) if " while(" in line else None
-    names = _CALL.findall(line)
+    names, trips = _CALL.findall(line), 1
+    if " while(" in line:
+      trips = _trips(line, definitions)
     for many, one in _BRANCHES.findall(line):
       names += [name.strip().lstrip("%") for name in many.split(",")] if many else [one]
-    calls[computation] += [(name, int(trips[1]) if trips else 1) for name in names]
+    calls[computation] += [(name, trips) for name in names]
   runs: dict[str, int] = defaultdict(int)
   todo = [(entry, 1)]  # the call graph has no cycles
   while todo:
@@ -95,6 +101,35 @@ def _runs(hlo: str) -> dict[str, int]:
     runs[computation] += count
     todo += [(name, count * trips) for name, trips in calls[computation]]
   return runs
+
+
+def _trips(line: str, definitions: dict[str, dict[str, str]]) -> int:
+  """How often the loop in `line` runs; 1 where it cannot be seen.
+
+  CPU programs note it. In TPU programs it follows from the condition, `counter < limit`, and from what the body adds
+  to the counter (2 where XLA unrolled a loop that overlaps a gather with a product); counters start at 0.
+  """
+  noted = _TRIPS.search(line)
+  if noted:
+    return int(noted[1])
+  condition, body = (definitions[re.search(rf"{key}=%?([\w.\-]+)", line)[1]] for key in ("condition", "body"))
+  test = re.search(r" compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", condition.get("ROOT", ""))
+  if not test or test[2] not in condition:
+    return 1
+  limit, place = _constant(condition[test[2]]), re.search(r"index=(\d+)", condition.get(test[1], ""))
+  added = 1
+  if place:
+    results = re.findall(r"%([\w.\-]+)", body.get("ROOT", "").partition(" tuple(")[2])
+    change = body.get(results[int(place[1])], "") if int(place[1]) < len(results) else ""
+    operands = re.search(r" add\(%?([\w.\-]+), %?([\w.\-]+)\)", change)
+    added = max(_constant(body.get(name, "")) for name in operands.groups()) if operands else 1
+  return -(-limit // max(added, 1)) if limit else 1
+
+
+def _constant(line: str) -> int:
+  """The value of an integer constant's definition, 0 for anything else."""
+  found = re.search(r"\[\]\S* constant\((\d+)\)", line)
+  return int(found[1]) if found else 0
 
 
 def _arrays(shape: str, kind: str, started: bool) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import resource
 import sys
@@ -21,6 +22,33 @@ _TPU_CORE = {  # of one TensorCore: a device is one or, on most v4 and v5p syste
   "TPU v6 lite": 918e12,
   "TPU v6e": 918e12,
   "TPU7x": 1153.5e12,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuChip:
+  """Memory and links of one TPU chip (cloud.google.com/tpu/docs and jax-ml.github.io/scaling-book, 2025).
+
+  Attributes:
+    cores: TensorCores; a device is one or both of them.
+    memory: bytes of HBM.
+    memory_rate: bytes per second of HBM.
+    link_rate: bytes per second of one inter-chip link in one direction.
+  """
+
+  cores: int
+  memory: float
+  memory_rate: float
+  link_rate: float
+
+
+_GIB = 2**30
+_TPU_CHIP = {
+  "TPU v4": TpuChip(2, 32 * _GIB, 1.2e12, 45e9),
+  "TPU v5 lite": TpuChip(1, 16 * _GIB, 0.82e12, 45e9),
+  "TPU v5": TpuChip(2, 96 * _GIB, 2.77e12, 90e9),
+  "TPU v6 lite": TpuChip(1, 32 * _GIB, 1.64e12, 90e9),
+  "TPU7x": TpuChip(2, 192 * _GIB, 7.38e12, 90e9),
 }
 _GPU = (  # the first whose words are in the device's name
   ("GB300", 2500e12),
@@ -51,6 +79,17 @@ def peak_flops(device: jax.Device) -> float | None:
   if kind in _TPU_CORE:
     return _TPU_CORE[kind] * getattr(device, "num_cores", 1)
   return next((peak for name, peak in _GPU if re.search(rf"\b{name}\b", kind)), None)
+
+
+def tpu_chip(device: jax.Device) -> TpuChip | None:
+  """The chip that `device` is, or is one of two cores of; None if it is no TPU that is known here."""
+  return _TPU_CHIP.get(device.device_kind)
+
+
+def devices_per_chip(device: jax.Device) -> int:
+  """How many devices a chip shows: two for v4 (as planned for) and tpu7x, one for the others."""
+  chip = tpu_chip(device)
+  return chip.cores // getattr(device, "num_cores", 1) if chip else 1
 
 
 def platform() -> str:

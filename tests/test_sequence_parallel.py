@@ -89,7 +89,7 @@ def test_local_model_alone_has_no_communication():
     parent_BNP = jax.lax.with_sharding_constraint(
       jnp.ones((1, PATCHES, GLOBAL["width"])), jax.sharding.PartitionSpec(None, "seq")
     )
-    h_BNMD, _ = model.levels[1](x_BT, parent_BNP, first=False)
+    h_BNMD, _ = model.levels[1](x_BT, parent_BNP)
     return model.levels[1].embedder.logits(h_BNMD)
 
   assert mesh.shape["seq"] == DEVICES
@@ -131,9 +131,15 @@ def test_parse_collectives():
   text = """HloModule a
 %body (p: f32[4]) -> f32[4] {
   %rs = f32[4]{0} reduce-scatter(%p), replica_groups={{0,1,2,3}}, to_apply=%add, metadata={op_name="x/y"}
+  %before = s32[]{:T(128)} get-tuple-element(%p), index=1
+  %two = s32[]{:T(128)} constant(2)
+  %after = s32[]{:T(128)} add(%before, %two)
+  ROOT %tuple = (f32[4]{0}, s32[]{:T(128)}) tuple(%rs, %after)
 }
 %cond (p: f32[4]) -> pred[] {
-  ROOT %lt = pred[] compare(%p, %p)
+  %counter = s32[]{:T(128)} get-tuple-element(%p), index=1
+  %limit = s32[]{:T(128)} constant(7)
+  ROOT %lt = pred[]{:T(512)} compare(%counter, %limit), direction=LT
 }
 ENTRY %main (a: f32[4]) -> f32[4] {
   %ag = (bf16[2,8]{1,0:T(8,128)}, bf16[8,8]{1,0}) all-gather-start(%a), replica_groups=[2,4]<=[8], dimensions={0}
@@ -142,6 +148,7 @@ ENTRY %main (a: f32[4]) -> f32[4] {
   %w = f32[4] while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"12"}}
 }
 """
+  assert collectives(text.replace(', backend_config={"known_trip_count":{"n":"12"}}', ""))[0].times == 4  # 0, 2, 4, 6
   found = {one.kind: one for one in collectives(text)}
   assert len(collectives(text)) == 3
   assert found["reduce-scatter"].times == 12

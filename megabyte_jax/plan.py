@@ -1,0 +1,326 @@
+"""What a run would need on TPUs, found without one: the real step is compiled ahead of time for a topology.
+
+  python -m megabyte_jax.plan --config=configs/paper/table5.py:image640_megabyte --topology=v5p:4x4x4
+  python -m megabyte_jax.plan --config=... --topology=v6e:16x16 --mesh=fsdp=64,seq=4 --batch_size=128 --remat=named
+  python -m megabyte_jax.plan --config=... --topology=v5e:16x16 --search       # tries meshes, remat, accumulation
+  python -m megabyte_jax.plan --config=... --step=generate --json              # train (default), eval or generate
+
+Needs libtpu, not a TPU: pip install "jax[tpu]". Topologies have the form KIND:SIZE, with sizes of chips: v4:2x2x2,
+v5e:4x4 ... 16x16, v5p:2x2x1 ..., v6e:4x4 ... 16x16, tpu7x:2x2x1 ... . Devices of v4 and tpu7x are half a chip.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import pickle
+import re
+import time
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import config_flags
+
+from megabyte_jax import command_line, flops, hardware, roofline, sampling
+from megabyte_jax.collectives import Collective, collectives
+from megabyte_jax.config import Config, ConfigError, MeshConfig, PerceiverARConfig
+from megabyte_jax.config_parsing import require
+from megabyte_jax.models.build import abstract_model
+from megabyte_jax.progress import duration, human
+from megabyte_jax.sharding import BATCH, batch_sharding, check_mesh, make_mesh
+from megabyte_jax.train_state import abstract_state, make_eval_step, make_train_step
+
+STEPS = ("train", "eval", "generate")
+_GIB = 2**30
+
+
+@dataclasses.dataclass
+class Plan:
+  """What compiling one step for a topology showed. Sizes are bytes of one device.
+
+  Attributes:
+    fits: whether the compiler found room for the step.
+    reason: why it does not fit, in the compiler's words.
+    memory: HBM of one device.
+    arguments, output, temporaries, total: of the step; output that reuses arguments' memory is not counted twice.
+    wire: kind of collective -> (how many run in a step, bytes that each device sends).
+    bounds: roofline of the step; None for generation, whose many small steps it does not describe.
+    seconds: it took to compile.
+  """
+
+  config: Config
+  step: str
+  topology: str
+  kind: str
+  devices: int
+  chips: int
+  mesh: dict[str, int]
+  memory: int
+  fits: bool = False
+  reason: str = ""
+  arguments: int = 0
+  output: int = 0
+  temporaries: int = 0
+  total: int = 0
+  wire: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
+  bounds: roofline.Bounds | None = None
+  seconds: float = 0.0
+
+  @property
+  def days(self) -> float | None:
+    """Of training for the config's steps at the roofline's speed."""
+    return self.config.num_steps * self.bounds.step / 86_400 if self.bounds and self.step == "train" else None
+
+
+def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
+  """The devices of `topology` (KIND:SIZE), `slices` times; none of them need exist.
+
+  Raises:
+    ConfigError: libtpu is missing, or does not know the topology.
+  """
+  require(importlib.util.find_spec("libtpu") is not None, 'planning for TPUs needs libtpu: pip install "jax[tpu]"')
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask a cloud which TPU this machine has
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a training run on this machine may hold it
+  os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+  from jax.experimental import topologies  # noqa: PLC0415
+
+  more = {"num_slices": slices} if slices > 1 else {}
+  try:
+    devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices)
+  except Exception as error:
+    text = " ".join(str(error).split())[:300]
+    raise ConfigError(f"libtpu has no topology {topology!r} ({text}); try v5p:4x4x4, v5e:16x16 or v6e:4x4") from None
+  require(hardware.tpu_chip(devices[0]) is not None, f"hardware.py does not know {devices[0].device_kind}")
+  return devices
+
+
+def for_tpu(config: Config) -> Config:
+  """The config with the dtype that `auto` means on a TPU: this machine's own would be another."""
+  if config.model.compute_dtype != "auto":
+    return config
+  return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="bfloat16"))
+
+
+def lower(config: Config, mesh: Mesh, step: str) -> jax.stages.Lowered:
+  """The step for abstract arguments laid out as in a real run: nothing is allocated."""
+  is_perceiver = isinstance(config.model, PerceiverARConfig)
+  batch, context = config.batch_size, config.model.context
+  may_be_short = config.data.documents == "whole"
+
+  def rows(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+
+  state = abstract_state(config, mesh)
+  x_BT, length_B = rows((batch, context), jnp.uint8), rows((batch,), jnp.int32)
+  with jax.set_mesh(mesh):
+    if step == "train":
+      return make_train_step(config).lower(state, x_BT, length_B if may_be_short else None)
+    if step == "eval":
+      return make_eval_step(config).lower(state.parameters, x_BT, length_B, *([length_B] if is_perceiver else []))
+    return _lower_generate(config, mesh, state.parameters)
+
+
+def _lower_generate(config: Config, mesh: Mesh, parameters: Any) -> jax.stages.Lowered:
+  """Decoding of one chunk of bytes for `batch_size` rows, caches full."""
+  graph, _ = abstract_model(config.model)
+  batch, context = config.batch_size, config.model.context
+  x_BT = jax.ShapeDtypeStruct((batch, context), jnp.int32, sharding=batch_sharding(mesh))
+  where = (jnp.int32(0), jnp.int32(0))[: 2 if isinstance(config.model, PerceiverARConfig) else 1]
+  state = jax.eval_shape(lambda p, x: nnx.merge(graph, p).read_prompt(x, *where), parameters, x_BT)
+
+  def place(leaf):
+    axis = next((i for i, size in enumerate(leaf.shape) if size == batch), None) if batch > 1 else None
+    spec = P() if axis is None or leaf.ndim < 2 else P(*[None] * min(axis, 1), BATCH)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+  keys_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+  scalar = jax.ShapeDtypeStruct((), jnp.int32)
+  arguments = (parameters, jax.tree.map(place, state), x_BT, scalar, scalar, scalar, keys_B)
+  return sampling._decode.lower(graph, sampling.Sampling(), *arguments)
+
+
+def make_plan(config: Config, topology: str, devices: list[jax.Device], step: str = "train") -> tuple[Plan, Any]:
+  """Compiles the step; returns the plan, and the executable (None where it does not fit).
+
+  Raises:
+    ConfigError: the mesh does not suit the topology, the model or the batch.
+  """
+  config = for_tpu(config)
+  mesh = make_mesh(config.mesh, devices)
+  per_chip, chip = hardware.devices_per_chip(devices[0]), hardware.tpu_chip(devices[0])
+  plan = Plan(
+    config=config,
+    step=step,
+    topology=topology,
+    kind=devices[0].device_kind,
+    devices=len(devices),
+    chips=len(devices) // per_chip,
+    mesh=dict(mesh.shape),
+    memory=int(chip.memory / per_chip),
+  )
+  check_mesh(mesh, config.model, config.batch_size // (config.accumulate if step == "train" else 1))
+  started = time.perf_counter()
+  executable = None
+  try:
+    executable = lower(config, mesh, step).compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    _read_shortage(plan, str(error))
+  plan.seconds = time.perf_counter() - started
+  found: list[Collective] = []
+  if executable is not None:
+    memory = executable.memory_analysis()
+    plan.arguments, plan.temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    plan.output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    plan.total = plan.arguments + plan.output + plan.temporaries
+    plan.fits = plan.total <= plan.memory
+    plan.reason = "" if plan.fits else "the compiler used more than the device has"
+    found = collectives(executable.as_text())
+    counts, sent = Counter(), Counter()
+    for one in found:
+      counts[one.kind] += one.times
+      sent[one.kind] += one.wire_bytes
+    plan.wire = {kind: (counts[kind], sent[kind]) for kind in counts}
+  if step != "generate" and executable is not None:
+    wire_bytes = sum(one.wire_bytes for one in found)
+    plan.bounds = roofline.bounds(config, devices[0], len(devices), mesh.shape["tensor"], step, wire_bytes)
+  return plan, executable
+
+
+def _read_shortage(plan: Plan, text: str) -> None:
+  """What the compiler says of a step that does not fit."""
+  plan.reason = " ".join(text.split()).removeprefix("RESOURCE_EXHAUSTED: ").split(". ")[0][:200]
+  units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+  needed = re.search(r"(?:required[^(]*\(|Used )([\d.]+)([KMGT])", text)
+  if needed:
+    plan.total = int(float(needed[1]) * units[needed[2]])
+
+
+def describe(plan: Plan) -> str:
+  """The plan for people."""
+  config, model = plan.config, plan.config.model
+  axes = ",".join(f"{name}={size}" for name, size in plan.mesh.items() if size > 1) or "one device"
+  forward = flops.flops_per_byte(model)
+  per_byte = forward * (flops.TRAINING_FACTOR if plan.step == "train" else 1)
+  size = [f"{config.batch_size} x {model.context:,} bytes", f"remat {model.remat}"]
+  if config.accumulate > 1 and plan.step == "train":
+    size.append(f"in {config.accumulate} parts")
+  lines = [
+    f"topology    {plan.topology}: {plan.chips} chips, {plan.devices} devices ({plan.kind}), mesh {axes}",
+    f"model       {human(flops.parameter_count(model))} parameters, {human(per_byte, 'FLOP')} per byte of {plan.step}",
+    f"step        {plan.step}, {', '.join(size)}; compiled in {duration(plan.seconds)}",
+  ]
+  of = f"of {plan.memory / _GIB:.1f} GiB a device"
+  if plan.arguments:
+    parts = [(plan.arguments, "arguments"), (plan.temporaries, "temporaries"), (plan.output, "output")]
+    shown = " + ".join(f"{size / _GIB:.2f} {name}" for size, name in parts)
+    lines.append(f"memory      {plan.total / _GIB:.2f} GiB {of} ({shown})")
+  lines.append("fits        yes" if plan.fits else f"fits        no: {plan.reason}")
+  for kind, (count, sent) in sorted(plan.wire.items()):
+    lines.append(f"{kind:<20}{count:>6} a step, each device sends {human(sent, 'B')}")
+  if plan.bounds:
+    b = plan.bounds
+    lines += [
+      f"bounds      compute {1e3 * b.compute:.1f} ms, memory ~{1e3 * b.memory:.1f} ms, links {1e3 * b.links:.1f} ms",
+      f"at best     {1e3 * b.step:.1f} ms a step, MFU {100 * b.mfu:.0f}%, "
+      f"{human(config.batch_size * flops.predicted_bytes(model) / b.step, 'B/s')}",
+    ]
+  if plan.days is not None:
+    total = config.num_steps * config.batch_size * flops.predicted_bytes(model)
+    lines.append(f"run         {config.num_steps:,} steps, {human(total, 'B')}: {plan.days:.2f} days at best")
+  return "\n".join(lines)
+
+
+def to_json(plan: Plan) -> str:
+  """The plan as one JSON object on one line."""
+  values = dataclasses.asdict(dataclasses.replace(plan, config=None))
+  values["config"] = plan.config.to_dict()
+  values["parameters"] = flops.parameter_count(plan.config.model)
+  values["days"] = plan.days
+  if plan.bounds:
+    values["bounds"] |= {"step": plan.bounds.step, "mfu": plan.bounds.mfu}
+  return json.dumps(values)
+
+
+def parse_mesh(text: str) -> MeshConfig:
+  """`fsdp=16,seq=4`; axes left out are 1, and `data` takes what is left over if no other axis is -1."""
+  sizes: dict[str, int] = {}
+  for part in text.split(","):
+    name, _, size = part.partition("=")
+    known = name in {field.name for field in dataclasses.fields(MeshConfig)}
+    require(known and re.fullmatch(r"-?\d+", size) is not None, f"--mesh={text}: write it like fsdp=16,seq=4")
+    sizes[name] = int(size)
+  if -1 in sizes.values():
+    sizes.setdefault("data", 1)
+  return MeshConfig(**sizes)
+
+
+def changed(config: Config, *, batch_size: int, accumulate: int, remat: str, mesh: str) -> Config:
+  """The config with what the flags change; a batch of another size keeps the bytes to train on."""
+  if batch_size:
+    steps = max(1, round(config.num_steps * config.batch_size / batch_size))
+    config = dataclasses.replace(config, batch_size=batch_size, num_steps=steps, accumulate=1)
+  if accumulate:
+    config = dataclasses.replace(config, accumulate=accumulate)
+  if remat:
+    require(remat in ("none", "named", "full"), f"--remat={remat}: choose none, named or full")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
+  return dataclasses.replace(config, mesh=parse_mesh(mesh)) if mesh else config
+
+
+def main(arguments: list[str]) -> None:
+  """Reads the flags, compiles, prints."""
+  require(len(arguments) < 2, f"unexpected {' '.join(arguments[1:])}; flags begin with --")
+  jax.config.update("jax_platforms", "cpu")  # nothing runs here, and a TPU of this machine may be busy
+  values = flags.FLAGS
+  config = changed(
+    Config.from_dict(values.config),
+    batch_size=values.batch_size,
+    accumulate=values.accumulate,
+    remat=values.remat,
+    mesh=values.mesh,
+  )
+  devices = topology_devices(values.topology, values.slices)
+  if values.search:
+    from megabyte_jax.plan_search import search  # noqa: PLC0415
+
+    plan, executable = search(config, values.topology, devices, values.step, tries=values.tries)
+  else:
+    plan, executable = make_plan(config, values.topology, devices, values.step)
+  print(to_json(plan) if values.json else describe(plan), flush=True)
+  if values.save and executable is not None:
+    from jax.experimental.serialize_executable import serialize  # noqa: PLC0415
+
+    pathlib.Path(values.save).write_bytes(pickle.dumps(serialize(executable)))
+
+
+def define_flags() -> None:
+  """The command's flags."""
+  config_flags.DEFINE_config_file("config", None, "What to plan.")
+  flags.mark_flag_as_required("config")
+  flags.DEFINE_string("topology", "v5p:4x4x4", "KIND:SIZE, in chips.")
+  flags.DEFINE_integer("slices", 1, "Slices of that topology, joined by the data centre's network.")
+  flags.DEFINE_string("mesh", "", "Devices per axis, like fsdp=16,seq=4; default the config's.")
+  flags.DEFINE_integer("batch_size", 0, "Windows per step; 0 takes the config's.")
+  flags.DEFINE_integer("accumulate", 0, "Parts a batch is worked through in; 0 takes the config's.")
+  flags.DEFINE_string("remat", "", "none, named or full; default the config's.")
+  flags.DEFINE_enum("step", "train", STEPS, "What to compile.")
+  flags.DEFINE_boolean("search", False, "Try meshes, rematerialisation and accumulation, and recommend one.")
+  flags.DEFINE_integer("tries", 8, "Programs that --search compiles at most.")
+  flags.DEFINE_boolean("json", False, "Print one JSON object.")
+  flags.DEFINE_string("save", "", "Keep the serialized executable in this file.")
+
+
+if __name__ == "__main__":
+  define_flags()
+  command_line.run(lambda: app.run(main, flags_parser=command_line.parse_config_flags))

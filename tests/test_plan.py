@@ -1,0 +1,128 @@
+"""Planning for TPUs without one. What compiles needs libtpu, pip install "jax[tpu]", and is skipped without it."""
+
+import dataclasses
+import importlib.util
+import json
+
+import pytest
+from absl import flags
+
+from megabyte_jax import flops, plan, plan_search, roofline
+from megabyte_jax.config import Config, ConfigError, Level, MegabyteConfig, MeshConfig, PerceiverARConfig
+
+needs_libtpu = pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None, reason='compiling for TPUs needs libtpu: pip install "jax[tpu]"'
+)
+TOPOLOGY = "v5e:2x2"
+
+
+def level(patch_size, width, **options):
+  return Level(patch_size=patch_size, width=width, num_layers=2, num_heads=2, **options)
+
+
+SMALL = Config(
+  model=MegabyteConfig(context=1024, levels=(level(8, 128), level(1, 64)), dropout=0.0),
+  mesh=MeshConfig(data=1, fsdp=2, seq=2),
+  batch_size=8,
+  num_steps=1000,
+)
+
+
+def test_mesh_and_batch_of_the_command_line():
+  assert plan.parse_mesh("fsdp=16,seq=4") == MeshConfig(data=-1, fsdp=16, seq=4)
+  assert plan.parse_mesh("fsdp=-1,seq=4") == MeshConfig(data=1, fsdp=-1, seq=4)
+  with pytest.raises(ConfigError, match="write it like"):
+    plan.parse_mesh("fdsp=16")
+  larger = plan.changed(SMALL, batch_size=16, accumulate=2, remat="full", mesh="seq=4")
+  assert (larger.batch_size, larger.num_steps, larger.accumulate, larger.model.remat) == (16, 500, 2, "full")
+  with pytest.raises(ConfigError, match="choose none, named or full"):
+    plan.changed(SMALL, batch_size=0, accumulate=0, remat="most", mesh="")
+
+
+def test_without_libtpu_it_says_how_to_get_it(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ConfigError, match=r'pip install "jax\[tpu\]"'):
+    plan.topology_devices(TOPOLOGY)
+
+
+def test_recomputation_costs_time_but_counts_as_no_use(monkeypatch):
+  class Device:
+    device_kind, num_cores = "TPU v5 lite", 1
+
+  times = {}
+  for remat in ("none", "full"):
+    config = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, remat=remat))
+    times[remat] = roofline.bounds(config, Device(), 4, 1, "train", 0.0)
+  assert times["full"].compute == pytest.approx(4 / 3 * times["none"].compute)
+  assert times["full"].model_compute == times["none"].compute
+  work = flops.flops_per_byte(SMALL.model, training=True) * 8 * 1024
+  assert times["none"].compute == pytest.approx(work / 4 / 197e12)
+
+
+def test_what_cannot_fit_is_not_tried_again():
+  def variant(remat, parts):
+    return dataclasses.replace(SMALL, accumulate=parts, model=dataclasses.replace(SMALL.model, remat=remat))
+
+  assert plan_search.needs_at_least(variant("none", 1), variant("full", 2))
+  assert not plan_search.needs_at_least(variant("full", 2), variant("none", 1))
+  assert not plan_search.needs_at_least(variant("none", 4), variant("full", 2))
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "v5e:3x77"])
+def test_unknown_topology_is_one_clear_error(topology):
+  with pytest.raises(ConfigError, match="libtpu has no topology"):
+    plan.topology_devices(topology)
+
+
+@needs_libtpu
+def test_devices_of_a_chip():
+  from megabyte_jax import hardware  # noqa: PLC0415
+
+  for topology, devices, per_chip in (("v4:2x2x2", 16, 2), ("v5p:2x2x2", 8, 1), ("tpu7x:2x2x2", 16, 2)):
+    found = plan.topology_devices(topology)
+    assert (len(found), hardware.devices_per_chip(found[0])) == (devices, per_chip)
+
+
+@needs_libtpu
+def test_train_step_for_four_chips():
+  devices = plan.topology_devices(TOPOLOGY)
+  found, executable = plan.make_plan(SMALL, TOPOLOGY, devices)
+  assert found.fits and found.memory == 16 * 2**30
+  assert found.config.model.compute_dtype == "bfloat16"
+  assert "tpu_custom_call" in executable.as_text(), "the global model has 128 slots: auto takes splash"
+  # Value and two moments in float32, halved over fsdp (small ones are whole), and the batch.
+  share = 12 * flops.parameter_count(SMALL.model)
+  assert share / 2 < found.arguments < share
+  assert found.wire and all(count > 0 and sent > 0 for count, sent in found.wire.values())
+  assert found.bounds.mfu <= 1
+  text, values = plan.describe(found), json.loads(plan.to_json(found))
+  assert "fits        yes" in text and "fsdp=2,seq=2" in text
+  assert values["days"] == pytest.approx(1000 * found.bounds.step / 86_400)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("step", ["eval", "generate"])
+def test_other_steps(step):
+  model = PerceiverARConfig(context=256, latents=128, width=64, num_layers=1, num_heads=2, dropout=0.0)
+  config = dataclasses.replace(SMALL, model=model if step == "eval" else SMALL.model, mesh=MeshConfig(fsdp=4, data=1))
+  found, _ = plan.make_plan(config, TOPOLOGY, plan.topology_devices(TOPOLOGY), step)
+  assert found.fits
+  assert found.days is None
+
+
+@needs_libtpu
+def test_too_large_is_an_answer():
+  levels = (level(8, 8192, ff_width=65_536), level(1, 64))
+  config = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, levels=levels))
+  found, executable = plan.make_plan(config, TOPOLOGY, plan.topology_devices(TOPOLOGY))
+  assert not found.fits and executable is None
+  assert found.total > found.memory
+  assert "fits        no" in plan.describe(found)
+
+
+def test_flags_are_the_documented_ones():
+  before = set(flags.FLAGS)
+  if "topology" not in before:
+    plan.define_flags()
+  assert {"config", "topology", "mesh", "batch_size", "remat", "step", "search", "save", "json"} <= set(flags.FLAGS)
