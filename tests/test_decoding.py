@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from megabyte_jax import sampling as sampling_module
 from megabyte_jax import windows
 from megabyte_jax.models.build import abstract_model
 from megabyte_jax.sampling import Sampling, generate, pick_byte
@@ -116,13 +117,17 @@ def test_the_same_seed_gives_the_same_bytes_for_any_number_of_samples():
   assert (generate(model, b"\3\1", lengths, seed=6).bytes_ != one).any()
 
 
-def test_bytes_come_as_they_are_made():
-  pieces = []
+def test_bytes_come_as_they_are_made(monkeypatch):
+  """In chunks, with the state carried from one to the next."""
+  monkeypatch.setattr(sampling_module, "_CHUNK_BYTES", 4)
+  name, pieces = "without_local", []
   made = generate(
-    variants.model("without_global_cross_patch"), b"\3\1", 40, seed=5, on_bytes=lambda new: pieces.append(new.copy())
+    variants.model(name), b"\3\1", 30, num_samples=2, seed=5, on_bytes=lambda new: pieces.append(new.copy())
   )
-  assert len(pieces) > 1
+  assert len(pieces) >= 8 and max(piece.shape[1] for piece in pieces) <= 4
   np.testing.assert_array_equal(np.concatenate(pieces, axis=1), made.bytes_)
+  whole = np.concatenate([np.tile(np.uint8([[3, 1]]), (2, 1)), made.bytes_], axis=1)
+  np.testing.assert_allclose(made.nats, nats_by_plan(name, whole)[:, 2:], atol=1e-4)
 
 
 def distribution(logits, sampling):
