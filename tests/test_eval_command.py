@@ -1,0 +1,143 @@
+"""eval.py: its table, its JSON line, the files it writes, and what compressors need beside it."""
+
+import dataclasses
+import json
+import math
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import tiny_config
+from commands import compiling_once, evaluate_command, finish, start, write_data
+
+import eval as command
+import train
+from megabyte_jax.compressors import compress_all
+from megabyte_jax.config import Config, ConfigError, DataConfig, EvalConfig
+from megabyte_jax.data.sources import open_path
+from megabyte_jax.report import read_all
+
+LEVELS = Config.from_dict(tiny_config.get_config()).model.levels[:1]  # quick to compile
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return write_data(tmp_path_factory.mktemp("eval"))
+
+
+@pytest.fixture(scope="module")
+def workdir(folder, tmp_path_factory):
+  """A finished run; within, equal programs are compiled once."""
+  config = Config.from_dict(tiny_config.get_config())
+  config = dataclasses.replace(
+    config,
+    model=dataclasses.replace(config.model, levels=LEVELS),
+    data=DataConfig(train=str(folder / "train.txt"), validation=str(folder / "validation")),
+    eval=EvalConfig(batch_size=16),
+    num_steps=15,
+  )
+  with compiling_once(tmp_path_factory.getbasetemp() / "compiled"):
+    train.train(config, str(folder / "run"))
+    yield folder / "run"
+
+
+def test_the_command_itself(workdir):
+  output, code = finish(start("eval.py", "--workdir", workdir, "--method=sliding"))
+  assert code == 0, output
+  lines = output.splitlines()
+  result = json.loads(lines[-1])
+  assert result["bytes"] == 1000
+  assert result["bpb"] == pytest.approx(result["nats"] / 1000 / math.log(2))
+  assert result["seconds"] > 0
+  assert (result["split"], result["method"], result["cost"], result["step"]) == ("validation", "sliding", 2.0, 15)
+  assert json.loads((workdir / "eval.json").read_text()) == result
+  for compressor in ("gzip -9", "bzip2 -9", "xz -9e"):
+    (line,) = [line for line in lines if line.strip().startswith(compressor)]
+    assert "primed with the training data" in line
+  assert (workdir / "eval_by_context.png").read_bytes()[:4] == b"\x89PNG"
+  positions = json.loads((workdir / "eval_positions.json").read_text())
+  assert sum(positions["context_bytes"]) == sum(positions["patch_bytes"]) == 1000
+  assert len(positions["context"]) == 32 and len(positions["patch"]) == 4
+
+
+def test_per_byte_nats_sum_up(workdir, folder, tmp_path, monkeypatch):
+  file = tmp_path / "nats.npy"
+  _, result = evaluate_command(monkeypatch, "--workdir", workdir, "--per-byte-out", file)
+  nats = np.load(file)
+  assert nats.dtype == np.float32 and nats.shape == (1000,)
+  assert nats.sum(dtype=np.float64) == pytest.approx(result["nats"], rel=1e-9)
+  # Documents are scored apart, in their order.
+  for name, part in (("a.txt", nats[:700]), ("b.txt", nats[700:])):
+    _, alone = evaluate_command(monkeypatch, "--workdir", workdir, "--data", folder / "validation" / name)
+    assert alone["nats"] == pytest.approx(part.sum(dtype=np.float64), rel=1e-5)
+  assert [path.name for path in tmp_path.iterdir()] == ["nats.npy"]
+
+  lines, first = evaluate_command(monkeypatch, "--workdir", workdir, "--per-byte-out", file, "--max-bytes=90")
+  assert first["bytes"] == 90
+  np.testing.assert_allclose(np.load(file)[:64], nats[:64], rtol=1e-5)
+  assert np.isnan(np.load(file)[90:]).all() and not np.isnan(np.load(file)[:90]).any()
+  assert not any("gzip" in line for line in lines)  # they would be of all bytes
+
+
+def test_per_byte_out_needs_its_folder(workdir, tmp_path, monkeypatch):
+  with pytest.raises(ConfigError, match="there is no folder"):
+    evaluate_command(monkeypatch, "--workdir", workdir, "--per-byte-out", tmp_path / "no" / "nats.npy")
+
+
+def test_splits_batches_and_choices(workdir, monkeypatch):
+  _, result = evaluate_command(monkeypatch, "--workdir", workdir)
+  for batch_size in (3, 40):
+    _, other = evaluate_command(monkeypatch, "--workdir", workdir, f"--batch-size={batch_size}", "--no-compressors")
+    assert other["nats"] == pytest.approx(result["nats"], rel=1e-6)
+  lines, on_train = evaluate_command(monkeypatch, "--workdir", workdir, "--split=train", "--no-compressors")
+  assert (on_train["split"], on_train["bytes"]) == ("train", 20_000)
+  assert not any("gzip" in line for line in lines)
+  with pytest.raises(ValueError, match="no checkpoint of step 7 in"):
+    evaluate_command(monkeypatch, "--workdir", workdir, "--step=7")
+
+
+def test_words(workdir, folder, monkeypatch):
+  text = b"".join((folder / "validation" / name).read_bytes() for name in ("a.txt", "b.txt"))
+  _, counted = evaluate_command(monkeypatch, "--workdir", workdir, "--words=count")
+  assert counted["words"] == len(text.split())
+  assert counted["word_perplexity"] == pytest.approx(math.exp(counted["nats"] / len(text.split())))
+  _, given = evaluate_command(monkeypatch, "--workdir", workdir, "--words=100")
+  assert given["word_perplexity"] == pytest.approx(math.exp(given["nats"] / 100))
+  for words in ("some", "pg19-dev"):
+    with pytest.raises(ConfigError, match=f"--words={words}"):
+      evaluate_command(monkeypatch, "--workdir", workdir, f"--words={words}")
+  with pytest.raises(ConfigError, match="needs the whole text scored"):
+    evaluate_command(monkeypatch, "--workdir", workdir, "--words=count", "--max-bytes=50")
+
+
+def test_a_result_that_cannot_be_kept_is_still_told(workdir, monkeypatch, capsys):
+  def refuse(*_):
+    raise PermissionError(13, "Permission denied", "eval_positions.json")
+
+  monkeypatch.setattr(command, "write_positions", refuse)
+  _, result = evaluate_command(monkeypatch, "--workdir", workdir, "--max-bytes=100")
+  assert result["bytes"] == 100
+  assert "warning: nothing is kept in" in capsys.readouterr().err
+
+
+# How many more bytes the tools write around the same streams.
+TOOLS = {"gzip -9": 12, "bzip2 -9": 0, "xz -9e": 0}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_compressors_need_what_the_tools_need(folder, tool):
+  if not shutil.which(tool.split()[0]):
+    pytest.skip(f"{tool.split()[0]} is not installed")
+  train_text = read_all(open_path(str(folder / "train.txt"), DataConfig()))
+  text = read_all(open_path(str(folder / "validation"), DataConfig()))
+  assert text == b"".join((folder / "validation" / name).read_bytes() for name in ("a.txt", "b.txt"))
+
+  def size(data):
+    return len(subprocess.run([*tool.split(), "--stdout"], input=data, capture_output=True, check=True).stdout)
+
+  found = compress_all(text, train_text)[tool]
+  assert found.alone * len(text) / 8 == pytest.approx(size(text), abs=TOOLS[tool] + 1e-6)
+  primed = size(train_text + text) - size(train_text)
+  assert found.primed * len(text) / 8 == pytest.approx(primed, abs=TOOLS[tool] + 1e-6)
+  assert found.primed < found.alone
