@@ -134,16 +134,15 @@ def _lower_generate(config: Config, mesh: Mesh, parameters: Any) -> jax.stages.L
   graph, _ = abstract_model(config.model)
   batch, context = config.batch_size, config.model.context
   x_BT = jax.ShapeDtypeStruct((batch, context), jnp.int32, sharding=batch_sharding(mesh))
-  where = (jnp.int32(0), jnp.int32(0))[: 2 if isinstance(config.model, PerceiverARConfig) else 1]
-  state = jax.eval_shape(lambda p, x: nnx.merge(graph, p).read_prompt(x, *where), parameters, x_BT)
+  scalar = jax.ShapeDtypeStruct((), jnp.int32)
+  where = (scalar, scalar) if isinstance(config.model, PerceiverARConfig) else (scalar,)
+  state = jax.eval_shape(lambda p, x, *where: nnx.merge(graph, p).read_prompt(x, *where), parameters, x_BT, *where)
 
   def place(leaf):
-    axis = next((i for i, size in enumerate(leaf.shape) if size == batch), None) if batch > 1 else None
-    spec = P() if axis is None or leaf.ndim < 2 else P(*[None] * min(axis, 1), BATCH)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+    rows = {0: P(), 6: P(None, BATCH)}.get(len(leaf.shape), P(BATCH))  # a cache's first axis counts layers
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, rows))
 
   keys_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-  scalar = jax.ShapeDtypeStruct((), jnp.int32)
   arguments = (parameters, jax.tree.map(place, state), x_BT, scalar, scalar, scalar, keys_B)
   return sampling._decode.lower(graph, sampling.Sampling(), *arguments)
 
