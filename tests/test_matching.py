@@ -64,7 +64,7 @@ def test_a_model_matches_itself_at_either_level():
 def tiny():
   level = Level(patch_size=1, width=16, num_layers=1, num_heads=2)
   model = MegabyteConfig(context=16, levels=(level,), dropout=0.0)
-  return Config(model=model, mesh=MeshConfig(data=1, fsdp=1), batch_size=2, num_steps=9)
+  return Config(model=model, mesh=MeshConfig(data=-1), batch_size=8, num_steps=9)
 
 
 def test_time_is_measured():
