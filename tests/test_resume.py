@@ -2,10 +2,8 @@
 
 import dataclasses
 import os
-import random
 import re
 import signal
-import time
 
 import pytest
 import tiny_config
@@ -88,23 +86,6 @@ def test_after_kill_9(folder, uninterrupted):
   assert code == 0, output
   done = int(re.search(r"steps   (\d+) of", output)[1])
   assert 0 < done < STEPS and done % 7 == 0
-  assert_same_run(workdir, uninterrupted)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_after_many_kills_at_random_moments(folder, uninterrupted, seed):
-  workdir = folder / f"killed{seed}"
-  moments = random.Random(seed)
-  for _ in range(5):
-    process = start(*command(folder, workdir), cache=folder / "cache")
-    for _ in range(moments.randint(0, 35)):
-      process.stdout.readline()
-    time.sleep(moments.random() * 0.1)
-    process.kill()
-    finish(process)
-  output, code = finish(start(*command(folder, workdir), cache=folder / "cache"))
-  assert code == 0, output
   assert_same_run(workdir, uninterrupted)
 
 
