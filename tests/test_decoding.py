@@ -117,6 +117,17 @@ def test_the_same_seed_gives_the_same_bytes_for_any_number_of_samples():
   assert (generate(model, b"\3\1", lengths, seed=6).bytes_ != one).any()
 
 
+def test_the_randomness_of_a_byte_depends_on_its_place_alone():
+  """With all bytes equally probable, only the draws are left to see."""
+  name = "without_global_cross_patch"
+  model = nnx.merge(abstract_model(variants.VARIANTS[name])[0], jax.tree.map(jnp.zeros_like, variants.parameters(name)))
+  text = generate(model, b"", 64, seed=3).bytes_[0]
+  for start in (3, 21):
+    np.testing.assert_array_equal(generate(model, bytes(start), 64 - start, seed=3).bytes_[0], text[start:])
+  for period in range(1, 33):  # the place in the text, not in the window: nothing comes again when the window moves
+    assert (text[period:] == text[:-period]).mean() < 0.4
+
+
 def test_bytes_come_as_they_are_made(monkeypatch):
   """In chunks, with the state carried from one to the next."""
   monkeypatch.setattr(sampling_module, "_CHUNK_BYTES", 4)
