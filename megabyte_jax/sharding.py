@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -45,7 +46,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
   """The mesh over `devices` (default: all).
 
   Raises:
-    ConfigError: the sizes do not multiply to the number of devices.
+    ConfigError: the sizes do not multiply to the number of devices, or slices are not replicas.
   """
   devices = jax.devices() if devices is None else devices
   sizes = dataclasses.asdict(config)
@@ -58,7 +59,22 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
   )
   for name in free:
     sizes[name] = len(devices) // fixed
-  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+  shape, names, types = tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices > 1:  # between slices only the data centre's network: nothing but replicas' gradients goes over it
+    require(
+      sizes["data"] % slices == 0,
+      f"config.mesh.data is {sizes['data']} on {slices} slices; they hold replicas, so take a multiple of {slices}",
+    )
+    within = (sizes["data"] // slices, *shape[1:])
+    across = (slices, *(1 for _ in shape[1:]))
+    hybrid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return Mesh(hybrid, names, axis_types=types)
+  try:
+    return jax.make_mesh(shape, names, axis_types=types, devices=devices)
+  except NotImplementedError:  # an axis is no product of whole axes of the TPU's torus: cut one of them
+    cut = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(cut, names, axis_types=types)
 
 
 def check_mesh(mesh: Mesh, model: ModelConfig, batch_size: int) -> None:

@@ -9,6 +9,7 @@ from absl import flags
 
 from megabyte_jax import flops, plan, plan_search, roofline
 from megabyte_jax.config import Config, ConfigError, Level, MegabyteConfig, MeshConfig, PerceiverARConfig
+from megabyte_jax.sharding import make_mesh
 
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason='compiling for TPUs needs libtpu: pip install "jax[tpu]"'
@@ -82,6 +83,33 @@ def test_devices_of_a_chip():
   for topology, devices, per_chip in (("v4:2x2x2", 16, 2), ("v5p:2x2x2", 8, 1), ("tpu7x:2x2x2", 16, 2)):
     found = plan.topology_devices(topology)
     assert (len(found), hardware.devices_per_chip(found[0])) == (devices, per_chip)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """As much of a TPU device as laying out a mesh looks at."""
+
+  id: int
+  coords: tuple[int, int, int]
+  slice_index: int = 0
+  device_kind: str = "TPU v6 lite"
+  platform: str = "tpu"
+  process_index: int = 0
+  core_on_chip: int = 0
+  client = None
+
+
+def test_mesh_axes_may_cut_the_torus():
+  chips = [Chip(8 * y + x, (x, y, 0)) for y in range(8) for x in range(8)]
+  assert make_mesh(MeshConfig(data=1, fsdp=32, seq=2), chips).devices.shape == (1, 32, 2, 1)  # 32 = 8 x half of 8
+
+
+def test_slices_hold_replicas():
+  chips = [Chip(4 * s + 2 * y + x, (x, y, 0), s, process_index=s) for s in range(2) for y in range(2) for x in range(2)]
+  mesh = make_mesh(MeshConfig(data=2, fsdp=4), chips)
+  assert [{chip.slice_index for chip in replica.flat} for replica in mesh.devices] == [{0}, {1}]
+  with pytest.raises(ConfigError, match="take a multiple of 2"):
+    make_mesh(MeshConfig(data=1, fsdp=8), chips)
 
 
 @needs_libtpu
