@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import flags, logging
 from ml_collections import config_flags
 
+from megabyte_jax import distributed
 from megabyte_jax.checkpoint import CheckpointError
 from megabyte_jax.config import ConfigError
 from megabyte_jax.data.sources import DataError
@@ -27,7 +28,7 @@ def run(main: Callable[[], None]) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except USER_ERRORS as error:
     print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
-    sys.exit(1)
+    distributed.end(1)
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(130)

@@ -17,8 +17,9 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 
@@ -77,6 +78,27 @@ def start(
   )
   if jax.process_index() > 0:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for the rest of the process)
+  sys.excepthook = _end_by_exception
+
+
+def end(code: int) -> NoReturn:
+  """Ends this process after an error.
+
+  One of several processes must not wait for the others at its end, as JAX makes it do: they wait for it, in the middle
+  of a step.
+  """
+  if not jax.distributed.is_initialized() or jax.process_count() == 1:
+    sys.exit(code)
+  if jax.process_index() == 0:
+    time.sleep(2)  # the others lose their coordinator with it; those with the same error may say so first
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
+
+
+def _end_by_exception(*error) -> None:
+  sys.__excepthook__(*error)
+  end(1)
 
 
 def given_place(

@@ -32,7 +32,7 @@ class Processes:
   process 0 does, all are started again with another one.
   """
 
-  def __init__(self, count, devices, *arguments, timeout=240, cache=None):
+  def __init__(self, count, devices, *arguments, timeout=240, cache=None, **variables):
     self.count, self.arguments, self.timeout = count, [str(argument) for argument in arguments], timeout
     self.environment = os.environ | {
       "JAX_PLATFORMS": "cpu",
@@ -40,6 +40,7 @@ class Processes:
       "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",  # a tiny model spends its time in the compiler
       "PYTHONUNBUFFERED": "1",
     }
+    self.environment |= variables
     if cache:
       self.environment |= {
         "JAX_ENABLE_COMPILATION_CACHE": "true",
@@ -90,8 +91,8 @@ class Processes:
       assert time.monotonic() < end, f"no {text!r} in time\n{self.all_output()}"
       time.sleep(0.05)
 
-  def finish(self, codes=None):
-    """Waits for the end of all; checks that they exit with `codes` (default: 0) and returns what each printed."""
+  def finish(self, good=True):
+    """Waits for the end of all; checks that each exits with 0 (not `good`: with anything else), returns the output."""
     end = time.monotonic() + self.timeout
     while any(process.poll() is None for process in self.running):
       if "cannot listen on port" in self.output[0]:
@@ -100,7 +101,7 @@ class Processes:
       time.sleep(0.05)
     for reader in self._readers:
       reader.join()
-    assert [process.returncode for process in self.running] == (codes or [0] * self.count), self.all_output()
+    assert all((process.returncode == 0) == good for process in self.running), self.all_output()
     return self.output
 
   def _restart(self):

@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 import signal
+import time
 
 import jax
 import numpy as np
@@ -185,3 +186,16 @@ def test_four_processes_take_over_from_two(two, folder):
 def test_four_processes_lose_as_one(folder, quick_compile):
   run(4, 2, "train.py", *flags(folder, "four-alone"))
   assert_close(losses(folder / "four-alone"), loss_curve_here(config_of(folder / "four-alone"), 8))
+
+
+@pytest.mark.slow
+def test_one_that_fails_does_not_leave_the_others_waiting(folder):
+  """Its data cannot be read, in the middle of training. The others end when JAX misses its heartbeat, after 100 s."""
+  arguments = ["tests/record_reads.py", *flags(folder, "failed"), "--config.num_steps=100000"]
+  with Processes(2, 4, *arguments, FAILING="1") as processes:
+    processes.wait_for("the disk is gone", process=1)
+    begin = time.monotonic()
+    processes.finish(good=False)
+  assert time.monotonic() - begin < 150
+  assert processes.running[1].returncode == 1
+  assert "error: the disk is gone" in processes.output[1]
