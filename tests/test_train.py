@@ -133,9 +133,15 @@ def test_perceiver_ar_and_a_trace_that_the_run_ends_within(config, tmp_path, mon
 
 
 @pytest.fixture
-def trained(config, folder):
+def one_level(config):
+  """Quicker to compile; which arrays fit is a matter of their names and shapes only."""
+  return dataclasses.replace(config, model=dataclasses.replace(config.model, levels=TINY.model.levels[:1]))
+
+
+@pytest.fixture
+def trained(one_level, folder):
   """A finished run."""
-  workdir = folder / "trained"
+  config, workdir = one_level, folder / "trained"
   if not workdir.exists():
     train.train(dataclasses.replace(config, data=no_validation(config), num_steps=15), str(workdir))
   return workdir
@@ -150,7 +156,8 @@ def by_name(tree):
   return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def test_fine_tuning_to_a_longer_context_starts_where_the_old_model_stood(config, trained, tmp_path, monkeypatch):
+def test_fine_tuning_to_a_longer_context_starts_where_the_old_model_stood(one_level, trained, tmp_path, monkeypatch):
+  config = one_level
   longer = dataclasses.replace(
     config,
     model=dataclasses.replace(config.model, context=64),
@@ -178,12 +185,12 @@ def test_fine_tuning_to_a_longer_context_starts_where_the_old_model_stood(config
   assert_bitwise_equal(after, before)
 
 
-def test_fine_tuning_from_what_does_not_fit(config, trained, tmp_path):
-  config = dataclasses.replace(config, data=no_validation(config))
-  levels = (config.model.levels[0], Level(patch_size=1, **{**SMALL, "width": 24}))
-  wider = dataclasses.replace(config, model=dataclasses.replace(config.model, levels=levels))
+def test_fine_tuning_from_what_does_not_fit(one_level, trained, tmp_path):
+  config = dataclasses.replace(one_level, data=no_validation(one_level))
+  levels = (*config.model.levels, Level(patch_size=1, **SMALL))
+  deeper = dataclasses.replace(config, model=dataclasses.replace(config.model, levels=levels))
   with pytest.raises(CheckpointError, match=r"of .*trained does not fit this config; different: .*levels\.1\."):
-    train.train(wider, str(tmp_path / "new"), init_from=str(trained))
+    train.train(deeper, str(tmp_path / "new"), init_from=str(trained))
   perceiver = dataclasses.replace(config, model=PERCEIVER)
   with pytest.raises(CheckpointError, match=r"does not fit this config; different: cross\."):
     train.train(perceiver, str(tmp_path / "new"), init_from=str(trained))
