@@ -128,7 +128,7 @@ def test_embeddings_are_never_dropped(name):
 
 def test_every_layer_draws_its_own_dropout(monkeypatch):
   """Two kinds of output in each layer and the attention's probabilities: no key serves twice."""
-  name = "three_levels"
+  name = "two_levels"
   graph, parameters = dropping(name, dropout=0.1, attention_dropout=0.1)
   drawn, bernoulli = [], jax.random.bernoulli
 
@@ -138,7 +138,7 @@ def test_every_layer_draws_its_own_dropout(monkeypatch):
 
   monkeypatch.setattr(jax.random, "bernoulli", recording)
   with jax.disable_jit():  # so that keys have values and the scan over layers runs layer by layer
-    nnx.merge(graph, parameters)(jnp.asarray(variants.random_bytes(name, 1)[:, :8]), dropout_key=jax.random.key(4))
+    nnx.merge(graph, parameters)(jnp.asarray(variants.random_bytes(name, 1)[:, :4]), dropout_key=jax.random.key(4))
   assert len(drawn) == 3 * sum(level.num_layers for level in variants.VARIANTS[name].levels)
   assert len(set(drawn)) == len(drawn)
 
@@ -160,7 +160,8 @@ def loss_and_gradient(name, **options):
 
 def test_remat_and_scan_change_neither_loss_nor_gradients():
   name = "without_global_cross_patch"
-  options = [dict(remat=remat, scan_layers=scan) for remat in ("none", "full", "named") for scan in (True, False)]
+  kinds = (("none", True), ("none", False), ("named", True), ("full", True), ("full", False))
+  options = [dict(remat=remat, scan_layers=scan) for remat, scan in kinds]
   runs = [loss_and_gradient(name, dropout=0.1, **o) for o in options]
   (loss, gradient), _ = runs[0]
   for (other_loss, other_gradient), _ in runs[1:]:
@@ -169,7 +170,7 @@ def test_remat_and_scan_change_neither_loss_nor_gradients():
       np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max(), err_msg=leaf_name)
   # They do change the program: what backward multiplies again, and whether layers are a loop.
   products = [str(traced.jaxpr).count("dot_general") for _, traced in runs]
-  assert products[0] < products[4] < products[2]  # none < named < full
+  assert products[0] < products[2] < products[3]  # none < named < full
   for o, (_, traced) in zip(options, runs, strict=True):
     assert ("unroll=1\n" in str(traced.jaxpr)) == o["scan_layers"]
 
@@ -179,15 +180,15 @@ def cosine(a, b):
 
 
 def test_bfloat16_compute_stays_near_float32():
-  name = "short_cross_patch"
+  name = "without_global_cross_patch"
   (loss, gradient), _ = loss_and_gradient(name, compute_dtype="float32")
   (loss_16, gradient_16), _ = loss_and_gradient(name, compute_dtype="bfloat16")
   assert loss != loss_16 and abs(loss_16 / loss - 1) < 0.01
   for (leaf_name, a), (_, b) in zip(named(gradient), named(gradient_16), strict=True):
     assert b.dtype == np.float32, leaf_name
-    assert cosine(a, b) > 0.9, leaf_name
+    assert cosine(a, b) > 0.85, leaf_name
   everything, everything_16 = (np.concatenate([a.ravel() for _, a in named(g)]) for g in (gradient, gradient_16))
-  assert cosine(everything, everything_16) > 0.98
+  assert cosine(everything, everything_16) > 0.97
   graph, parameters = dropping(name, compute_dtype="bfloat16")
   x_BT = variants.random_bytes(name, 4, seed=11)
   logits = jax.jit(lambda p, x: nnx.merge(graph, p)(x))(parameters, x_BT)
