@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 import jax
 
-# bfloat16 FLOP/s of dense matrix products, as the makers state them (without structured sparsity).
+# Nominal bfloat16 FLOP/s of dense matrix products, without structured sparsity. Not every entry was checked against a
+# data sheet; those of v5e, v5p and v6e agree with cloud.google.com/tpu/docs.
 _TPU_CORE = {  # of one TensorCore: a device is one or, on most v4 and v5p systems, two of a chip's cores
   "TPU v2": 23e12,
   "TPU v3": 61.5e12,
@@ -27,7 +28,10 @@ _TPU_CORE = {  # of one TensorCore: a device is one or, on most v4 and v5p syste
 
 @dataclasses.dataclass(frozen=True)
 class TpuChip:
-  """Memory and links of one TPU chip (cloud.google.com/tpu/docs and jax-ml.github.io/scaling-book, 2025).
+  """Memory and links of one TPU chip: rough inputs of an estimate, written from memory.
+
+  Checked against cloud.google.com/tpu/docs: memory and its rate of v5e and v6e, and the rate of v5p, whose memory is
+  given there as 95 GiB (96 here). Not checked: v4, TPU7x, and all link rates.
 
   Attributes:
     cores: TensorCores; a device is one or both of them.

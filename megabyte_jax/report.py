@@ -79,8 +79,9 @@ def results_table(config: Config, result: Evaluation, compressors: dict[str, Com
   name = "MEGABYTE" if config.model.family == "megabyte" else "PerceiverAR"
   if config.model.family == "megabyte" and len(config.model.levels) == 1 and config.model.levels[0].patch_size == 1:
     name = "Transformer"
+  documents = np.count_nonzero(result.document_bytes)
   lines = [
-    f"bits per byte on {result.bytes:,} bytes ({np.count_nonzero(result.document_bytes):,} documents, {duration(result.seconds)})",
+    f"bits per byte on {result.bytes:,} bytes ({documents:,} documents, {duration(result.seconds)})",
     f"  {name:<12}{result.bpb:7.3f}   {result.method} inference, {result.cost:g}x",
   ]
   for compressor, bits in sorted(compressors.items(), key=lambda item: item[1].alone):
