@@ -24,7 +24,7 @@ from megabyte_jax.atomic_file import replacing
 from megabyte_jax.checkpoint import load_config
 from megabyte_jax.config import Config, ConfigError
 from megabyte_jax.data import image_report
-from megabyte_jax.data.sources import Source, open_path, open_source
+from megabyte_jax.data.sources import DataError, Source, open_path, open_source
 from megabyte_jax.evaluate import Evaluation
 from megabyte_jax.pretrained import evaluation_mesh, load, step_argument
 from megabyte_jax.windows import METHODS
@@ -44,15 +44,15 @@ def main() -> None:
   parameters = nnx.to_pure_dict(nnx.state(model))
   print(f"step {step} of {args.workdir}, {len(source.lengths):,} documents of {args.data or args.split}")
 
-  primer = open_source(config.data, "train") if args.compressors and config.data.form == "bytes" else None
+  compare = args.compressors and config.data.form == "bytes" and not args.max_bytes
   with PerByte(args.per_byte_out if jax.process_index() == 0 else "", source.lengths) as per_byte:
     result = report.evaluate_and_print(
       config,
       parameters,
       source,
       mesh,
-      primer=primer,
-      with_compressors=args.compressors and config.data.form == "bytes" and not args.max_bytes,
+      primer=training_data(config) if compare else None,
+      with_compressors=compare,
       method=args.method or config.eval.method,
       stride=args.stride,
       max_bytes=args.max_bytes,
@@ -104,6 +104,14 @@ def parse_arguments() -> argparse.Namespace:
     if getattr(args, name) < 0:
       raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative")
   return args
+
+
+def training_data(config: Config) -> Source | None:
+  """For the compressors' primed figures; None where the data are not here, which evaluation does not need."""
+  try:
+    return open_source(config.data, "train")
+  except DataError:
+    return None
 
 
 def number_of_words(words: str, source, scored: int) -> int:
