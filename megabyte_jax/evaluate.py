@@ -16,6 +16,7 @@ from megabyte_jax import windows
 from megabyte_jax.config import Config, MegabyteConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.data.batches import rows_of_this_process
+from megabyte_jax.data.read_ahead import read_ahead
 from megabyte_jax.data.sources import Source
 from megabyte_jax.loss import bits_per_byte
 from megabyte_jax.sharding import batch_sharding
@@ -114,10 +115,12 @@ def evaluate(
   for rows in _batched(_rows(lengths, config, method, stride, max_bytes), batch_size):
     x_BT = np.zeros((batch_size, context), np.uint8)
     length_B, start_B = np.zeros(batch_size, np.int32), np.zeros(batch_size, np.int32)
-    for b, (document, window) in enumerate(rows):
-      if b in own_rows:
-        x_BT[b, : window.length] = source.read(document, window.start, window.start + window.length)
+    for b, (_, window) in enumerate(rows):
       length_B[b], start_B[b] = window.length, window.latent_start
+    own = [b for b in range(len(rows)) if b in own_rows]
+    spans = ((document, window.start, window.start + window.length) for document, window in (rows[b] for b in own))
+    for b, data in zip(own, read_ahead(source, spans), strict=True):
+      x_BT[b, : len(data)] = data
     arrays = (x_BT, length_B, start_B) if with_latents else (x_BT, length_B)
     placed = (jax.make_array_from_callback(a.shape, sharding, lambda index, a=a: a[index]) for a in arrays)
     with jax.set_mesh(mesh):

@@ -65,7 +65,7 @@ def _read_prompt(graph, parameters, x_BT, *where):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _decode(graph, sampling, parameters, state, x_BT, known, offset, patches, keys_B):
+def decode_chunk(graph, sampling, parameters, state, x_BT, known, offset, patches, keys_B):
   """Decodes `patches` patches (at most a chunk); bytes before `known` are taken from x instead.
 
   Positions count from the window's start, which is byte `offset` of the text.
@@ -142,7 +142,7 @@ def generate(
     at = known // model.alignment * model.alignment  # bytes from here to `known` are decoded as given
     while at < limit and offset + at < total:
       patches = min(max(_CHUNK_BYTES // S, 1), (limit - at) // S, -(-(total - offset - at) // S))
-      state, bytes_BC, nats_BC = _decode(graph, sampling, parameters, state, x_BT, known, offset, patches, keys_B)
+      state, bytes_BC, nats_BC = decode_chunk(graph, sampling, parameters, state, x_BT, known, offset, patches, keys_B)
       first, last = max(offset + at, done), min(offset + at + patches * S, total)
       shift = offset + at
       text[:, first:last] = np.asarray(bytes_BC)[:, first - shift : last - shift]

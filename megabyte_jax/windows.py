@@ -114,19 +114,13 @@ def cost_factor(method: str, config: ModelConfig | None = None, stride: int = 0)
   return slide * (2.0 if method in ("strided", "both") else 1.0)
 
 
-def next_window(start: int, config: ModelConfig) -> int:
-  """Generation past the context: where the window moves to, once it is full.
-
-  It keeps the last half (in whole patches), reads it again and goes on, so that each byte gets the
-  probability that `plan` with method=sliding gives it. For PerceiverAR, `start` is that of the latents:
-  they move by half their number each time they are full, as in its evaluation, and the window
-  starts at `latents_window(start, config)`.
-  """
-  return start + default_stride(config)
-
-
 def window_start(position: int, config: ModelConfig) -> int:
-  """Start (PerceiverAR: of the latents) of the window that predicts byte `position` when generating."""
+  """Start (PerceiverAR: of the latents) of the window that predicts byte `position` when generating.
+
+  A full window keeps its last half (in whole patches), reads it again and goes on, so that each byte gets the
+  probability that `plan` with method=sliding gives it. PerceiverAR's latents move by half their number each time
+  they are full, as in its evaluation; its window starts at `latents_window`.
+  """
   size = config.latents if isinstance(config, PerceiverARConfig) else config.context
   stride = default_stride(config)
   return max(0, -(-(position + 1 - size) // stride)) * stride
