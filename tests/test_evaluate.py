@@ -32,7 +32,7 @@ CASES = [
 class Documents:
   """A source in memory."""
 
-  joinable, unit, skipped, fingerprint = True, 1, 0, ""
+  slow, joinable, unit, skipped, fingerprint = False, True, 1, 0, ""
 
   def __init__(self, *documents):
     self.documents = [np.frombuffer(document, np.uint8) for document in documents]
