@@ -6,21 +6,16 @@
 prints the candidate's layers at which the costs per predicted byte agree best, and the flag that sets them.
 
   --by=flops  analytic training FLOPs (causal attention; instant)
-  --by=time   measured seconds of the training step, on the devices at hand, as the paper did. Reduce the batches
-              with --reference.batch_size and --candidate.batch_size where the configs' own do not fit.
+  --by=time   measured seconds of the training step, on the devices at hand, as the paper did: reference and candidate
+              in turns, so that both are in memory at once. Reduce the batches with --reference.batch_size and
+              --candidate.batch_size where the configs' own do not fit.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-import statistics
-import time
 from collections.abc import Callable, Sequence
 
-import jax
-import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -28,10 +23,9 @@ from megabyte_jax import command_line, flops
 from megabyte_jax.config import Config
 from megabyte_jax.config_parsing import require
 from megabyte_jax.models.config import PerceiverARConfig
-from megabyte_jax.sharding import batch_sharding, make_mesh
-from megabyte_jax.train_state import initial_state, make_train_step
+from megabyte_jax.step_time import TimedStep, time_ratio
 
-Cost = Callable[[Config], float]  # of one predicted byte, in any unit
+Cost = Callable[[Config], float]  # of one byte that a candidate predicts, relative to the reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,21 +34,18 @@ class Match:
 
   Attributes:
     config: the candidate with `layers` layers in level `level` (counted from 0).
-    cost, reference_cost: per predicted byte.
-    tried: layers -> cost, all that were looked at.
+    tried: layers -> cost relative to the reference, all that were looked at.
   """
 
   config: Config
   layers: int
   level: int
-  cost: float
-  reference_cost: float
   tried: dict[int, float]
 
   @property
   def ratio(self) -> float:
     """Cost of the candidate relative to the reference."""
-    return self.cost / self.reference_cost
+    return self.tried[self.layers]
 
   @property
   def override(self) -> str:
@@ -63,21 +54,20 @@ class Match:
     return f"--config.model{levels}.num_layers={self.layers}"
 
 
-def match(reference: Config, candidate: Config, cost: Cost, level: int = -1) -> Match:
-  """The number of layers of the candidate's level `level` that brings its cost closest to the reference's.
+def match(candidate: Config, cost: Cost, level: int = -1) -> Match:
+  """The number of layers of the candidate's level `level` that brings its cost closest to 1, the reference's.
 
   Args:
-    cost: `training_flops` or `seconds_per_byte`, or any other that grows with the layers.
+    cost: such as `flops_ratio` of a reference; any that grows with the layers.
     level: which of MEGABYTE's levels; -1 is the finest.
 
   Raises:
     ConfigError: the candidate has no such level.
   """
   start = layers_of(candidate, level)
-  target = cost(reference)
-  layers, tried = solve(lambda layers: cost(with_layers(candidate, layers, level)), target, start)
+  layers, tried = solve(lambda layers: cost(with_layers(candidate, layers, level)), 1.0, start)
   count = 1 if isinstance(candidate.model, PerceiverARConfig) else len(candidate.model.levels)
-  return Match(with_layers(candidate, layers, level), layers, level % count, tried[layers], target, tried)
+  return Match(with_layers(candidate, layers, level), layers, level % count, tried)
 
 
 def solve(cost: Callable[[int], float], target: float, start: int) -> tuple[int, dict[int, float]]:
@@ -128,54 +118,19 @@ def with_layers(config: Config, layers: int, level: int = -1) -> Config:
   return dataclasses.replace(config, model=dataclasses.replace(model, levels=tuple(levels)))
 
 
-def training_flops(config: Config) -> float:
-  """Analytic cost: forward and backward FLOPs per predicted byte, causal attention."""
-  return flops.flops_per_byte(config.model, training=True)
-
-
-def seconds_per_byte(config: Config, steps: int = 10, warmup_seconds: float = 3.0) -> float:
-  """Measured cost: median seconds of a training step on random bytes, per predicted byte.
-
-  Args:
-    steps: steps that are timed.
-    warmup_seconds: steps before, besides compilation, for the clocks to settle under load.
-
-  Raises:
-    ConfigError: the loss is not finite, so that the time means nothing (chips run faster on NaN).
-  """
-  mesh = make_mesh(config.mesh)
-  shape = (config.batch_size, config.model.context)
-  x_BT = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.uint8)
-  x_BT = jax.make_array_from_callback(shape, batch_sharding(mesh), lambda index: x_BT[index])
-  with jax.set_mesh(mesh):
-    state, train_step = initial_state(config, mesh), make_train_step(config)
-
-    def timed_step() -> tuple[float, float]:
-      nonlocal state
-      start = time.perf_counter()
-      state, metrics = train_step(state, x_BT)
-      nats = float(metrics["nats"])  # waits for the step
-      return time.perf_counter() - start, nats
-
-    timed_step()  # compiles
-    until = time.perf_counter() + warmup_seconds
-    while time.perf_counter() < until:
-      timed_step()
-    times, nats = zip(*(timed_step() for _ in range(steps)), strict=True)
-  require(
-    all(map(math.isfinite, nats)),
-    f"the loss is {nats[-1]} after a few steps, so that their time means nothing; set a lower optimizer.learning_rate",
-  )
-  return statistics.median(times) / (config.batch_size * flops.predicted_bytes(config.model))
+def flops_ratio(candidate: Config, reference: Config) -> float:
+  """Analytic forward and backward FLOPs per predicted byte (causal attention), relative to the reference."""
+  ours, theirs = (flops.flops_per_byte(config.model, training=True) for config in (candidate, reference))
+  return ours / theirs
 
 
 def report(found: Match, reference: Config, unit: str) -> str:
   """What was found, for people."""
-  rows = [("", "layers", unit, ""), ("reference", _layers(reference), f"{found.reference_cost:.4g}", "")]
+  rows = [("", "layers", unit, ""), ("reference", _layers(reference), "100.0%", "")]
   for layers, cost in sorted(found.tried.items()):
-    mark = f"<- {found.ratio:.1%} of the reference" if layers == found.layers else ""
-    rows.append(("candidate", _layers(with_layers(found.config, layers, found.level)), f"{cost:.4g}", mark))
-  return "\n".join([*(f"{a:10}{b:>8}{c:>26}  {d}".rstrip() for a, b, c, d in rows), found.override])
+    mark = "<- closest" if layers == found.layers else ""
+    rows.append(("candidate", _layers(with_layers(found.config, layers, found.level)), f"{cost:.1%}", mark))
+  return "\n".join([*(f"{a:10}{b:>8}{c:>30}  {d}".rstrip() for a, b, c, d in rows), found.override])
 
 
 def _layers(config: Config) -> str:
@@ -187,7 +142,7 @@ _REFERENCE = config_flags.DEFINE_config_file("reference", help_string="config wh
 _CANDIDATE = config_flags.DEFINE_config_file("candidate", help_string="config whose layers are solved for")
 _BY = flags.DEFINE_enum("by", "flops", ["flops", "time"], "what to match: analytic FLOPs or measured time")
 _LEVEL = flags.DEFINE_integer("level", -1, "level of the candidate whose layers vary, from 0; -1 is the finest")
-_STEPS = flags.DEFINE_integer("steps", 10, "training steps timed for each number of layers", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 10, "with --by=time, how often both are timed for each count", lower_bound=1)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -196,9 +151,14 @@ def main(argv: Sequence[str]) -> None:
   for name, value in (("reference", _REFERENCE.value), ("candidate", _CANDIDATE.value)):
     require(value is not None, f"--{name} is missing; give a config, such as configs/paper/table2.py:pg19_megabyte")
   reference, candidate = Config.from_dict(_REFERENCE.value), Config.from_dict(_CANDIDATE.value)
-  cost = training_flops if _BY.value == "flops" else functools.partial(seconds_per_byte, steps=_STEPS.value)
-  unit = "training FLOPs/byte" if _BY.value == "flops" else "seconds/byte, training"
-  print(report(match(reference, candidate, cost, _LEVEL.value), reference, unit))
+  print(report(match(candidate, _cost(reference), _LEVEL.value), reference, f"{_BY.value} per predicted byte"))
+
+
+def _cost(reference: Config) -> Cost:
+  if _BY.value == "flops":
+    return lambda candidate: flops_ratio(candidate, reference)
+  timed = TimedStep(reference)
+  return lambda candidate: time_ratio(TimedStep(candidate), timed, _ROUNDS.value)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megabyte_jax import matching
+from megabyte_jax import matching, step_time
 from megabyte_jax.config import Config, Level, MegabyteConfig, MeshConfig
 from megabyte_jax.config_parsing import ConfigError
+from megabyte_jax.step_time import TimedStep, time_ratio
 from megabyte_jax.tables import config_of
 
 
@@ -45,7 +46,7 @@ def test_text_rows_of_the_paper_match_within_a_tenth():
   """The paper matched measured time; by FLOPs its baselines come out close to what it took (22 and 17 layers)."""
   reference = config_of("table2:pg19_megabyte")
   for name, layers in (("transformer", 24), ("perceiver_ar", 20)):
-    found = matching.match(reference, config_of(f"table2:pg19_{name}"), matching.training_flops)
+    found = matching.match(config_of(f"table2:pg19_{name}"), lambda c: matching.flops_ratio(c, reference))
     assert found.layers == pytest.approx(layers, abs=1)
     assert found.ratio == pytest.approx(1, abs=0.03)
   assert found.override == f"--config.model.num_layers={found.layers}"
@@ -54,11 +55,11 @@ def test_text_rows_of_the_paper_match_within_a_tenth():
 def test_a_model_matches_itself_at_either_level():
   config = config_of("table2:pg19_megabyte")
   for level, flag in ((0, "levels[0].num_layers=14"), (-1, "levels[1].num_layers=18")):
-    found = matching.match(config, matching.with_layers(config, 3, level), matching.training_flops, level)
+    found = matching.match(matching.with_layers(config, 3, level), lambda c: matching.flops_ratio(c, config), level)
     assert found.config == config and found.ratio == 1
     assert found.override == f"--config.model.{flag}"
   with pytest.raises(ConfigError, match="2 levels; take 0 to 1"):
-    matching.match(config, config, matching.training_flops, 2)
+    matching.match(config, lambda candidate: 1.0, 2)
 
 
 def tiny():
@@ -69,14 +70,37 @@ def tiny():
 
 def test_time_is_measured():
   """That it runs; what it says depends on the machine."""
-  assert 0 < matching.seconds_per_byte(tiny(), steps=2, warmup_seconds=0) < 10
+  steps = [TimedStep(tiny()) for _ in range(2)]
+  assert steps[0].bytes == 8 * 16
+  assert time_ratio(*steps, rounds=2, round_seconds=0, warmup_seconds=0) > 0
+
+
+class Pretended:
+  """A step that costs `cost`, on a machine that becomes slower from call to call and stalls now and then."""
+
+  clock = 0
+
+  def __init__(self, cost):
+    self.cost, self.bytes = cost, 2 * cost
+
+  def seconds(self, steps):
+    Pretended.clock += 1
+    stalled = 30 if Pretended.clock % 11 == 0 else 1
+    return steps * self.cost * 1.05**Pretended.clock * stalled
+
+
+@pytest.mark.parametrize("cost", [1, 3])
+def test_time_is_compared_side_by_side(cost):
+  """Costs per byte are equal; measured one after the other, 20 rounds of 5% would make them differ by 2.6 times."""
+  found = time_ratio(Pretended(cost), Pretended(2), rounds=20, round_seconds=0, warmup_seconds=0)
+  assert found == pytest.approx(1, abs=0.06)
 
 
 def test_time_of_a_diverged_model_is_refused(monkeypatch):
-  monkeypatch.setattr(matching, "initial_state", lambda config, mesh: None)
-  monkeypatch.setattr(matching, "make_train_step", lambda config: lambda state, x: (state, {"nats": float("nan")}))
+  monkeypatch.setattr(step_time, "initial_state", lambda config, mesh: None)
+  monkeypatch.setattr(step_time, "make_train_step", lambda config: lambda state, x: (state, {"nats": float("nan")}))
   with pytest.raises(ConfigError, match="loss is nan"):
-    matching.seconds_per_byte(tiny(), steps=2, warmup_seconds=0)
+    TimedStep(tiny())
 
 
 def test_command_line():
@@ -86,6 +110,6 @@ def test_command_line():
     "--candidate=configs/paper/table2.py:pg19_transformer",
   ]
   shown = subprocess.run([*command, *configs], capture_output=True, text=True, check=True).stdout
-  assert "of the reference" in shown and "--config.model.levels[0].num_layers=" in shown
+  assert "<- closest" in shown and "--config.model.levels[0].num_layers=" in shown
   failed = subprocess.run([*command, configs[0]], capture_output=True, text=True, check=False)
   assert failed.returncode != 0 and failed.stderr.startswith("error: --candidate is missing")
