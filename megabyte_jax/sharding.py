@@ -101,12 +101,6 @@ def check_mesh(mesh: Mesh, model: ModelConfig, batch_size: int) -> None:
         f"{what} is {size}, which {axis} = {parts} does not divide; "
         f"{axis} could be {fits}, or take a multiple of {parts} here"
       )
-  if isinstance(model, MegabyteConfig) and model.levels[0].conv_filters:
-    # XLA then splits the convolution wrongly, and the loss is off without a word.
-    require(
-      min(mesh.shape[axis] for axis in ("fsdp", "seq", "tensor")) == 1,
-      "levels[0].conv_filters does not work with mesh.fsdp, mesh.seq and mesh.tensor all above 1; set one of them to 1",
-    )
 
 
 def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:

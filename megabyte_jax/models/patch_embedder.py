@@ -43,33 +43,53 @@ lookup.defvjp(_lookup_forward, _lookup_backward)
 class CausalConv(nnx.Module):
   """One layer of the convolutional patch encoder: h + relu(causal convolution of h) over a span's bytes."""
 
-  def __init__(self, size: int, width: int, options: BlockOptions, rngs: nnx.Rngs):
-    self.size, self.dtype = size, compute_dtype(options)
+  def __init__(self, size: int, patch_size: int, width: int, options: BlockOptions, rngs: nnx.Rngs):
+    self.size, self.patch_size, self.dtype = size, patch_size, compute_dtype(options)
     self.kernel = nnx.Param(init_normal(options)(rngs.params(), (size, width, width), jnp.float32))
     self.bias = nnx.Param(jnp.zeros((width,))) if options.bias else None
 
   def __call__(self, h_BNLd: jax.Array, left_BNFd: jax.Array | None = None) -> jax.Array:
     """Byte t of the result depends on bytes t - size + 1 .. t of its span.
 
-    `left` holds the size - 1 bytes before, in stepwise decoding; without it the span starts here.
+    `left` holds the F = size - 1 bytes before, in stepwise decoding; without it the span starts here, and L must be a
+    multiple of the patch size.
     """
-    padding = 0
-    x = h_BNLd
-    if left_BNFd is None:
-      padding = self.size - 1
+    if left_BNFd is not None:
+      return self._after(left_BNFd, h_BNLd)
+    B, N, L, d = h_BNLd.shape
+    piece = self._piece(L)
+    h_BNCSd = h_BNLd.reshape(B, N, L // piece, piece, d)
+    if piece == L:
+      left_BNCFd = jnp.zeros((B, N, 1, self.size - 1, d), h_BNLd.dtype)
     else:
-      x = jnp.concatenate([left_BNFd, h_BNLd], axis=2)
-    # A convolution over (spans, bytes) with filters of height 1 keeps the spans apart without merging axes.
-    y = jax.lax.conv_general_dilated(
-      x,
-      self.kernel[None].astype(self.dtype),
-      window_strides=(1, 1),
-      padding=((0, 0), (padding, 0)),
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      left_BNCFd = shift(h_BNCSd[..., piece - self.size + 1 :, :], axis=2)
+    return self._after(left_BNCFd, h_BNCSd).reshape(h_BNLd.shape)
+
+  def _piece(self, length: int) -> int:
+    """The fewest whole patches, as bytes, that hold size - 1 bytes and divide `length`; or all.
+
+    A span is worked on in pieces, each with the end of the one before, so that devices that share a sequence
+    exchange these ends and nothing else.
+    """
+    pieces = range(self.patch_size, length, self.patch_size)
+    return next((piece for piece in pieces if piece >= self.size - 1 and length % piece == 0), length)
+
+  def _after(self, left: jax.Array, h: jax.Array) -> jax.Array:
+    """The layer over bytes h [..., L, d] that follow left [..., F, d].
+
+    Products of shifted bytes, not XLA's convolution: over a mesh with fsdp, seq and tensor XLA splits that one
+    wrongly (JAX 0.10).
+    """
+    x, length = jnp.concatenate([left, h], axis=-2), h.shape[-2]
+    kernel = self.kernel.astype(self.dtype)
+    products = (
+      jnp.einsum("...i,io->...o", x[..., k : k + length, :], kernel[k], preferred_element_type=jnp.float32)
+      for k in range(self.size)
     )
+    y = functools.reduce(jnp.add, products)
     if self.bias is not None:
-      y += self.bias.astype(self.dtype)
-    return h_BNLd + jax.nn.relu(y)
+      y += self.bias[...]
+    return h + jax.nn.relu(y).astype(self.dtype)
 
 
 class PatchEmbedder(nnx.Module):
@@ -81,7 +101,9 @@ class PatchEmbedder(nnx.Module):
     self.table = nnx.Param(draw(rngs.params(), (vocab_size, width), jnp.float32))
     self.positions = nnx.Param(draw(rngs.params(), (span, width), jnp.float32))
     self.pad = nnx.Param(draw(rngs.params(), (level.patch_size, width), jnp.float32))
-    self.convolutions = nnx.List([CausalConv(size, width, options, rngs) for size in level.conv_filters])
+    self.convolutions = nnx.List(
+      [CausalConv(size, level.patch_size, width, options, rngs) for size in level.conv_filters]
+    )
 
   def embed(self, bytes_BNL: jax.Array, first_byte: jax.Array | int = 0) -> jax.Array:
     """Eq. (1): h_embed[t] = E[x_t] + E_pos[t], for L bytes of each span from byte `first_byte` on; [B, N, L, d]."""
