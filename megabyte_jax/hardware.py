@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 import jax
 
-# Nominal bfloat16 FLOP/s of dense matrix products, without structured sparsity. Not every entry was checked against a
-# data sheet; those of v5e, v5p and v6e agree with cloud.google.com/tpu/docs.
+# Nominal bfloat16 FLOP/s of dense matrix products, without structured sparsity. Those of v4, v5e, v5p, v6e and TPU7x
+# agree with docs.cloud.google.com/tpu/docs (copies read on 2026-11-23); the other entries were not checked.
 _TPU_CORE = {  # of one TensorCore: a device is one or, on most v4 and v5p systems, two of a chip's cores
   "TPU v2": 23e12,
   "TPU v3": 61.5e12,
@@ -28,14 +28,17 @@ _TPU_CORE = {  # of one TensorCore: a device is one or, on most v4 and v5p syste
 
 @dataclasses.dataclass(frozen=True)
 class TpuChip:
-  """Memory and links of one TPU chip: rough inputs of an estimate, written from memory.
+  """Memory and links of one TPU chip, as documented: inputs of an estimate, of which nothing was measured.
 
-  Checked against cloud.google.com/tpu/docs: memory and its rate of v5e and v6e, and the rate of v5p, whose memory is
-  given there as 95 GiB (96 here). Not checked: v4, TPU7x, and all link rates.
+  Memory is what libtpu 0.0.42.1 says that a program may have ("exceeds available HBM"), of all cores: a little less
+  than the documented 16, 32 and 192 GiB. To v5p it grants 95.74 GiB; the documented 95 are taken. All other figures
+  are from docs.cloud.google.com/tpu/docs (copies read on 2026-11-23), which gives 400 (v5e), 1200 (v5p), 800 (v6e)
+  and 1200 GB/s (TPU7x) for all links of a chip, both directions together: half of it, shared by four links or, in a
+  three-dimensional torus, six. Unverified: v4's links.
 
   Attributes:
     cores: TensorCores; a device is one or both of them.
-    memory: bytes of HBM.
+    memory: bytes of HBM that programs may use.
     memory_rate: bytes per second of HBM.
     link_rate: bytes per second of one inter-chip link in one direction.
   """
@@ -48,11 +51,11 @@ class TpuChip:
 
 _GIB = 2**30
 _TPU_CHIP = {
-  "TPU v4": TpuChip(2, 32 * _GIB, 1.2e12, 45e9),
-  "TPU v5 lite": TpuChip(1, 16 * _GIB, 0.82e12, 45e9),
-  "TPU v5": TpuChip(2, 96 * _GIB, 2.77e12, 90e9),
-  "TPU v6 lite": TpuChip(1, 32 * _GIB, 1.64e12, 90e9),
-  "TPU7x": TpuChip(2, 192 * _GIB, 7.38e12, 90e9),
+  "TPU v4": TpuChip(2, 30.5 * _GIB, 1.2e12, 45e9),
+  "TPU v5 lite": TpuChip(1, 15.75 * _GIB, 819e9, 50e9),
+  "TPU v5": TpuChip(2, 95 * _GIB, 2.765e12, 100e9),
+  "TPU v6 lite": TpuChip(1, 31.25 * _GIB, 1.638e12, 100e9),
+  "TPU7x": TpuChip(2, 189.5 * _GIB, 7.38e12, 100e9),
 }
 _GPU = (  # the first whose words are in the device's name
   ("GB300", 2500e12),
