@@ -108,6 +108,22 @@ def test_logits_of_decoding_are_those_of_the_full_forward_pass(name):
     assert int(state.position) == config.context
 
 
+@pytest.mark.parametrize("name", variants.every_variant)
+def test_logits_of_single_bytes_are_those_of_the_full_forward_pass(name):
+  """Where each byte is given from outside, as in decompression."""
+  config, x_BT, model = variants.VARIANTS[name], variants.random_bytes(name, 2, seed=9), variants.model(name)
+  first = config.context - config.latents if variants.is_perceiver(config) else 0
+  if variants.is_perceiver(config):
+    state = model.read_prompt(jnp.asarray(x_BT), first, first)
+  else:
+    state = model.start_bytes(2)
+  step = jax.jit(model.decode_byte, static_argnums=2)
+  expected = variants.logits(name, x_BT)
+  for t in range(first, config.context):
+    state, logits_BV = step(state, jnp.asarray(x_BT[:, t - 1]), model.first_level_at(t))
+    np.testing.assert_allclose(logits_BV, expected[:, t - first], atol=1e-4, err_msg=f"byte {t}")
+
+
 def test_the_same_seed_gives_the_same_bytes_for_any_number_of_samples():
   model, lengths = variants.model("without_global_cross_patch"), 40
   one, three, eight = (generate(model, b"\3\1", lengths, num_samples=n, seed=5).bytes_ for n in (1, 3, 8))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from megabyte_jax.models.config import Level, MegabyteConfig
-from megabyte_jax.models.layers import Cache, Stack, init_normal
+from megabyte_jax.models.layers import Cache, Stack, compute_dtype, init_normal
 from megabyte_jax.models.patch_embedder import PatchEmbedder, check_length
 from megabyte_jax.sharding import constrain
 
@@ -71,6 +71,19 @@ class DecodeState(NamedTuple):
   memories: tuple[tuple[jax.Array, ...], ...]
   patch_BS: jax.Array
   position: jax.Array
+
+
+class ByteState(NamedTuple):
+  """What decoding one byte at a time remembers.
+
+  Attributes:
+    decoded: caches, and in `patch_BS` the bytes since the start of the first level's slot at hand (before it, those of
+      the slot before); `position` counts bytes.
+    outputs_B11D: of each level, its slot at hand.
+  """
+
+  decoded: DecodeState
+  outputs_B11D: tuple[jax.Array, ...]
 
 
 class Megabyte(nnx.Module):
@@ -182,15 +195,7 @@ class Megabyte(nnx.Module):
     caches, memories, bytes_BS, logits_BSV = loop
     level, config = self.levels[i], self.config.levels[i]
     B = bytes_BS.shape[0]
-    cache, memory = caches[i], memories[i]
-    if config.cross_patch:  # other caches need no preparation: of a new span nothing is visible yet
-      cache = jax.tree.map(lambda new, old: jnp.where(slot == 0, new, old), level.decoder.next_span(cache), cache)
-    memory = jax.tree.map(lambda m: jnp.where(slot == 0, jnp.zeros_like(m), m), memory)
-    x_B11D, memory = level.embedder.next_slot(previous_BS, memory, slot)
-    if parent_B11s is not None:
-      x_B11D = level.add_parent(x_B11D, parent_B11s)
-    span_start = byte - slot * config.patch_size
-    h_B11D, cache = level.decoder.step(x_B11D, cache, slot, span_start > 0)
+    h_B11D, cache, memory = self._step_level(i, slot, byte, parent_B11s, previous_BS, caches[i], memories[i])
     caches = (*caches[:i], cache, *caches[i + 1 :])
     memories = (*memories[:i], memory, *memories[i + 1 :])
     first = byte - patch_start  # where the slot's bytes lie in the patch of the first level
@@ -214,3 +219,58 @@ class Megabyte(nnx.Module):
 
     loop = (caches, memories, bytes_BS, logits_BSV)
     return jax.lax.fori_loop(0, config.patch_size // below.patch_size, one_slot, loop)
+
+  def _step_level(self, i, slot, byte, parent_B11s, previous_BS, cache, memory):
+    """One step of level i alone: its output for the slot, and what it remembers."""
+    level, config = self.levels[i], self.config.levels[i]
+    if config.cross_patch:  # other caches need no preparation: of a new span nothing is visible yet
+      cache = jax.tree.map(lambda new, old: jnp.where(slot == 0, new, old), level.decoder.next_span(cache), cache)
+    memory = jax.tree.map(lambda m: jnp.where(slot == 0, jnp.zeros_like(m), m), memory)
+    x_B11D, memory = level.embedder.next_slot(previous_BS, memory, slot)
+    if parent_B11s is not None:
+      x_B11D = level.add_parent(x_B11D, parent_B11s)
+    span_start = byte - slot * config.patch_size
+    h_B11D, cache = level.decoder.step(x_B11D, cache, slot, span_start > 0)
+    return h_B11D, cache, memory
+
+  # Where each byte becomes known only outside of the compiled step, as in decompression. `decode_patch` is faster.
+
+  def start_bytes(self, batch: int) -> ByteState:
+    """The state before the first byte."""
+    width = [level.width for level in self.config.levels]
+    return ByteState(
+      self.start_decoding(batch), tuple(jnp.zeros((batch, 1, 1, D), compute_dtype(self.config)) for D in width)
+    )
+
+  def first_level_at(self, position: int) -> int:
+    """The coarsest level that has a slot starting at byte `position`; the number of levels where none has."""
+    starts = (i for i, level in enumerate(self.config.levels) if position % level.patch_size == 0)
+    return next(starts, len(self.levels))
+
+  def decode_byte(self, state: ByteState, previous_B: jax.Array, first_level: int) -> tuple[ByteState, jax.Array]:
+    """The logits of one byte, [B, V] float32, and the state for the next.
+
+    Args:
+      state: after the bytes before.
+      previous_B: the byte before, int32; anything at position 0.
+      first_level: `first_level_at` the byte's position.
+    """
+    (caches, memories, patch_BS, position), outputs = state
+    B, patch = patch_BS.shape
+    at = (position - 1) % patch
+    patch_BS = jax.lax.dynamic_update_slice_in_dim(patch_BS, previous_B[:, None].astype(patch_BS.dtype), at, axis=1)
+    caches, memories, outputs = list(caches), list(memories), list(outputs)
+    for i in range(first_level, len(self.levels)):
+      size, span, part_B11s = self.config.levels[i].patch_size, self.config.spans[i], None
+      if i > 0:
+        parts_BMs = outputs[i - 1].reshape(B, span // size, -1)
+        part_B11s = jax.lax.dynamic_slice_in_dim(parts_BMs, position % span // size, 1, axis=1)[:, None]
+      previous_BS = jax.lax.dynamic_slice_in_dim(patch_BS, (position - size) % patch, size, axis=1)
+      outputs[i], caches[i], memories[i] = self._step_level(
+        i, position % span // size, position, part_B11s, previous_BS, caches[i], memories[i]
+      )
+    size = self.config.levels[-1].patch_size
+    h_BSd = outputs[-1].reshape(B, size, -1)
+    logits_B1V = self.levels[-1].embedder.logits(jax.lax.dynamic_slice_in_dim(h_BSd, position % size, 1, axis=1))
+    decoded = DecodeState(tuple(caches), tuple(memories), patch_BS, position + 1)
+    return ByteState(decoded, tuple(outputs)), logits_B1V[:, 0]

@@ -147,15 +147,28 @@ class PerceiverAR(nnx.Module):
 
     The latents must not be used up: position < start + N.
     """
+    state, logits_BV = self.decode_byte(state, state.byte_B1[:, 0])
+    byte_B1 = pick(logits_BV, state.position - 1)[:, None].astype(jnp.int32)
+    return state._replace(byte_B1=byte_B1), byte_B1, logits_BV[:, None]
+
+  def first_level_at(self, position: int) -> int:
+    """Of `Megabyte`: here every byte takes the same step."""
+    return 0
+
+  def decode_byte(
+    self, state: DecodeState, previous_B: jax.Array, first_level: int = 0
+  ) -> tuple[DecodeState, jax.Array]:
+    """The logits of the next byte, as `Megabyte.decode_byte` has them; the latents must not be used up."""
     slot, latent = state.position, state.position - state.start
-    x_B11D, _ = self.embedder.next_slot(state.byte_B1, (), slot)
+    x_B11D, _ = self.embedder.next_slot(previous_B[:, None], (), slot)
     own = self.cross.keys_values(x_B11D, slot)
     seen = jnp.arange(state.context.k_LBNSHK.shape[3]) < slot
     past = Past(state.context.k_LBNSHK[0], state.context.v_LBNSHK[0], seen)
-    x_B11D = self.cross(x_B11D, own, past, jnp.full(state.byte_B1.shape[:1], slot))
+    x_B11D = self.cross(x_B11D, own, past, jnp.full(previous_B.shape, slot))
     at = (0, 0, 0, slot, 0, 0)
     context = Cache(*(jax.lax.dynamic_update_slice(a, b[None], at) for a, b in zip(state.context, own, strict=True)))
     h_B11D, latents = self.decoder.step(x_B11D, state.latents, latent, False)
-    logits_B1V = self.embedder.logits(h_B11D[:, 0])
-    byte_B1 = pick(logits_B1V[:, 0], state.position)[:, None].astype(jnp.int32)
-    return DecodeState(context, latents, byte_B1, state.position + 1, state.start), byte_B1, logits_B1V
+    byte_B1 = previous_B[:, None].astype(jnp.int32)
+    return DecodeState(context, latents, byte_B1, state.position + 1, state.start), self.embedder.logits(h_B11D)[
+      :, 0, 0
+    ]

@@ -1,0 +1,220 @@
+"""Compresses any file without loss with a trained model's probabilities: its bits per byte as a file's size.
+
+python -m megabyte_jax.compress FILE OUT --workdir=runs/quickstart
+python -m megabyte_jax.compress --decompress OUT COPY --workdir=runs/quickstart
+
+Decompression needs the same checkpoint on the same kind of device with the same versions: it must compute the same
+probabilities to the last bit. The file says what it was made with, and what differs is refused. The bytes are coded as
+they are: a PNG or MP3 file, compressed already, becomes no smaller.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jaxlib
+import numpy as np
+from flax import nnx
+
+from megabyte_jax import coding, command_line
+from megabyte_jax.atomic_file import replacing
+from megabyte_jax.config import ConfigError
+from megabyte_jax.config_parsing import mapping_from_dataclass, require
+from megabyte_jax.data.sources import DataError
+from megabyte_jax.models.build import Model
+from megabyte_jax.models.layers import compute_dtype
+from megabyte_jax.pretrained import load, step_argument
+from megabyte_jax.progress import Progress, duration, human
+
+FORMAT = 1  # raised when older code could no longer read what this code writes
+BATCH = 64  # windows side by side; more make no file smaller
+_MAGIC = b"MBJAX\0\r\n"  # the line end shows that a transfer as text has changed the file
+_DIGEST = 16  # bytes of SHA-256, over the whole file before it
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+  """What a compressed file says of itself.
+
+  Attributes:
+    length, digest: bytes of the original, and its checksum.
+    step: of the checkpoint.
+    batch: windows side by side.
+    model: digest of the model's config and parameters.
+    dtype, device, cores, jax, jaxlib, constriction: what else decides the last bit of a probability, or its code.
+  """
+
+  length: int
+  digest: str
+  step: int
+  batch: int
+  model: str
+  dtype: str
+  device: str
+  cores: int
+  jax: str
+  jaxlib: str
+  constriction: str
+
+
+def compress(model: Model, text: bytes, *, step: int = 0, batch: int = BATCH, on_bytes=None) -> bytes:
+  """`text` compressed with the probabilities of `model`.
+
+  Args:
+    step: of the checkpoint, for messages.
+    batch: windows side by side, at most.
+    on_bytes: called with the number of bytes done since the last call.
+
+  Raises:
+    ConfigError: the model does not know all of the bytes.
+    FloatingPointError: the model's probabilities are not finite.
+  """
+  require(batch >= 1, f"the number of windows side by side is {batch}; it must be at least 1")
+  data = np.frombuffer(text, np.uint8)
+  batch = coding.batch_size(len(data), model.config, batch)
+  header = Header(len(text), _digest(text).hex(), step, batch, **_circumstances(model))
+  fields = json.dumps({"format": FORMAT, **dataclasses.asdict(header)}, separators=(",", ":")).encode()
+  body = _MAGIC + len(fields).to_bytes(4, "little") + fields + coding.encode(model, data, batch, on_bytes).tobytes()
+  return body + _digest(body)
+
+
+def decompress(model: Model, packed: bytes, *, on_bytes=None) -> bytes:
+  """The text that `compress` made `packed` of.
+
+  Raises:
+    DataError: `packed` is no such file, cut short or altered, or the text did not come out as it was.
+    ConfigError: it was compressed with another model or under other circumstances.
+  """
+  header, words = read(packed)
+  here = _circumstances(model)
+  other = [f"{key} {was} (here {here[key]})" for key, was in _shown(header, here) if was != here[key]]
+  if other:
+    at = f", step {header.step} of its run" if any(text.startswith("model") for text in other) else ""
+    raise ConfigError(f"it was compressed with another {', '.join(other)}{at}; it can be decompressed with these alone")
+  text = coding.decode(model, words, header.length, header.batch, on_bytes).tobytes()
+  if _digest(text).hex() != header.digest:
+    raise DataError("what came out is not what was compressed: this machine computes other probabilities")
+  return text
+
+
+def read(packed: bytes) -> tuple[Header, np.ndarray]:
+  """The header and the code words of a compressed file. Raises DataError where it is none, cut short or altered."""
+  if packed[: len(_MAGIC)] != _MAGIC:
+    raise DataError("this is no file that megabyte_jax.compress wrote")
+  body, digest = packed[:-_DIGEST], packed[-_DIGEST:]
+  if _digest(body) != digest:
+    raise DataError("the compressed file is cut short or altered")
+  start = len(_MAGIC) + 4
+  end = start + int.from_bytes(body[len(_MAGIC) : start], "little")
+  fields = json.loads(body[start:end])
+  if fields.pop("format") != FORMAT:
+    raise DataError("the compressed file was written by another version of megabyte_jax; decompress it with that one")
+  return Header(**fields), np.frombuffer(body[end:], "<u4")
+
+
+def _digest(data: bytes) -> bytes:
+  return hashlib.sha256(data).digest()[:_DIGEST]
+
+
+def _shown(header: Header, here: dict[str, Any]) -> list[tuple[str, Any]]:
+  return [(key, getattr(header, key)) for key in here]
+
+
+def _circumstances(model: Model) -> dict[str, Any]:
+  """The fields of `Header` that the machine and the model decide."""
+  device = jax.devices()[0]
+  cores = 0
+  if device.platform == "cpu":  # how many share a matrix product can decide the order of its sums
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  return {
+    "model": fingerprint(model),
+    "dtype": compute_dtype(model.config).name,
+    "device": _processor() if device.platform == "cpu" else device.device_kind,
+    "cores": cores,
+    "jax": jax.__version__,
+    "jaxlib": jaxlib.__version__,
+    "constriction": importlib.metadata.version("constriction"),
+  }
+
+
+def _processor() -> str:
+  try:
+    with open("/proc/cpuinfo") as file:
+      return re.search(r"model name\s*: (.*)", file.read())[1]
+  except (OSError, TypeError):  # no Linux, or no x86
+    return platform.processor() or platform.machine()
+
+
+def fingerprint(model: Model) -> str:
+  """Digest of a model's config and parameters, 16 hexadecimal digits."""
+  sha = hashlib.sha256(json.dumps(mapping_from_dataclass(model.config), sort_keys=True).encode())
+  for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model))):
+    sha.update(jax.tree_util.keystr(path).encode())
+    sha.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+  return sha.hexdigest()[:16]
+
+
+def parse_arguments() -> argparse.Namespace:
+  """The command line; see the head of this file."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("file", help="what to compress; with --decompress the compressed file")
+  parser.add_argument("out", help="where the result goes")
+  parser.add_argument("--decompress", action="store_true", help="get the original back")
+  parser.add_argument("--workdir", default="runs/quickstart", help="the folder of a train.py run")
+  parser.add_argument("--step", type=step_argument, metavar="N|best", help="checkpoint; default: the newest")
+  parser.add_argument("--batch-size", type=int, default=0, help=f"windows side by side; default {BATCH}")
+  args = parser.parse_args()
+  require(args.batch_size >= 0, f"--batch-size is {args.batch_size}; it must not be negative")
+  require(not (args.decompress and args.batch_size), "--batch-size is for compressing; the file says the rest")
+  return args
+
+
+def main() -> None:
+  """Compresses or decompresses one file; the result appears whole or not at all."""
+  args = parse_arguments()
+  coding.constriction()  # missing? then say so at once
+  with open(args.file, "rb") as file:
+    data = file.read()
+  with _naming(args.file):
+    length = read(data)[0].length if args.decompress else len(data)
+    model, _, step = load(args.workdir, args.step)
+    print(f"step {step} of {args.workdir}", file=sys.stderr)
+    with Progress("decompressing" if args.decompress else "compressing", total=length) as progress:
+      if args.decompress:
+        made = decompress(model, data, on_bytes=progress.add)
+      else:
+        made = compress(model, data, step=step, batch=args.batch_size or BATCH, on_bytes=progress.add)
+  with replacing(args.out) as path:
+    path.write_bytes(made)
+  seconds = progress.seconds
+  speed = f"in {duration(seconds)} ({human(length / seconds, 'B/s')}, compilation included)"
+  if args.decompress:
+    print(f"{len(data):,} bytes -> {len(made):,} {speed}")
+  else:
+    code = read(made)[1].nbytes
+    share = f": {8 * code / length:.4f} bits per byte and {len(made) - code} bytes of header" if length else ""
+    print(f"{length:,} bytes -> {len(made):,} {speed}{share}")
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+  try:
+    yield
+  except (ConfigError, DataError) as error:
+    raise type(error)(f"{path}: {error}") from error
+
+
+if __name__ == "__main__":
+  command_line.run(main)
