@@ -14,6 +14,8 @@ prints the candidate's layers at which the costs per predicted byte agree best, 
 from __future__ import annotations
 
 import dataclasses
+import statistics
+import sys
 from collections.abc import Callable, Sequence
 
 from absl import app, flags
@@ -23,7 +25,7 @@ from megabyte_jax import command_line, flops
 from megabyte_jax.config import Config
 from megabyte_jax.config_parsing import require
 from megabyte_jax.models.config import PerceiverARConfig
-from megabyte_jax.step_time import TimedStep, time_ratio
+from megabyte_jax.step_time import TimedStep, time_ratios
 
 Cost = Callable[[Config], float]  # of one byte that a candidate predicts, relative to the reference
 
@@ -158,7 +160,15 @@ def _cost(reference: Config) -> Cost:
   if _BY.value == "flops":
     return lambda candidate: flops_ratio(candidate, reference)
   timed = TimedStep(reference)
-  return lambda candidate: time_ratio(TimedStep(candidate), timed, _ROUNDS.value)
+
+  def cost(candidate: Config) -> float:
+    ratios = time_ratios(TimedStep(candidate), timed, _ROUNDS.value)
+    found = statistics.median(ratios)
+    spread = f"{min(ratios):.1%} to {max(ratios):.1%} in {len(ratios)} rounds"
+    print(f"candidate with {_layers(candidate)} layers: {found:.1%} of the reference ({spread})", file=sys.stderr)
+    return found
+
+  return cost
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 
 import jax
@@ -52,13 +51,13 @@ class TimedStep:
     return seconds
 
 
-def time_ratio(
+def time_ratios(
   candidate: TimedStep, reference: TimedStep, rounds: int = 10, round_seconds: float = 0.5, warmup_seconds: float = 3.0
-) -> float:
-  """Seconds per predicted byte of `candidate` relative to `reference`.
+) -> list[float]:
+  """Seconds per predicted byte of `candidate` relative to `reference`, once for each round.
 
-  In every round both run for about `round_seconds`, one right after the other and in alternating order; the result is
-  the median over the rounds' ratios, so that what slows a whole round, or a few of them, cancels.
+  In every round both run for about `round_seconds`, one right after the other and in alternating order, so that what
+  slows the whole round cancels; the median over the rounds also forgets what slowed one of the two.
 
   Args:
     rounds: even numbers weigh both orders equally.
@@ -74,4 +73,4 @@ def time_ratio(
   while time.perf_counter() < until:
     ratio((candidate, reference))
   orders = ((candidate, reference), (reference, candidate))
-  return statistics.median(ratio(orders[i % 2]) for i in range(rounds))
+  return [ratio(orders[i % 2]) for i in range(rounds)]

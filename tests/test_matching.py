@@ -1,5 +1,6 @@
 """Compute matching: the solver, the analytic match of the paper's rows, and one measured match of tiny models."""
 
+import statistics
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from megabyte_jax import matching, step_time
 from megabyte_jax.config import Config, Level, MegabyteConfig, MeshConfig
 from megabyte_jax.config_parsing import ConfigError
-from megabyte_jax.step_time import TimedStep, time_ratio
+from megabyte_jax.step_time import TimedStep, time_ratios
 from megabyte_jax.tables import config_of
 
 
@@ -72,7 +73,7 @@ def test_time_is_measured():
   """That it runs; what it says depends on the machine."""
   steps = [TimedStep(tiny()) for _ in range(2)]
   assert steps[0].bytes == 8 * 16
-  assert time_ratio(*steps, rounds=2, round_seconds=0, warmup_seconds=0) > 0
+  assert min(time_ratios(*steps, rounds=2, round_seconds=0, warmup_seconds=0)) > 0
 
 
 class Pretended:
@@ -92,8 +93,8 @@ class Pretended:
 @pytest.mark.parametrize("cost", [1, 3])
 def test_time_is_compared_side_by_side(cost):
   """Costs per byte are equal; measured one after the other, 20 rounds of 5% would make them differ by 2.6 times."""
-  found = time_ratio(Pretended(cost), Pretended(2), rounds=20, round_seconds=0, warmup_seconds=0)
-  assert found == pytest.approx(1, abs=0.06)
+  found = time_ratios(Pretended(cost), Pretended(2), rounds=20, round_seconds=0, warmup_seconds=0)
+  assert statistics.median(found) == pytest.approx(1, abs=0.06)
 
 
 def test_time_of_a_diverged_model_is_refused(monkeypatch):
