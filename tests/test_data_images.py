@@ -141,15 +141,20 @@ def grey16():
   return (np.arange(32 * 32).reshape(32, 32) * 64).astype(np.uint16)
 
 
+def png(head_end=b"\x08\2\0\0\0", rows=None, before=(), parts=1, cut=0):
+  """A PNG of 32 x 32 pixels made by hand: end of its head, chunks before the pixels, parts and missing end of these."""
+  rows = b"".join(b"\0" + row.tobytes() for row in random_image(32, 32)) if rows is None else rows
+  packed = zlib.compress(rows)[: -cut or None]
+  step = -(-len(packed) // parts)
+  pixels = [(b"IDAT", packed[i : i + step]) for i in range(0, len(packed), step)]
+  chunks = [(b"IHDR", struct.pack(">II", 32, 32) + head_end), *before, *pixels, (b"IEND", b"")]
+  made = (struct.pack(">I", len(x)) + kind + x + struct.pack(">I", zlib.crc32(kind + x)) for kind, x in chunks)
+  return b"\x89PNG\r\n\x1a\n" + b"".join(made)
+
+
 def rgb16_png():
-  """A 16-bit RGB PNG made by hand, for Pillow writes none."""
-
-  def chunk(kind, body):
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-  rows = b"".join(b"\0" + bytes(32 * 6) for _ in range(32))
-  head = struct.pack(">IIBBBBB", 32, 32, 16, 2, 0, 0, 0)
-  return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+  """Pillow writes none."""
+  return png(b"\x10\2\0\0\0", rows=b"".join(b"\0" + bytes(32 * 6) for _ in range(32)))
 
 
 ODD = {
@@ -193,6 +198,39 @@ def test_a_flipped_byte_in_a_png_is_found(tmp_path):
   whole[len(whole) // 2] ^= 1
   with pytest.raises(DataError, match="x is not a whole"):
     images.open_image(bytes(whole), "x")
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 80), st.integers(1, 80), st.integers(0, 9), st.booleans())
+def test_pngs_are_the_pixels_that_pillow_opens(height, width, level, smooth):
+  image = random_image(height, width)
+  image = np.cumsum(image // 64, axis=0).astype(np.uint8) if smooth else image  # noise and ramps take other filters
+  data = encode(image, compress_level=level)
+  np.testing.assert_array_equal(np.asarray(images.open_image(data, "x")), image)
+  np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), image)
+
+
+def test_pngs_of_every_make_are_read_or_named(monkeypatch):
+  expected = random_image(32, 32)
+  profile = (b"iCCP", b"name\0\0" + zlib.compress(b"x"))
+  plain = [png(), png(parts=5), png(before=[(b"gAMA", b"\0\0\xb1\x8f"), profile])]
+  text = png(before=[(b"tEXt", b"Title\0A picture")])
+  for data in (*plain, text):
+    np.testing.assert_array_equal(np.asarray(images.open_image(data, "x")), expected)
+  bad = {
+    "with alpha": png(before=[(b"tRNS", bytes(6))]),
+    "truncated|not enough": png(cut=500),
+    "stream contents": png(b"\x08\2\0\0\1"),  # says that it is interlaced
+    "cannot identify": png(b"\x07\2\0\0\0"),
+  }
+  for what, data in bad.items():
+    with pytest.raises(DataError, match=f"x is .*({what})"):
+      images.open_image(data, "x")
+  monkeypatch.setattr(Image, "open", None)
+  for data in plain:  # these do without
+    np.testing.assert_array_equal(np.asarray(images.open_image(data, "x")), expected)
+  with pytest.raises(DataError):
+    images.open_image(text, "x")
 
 
 def test_no_image_at_all_is_named(tmp_path):

@@ -7,7 +7,9 @@ is TFDS's split syntax (validation, train[:90%]).
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 import logging
 import re
 from collections.abc import Sequence
@@ -136,18 +138,19 @@ class Records:
 
   def __init__(self, builder: Any, split: str, feature: str, spec: str):
     import tensorflow_datasets as tfds  # noqa: PLC0415
+    from tensorflow_datasets.proto import tf_example_pb2  # noqa: PLC0415
 
     self.spec, self.feature = spec, feature
     try:
       self._info = builder.info.splits[split]
     except (ValueError, KeyError) as error:
       raise DataError(f"{spec}: no such split; there are {', '.join(builder.info.splits)}") from error
-    image = isinstance(builder.info.features[feature], tfds.features.Image)
-    decoders = {feature: tfds.decode.SkipDecoding()} if image else None
-    self._records = builder.as_data_source(split, decoders=decoders, file_format="array_record")
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES  # one feature is read here in a quarter of the time of TFDS's parser
+    self._records = builder.as_data_source(split, deserialize_method=raw, file_format="array_record")
+    self._parse = tf_example_pb2.Example.FromString
     # Asked for after the choice of format, for the names of the files depend on it.
     self._shards = builder.info.splits[split].file_instructions
-    self._ends = np.cumsum([shard.take for shard in self._shards])
+    self._ends = list(itertools.accumulate(shard.take for shard in self._shards))
     self._check_shard = functools.cache(self._find_problem)
     self.names = _Numbered(spec, len(self._records))
     if not len(self._records):
@@ -163,14 +166,14 @@ class Records:
 
   def load(self, i: int) -> bytes:
     """The stored bytes of record number i. Raises DataError naming it and its file."""
-    k = int(np.searchsorted(self._ends, i, side="right"))
+    k = bisect.bisect_right(self._ends, i)
     shard = self._shards[k]
     try:
       self._check_shard(k)
-      value = self._records[i][self.feature]
-      return value.encode() if isinstance(value, str) else bytes(value)
+      [value] = self._parse(self._records[i]).features.feature[self.feature].bytes_list.value
+      return value
     except Exception as error:  # the reader has no error of its own
-      place = i - int(self._ends[k]) + shard.take + shard.skip
+      place = i - self._ends[k] + shard.take + shard.skip
       raise DataError(f"{self.names[i]} (record {place} of {shard.filename}) cannot be read: {error}") from error
 
   def _find_problem(self, k: int) -> None:
