@@ -1,7 +1,8 @@
 """Which mesh, rematerialisation and accumulation a topology should be used with: `plan --search`.
 
 Every combination that divides evenly is ordered by its time in closed form; then they are compiled one after the
-other, fastest first, until one fits. What a program that does not fit rules out is not compiled.
+other, fastest first, until one fits: first quickly, and then, if that fits, as the real program. What a program that
+does not fit rules out is not compiled.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def search(
   """The first plan that fits, and its executable; what was tried goes to stderr.
 
   Args:
-    tries: programs that are compiled at most.
+    tries: combinations that are compiled at most.
 
   Raises:
     ConfigError: nothing divides evenly, or nothing that was tried fits.
@@ -42,14 +43,17 @@ def search(
   for one in ordered:
     if any(needs_at_least(one, other) for other in failed):
       continue
-    plan, executable = make_plan(one, topology, devices, step)
-    print(_line(plan), file=sys.stderr, flush=True)
+    for quick in (True, False):
+      plan, executable = make_plan(one, topology, devices, step, quick=quick)
+      print(_line(plan), file=sys.stderr, flush=True)
+      if not plan.fits:
+        break
     if plan.fits:
       return plan, executable
     failed.append(one)
     if len(failed) == tries:
       break
-  raise ConfigError(f"none of the {len(failed)} programs tried fits {topology}; raise --tries or take more chips")
+  raise ConfigError(f"none of the {len(failed)} combinations tried fits {topology}; raise --tries or take more chips")
 
 
 def candidates(config: Config, devices: list[jax.Device], step: str) -> list[Config]:
@@ -110,6 +114,6 @@ def _line(plan: Plan) -> str:
   sizes = f"{plan.total / 2**30:.1f} of {plan.memory / 2**30:.0f} GiB"
   time = f", {1e3 * plan.bounds.step:.0f} ms at best" if plan.fits and plan.bounds else ""
   return (
-    f"tried {axes}, remat {plan.config.model.remat}, {plan.config.accumulate} parts: "
+    f"{'tried' if plan.quick else 'checked'} {axes}, remat {plan.config.model.remat}, {plan.config.accumulate} parts: "
     f"{'fits' if plan.fits else 'too large'}, {sizes}{time}"
   )

@@ -3,14 +3,19 @@
 import dataclasses
 import importlib.util
 import json
+import pickle
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
+from jax.experimental.serialize_executable import deserialize_and_load
 
 from megabyte_jax import flops, plan, plan_search, roofline
 from megabyte_jax.config import Config, ConfigError, Level, MegabyteConfig, MeshConfig, PerceiverARConfig
-from megabyte_jax.sharding import make_mesh
+from megabyte_jax.sharding import batch_sharding, make_mesh
+from megabyte_jax.train_state import initial_state, make_eval_step
 
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason='compiling for TPUs needs libtpu: pip install "jax[tpu]"'
@@ -70,6 +75,19 @@ def test_what_cannot_fit_is_not_tried_again():
   assert not plan_search.needs_at_least(variant("none", 4), variant("full", 2))
 
 
+def test_saved_executable_runs_without_compiling(tmp_path):
+  devices = jax.devices()[:4]
+  mesh = make_mesh(SMALL.mesh, devices)
+  plan.save(plan.lower(SMALL, mesh, "eval").compile(), tmp_path / "step.pickle")
+  loaded = deserialize_and_load(*pickle.loads((tmp_path / "step.pickle").read_bytes()), execution_devices=devices)
+  with jax.set_mesh(mesh):
+    parameters = initial_state(SMALL, mesh).parameters
+    x_BT = np.random.default_rng(0).integers(0, 256, (8, 1024), np.uint8)
+    arguments = jax.device_put((x_BT, np.full(8, 1024, np.int32)), batch_sharding(mesh))
+    expected_BT = make_eval_step(SMALL)(parameters, *arguments)
+  np.testing.assert_array_equal(loaded(parameters, *arguments), expected_BT)
+
+
 @needs_libtpu
 @pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "v5e:3x77"])
 def test_unknown_topology_is_one_clear_error(topology):
@@ -114,7 +132,7 @@ def test_slices_hold_replicas():
 
 
 @needs_libtpu
-def test_train_step_for_four_chips():
+def test_train_step_for_four_chips(tmp_path):
   devices = plan.topology_devices(TOPOLOGY)
   found, executable = plan.make_plan(SMALL, TOPOLOGY, devices)
   assert found.fits and found.memory == 15.75 * 2**30
@@ -128,6 +146,17 @@ def test_train_step_for_four_chips():
   text, values = plan.describe(found), json.loads(plan.to_json(found))
   assert "fits        yes" in text and "fsdp=2,seq=2" in text
   assert values["days"] == pytest.approx(1000 * found.bounds.step / 86_400)
+  plan.save(executable, tmp_path / "step.pickle")
+  _, in_tree, out_tree = pickle.loads((tmp_path / "step.pickle").read_bytes())
+  assert (in_tree, out_tree) == (executable.in_tree, executable.out_tree)
+
+
+@needs_libtpu
+def test_search_ends_with_the_real_program(capsys):
+  found, executable = plan_search.search(SMALL, TOPOLOGY, plan.topology_devices(TOPOLOGY), "eval")
+  assert found.fits and not found.quick and executable is not None
+  tried, checked = capsys.readouterr().err.splitlines()
+  assert tried.startswith("tried") and checked == tried.replace("tried", "checked")
 
 
 @needs_libtpu
@@ -154,5 +183,5 @@ def test_flags_are_the_documented_ones():
   """In a process of its own: absl's flags are global, and train.py defines some of the same names."""
   code = "from absl import flags; from megabyte_jax import plan; plan.define_flags(); print(*flags.FLAGS)"
   run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-  documented = {"config", "topology", "mesh", "batch_size", "remat", "step", "search", "save", "json"}
+  documented = {"config", "topology", "mesh", "batch_size", "remat", "step", "quick", "search", "save", "json"}
   assert documented <= set(run.stdout.split())
