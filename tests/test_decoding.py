@@ -12,8 +12,10 @@ from flax import nnx
 
 from megabyte_jax import sampling as sampling_module
 from megabyte_jax import windows
-from megabyte_jax.models.build import abstract_model
+from megabyte_jax.config import ConfigError, MeshConfig
+from megabyte_jax.models.build import abstract_model, in_compute_dtype
 from megabyte_jax.sampling import Sampling, generate, pick_byte
+from megabyte_jax.sharding import make_mesh, shard_abstract
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -142,6 +144,89 @@ def test_the_randomness_of_a_byte_depends_on_its_place_alone():
     np.testing.assert_array_equal(generate(model, bytes(start), 64 - start, seed=3).bytes_[0], text[start:])
   for period in range(1, 33):  # the place in the text, not in the window: nothing comes again when the window moves
     assert (text[period:] == text[:-period]).mean() < 0.4
+
+
+@pytest.mark.parametrize("name", ["two_levels", "three_levels_cross_patch", "without_global_cross_patch", "conv"])
+def test_prompts_are_read_in_buffers_that_fit(monkeypatch, name):
+  model, config = variants.model(name), variants.VARIANTS[name]
+  prompt = variants.random_bytes(name, 1, seed=4)[0, :5].astype(np.uint8).tobytes()
+  expected = generate(model, prompt, config.context, seed=2)
+  monkeypatch.setattr(sampling_module, "_PROMPT_BYTES", 1)
+  lengths = [sampling_module._prompt_length(known, model) for known in range(config.context)]
+  assert all(known <= length <= config.context for known, length in enumerate(lengths))
+  assert len(set(lengths)) > 1 and not any(length % model.alignment for length in lengths)
+  made = generate(model, prompt, config.context, seed=2)
+  np.testing.assert_array_equal(made.bytes_, expected.bytes_)
+  np.testing.assert_allclose(made.nats, expected.nats, atol=1e-4)
+
+
+def test_samples_stop_at_bytes_and_where_a_function_says(monkeypatch):
+  monkeypatch.setattr(sampling_module, "_CHUNK_BYTES", 4)
+  model, pieces = variants.model("without_local"), []
+  whole = generate(model, b"\3\1", 40, num_samples=3, seed=5).bytes_
+  for length in (2, 1, 3):
+    stop = whole[1, 12 : 12 + length].tobytes()
+    ends = [row.tobytes().find(stop) + length for row in whole]
+    ends = [end if end >= length else 40 for end in ends]
+    made = generate(model, b"\3\1", 40, num_samples=3, seed=5, stop=stop)
+    np.testing.assert_array_equal(made.lengths, ends)
+    assert made.bytes_.shape == made.nats.shape == (3, max(ends))
+    for row, text, end in zip(made.bytes_, whole, ends, strict=True):
+      np.testing.assert_array_equal(row[:end], text[:end])
+  stop = lambda text: text.index(whole[0, 9]) + 1 if whole[0, 9] in text else None  # noqa: E731
+  made = generate(model, b"\3\1", 40, seed=5, stop=stop, on_bytes=lambda new: pieces.append(new.copy()))
+  assert made.lengths[0] == whole[0].tolist().index(whole[0, 9]) + 1
+  np.testing.assert_array_equal(np.concatenate(pieces, axis=1)[0], whole[0, : made.lengths[0]])
+  assert generate(model, b"\3\1", 40, stop=lambda text: 0).bytes_.shape == (1, 0)
+  # The prompt does not count, not even together with what follows it.
+  after = whole[0, :1].tobytes()
+  assert generate(model, b"\3\1", 40, seed=5, stop=b"\1" + after).lengths[0] != 1
+  with pytest.raises(ConfigError, match="stop at are empty"):
+    generate(model, stop=b"")
+
+
+@pytest.mark.parametrize("name", ["cross_patch", "conv", "rmsnorm_without_bias", "perceiver_ar"])
+def test_parameters_are_cast_once_to_the_same_results(name):
+  """Norms keep theirs in float32; of the others nothing is used but what the cast leaves."""
+  config = dataclasses.replace(variants.VARIANTS[name], compute_dtype="bfloat16")
+  graph, parameters = abstract_model(config)[0], variants.parameters(name)
+  cast = in_compute_dtype(config, parameters)
+  kinds = {jax.tree_util.keystr(path): leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(cast)}
+  assert all((dtype == jnp.float32) == ("norm" in path) for path, dtype in kinds.items())
+  assert all(
+    leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(in_compute_dtype(variants.VARIANTS[name], parameters))
+  )
+  # Rounded here and not by the model, because XLA leaves out roundings within a computation on CPU.
+  rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), cast)
+  x_BT = variants.random_bytes(name, 2, seed=9)
+  forward = jax.jit(lambda p: nnx.merge(graph, p)(x_BT))
+  np.testing.assert_array_equal(forward(cast), forward(rounded))
+  step = jax.jit(lambda p: nnx.merge(graph, p).read_prompt(jnp.asarray(x_BT), 4))
+  jax.tree.map(np.testing.assert_array_equal, step(cast), step(rounded))
+  np.testing.assert_allclose(forward(cast), forward(parameters), atol=0.2)
+
+
+@pytest.mark.parametrize(
+  ("name", "axes"),
+  [
+    ("cross_patch", {"fsdp": 8}),
+    ("transformer", {"data": 8}),
+    ("three_levels_cross_patch", {"fsdp": 2, "seq": 2, "tensor": 2}),
+    ("perceiver_ar", {"data": 4, "tensor": 2}),
+  ],
+  ids=str,
+)
+def test_generation_with_parameters_spread_over_a_mesh(name, axes):
+  config = variants.VARIANTS[name]
+  mesh = make_mesh(MeshConfig(**{"data": 1} | axes))
+  graph, abstract = abstract_model(config)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, shard_abstract(abstract, mesh))
+  spread = nnx.merge(graph, jax.device_put(variants.parameters(name), shardings))
+  options = dict(num_bytes=config.context + 3, num_samples=3, seed=4)  # past the context, more rows than asked for
+  expected = generate(variants.model(name), b"\3\1\2", **options)
+  made = generate(spread, b"\3\1\2", **options)
+  np.testing.assert_array_equal(made.bytes_, expected.bytes_)
+  np.testing.assert_allclose(made.nats, expected.nats, atol=1e-4)
 
 
 def test_bytes_come_as_they_are_made(monkeypatch):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from typing import Any
 
 import jax
 from flax import nnx
 
 from megabyte_jax.models.config import MegabyteConfig, ModelConfig
+from megabyte_jax.models.layers import compute_dtype
 from megabyte_jax.models.megabyte import Megabyte
 from megabyte_jax.models.perceiver_ar import PerceiverAR
 
@@ -31,3 +34,18 @@ def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
 def initial_parameters(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
   """Freshly drawn parameters as nested dicts; the same for the same key on any mesh."""
   return nnx.to_pure_dict(nnx.split(make_model(config, nnx.Rngs(key)))[1])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def in_compute_dtype(config: ModelConfig, parameters: Any) -> Any:
+  """Parameters as every step of decoding uses them: cast once, not each time. Those of norms stay float32.
+
+  What is cast here, a step would cast itself before using it.
+  """
+  dtype = compute_dtype(config)
+
+  def cast(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    return leaf if re.search(r"norm\.(scale|bias)", name) else leaf.astype(dtype)
+
+  return jax.tree_util.tree_map_with_path(cast, parameters)

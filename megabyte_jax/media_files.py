@@ -1,0 +1,128 @@
+"""A person's pictures and recordings as prompts, and what a model makes of them as PNG and WAV files."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from megabyte_jax.atomic_file import replacing
+from megabyte_jax.config import DataConfig
+from megabyte_jax.config_parsing import require
+from megabyte_jax.data import audio, images
+from megabyte_jax.data.image_source import ImageFiles, Images
+
+_AUDIO_SECONDS = 2  # generated where nobody says how long
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """What a model continues.
+
+  Attributes:
+    kept: uint8, the bytes that it is given.
+    whole: uint8, the image or recording that they are the beginning of; the same bytes for other files.
+    sample_rate: of a recording, samples per second; 0 where it has none of its own.
+  """
+
+  kept: np.ndarray
+  whole: np.ndarray
+  sample_rate: int = 0
+
+
+def read_prompt(path: str, data: DataConfig, keep: float | None = None) -> Prompt:
+  """The beginning of a file, its bytes made as in training on `data`.
+
+  A photograph gives its centred square, scaled to the model's size (also where training cut tiles), with whatever is
+  not 8-bit RGB made so.
+
+  Args:
+    path: JPEG, PNG or WebP for a model of images, WAV, FLAC or OGG for one of audio; others are taken as raw bytes.
+    keep: the share of the bytes that is kept; None takes the upper half of an image, and all of anything else.
+
+  Raises:
+    DataError: the file cannot be decoded.
+    ConfigError: `keep` is no share.
+  """
+  require(keep is None or 0 <= keep <= 1, f"the share to keep is {keep}; it must be between 0 and 1")
+  unit, rate, name = 1, 0, path.lower()
+  if data.form == "image" and name.endswith(images.SUFFIXES):
+    whole_square = dataclasses.replace(data, image_tiles=0, skip_bad=False, convert_images=True)
+    source = Images(ImageFiles([path], [path]), whole_square)
+    keep = 0.5 if keep is None else keep
+  elif data.form == "audio" and name.endswith(audio.SUFFIXES):
+    source = audio.AudioFiles([path], [path], dataclasses.replace(data, skip_bad=False))
+    unit, rate = source.unit, data.sample_rate or audio.read_head(path).rate
+  else:
+    source = None
+  whole = source.read(0, 0, int(source.lengths[0])) if source else np.fromfile(path, np.uint8)
+  kept = whole if keep is None else whole[: int(keep * whole.size) // unit * unit]
+  return Prompt(kept, whole, rate)
+
+
+def default_bytes(data: DataConfig, prompt: Prompt) -> int:
+  """How many bytes complete an image or recording; 400 for other data, two seconds after a whole recording."""
+  rest = prompt.whole.size - prompt.kept.size
+  if data.form == "image":
+    return max(image_bytes(data) - prompt.kept.size, 0)
+  if data.form == "audio":
+    return rest or _AUDIO_SECONDS * (data.sample_rate or prompt.sample_rate or 16000) * audio.sample_width(
+      data.encoding
+    )
+  return 400
+
+
+def image_bytes(data: DataConfig) -> int:
+  """Of one image."""
+  return data.image_size**2 * 3
+
+
+def check_output(path: str, data: DataConfig, samples: int, prompt: Prompt, num_bytes: int) -> None:
+  """Raises ConfigError unless `write` can write such samples to `path`."""
+  if not path:
+    require(data.form == "bytes", f"a model of {data.form} data has no text to print; give --output=FILE")
+  elif is_picture(path, data):
+    total, size = prompt.kept.size + num_bytes, image_bytes(data)
+    require(total == size, f"{total:,} bytes, prompt included, are no image; this model's images have {size:,}")
+  else:
+    require(
+      samples == 1 or "{}" in path,
+      f"--output={path} names one file for {samples} samples; put {{}} where their number goes",
+    )
+    rate = data.sample_rate or prompt.sample_rate
+    require(not is_sound(path, data) or rate > 0, "a WAV file needs a sample rate; this model's data have none")
+
+
+def is_picture(path: str, data: DataConfig) -> bool:
+  """Whether samples go to `path` as a picture."""
+  return data.form == "image" and path.lower().endswith(".png")
+
+
+def is_sound(path: str, data: DataConfig) -> bool:
+  """Whether samples go to `path` as sound."""
+  return data.form == "audio" and path.lower().endswith(".wav")
+
+
+def write(path: str, samples: list[np.ndarray], data: DataConfig, prompt: Prompt) -> None:
+  """Writes samples (uint8, what they continue included): to one file each, numbered where `path` has {}.
+
+  FILE.png of a model of images becomes a picture, FILE.wav of a model of audio sound, anything else the raw bytes.
+  Several pictures in one file form a grid; where they complete an image, that comes first.
+  """
+  if is_picture(path, data) and "{}" not in path and len(samples) > 1:
+    cells = ([prompt.whole] if prompt.kept.size and prompt.whole.size == image_bytes(data) else []) + samples
+    columns = math.ceil(math.sqrt(len(cells)))
+    cells = [images.bytes_to_image(x, data.scan, data.scan_patch) for x in cells]
+    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    images.write_png(path, images.image_grid(rows))
+    return
+  for number, x in enumerate(samples):
+    one = path.replace("{}", str(number))
+    if is_picture(path, data):
+      images.write_document_png(one, x, data)
+    elif is_sound(path, data):
+      audio.write_wav(one, x, data.encoding, data.sample_rate or prompt.sample_rate)
+    else:
+      with replacing(one) as temporary:
+        temporary.write_bytes(x.tobytes())
