@@ -23,7 +23,7 @@ from megabyte_jax import windows
 from megabyte_jax.config_parsing import ConfigError, require
 from megabyte_jax.data.sources import DataError
 from megabyte_jax.hardware import platform
-from megabyte_jax.models.build import Model
+from megabyte_jax.models.build import Model, in_compute_dtype
 from megabyte_jax.models.config import ModelConfig, PerceiverARConfig
 from megabyte_jax.windows import Window
 
@@ -96,7 +96,7 @@ def batch_size(length: int, config: ModelConfig, at_most: int) -> int:
 def _walk(model: Model, text: np.ndarray, batch: int, code: Code, on_bytes: Callable[[int], None] | None) -> None:
   """Calls `code` for the next byte of each window, round after round, and puts what it returns into `text`."""
   graph, parameters = nnx.split(model)
-  step = _step()
+  parameters, step = in_compute_dtype(model.config, parameters), _step()
   for rows in _rounds(len(text), model.config, batch):
     state, first = _start(graph, parameters, text, rows, batch)
     previous_B = np.zeros(batch, np.int32)

@@ -28,7 +28,6 @@ import jax.numpy as jnp
 from absl import app, flags
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
 from megabyte_jax import command_line, flops, hardware, roofline, sampling
@@ -37,7 +36,7 @@ from megabyte_jax.config import Config, ConfigError, MeshConfig, PerceiverARConf
 from megabyte_jax.config_parsing import require
 from megabyte_jax.models.build import abstract_model
 from megabyte_jax.progress import duration, human
-from megabyte_jax.sharding import BATCH, batch_sharding, check_mesh, make_mesh
+from megabyte_jax.sharding import batch_sharding, check_mesh, make_mesh
 from megabyte_jax.train_state import abstract_state, make_eval_step, make_train_step
 
 STEPS = ("train", "eval", "generate")
@@ -137,14 +136,14 @@ def _lower_generate(config: Config, mesh: Mesh, parameters: Any) -> jax.stages.L
   """Decoding of one chunk of bytes for `batch_size` rows, caches full."""
   graph, _ = abstract_model(config.model)
   batch, context = config.batch_size, config.model.context
-  x_BT = jax.ShapeDtypeStruct((batch, context), jnp.int32, sharding=batch_sharding(mesh))
+  x_BT = jax.ShapeDtypeStruct((batch, context), jnp.int32, sharding=NamedSharding(mesh, sampling.row_spec(2)))
   scalar = jax.ShapeDtypeStruct((), jnp.int32)
   where = (scalar, scalar) if isinstance(config.model, PerceiverARConfig) else (scalar,)
   state = jax.eval_shape(lambda p, x, *where: nnx.merge(graph, p).read_prompt(x, *where), parameters, x_BT, *where)
 
   def place(leaf):
-    rows = {0: P(), 6: P(None, BATCH)}.get(len(leaf.shape), P(BATCH))  # a cache's first axis counts layers
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, rows))
+    sharding = NamedSharding(mesh, sampling.row_spec(len(leaf.shape)))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
   keys_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
   arguments = (parameters, jax.tree.map(place, state), x_BT, scalar, scalar, scalar, keys_B)

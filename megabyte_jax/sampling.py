@@ -68,19 +68,18 @@ def _read_prompt(graph, parameters, x_BT, *where):
   return _lay_out(nnx.merge(graph, parameters).read_prompt(x_BT, *where))
 
 
-def _lay_out(state):
-  """Caches and memories as decoding keeps them on a mesh: rows over `data`, heads over `tensor`.
+def row_spec(ndim: int) -> PartitionSpec:
+  """How what decoding keeps of its rows lies on a mesh: rows over `data`, heads of the caches over `tensor`.
 
-  The parameters stay where they are, so that each step sends activations, which are few, and no parameters.
+  Not over `fsdp`, where the parameters lie: so each step sums activations, which are few, and moves no parameters.
   """
+  return PartitionSpec(*((None, "data", None, None, "tensor", None) if ndim == 6 else ("data",) if ndim else ()))
+
+
+def _lay_out(tree):
   if jax.sharding.get_abstract_mesh().empty:
-    return state
-
-  def place(x):
-    spec = (None, "data", None, None, "tensor", None) if x.ndim == 6 else ("data",) if x.ndim else ()
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
-
-  return jax.tree.map(place, state)
+    return tree
+  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, row_spec(x.ndim)), tree)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -90,6 +89,7 @@ def decode_chunk(graph, sampling, parameters, state, x_BT, known, offset, patche
   Positions count from the window's start, which is byte `offset` of the text.
   """
   model = nnx.merge(graph, parameters)
+  state, x_BT, keys_B = _lay_out((state, x_BT, keys_B))
   B, S = x_BT.shape[0], patch_bytes(model)
   size = max(_CHUNK_BYTES // S, 1) * S
 

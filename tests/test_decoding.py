@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from megabyte_jax import plan, windows
 from megabyte_jax import sampling as sampling_module
-from megabyte_jax import windows
-from megabyte_jax.config import ConfigError, MeshConfig
+from megabyte_jax.config import Config, ConfigError, Level, MegabyteConfig, MeshConfig
 from megabyte_jax.models.build import abstract_model, in_compute_dtype
 from megabyte_jax.sampling import Sampling, generate, pick_byte
 from megabyte_jax.sharding import make_mesh, shard_abstract
@@ -209,9 +211,8 @@ def test_parameters_are_cast_once_to_the_same_results(name):
 @pytest.mark.parametrize(
   ("name", "axes"),
   [
-    ("cross_patch", {"fsdp": 8}),
-    ("transformer", {"data": 8}),
-    ("three_levels_cross_patch", {"fsdp": 2, "seq": 2, "tensor": 2}),
+    ("transformer", {"fsdp": 8}),
+    ("cross_patch", {"fsdp": 2, "seq": 2, "tensor": 2}),
     ("perceiver_ar", {"data": 4, "tensor": 2}),
   ],
   ids=str,
@@ -227,6 +228,20 @@ def test_generation_with_parameters_spread_over_a_mesh(name, axes):
   made = generate(spread, b"\3\1\2", **options)
   np.testing.assert_array_equal(made.bytes_, expected.bytes_)
   np.testing.assert_allclose(made.nats, expected.nats, atol=1e-4)
+
+
+def test_decoding_on_a_mesh_moves_activations_and_no_parameters():
+  levels = (
+    Level(patch_size=8, width=256, num_layers=2, num_heads=4),
+    Level(patch_size=1, width=128, num_layers=2, num_heads=4),
+  )
+  model = MegabyteConfig(context=64, levels=levels)
+  config = Config(model=model, batch_size=8, num_steps=1, mesh=MeshConfig(data=1, fsdp=4, tensor=2))
+  program = plan.lower(config, make_mesh(config.mesh), "generate").compile().as_text()
+  moved = re.findall(r" = \w+\[([\d,]*)\]\S* (?:all-gather|all-reduce|all-to-all|reduce-scatter)\(", program)
+  assert len(moved) > 4
+  assert max(math.prod(map(int, shape.split(","))) for shape in moved) <= 8 * 8 * 256  # the logits of a patch
+  assert 8 * 8 * 256 < 128 * 3 * 128  # the smallest of the large parameters
 
 
 def test_bytes_come_as_they_are_made(monkeypatch):
