@@ -11,8 +11,8 @@ and a few bytes (--peer-bytes) at the end of its context are enough.
 
 Columns: bytes/s of all samples together; against the Transformer of the same batch; the floor is the time in which the
 parameters and the filled part of the caches can be read once for every step that uses them, in the dtype of the
-computation, at the bandwidth of a copy that is measured in the same run. (What fits into a cache of the chip, as all of the tiny
-size does, can be faster than that.) Last come lines of JSON.
+computation, at the bandwidth of a copy that is measured in the same run. What fits into a cache of the chip, as all of
+the tiny size does, can be faster than that. Last come lines of JSON.
 """
 
 from __future__ import annotations
