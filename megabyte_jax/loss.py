@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from megabyte_jax.models.build import Model
+from megabyte_jax.models.patch_groups import grouped_nats, grouped_sum_of_nats
 from megabyte_jax.models.perceiver_ar import PerceiverAR
 
 
@@ -33,9 +34,13 @@ def byte_nats(
       Transformer, those at the latents for PerceiverAR.
   """
   B, T = x_BT.shape
-  scored_BT = jnp.ones((B, T), bool) if length_B is None else jnp.arange(T) < length_B[:, None]
+  scored_BT = _scored(x_BT, length_B)
   if not isinstance(model, PerceiverAR):
-    return jnp.where(scored_BT, _nats(model(x_BT, dropout_key=dropout_key), x_BT), 0.0), scored_BT
+    if model.config.patch_groups > 1 and dropout_key is None:
+      nats_BT = grouped_nats(model, _nats, x_BT)
+    else:
+      nats_BT = _nats(model(x_BT, dropout_key=dropout_key), x_BT)
+    return jnp.where(scored_BT, nats_BT, 0.0), scored_BT
   N = min(model.config.latents, T)
   if start_B is None and length_B is not None:
     start_B = jnp.clip(length_B - N, 0, T - N)
@@ -45,6 +50,30 @@ def byte_nats(
   nats_BN = _nats(logits_BNV, jnp.take_along_axis(x_BT, at_BN, axis=1))
   scored_BT &= jnp.zeros((B, T), bool).at[rows, at_BN].set(True)
   return jnp.where(scored_BT, jnp.zeros((B, T)).at[rows, at_BN].set(nats_BN), 0.0), scored_BT
+
+
+def sum_of_nats(
+  model: Model,
+  x_BT: jax.Array,
+  *,
+  length_B: jax.Array | None = None,
+  start_B: jax.Array | None = None,
+  dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """The sum of `byte_nats`, float32, and the number of bytes scored: what training differentiates.
+
+  With `patch_groups` neither the logits nor the activations of all bytes are in memory together.
+  """
+  if isinstance(model, PerceiverAR) or model.config.patch_groups == 1:
+    nats_BT, scored_BT = byte_nats(model, x_BT, length_B=length_B, start_B=start_B, dropout_key=dropout_key)
+    return jnp.sum(nats_BT), jnp.sum(scored_BT)
+  scored_BT = _scored(x_BT, length_B)
+  return grouped_sum_of_nats(model, _nats, x_BT, scored_BT, dropout_key), jnp.sum(scored_BT)
+
+
+def _scored(x_BT: jax.Array, length_B: jax.Array | None) -> jax.Array:
+  B, T = x_BT.shape
+  return jnp.ones((B, T), bool) if length_B is None else jnp.arange(T) < length_B[:, None]
 
 
 def _nats(logits_BTV: jax.Array, x_BT: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from megabyte_jax.config import Config, PerceiverARConfig
-from megabyte_jax.loss import byte_nats
+from megabyte_jax.loss import byte_nats, sum_of_nats
 from megabyte_jax.models.build import abstract_model, initial_parameters
 from megabyte_jax.optimizer import make_optimizer
 from megabyte_jax.sharding import check_mesh, shard_abstract
@@ -66,9 +66,7 @@ def make_train_step(config: Config) -> Callable[..., tuple[TrainState, dict[str,
   def summed_nats(parameters, x_BT, length_B, key):
     start_B = random_latent_starts(key, config, x_BT.shape, length_B) if has_latents else None
     dropout_key = jax.random.fold_in(key, 1) if drops else None
-    model = nnx.merge(graph, parameters)
-    nats_BT, scored_BT = byte_nats(model, x_BT, length_B=length_B, start_B=start_B, dropout_key=dropout_key)
-    return jnp.sum(nats_BT), jnp.sum(scored_BT)
+    return sum_of_nats(nnx.merge(graph, parameters), x_BT, length_B=length_B, start_B=start_B, dropout_key=dropout_key)
 
   gradient_of_sum = jax.value_and_grad(summed_nats, has_aux=True)
 

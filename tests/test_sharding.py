@@ -89,13 +89,6 @@ def test_no_device_holds_a_whole_sharded_array(mesh):
 # -- Loss and gradient --
 
 
-@pytest.fixture
-def compile_quickly():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def loss_and_gradient(name, mesh):
   """Of random parameters, as NumPy, computed on `mesh`."""
@@ -140,7 +133,7 @@ MANY = [(name, mesh) for name in MODELS for mesh in ALL_MESHES if (name, mesh) n
     *(pytest.param(*case, marks=pytest.mark.slow) for case in MANY),
   ],
 )
-def test_loss_and_gradient_are_those_of_one_device(compile_quickly, name, mesh):
+def test_loss_and_gradient_are_those_of_one_device(quick_compile, name, mesh):
   value, gradient = loss_and_gradient(name, mesh)
   expected_value, expected = loss_and_gradient(name, "1")
   assert value == pytest.approx(expected_value, rel=1e-6)

@@ -149,6 +149,8 @@ class MegabyteConfig(BlockOptions):
     context: T, the longest input in bytes.
     levels: from the coarsest to the finest; each patch size divides the one above.
     span: bytes that the first level sees together; 0 takes the whole context.
+    patch_groups: the levels below the first work on the patches in so many groups, one after the other, so that only
+      the first level's memory grows with the context; for very long sequences.
     vocab_size: values of a byte, all of them counted; tests use fewer.
   """
 
@@ -156,6 +158,7 @@ class MegabyteConfig(BlockOptions):
   context: int
   levels: tuple[Level, ...]
   span: int = 0
+  patch_groups: int = 1
   vocab_size: int = 256
 
   @property
@@ -171,6 +174,16 @@ class MegabyteConfig(BlockOptions):
     require(
       self.span == 0 or (self.span > 0 and self.context % self.span == 0),
       f"model.span {self.span} does not divide model.context {self.context}",
+    )
+    require(self.patch_groups > 0, f"model.patch_groups is {self.patch_groups}; it must be at least 1")
+    require(
+      self.patch_groups == 1 or len(self.levels) > 1,
+      f"model.patch_groups is {self.patch_groups}, but there is no level below the first; set it to 1",
+    )
+    require(
+      self.patch_groups == 1 or not any(level.cross_patch for level in self.levels),
+      f"model.patch_groups is {self.patch_groups}, but with cross-patch attention patches need the ones before them; "
+      "set it to 1, or cross_patch to 0",
     )
     for i, (level, span) in enumerate(zip(self.levels, self.spans, strict=True)):
       level.check(f"model.levels[{i}]", span, has_previous_span=span < self.context)

@@ -10,6 +10,7 @@ Shapes: B batch, T bytes, N spans, M slots of a span, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -55,6 +56,25 @@ class LevelModel(nnx.Module):
     if parent_BNP is not None:
       slots_BNMD = self.add_parent(slots_BNMD, parent_BNP)
     return self.decoder(constrain(slots_BNMD, "slots" if slots_BNMD.shape[1] == 1 else "spans"), **options)
+
+
+def fold_level(dropout_key: jax.Array | None, i: int) -> jax.Array | None:
+  """The dropout key of level i (from 0)."""
+  return None if dropout_key is None else jax.random.fold_in(dropout_key, i)
+
+
+def finer_levels(
+  levels: Sequence[LevelModel], x_BT: jax.Array, h_BKD: jax.Array, dropout_key: jax.Array | None
+) -> jax.Array:
+  """Eqs. (4)-(6): logits [B, T, V] from the first level's output for each of the T / S_1 patches.
+
+  Without cross-patch attention the patches need not be neighbours.
+  """
+  B, T = x_BT.shape
+  for i, level in enumerate(levels[1:], start=1):
+    h_BNMD, _ = level(x_BT, h_BKD, dropout_key=fold_level(dropout_key, i))
+    h_BKD = h_BNMD.reshape(B, -1, h_BNMD.shape[-1])  # each slot is a span of the next level
+  return levels[-1].embedder.logits(h_BKD.reshape(B, T, -1))  # the output of a slot, cut into those of its bytes
 
 
 class DecodeState(NamedTuple):
@@ -110,15 +130,23 @@ class Megabyte(nnx.Module):
     Raises:
       ConfigError: T is 0 or longer than the context.
     """
+    h_BKD = self.first_level(x_BT, dropout_key)
+    padded_BT = jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % self.alignment)))
+    return finer_levels(self.levels, padded_BT, h_BKD, dropout_key)[:, : x_BT.shape[1]]
+
+  def first_level(self, x_BT: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+    """Eqs. (1)-(3): the output of each patch of S_1 bytes given the patches before it, [B, K, D].
+
+    A partly filled last patch, or last span if there are several, is padded to a whole one.
+
+    Raises:
+      ConfigError: T is 0 or longer than the context.
+    """
     B, T = x_BT.shape
     check_length(T, self.config.context)
-    x_BT = jnp.pad(x_BT, ((0, 0), (0, -T % self.alignment)))  # a partly filled last patch
-    h_BNMD = None
-    for i, level in enumerate(self.levels):
-      key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
-      h_BNMD, _ = level(x_BT, self._per_span(h_BNMD), dropout_key=key)
-    h_BTd = h_BNMD.reshape(B, x_BT.shape[1], -1)  # a slot of S_n bytes is cut into the outputs of its bytes
-    return self.levels[-1].embedder.logits(h_BTd)[:, :T]  # eq. (6)
+    x_BT = jnp.pad(x_BT, ((0, 0), (0, -T % self.alignment)))
+    h_BNMD, _ = self.levels[0](x_BT, None, dropout_key=fold_level(dropout_key, 0))
+    return h_BNMD.reshape(B, -1, h_BNMD.shape[-1])
 
   @property
   def alignment(self) -> int:

@@ -1,0 +1,93 @@
+"""The levels below the first on groups of patches, one group after the other, for very long sequences.
+
+Given the first level's output the patches are independent (without cross-patch attention). So the nats of a group and
+their gradient are computed in one pass, and only sums and the gradient of the first level's output are kept.
+
+Shapes: B batch, T bytes, K patches, P bytes of a patch, G patches of a group, g groups, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from megabyte_jax.models.megabyte import Megabyte, finer_levels
+
+Nats = Callable[[jax.Array, jax.Array], jax.Array]  # logits [..., V], bytes [...] -> nats [...]
+
+
+def grouped_nats(model: Megabyte, nats: Nats, x_BT: jax.Array) -> jax.Array:
+  """Nats of every byte, [B, T], without dropout; only those of a group have their logits in memory at a time."""
+  B, T = x_BT.shape
+  h_BKD = model.first_level(x_BT)
+  groups = _groups(model, h_BKD, x_BT)
+  nats_gBGP = jax.lax.map(lambda group: nats(_logits(model.levels, *group, None), group[1]), groups)
+  return jnp.moveaxis(nats_gBGP, 0, 2).reshape(B, -1)[:, :T]
+
+
+def grouped_sum_of_nats(
+  model: Megabyte, nats: Nats, x_BT: jax.Array, scored_BT: jax.Array, dropout_key: jax.Array | None
+) -> jax.Array:
+  """The sum over the scored bytes. Forward and backward run group by group, without recomputation."""
+  h_BKD = model.first_level(x_BT, dropout_key)
+  h_gBGD, x_gBGP = _groups(model, h_BKD, x_BT)
+  (scored_gBGP,) = _groups(model, None, scored_BT)
+  graph, levels = nnx.split(nnx.List(model.levels[1:]))
+  keys = None if dropout_key is None else jax.random.split(jax.random.fold_in(dropout_key, 0), len(x_gBGP))
+
+  def group_sum(levels, h_BGD, x_BGP, scored_BGP, key):
+    logits = _logits([None, *nnx.merge(graph, levels)], h_BGD, x_BGP, key)
+    return jnp.sum(jnp.where(scored_BGP, nats(logits, x_BGP), 0.0))
+
+  return _sum_in_one_pass(group_sum, levels, h_gBGD, (x_gBGP, scored_gBGP, keys))
+
+
+def _sum_in_one_pass(function: Callable[..., jax.Array], parameters: Any, inputs_g: jax.Array, rest_g: Any):
+  """sum over g of function(parameters, inputs_g[g], *rest_g[g]), differentiable in parameters and inputs."""
+
+  @jax.custom_vjp
+  def total(parameters, inputs_g):
+    def add(sum_, group):
+      return sum_ + function(parameters, group[0], *group[1]), None
+
+    return jax.lax.scan(add, jnp.float32(0), (inputs_g, rest_g))[0]
+
+  def forward(parameters, inputs_g):
+    def add(carry, group):
+      value, gradients = jax.value_and_grad(function, (0, 1))(parameters, group[0], *group[1])
+      return jax.tree.map(jnp.add, carry, (value, gradients[0])), gradients[1]
+
+    zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, parameters))
+    (sum_, of_parameters), of_inputs_g = jax.lax.scan(add, zeros, (inputs_g, rest_g))
+    return sum_, (of_parameters, of_inputs_g)
+
+  def backward(gradients, scale):
+    return jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradients)
+
+  total.defvjp(forward, backward)
+  return total(parameters, inputs_g)
+
+
+def _groups(model: Megabyte, h_BKD: jax.Array | None, x_BT: jax.Array) -> tuple[jax.Array, ...]:
+  """The patches of each group: their first-level outputs [g, B, G, D] (if given) and what x says of bytes [g, B, G, P].
+
+  Patch k goes to group k % g, so that devices that share a sequence share every group. What is missing is zero.
+  """
+  g, P = model.config.patch_groups, model.config.levels[0].patch_size
+  B, T = x_BT.shape
+  patches = -(-T // (P * g)) * g
+  x_BKP = jnp.pad(x_BT, ((0, 0), (0, patches * P - T))).reshape(B, patches, P)
+  arrays = [x_BKP]
+  if h_BKD is not None:
+    missing = patches - h_BKD.shape[1]
+    arrays.insert(0, jnp.pad(h_BKD, ((0, 0), (0, missing), (0, 0))) if missing > 0 else h_BKD[:, :patches])
+  return tuple(jnp.moveaxis(a.reshape(B, patches // g, g, -1), 2, 0) for a in arrays)
+
+
+def _logits(levels: Any, h_BGD: jax.Array, x_BGP: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+  B, G, P = x_BGP.shape
+  return finer_levels(levels, x_BGP.reshape(B, G * P), h_BGD, dropout_key).reshape(B, G, P, -1)
