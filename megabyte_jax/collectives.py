@@ -20,6 +20,7 @@ _CALL = re.compile(r"(?:calls|to_apply|condition|body|async_execution_thread\w*)
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 _OPERATION = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_PIECE = re.compile(r"channel_id=(\d+),.*chain_id=\"(\d+)\"")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 
 
@@ -50,9 +51,13 @@ class Collective:
 
 
 def collectives(hlo: str) -> list[Collective]:
-  """All collectives in the text of an optimised program, in its order; groups of one device are left out."""
+  """All collectives in the text of an optimised program, in its order; groups of one device are left out.
+
+  Where XLA spreads one over several fusions, to overlap it with their work, each of them shows the whole of it under
+  the same `channel_id` and `chain_id`, perhaps inside a loop: it counts as often as the least frequent one runs.
+  """
   times = _runs(hlo)
-  found = []
+  found: dict[object, Collective] = {}
   for computation, line in _lines(hlo):
     match = _OPERATION.search(line)
     if not match or not times[computation]:
@@ -63,9 +68,13 @@ def collectives(hlo: str) -> list[Collective]:
     if kind == "reduce-scatter":
       arrays = tuple(size * group for size in arrays)
     name = re.search(r'op_name="([^"]*)"', line)
-    if group > 1:
-      found.append(Collective(kind, arrays, group, times[computation], name[1] if name else ""))
-  return found
+    if group == 1:
+      continue
+    piece = _PIECE.search(line)
+    key = (kind, *piece.groups()) if piece else len(found)
+    if key not in found or times[computation] < found[key].times:
+      found[key] = Collective(kind, arrays, group, times[computation], name[1] if name else "")
+  return list(found.values())
 
 
 def _lines(hlo: str):

@@ -157,3 +157,30 @@ ENTRY %main (a: f32[4]) -> f32[4] {
   assert found["all-gather"].arrays == (128,)
   assert found["all-gather"].wire_bytes == 128 * 3 / 4
   assert found["all-reduce"].group == 4
+
+
+def test_collectives_spread_over_fusions_count_once():
+  gather = 'all-gather(%p), channel_id={}, replica_groups=[2,4]<=[8], frontend_attributes={{chain_id="{}"}}'
+  text = f"""HloModule a
+%start (p: f32[4]) -> f32[16] {{
+  %ag1 = f32[16] {gather.format(7, 0)}
+}}
+%within (p: f32[4]) -> f32[16] {{
+  %ag2 = f32[16] {gather.format(7, 0)}
+}}
+%other (p: f32[4]) -> f32[16] {{
+  %ag3 = f32[16] {gather.format(8, 1)}
+}}
+%body (p: f32[4]) -> f32[4] {{
+  %f2 = f32[16] fusion(%p), calls=%within
+}}
+%cond (p: f32[4]) -> pred[] {{
+  ROOT %lt = pred[] compare(%p, %p), direction=LT
+}}
+ENTRY %main (a: f32[4]) -> f32[4] {{
+  %w = f32[4] while(%a), condition=%cond, body=%body, backend_config={{"known_trip_count":{{"n":"4"}}}}
+  %f1 = f32[16] fusion(%w), calls=%start
+  %f3 = f32[16] fusion(%w), calls=%other
+}}
+"""
+  assert [(one.kind, one.times) for one in collectives(text)] == [("all-gather", 1)] * 2
