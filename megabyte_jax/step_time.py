@@ -20,10 +20,12 @@ class TimedStep:
 
   Attributes:
     bytes: predicted by one step, over all devices.
+    nats: of these bytes, in the last step that was timed.
   """
 
   def __init__(self, config: Config):
     self.bytes = config.batch_size * flops.predicted_bytes(config.model)
+    self.nats = math.nan
     self.mesh = make_mesh(config.mesh)
     shape = (config.batch_size, config.model.context)
     x_BT = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.uint8)
@@ -42,11 +44,12 @@ class TimedStep:
     with jax.set_mesh(self.mesh):
       for _ in range(steps):
         self.state, metrics = self.train_step(self.state, self.x_BT)
-      nats = float(metrics["nats"])  # waits for the steps
+      self.nats = float(metrics["nats"])  # waits for the steps
     seconds = time.perf_counter() - start
     require(
-      math.isfinite(nats),
-      f"the loss is {nats} after a few steps, so that their time means nothing; set a lower optimizer.learning_rate",
+      math.isfinite(self.nats),
+      f"the loss is {self.nats} after a few steps, so that their time means nothing; "
+      "set a lower optimizer.learning_rate",
     )
     return seconds
 

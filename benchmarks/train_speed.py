@@ -1,0 +1,285 @@
+"""How fast models train: bytes a second, and the share of what the device can do.
+
+  python benchmarks/train_speed.py                                    one GPU, every case and peer
+  python benchmarks/train_speed.py --cases=text24,text24:dropout=0.1  some, with other options
+  python benchmarks/train_speed.py --cases=tiny --limit_seconds=0.2   a smoke test on a CPU
+
+A case is a name of CASES, then options of the model or of the config after colons (`text24:remat=full:batch_size=32`).
+Each runs in a process of its own, which after it measures the ceiling (8192^3 bfloat16 matrix products, sustained) and
+the bandwidth of copies, so that every share is of the same clocks. Steps are those of train.py, AdamW included, on
+random bytes.
+
+Columns: bytes/s; the model's own FLOP/s (causal count, no recomputation); their share of the ceiling; the share of the
+roofline (matrix products at the ceiling and then the memory traffic of roofline.py at the copy bandwidth, not
+overlapped); peak memory; seconds to compile; the loss in bits per byte after the last step: a model whose activations
+are not finite runs faster, and does not count.
+
+Where torch and MEGABYTE-pytorch (0.3.6 was looked at) are installed, that package's model of the case's widths, depths
+and heads is timed too: as shipped, compiled, and compiled with the fused attention kernels it bars. Its FLOPs are
+torch's own count of its products. The last lines are JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+PEERS = ("shipped", "compiled", "opened")
+COLUMNS = ("bytes/s", "TFLOP/s", "of ceiling", "of roofline", "GiB", "compile s", "bits/byte")
+
+
+def cases() -> dict:
+  """Configs by name: the sizes of the speed targets, and those of Tables 2 and 5 (appendix A.2)."""
+  from megabyte_jax import paper_rows  # noqa: PLC0415
+  from megabyte_jax.config import Config  # noqa: PLC0415
+
+  def case(model, batch_size: int, **options) -> Config:
+    options = {"dropout": 0.0, "remat": "named"} | options
+    return Config(model=dataclasses.replace(model, **options), batch_size=batch_size, num_steps=1_000_000)
+
+  def megabyte(global_shape, local_shape, patch_size, context, *, cross_patch=False):
+    return paper_rows.megabyte(
+      global_shape, local_shape, patch_size=patch_size, context=context, cross_patch=cross_patch
+    )
+
+  long = 100_000_000
+  long += -long % (192 * 128)  # whole patches, and tiles of attention
+  return {
+    "text24": case(megabyte((2048, 24), (1024, 15), 8, 8192), 16),
+    "text14": case(megabyte((2048, 14), (1024, 18), 8, 8192), 16),
+    "text14_cross_patch": case(megabyte((2048, 14), (1024, 18), 8, 8192, cross_patch=True), 16),
+    "text_transformer": case(paper_rows.transformer((1024, 22), 1024), 64),
+    "text_perceiver_ar": case(paper_rows.perceiver_ar((1024, 17), 8192, 1024), 16),
+    "image256": case(megabyte((768, 12), (768, 12), 192, 196_608), 4, remat="full"),
+    "image256_cross_patch": case(megabyte((768, 12), (768, 12), 192, 196_608, cross_patch=True), 4, remat="full"),
+    "image640": case(megabyte((768, 12), (768, 8), 192, 1_228_800), 1, patch_groups=16),
+    "long": case(megabyte((768, 12), (768, 8), 192, long), 1, remat="full", patch_groups=2048),
+    "tiny": case(megabyte((768, 1), (768, 1), 8, 128), 1),
+  }
+
+
+def config_of(case: str):
+  """The config of NAME:key=value:..., its options read as train.py reads its flags."""
+  from megabyte_jax.config import Config  # noqa: PLC0415
+
+  name, *options = case.split(":")
+  plain = cases()[name].to_config_dict()
+  for option in options:
+    key, _, value = option.partition("=")
+    place = plain if key in plain else plain["model"]
+    place[key] = type(place[key])(json.loads(value) if not isinstance(place[key], str) else value)
+  return Config.from_dict(plain)
+
+
+def measure(case: str, seconds: float, limit_seconds: float) -> dict:
+  """Times one of our models; JAX is imported here so that the parent process takes no device memory."""
+  import jax  # noqa: PLC0415
+  from device_limits import copy_bandwidth, matmul_flops  # noqa: PLC0415
+
+  from megabyte_jax import flops, hardware, roofline  # noqa: PLC0415
+  from megabyte_jax.step_time import TimedStep  # noqa: PLC0415
+
+  config = config_of(case)
+  begin = time.perf_counter()
+  step = TimedStep(config)
+  first = time.perf_counter() - begin
+  one = min(step.seconds(1) for _ in range(2))
+  step.seconds(max(1, round(seconds / 2 / one)))  # the clocks settle
+  steps = max(1, round(seconds / one))
+  taken = step.seconds(steps) / steps
+  peak = hardware.memory_in_use(jax.devices())
+  bits = step.nats / step.bytes / math.log(2)
+  per_step, step_bytes = flops.flops_per_byte(config.model, training=True) * step.bytes, step.bytes
+  del step
+  ceiling = matmul_flops(limit_seconds, 8192 if limit_seconds > 1 else 512)
+  bandwidth = copy_bandwidth(1 << 30 if limit_seconds > 1 else 1 << 24)
+  least = per_step / 3 * roofline.passes(config, "train") / ceiling
+  least += roofline.memory_traffic(config, 1, 1, "train") / bandwidth
+  return {
+    "case": case,
+    "device": jax.devices()[0].device_kind,
+    "versions": f"jax {jax.__version__}",
+    "ceiling_flops": ceiling,
+    "copy_bandwidth": bandwidth,
+    "step_seconds": taken,
+    "bytes/s": step_bytes / taken,
+    "TFLOP/s": per_step / taken / 1e12,
+    "of ceiling": per_step / taken / ceiling,
+    "of roofline": least / taken,
+    "GiB": peak / 2**30 if peak else None,
+    "compile s": first - one,
+    "bits/byte": bits,
+  }
+
+
+def measure_peer(case: str, how: str, seconds: float, limit_seconds: float) -> dict:
+  """Times MEGABYTE-pytorch at the case's widths, depths and batch, under autocast to bfloat16."""
+  import torch  # noqa: PLC0415
+  from MEGABYTE_pytorch import MEGABYTE  # noqa: PLC0415
+  from MEGABYTE_pytorch import megabyte as package
+  from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415
+
+  config = config_of(case)
+  coarse, fine = config.model.levels
+  torch.manual_seed(0)
+  device = "cuda" if torch.cuda.is_available() else "cpu"
+  made = MEGABYTE(
+    num_tokens=257,
+    pad_id=256,  # its default ignores byte 0 in the loss
+    dim=(coarse.width, fine.width),
+    depth=(coarse.num_layers, fine.num_layers),
+    max_seq_len=(config.model.context // coarse.patch_size, coarse.patch_size),
+    dim_head=fine.heads[1],
+    heads=fine.heads[0],
+    flash_attn=True,
+  )
+  if coarse.num_heads != fine.num_heads:  # it has one number of heads for both; the coarse stage is built anew
+    made.transformers[0] = package.Transformer(
+      dim=coarse.width,
+      layers=coarse.num_layers,
+      dim_head=coarse.heads[1],
+      heads=coarse.heads[0],
+      flash_attn=True,
+    )
+  if how == "opened":
+    from torch.nn.attention import SDPBackend  # noqa: PLC0415
+
+    for module in made.modules():
+      if hasattr(module, "attn_cfg"):
+        module.attn_cfg = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+  made = made.to(device)
+  optimizer = torch.optim.AdamW(made.parameters(), lr=2e-4, betas=(0.9, 0.98), weight_decay=0.1, fused=device == "cuda")
+  x_BT = torch.randint(0, 256, (config.batch_size, config.model.context), device=device)
+  run = made if how == "shipped" else torch.compile(made)
+
+  def train_step():
+    with torch.autocast(device, torch.bfloat16):
+      loss = run(x_BT, return_loss=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(made.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss
+
+  def timed(steps: int) -> tuple[float, float]:
+    begin = time.perf_counter()
+    for _ in range(steps):
+      loss = train_step()
+    value = float(loss)  # waits
+    return (time.perf_counter() - begin) / steps, value
+
+  first = timed(1)[0]
+  one = min(timed(1)[0] for _ in range(2))
+  timed(max(1, round(seconds / 2 / one)))
+  taken, loss = timed(max(1, round(seconds / one)))
+  peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+  run = made
+  with FlopCounterMode(display=False) as counter:
+    train_step()
+  a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) if limit_seconds > 1 else None
+  ceiling = None
+  if a is not None:
+    for _ in range(2):
+      torch.cuda.synchronize()
+      begin, count = time.perf_counter(), 0
+      while time.perf_counter() - begin < limit_seconds / 2:
+        for _ in range(10):
+          a @ a
+        torch.cuda.synchronize()
+        count += 10
+      ceiling = count * 2 * 8192**3 / (time.perf_counter() - begin)
+  rate = counter.get_total_flops() / taken
+  return {
+    "case": f"{case} MEGABYTE-pytorch {how}",
+    "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    "versions": f"torch {torch.__version__}",
+    "ceiling_flops": ceiling,
+    "step_seconds": taken,
+    "bytes/s": config.batch_size * config.model.context / taken,
+    "TFLOP/s": rate / 1e12,
+    "of ceiling": rate / ceiling if ceiling else None,
+    "of roofline": None,
+    "GiB": peak / 2**30 if peak else None,
+    "compile s": first - one,
+    "bits/byte": loss / math.log(2),
+  }
+
+
+def show(row: dict) -> None:
+  """One line of the table."""
+  if "error" in row:
+    print(f"{row['case']:<44} {row['error']}", flush=True)
+    return
+  formats = ("{:,.0f}", "{:.1f}", "{:.1%}", "{:.1%}", "{:.1f}", "{:.0f}", "{:.3f}")
+  values = (f.format(row[c]) if row[c] is not None else "-" for f, c in zip(formats, COLUMNS, strict=True))
+  print(f"{row['case']:<44} " + " ".join(f"{value:>11}" for value in values), flush=True)
+
+
+def in_own_process(arguments: list[str], name: str, patience: float) -> dict:
+  """The row that this file prints in another process, which gives its memory back; or why there is none."""
+  environment = {
+    **os.environ,
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", ".95"),
+  }
+  command = [sys.executable, __file__, *arguments]
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=patience, check=False)
+  except subprocess.TimeoutExpired:
+    return {"case": name, "error": f"not done after {patience:.0f} s"}
+  if done.returncode == 0:
+    return json.loads(done.stdout.splitlines()[-1])
+  reason = next((line for line in done.stderr.splitlines()[::-1] if "Error" in line or "MEMORY" in line), "")
+  memory = "out of memory: " if "RESOURCE_EXHAUSTED" in done.stderr or "OutOfMemory" in done.stderr else ""
+  return {"case": name, "error": f"{memory}{reason[:200]}", "stderr": done.stderr[-2000:]}
+
+
+def main() -> None:
+  """Runs the cases and their peers one after the other."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--cases", default="text24,text24:dropout=0.1,text14,text14_cross_patch,image256,image640")
+  parser.add_argument("--peers", default="text24,text14", help="cases whose peers are timed, if installed")
+  parser.add_argument("--seconds", type=float, default=8.0, help="of training steps that are timed, after half as many")
+  parser.add_argument("--limit_seconds", type=float, default=4.0, help="of matrix products that set the ceiling")
+  parser.add_argument(
+    "--patience", type=float, default=300.0, help="seconds that one case may take, compiling included"
+  )
+  parser.add_argument("--output", default="", help="JSON lines are written here, too")
+  parser.add_argument("--only", default="", help=argparse.SUPPRESS)
+  parser.add_argument("--peer", default="", help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  if args.only:
+    numbers = (args.seconds, args.limit_seconds)
+    print(json.dumps(measure_peer(args.only, args.peer, *numbers) if args.peer else measure(args.only, *numbers)))
+    return
+  installed = all(importlib.util.find_spec(name) for name in ("torch", "MEGABYTE_pytorch"))
+  wanted = [(case, "") for case in args.cases.split(",") if case]
+  wanted += [(case, how) for case in args.peers.split(",") if case and installed for how in PEERS]
+  print(" " * 44, *(f"{column:>11}" for column in COLUMNS))
+  rows = []
+  for case, how in wanted:
+    arguments = [
+      f"--only={case}",
+      f"--peer={how}",
+      f"--seconds={args.seconds}",
+      f"--limit_seconds={args.limit_seconds}",
+    ]
+    rows.append(in_own_process(arguments, f"{case} {how}".strip(), args.patience))
+    show(rows[-1])
+  if not installed:
+    print("MEGABYTE-pytorch is not installed")
+  lines = [json.dumps(row) for row in rows]
+  print("\n".join(lines))
+  if args.output:
+    with open(args.output, "w") as file:
+      file.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+  main()
