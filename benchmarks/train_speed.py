@@ -123,7 +123,7 @@ def measure_peer(case: str, how: str, seconds: float, limit_seconds: float) -> d
   """Times MEGABYTE-pytorch at the case's widths, depths and batch, under autocast to bfloat16."""
   import torch  # noqa: PLC0415
   from MEGABYTE_pytorch import MEGABYTE  # noqa: PLC0415
-  from MEGABYTE_pytorch import megabyte as package
+  from MEGABYTE_pytorch import megabyte as package  # noqa: PLC0415
   from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415
 
   config = config_of(case)
