@@ -77,6 +77,13 @@ def test_perceiver_ar_too():
   assert compress.decompress(model, compress.compress(model, text)) == text
 
 
+def test_bfloat16_too():
+  model, text = model_of(dataclasses.replace(MEGABYTE, compute_dtype="bfloat16")), text_bytes()[:60]
+  packed = compress.compress(model, text, batch=2)
+  assert compress.read(packed)[0].dtype == "bfloat16"
+  assert compress.decompress(model, packed) == text
+
+
 def test_improbable_bytes_come_back():
   """A model that is very sure, and wrong."""
   sure = jax.tree.map(lambda a: 40 * a, model_variants.draw_parameters(MEGABYTE))

@@ -11,7 +11,8 @@ import json, sys
 import {module}
 print(json.dumps(sorted({{name.split(".")[0] for name in sys.modules}})))
 """
-# tensorboardX and matplotlib are for training, soundfile, soxr and PIL for some data; the rest is never needed.
+# tensorboardX and matplotlib are for training, soundfile, soxr and PIL for some data, constriction for compression; the
+# rest is never needed.
 HEAVY = {
   "tensorflow",
   "tensorflow_datasets",
@@ -22,6 +23,7 @@ HEAVY = {
   "soundfile",
   "soxr",
   "pandas",
+  "constriction",
 }
 
 
