@@ -21,6 +21,9 @@ from megabyte_jax.sharding import check_mesh, make_mesh
 
 _REMAT = ("none", "named", "full")  # from the fastest to the smallest
 _MOST_PARTS = 64
+_HOPELESS = (
+  1.25  # of a device's memory; meshes differed by less than a tenth where rows and rematerialisation were equal
+)
 
 
 def search(
@@ -39,9 +42,9 @@ def search(
     raise ConfigError(
       f"no mesh of {len(devices)} devices divides a batch of {config.batch_size}; try another --batch_size"
     )
-  failed: list[Config] = []
+  failed: list[Plan] = []
   for one in ordered:
-    if any(needs_at_least(one, other) for other in failed):
+    if any(rules_out(other, one) for other in failed):
       continue
     for quick in (True, False):
       plan, executable = make_plan(one, topology, devices, step, quick=quick)
@@ -50,7 +53,7 @@ def search(
         break
     if plan.fits:
       return plan, executable
-    failed.append(one)
+    failed.append(plan)
     if len(failed) == tries:
       break
   raise ConfigError(f"none of the {len(failed)} combinations tried fits {topology}; raise --tries or take more chips")
@@ -100,6 +103,14 @@ def estimate(config: Config, devices: list[jax.Device], step: str) -> float:
   return bounds.compute + bounds.memory + sent / (2 * chip.link_rate) + one_after_the_other
 
 
+def rules_out(failed: Plan, one: Config) -> bool:
+  """Whether `one` is not worth compiling after `failed`: it needs as much for sure, or by its rows far too much."""
+  other = failed.config
+  expected = failed.total * other.accumulate / one.accumulate  # most of it grows with the rows, whatever the mesh
+  same = other.model.remat == one.model.remat
+  return needs_at_least(one, other) or (same and expected > _HOPELESS * failed.memory)
+
+
 def needs_at_least(one: Config, other: Config) -> bool:
   """Whether `one` surely needs the memory of `other`: the same mesh, no less kept and no fewer rows at once."""
   return (
@@ -111,7 +122,7 @@ def needs_at_least(one: Config, other: Config) -> bool:
 
 def _line(plan: Plan) -> str:
   axes = ",".join(f"{name}={size}" for name, size in plan.mesh.items() if size > 1) or "one device"
-  sizes = f"{plan.total / 2**30:.1f} of {plan.memory / 2**30:.0f} GiB"
+  sizes = f"{plan.total / 2**30:.1f} of {plan.memory / 2**30:.1f} GiB"
   time = f", {1e3 * plan.bounds.step:.0f} ms at best" if plan.fits and plan.bounds else ""
   return (
     f"{'tried' if plan.quick else 'checked'} {axes}, remat {plan.config.model.remat}, {plan.config.accumulate} parts: "

@@ -74,6 +74,15 @@ def test_what_cannot_fit_is_not_tried_again():
   assert not plan_search.needs_at_least(variant("full", 2), variant("none", 1))
   assert not plan_search.needs_at_least(variant("none", 4), variant("full", 2))
 
+  def failed(remat, parts, needed):
+    config = dataclasses.replace(variant(remat, parts), mesh=MeshConfig(data=1, fsdp=4))
+    sizes = {"memory": 16, "total": needed, "devices": 4, "chips": 4}
+    return plan.Plan(config=config, step="train", topology=TOPOLOGY, kind="", mesh={}, **sizes)
+
+  assert plan_search.rules_out(failed("none", 1, 160), variant("none", 4))
+  assert not plan_search.rules_out(failed("none", 1, 160), variant("none", 8))
+  assert not plan_search.rules_out(failed("none", 1, 160), variant("full", 1))
+
 
 def test_saved_executable_runs_without_compiling(tmp_path):
   devices = jax.devices()[:4]
