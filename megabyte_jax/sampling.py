@@ -158,6 +158,9 @@ def generate(
     stop: ends a sample early: bytes, which are its last then, or a function of a sample's bytes so far, prompt
       excluded, that returns how many of them to keep, or None to go on.
     on_bytes: called with new bytes, uint8 [samples, m], as they come.
+
+  Raises:
+    ConfigError: a number makes no sense, or the model does not fit its mesh.
   """
   require(num_bytes >= 0, f"the number of bytes to generate is {num_bytes}; it must not be negative")
   require(num_samples >= 1, f"the number of samples is {num_samples}; it must be at least 1")
