@@ -1,0 +1,56 @@
+"""Any row of the paper's tables at about an eighth of its compute per byte, for one GPU and a hundred megabytes.
+
+  python train.py --config=configs/small.py:table2:books_megabyte --workdir=runs/small/books_megabyte \
+    --config.data.train=corpora/books/train --config.data.validation=corpora/books/validation
+
+One rule for every row: half the width and half the layers of every level, heads as wide as they were; context, patch
+size, latents, extensions and inference method stay. 65,536 predicted bytes a step (or one sequence, if that is more),
+134 million bytes in all, a tenth of the steps to warm up. The learning rate is the paper's for the full size: try
+others. benchmarks/comparisons.py runs whole tables of these.
+"""
+
+import dataclasses
+import math
+
+from megabyte_jax import flops
+from megabyte_jax.config import EvalConfig, Level, MegabyteConfig, MeshConfig
+from megabyte_jax.tables import config_of
+
+BYTES_PER_STEP = 2**16
+TRAIN_BYTES = 2**27
+
+
+def get_config(name="table2:books_megabyte"):
+  config = config_of(name)
+  model = shrink_model(config.model)
+  batch_size = max(1, BYTES_PER_STEP // flops.predicted_bytes(model))
+  num_steps = round(TRAIN_BYTES / (batch_size * flops.predicted_bytes(model)))
+  return dataclasses.replace(
+    config,
+    model=model,
+    optimizer=dataclasses.replace(config.optimizer, warmup_steps=max(1, num_steps // 10)),
+    mesh=MeshConfig(),
+    eval=EvalConfig(every_steps=max(1, num_steps // 8), max_bytes=2**20, method=config.eval.method),
+    batch_size=batch_size,
+    num_steps=num_steps,
+  ).to_config_dict()
+
+
+def shrink_model(model):
+  if isinstance(model, MegabyteConfig):
+    levels = tuple(shrink_level(level) for level in model.levels)
+    return dataclasses.replace(model, levels=levels, remat="named")
+  level = shrink_level(model.level)
+  names = ("width", "num_layers", "num_heads", "head_dim")
+  return dataclasses.replace(model, remat="named", **{name: getattr(level, name) for name in names})
+
+
+def shrink_level(level: Level) -> Level:
+  unit = math.lcm(level.patch_size, 8)  # widths are rounded up to what the patch size divides
+  return dataclasses.replace(
+    level,
+    width=-(-level.width // 2 // unit) * unit,
+    num_layers=-(-level.num_layers // 2),
+    num_heads=max(1, level.num_heads // 2),
+    head_dim=level.heads[1],
+  )
