@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -112,15 +113,16 @@ def evaluate(
   own_rows = set(rows_of_this_process(sharding, batch_size, context).tolist())
   with_latents = not isinstance(config.model, MegabyteConfig)
 
-  for rows in _batched(_rows(lengths, config, method, stride, max_bytes), batch_size):
+  plan = functools.partial(_rows, lengths, config, method, stride, max_bytes)
+  own = (row for place, row in enumerate(plan()) if place % batch_size in own_rows)
+  contents = read_ahead(source, ((document, w.start, w.start + w.length) for document, w in own))
+  for rows in _batched(plan(), batch_size):
     x_BT = np.zeros((batch_size, context), np.uint8)
     length_B, start_B = np.zeros(batch_size, np.int32), np.zeros(batch_size, np.int32)
     for b, (_, window) in enumerate(rows):
       length_B[b], start_B[b] = window.length, window.latent_start
-    own = [b for b in range(len(rows)) if b in own_rows]
-    spans = ((document, window.start, window.start + window.length) for document, window in (rows[b] for b in own))
-    for b, data in zip(own, read_ahead(source, spans), strict=True):
-      x_BT[b, : len(data)] = data
+      if b in own_rows:
+        x_BT[b, : window.length] = next(contents)
     arrays = (x_BT, length_B, start_B) if with_latents else (x_BT, length_B)
     placed = (jax.make_array_from_callback(a.shape, sharding, lambda index, a=a: a[index]) for a in arrays)
     with jax.set_mesh(mesh):
