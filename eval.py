@@ -94,7 +94,9 @@ def parse_arguments() -> argparse.Namespace:
   parser.add_argument("--batch-size", type=int, default=0, help="windows at once; default: config.eval.batch_size")
   parser.add_argument("--max-bytes", type=int, default=0, help="score only the first so many bytes")
   parser.add_argument("--per-byte-out", default="", metavar="FILE.npy", help="write each byte's nats, float32")
-  parser.add_argument("--words", default="", metavar="N|count|pg19", help="word-level perplexity over so many words")
+  parser.add_argument(
+    "--words", default="", metavar="N|count|pg19-SPLIT", help="word-level perplexity over so many words"
+  )
   parser.add_argument(
     "--compressors", action=argparse.BooleanOptionalAction, default=True, help="compare with gzip ..."
   )

@@ -136,7 +136,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
   report.print_sample(config, state.parameters, source)
   for path in write_samples(config, state.parameters, validation or source, workdir):
     print(f"samples: {path}")
-  print(report.what_next(workdir, picture))
+  print(report.what_next(workdir, picture, config.data.form))
 
 
 def restore_or_start(config, mesh, checkpoints, fingerprint, workdir, init_from) -> tuple[TrainState, dict]:

@@ -22,7 +22,6 @@ import importlib.util
 import json
 import pathlib
 import re
-import statistics
 import subprocess
 import sys
 
@@ -31,7 +30,6 @@ import jax
 from megabyte_jax import flops, matching, windows
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.config import Config, ConfigError
-from megabyte_jax.step_time import TimedStep, time_ratios
 from megabyte_jax.tables import config_of
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -149,16 +147,7 @@ def once(path: pathlib.Path, make) -> dict:
 
 def matched_layers(row: Config, reference: Config, by: str) -> dict:
   """The flag that gives `row` the reference's time or FLOPs per byte, and what it costs then."""
-  timed = TimedStep(reference) if by == "time" else None
-
-  def cost(candidate: Config) -> float:
-    if timed is None:
-      return matching.flops_ratio(candidate, reference)
-    ratio = statistics.median(time_ratios(TimedStep(candidate), timed, round_seconds=0.3, warmup_seconds=1.0))
-    print(f"a candidate for equal time: {ratio:.1%} of the reference", flush=True)
-    return ratio
-
-  found = matching.match(row, cost)
+  found = matching.match(row, matching.cost_against(reference, by))
   return {"flag": found.override, "layers": found.layers, "cost": found.ratio, "by": by}
 
 

@@ -29,8 +29,7 @@ import time
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # what is left is told at its true size
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+from device_limits import copy_bandwidth
 from flax import nnx
 
 from megabyte_jax import Level, MegabyteConfig, generate, windows
@@ -60,19 +59,6 @@ SIZES = {
   ),
   "tiny": Size(model(256, (8, 64, 2, 2), (1, 32, 2, 2)), model(64, (1, 64, 2, 2)), 256, (1, 8), 1 << 24),
 }
-
-
-def copy_bandwidth(size: int) -> float:
-  """Bytes a second, read and written, of the best of several copies of `size` bytes."""
-  x = jnp.zeros(size // 4, jnp.float32)
-  copy = jax.jit(lambda x: x + 1)
-  copy(x).block_until_ready()
-  best = np.inf
-  for _ in range(10):
-    start = time.perf_counter()
-    copy(x).block_until_ready()
-    best = min(best, time.perf_counter() - start)
-  return 2 * size / best
 
 
 def bytes_read(config: MegabyteConfig, batch: int, generated: int) -> int:

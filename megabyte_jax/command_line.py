@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import sys
@@ -14,7 +15,8 @@ from ml_collections import config_flags
 
 from megabyte_jax import distributed
 from megabyte_jax.checkpoint import CheckpointError
-from megabyte_jax.config import ConfigError
+from megabyte_jax.config import ConfigError, MeshConfig
+from megabyte_jax.config_parsing import require
 from megabyte_jax.data.sources import DataError
 
 USER_ERRORS = (ConfigError, CheckpointError, DataError, FloatingPointError, OSError)
@@ -51,6 +53,25 @@ def parse_config_flags(arguments: Sequence[str]) -> list[str]:
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # libraries tell a lot at INFO
     return rest
+
+
+def parse_mesh(text: str, data: int = -1) -> MeshConfig:
+  """The mesh that `fsdp=16,seq=4` names. Axes left out are 1, `data` is `data`, or 1 if another axis is -1.
+
+  Raises:
+    ConfigError: there is another axis, or something that is no size.
+  """
+  sizes: dict[str, int] = {}
+  for part in text.split(","):
+    name, _, size = part.partition("=")
+    known = name in {field.name for field in dataclasses.fields(MeshConfig)}
+    require(
+      known and re.fullmatch(r"-?\d+", size) is not None,
+      f"--mesh={text}: give sizes of data, fsdp, seq and tensor; write it like fsdp=16,seq=4",
+    )
+    sizes[name] = int(size)
+  sizes.setdefault("data", 1 if -1 in sizes.values() else data)
+  return MeshConfig(**sizes)
 
 
 @contextlib.contextmanager

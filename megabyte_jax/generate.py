@@ -13,11 +13,10 @@ import os
 import sys
 
 import numpy as np
-from jax.sharding import Mesh
 
 from megabyte_jax import command_line, media_files
 from megabyte_jax.checkpoint import load_config
-from megabyte_jax.config import ConfigError, MeshConfig
+from megabyte_jax.config import ConfigError
 from megabyte_jax.config_parsing import require
 from megabyte_jax.media_files import Prompt
 from megabyte_jax.pretrained import load, step_argument
@@ -69,7 +68,8 @@ def main() -> None:
   num_bytes = media_files.default_bytes(data, prompt) if args.bytes is None else args.bytes
   media_files.check_output(args.output, data, args.num_samples, prompt, num_bytes)
   require(not args.stop or data.form == "bytes", "--stop is for models of text")
-  model, _, step = load(args.workdir, args.step, mesh_argument(args.mesh))
+  mesh = make_mesh(command_line.parse_mesh(args.mesh, data=1)) if args.mesh else None
+  model, _, step = load(args.workdir, args.step, mesh)
   print(f"step {step} of {args.workdir}", file=sys.stderr)
   streams = args.num_samples == 1 and not args.output
   show = StreamedText() if streams else None
@@ -98,19 +98,6 @@ def main() -> None:
   else:
     for number, sample in enumerate(samples):
       print(f"--- sample {number} ---\n{sample.tobytes().decode(errors='replace')}")
-
-
-def mesh_argument(text: str) -> Mesh | None:
-  """The mesh that --mesh names, None for one device. Raises ConfigError where it cannot be read or does not fit."""
-  if not text:
-    return None
-  sizes = {"data": 1}
-  for part in text.split(","):
-    axis, _, size = part.partition("=")
-    known = axis in ("data", "fsdp", "seq", "tensor") and size.removeprefix("-").isdigit()
-    require(known, f"--mesh={text}: give sizes of data, fsdp, seq and tensor, such as fsdp=4,tensor=2")
-    sizes[axis] = int(size)
-  return make_mesh(MeshConfig(**sizes))
 
 
 class StreamedText:

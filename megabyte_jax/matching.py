@@ -126,6 +126,25 @@ def flops_ratio(candidate: Config, reference: Config) -> float:
   return ours / theirs
 
 
+def cost_against(reference: Config, by: str, rounds: int = 10) -> Cost:
+  """The cost of candidates relative to `reference`: `by` flops, or by measured time of so many rounds.
+
+  Times and their spread are shown on stderr as they are measured.
+  """
+  if by == "flops":
+    return lambda candidate: flops_ratio(candidate, reference)
+  timed = TimedStep(reference)
+
+  def cost(candidate: Config) -> float:
+    ratios = time_ratios(TimedStep(candidate), timed, rounds)
+    found = statistics.median(ratios)
+    spread = f"{min(ratios):.1%} to {max(ratios):.1%} in {len(ratios)} rounds"
+    print(f"candidate with {_layers(candidate)} layers: {found:.1%} of the reference ({spread})", file=sys.stderr)
+    return found
+
+  return cost
+
+
 def report(found: Match, reference: Config, unit: str) -> str:
   """What was found, for people."""
   rows = [("", "layers", unit, ""), ("reference", _layers(reference), "100.0%", "")]
@@ -153,22 +172,8 @@ def main(argv: Sequence[str]) -> None:
   for name, value in (("reference", _REFERENCE.value), ("candidate", _CANDIDATE.value)):
     require(value is not None, f"--{name} is missing; give a config, such as configs/paper/table2.py:pg19_megabyte")
   reference, candidate = Config.from_dict(_REFERENCE.value), Config.from_dict(_CANDIDATE.value)
-  print(report(match(candidate, _cost(reference), _LEVEL.value), reference, f"{_BY.value} per predicted byte"))
-
-
-def _cost(reference: Config) -> Cost:
-  if _BY.value == "flops":
-    return lambda candidate: flops_ratio(candidate, reference)
-  timed = TimedStep(reference)
-
-  def cost(candidate: Config) -> float:
-    ratios = time_ratios(TimedStep(candidate), timed, _ROUNDS.value)
-    found = statistics.median(ratios)
-    spread = f"{min(ratios):.1%} to {max(ratios):.1%} in {len(ratios)} rounds"
-    print(f"candidate with {_layers(candidate)} layers: {found:.1%} of the reference ({spread})", file=sys.stderr)
-    return found
-
-  return cost
+  found = match(candidate, cost_against(reference, _BY.value, _ROUNDS.value), _LEVEL.value)
+  print(report(found, reference, f"{_BY.value} per predicted byte"))
 
 
 if __name__ == "__main__":

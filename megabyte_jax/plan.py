@@ -32,7 +32,8 @@ from ml_collections import config_flags
 
 from megabyte_jax import command_line, flops, hardware, roofline, sampling
 from megabyte_jax.collectives import Collective, collectives
-from megabyte_jax.config import Config, ConfigError, MeshConfig, PerceiverARConfig
+from megabyte_jax.command_line import parse_mesh
+from megabyte_jax.config import Config, ConfigError, PerceiverARConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.models.build import abstract_model
 from megabyte_jax.progress import duration, human
@@ -271,19 +272,6 @@ def save(executable: jax.stages.Compiled, path: str | os.PathLike) -> None:
   from jax.experimental.serialize_executable import serialize  # noqa: PLC0415
 
   pathlib.Path(path).write_bytes(pickle.dumps(serialize(executable)))
-
-
-def parse_mesh(text: str) -> MeshConfig:
-  """`fsdp=16,seq=4`; axes left out are 1, and `data` takes what is left over if no other axis is -1."""
-  sizes: dict[str, int] = {}
-  for part in text.split(","):
-    name, _, size = part.partition("=")
-    known = name in {field.name for field in dataclasses.fields(MeshConfig)}
-    require(known and re.fullmatch(r"-?\d+", size) is not None, f"--mesh={text}: write it like fsdp=16,seq=4")
-    sizes[name] = int(size)
-  if -1 in sizes.values():
-    sizes.setdefault("data", 1)
-  return MeshConfig(**sizes)
 
 
 def changed(config: Config, *, batch_size: int, accumulate: int, remat: str, mesh: str) -> Config:

@@ -21,9 +21,8 @@ from megabyte_jax.sharding import check_mesh, make_mesh
 
 _REMAT = ("none", "named", "full")  # from the fastest to the smallest
 _MOST_PARTS = 64
-_HOPELESS = (
-  1.25  # of a device's memory; meshes differed by less than a tenth where rows and rematerialisation were equal
-)
+# Of a device's memory; meshes differed by less than a tenth where rows and rematerialisation were equal.
+_HOPELESS = 1.25
 
 
 def search(

@@ -105,14 +105,16 @@ def print_sample(config: Config, parameters: Any, source: Source) -> None:
   print(made.bytes_[0].tobytes().decode(errors="replace"), "\n")
 
 
-def what_next(workdir: str, picture: str) -> str:
-  """Commands to try after training."""
+def what_next(workdir: str, picture: str, form: str) -> str:
+  """Commands to try after training on data of a form (config.data.form)."""
+  prompt = '--prompt="It is a truth" --bytes=400'
+  what = {"bytes": prompt, "image": "--output=sampled.png", "audio": "--output=sampled.wav"}[form]
   return "\n".join(
     [
       f"loss curve: {picture}",
       "try next:",
       f"  python eval.py --workdir={workdir} --data=YOUR_FILE_OR_FOLDER",
-      f'  python -m megabyte_jax.generate --workdir={workdir} --prompt="It is a truth" --bytes=400 --temperature=0.7',
+      f"  python -m megabyte_jax.generate --workdir={workdir} {what} --temperature=0.7",
       "  python train.py --workdir=runs/mine --config.data.train=YOUR_FOLDER --config.data.validation=YOUR_FILE",
     ]
   )

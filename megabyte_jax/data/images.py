@@ -18,9 +18,8 @@ from megabyte_jax.data.sources import DataError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _PNG = b"\x89PNG\r\n\x1a\n"
-_RGB8 = bytes(
-  (8, 2, 0, 0, 0)
-)  # the end of a PNG's head: bits, RGB, the one compression, the one filtering, not interlaced
+# The end of a PNG's head: bits, RGB, the one compression, the one filtering, not interlaced.
+_RGB8 = bytes((8, 2, 0, 0, 0))
 _PLAIN = frozenset((b"IHDR", b"IDAT", b"IEND", b"bKGD", b"cHRM", b"eXIf", b"gAMA", b"iCCP", b"pHYs", b"sRGB", b"tIME"))
 _SMALL = 1 << 20  # pixels
 _ALPHA, _GREY = ("RGBA", "LA", "PA", "RGBa", "La"), ("L", "1")

@@ -168,7 +168,6 @@ class PerceiverAR(nnx.Module):
     at = (0, 0, 0, slot, 0, 0)
     context = Cache(*(jax.lax.dynamic_update_slice(a, b[None], at) for a, b in zip(state.context, own, strict=True)))
     h_B11D, latents = self.decoder.step(x_B11D, state.latents, latent, False)
+    logits_BV = self.embedder.logits(h_B11D)[:, 0, 0]
     byte_B1 = previous_B[:, None].astype(jnp.int32)
-    return DecodeState(context, latents, byte_B1, state.position + 1, state.start), self.embedder.logits(h_B11D)[
-      :, 0, 0
-    ]
+    return DecodeState(context, latents, byte_B1, state.position + 1, state.start), logits_BV
