@@ -148,7 +148,7 @@ def _lower_generate(config: Config, mesh: Mesh, parameters: Any) -> jax.stages.L
 
   keys_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
   arguments = (parameters, jax.tree.map(place, state), x_BT, scalar, scalar, scalar, keys_B)
-  return sampling.decode_chunk.lower(graph, sampling.Sampling(), *arguments)
+  return sampling.decode_chunk.lower(graph, sampling.Sampling(), sampling.chunk_bytes(config.model), *arguments)
 
 
 def make_plan(

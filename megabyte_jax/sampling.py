@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from megabyte_jax import windows
 from megabyte_jax.config_parsing import require
 from megabyte_jax.models.build import Model, in_compute_dtype
-from megabyte_jax.models.config import PerceiverARConfig
+from megabyte_jax.models.config import ModelConfig, PerceiverARConfig
 from megabyte_jax.sharding import check_mesh
 
 _CHUNK_BYTES = 64  # bytes decoded between two looks at the result
@@ -82,16 +82,15 @@ def _lay_out(tree):
   return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, row_spec(x.ndim)), tree)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def decode_chunk(graph, sampling, parameters, state, x_BT, known, offset, patches, keys_B):
-  """Decodes `patches` patches (at most a chunk); bytes before `known` are taken from x instead.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def decode_chunk(graph, sampling, size, parameters, state, x_BT, known, offset, patches, keys_B):
+  """Decodes `patches` patches, in all at most `size` bytes; bytes before `known` are taken from x instead.
 
   Positions count from the window's start, which is byte `offset` of the text.
   """
   model = nnx.merge(graph, parameters)
   state, x_BT, keys_B = _lay_out((state, x_BT, keys_B))
-  B, S = x_BT.shape[0], patch_bytes(model)
-  size = max(_CHUNK_BYTES // S, 1) * S
+  B, S = x_BT.shape[0], patch_bytes(model.config)
 
   def pick(logits_BV, position):
     text_position = offset + position
@@ -115,9 +114,15 @@ def decode_chunk(graph, sampling, parameters, state, x_BT, known, offset, patche
   return _lay_out(state), bytes_BC, nats_BC
 
 
-def patch_bytes(model: Model) -> int:
+def patch_bytes(config: ModelConfig) -> int:
   """Bytes that `model.decode_patch` makes at once."""
-  return 1 if isinstance(model.config, PerceiverARConfig) else model.config.levels[0].patch_size
+  return 1 if isinstance(config, PerceiverARConfig) else config.levels[0].patch_size
+
+
+def chunk_bytes(config: ModelConfig) -> int:
+  """Bytes of a chunk: whole patches."""
+  patch = patch_bytes(config)
+  return max(_CHUNK_BYTES // patch, 1) * patch
 
 
 Stop = bytes | Callable[[bytes], int | None]
@@ -166,7 +171,8 @@ def generate(
   require(num_samples >= 1, f"the number of samples is {num_samples}; it must be at least 1")
   require(stop != b"", "the bytes to stop at are empty")
   graph, parameters = nnx.split(model)
-  config, S, context = model.config, patch_bytes(model), model.config.context
+  config, context = model.config, model.config.context
+  S, size = patch_bytes(config), chunk_bytes(config)
   mesh = _mesh_of(parameters)
   rows = num_samples
   if mesh:  # prompts are spread over data and fsdp: rows that nobody asked for fill up what is not whole
@@ -190,9 +196,9 @@ def generate(
         state = _read_prompt(graph, parameters, x_BT[:, : _prompt_length(known, model)], known)
       at = known // model.alignment * model.alignment  # bytes from here to `known` are decoded as given
       while at < limit and offset + at < ends.max():
-        patches = min(max(_CHUNK_BYTES // S, 1), (limit - at) // S, -(-(total - offset - at) // S))
+        patches = min(size // S, (limit - at) // S, -(-(total - offset - at) // S))
         state, bytes_BC, nats_BC = decode_chunk(
-          graph, sampling, parameters, state, x_BT, known, offset, patches, keys_B
+          graph, sampling, size, parameters, state, x_BT, known, offset, patches, keys_B
         )
         first, last = max(offset + at, done), min(offset + at + patches * S, total)
         shift = offset + at
