@@ -75,17 +75,20 @@ def _receive(coordinator: str, port: int, count: int, end: float, tell: Callable
   present: dict[int, socket.socket] = {}
   with listener, selectors.DefaultSelector() as selector:
     selector.register(listener, selectors.EVENT_READ)
-    next_news = time.monotonic()
+    next_news, missing = time.monotonic(), list(range(1, count))
     try:
-      while len(present) < count - 1:
-        missing = [i for i in range(1, count) if i not in present]
-        for key, _ in selector.select(timeout=0.2):
+      while missing:
+        ready = selector.select(timeout=0.2)
+        for key, _ in sorted(ready, key=lambda event: event[0].fileobj is listener):  # who left, then who comes
           if key.fileobj is listener:
             _welcome(listener.accept()[0], count, present, selector)
           elif not _is_alive(key.fileobj):  # it gave up or was killed: it may call again
             selector.unregister(key.fileobj)
             key.fileobj.close()
             present.pop(key.data, None)
+        missing = [i for i in range(1, count) if i not in present]
+        if not missing:
+          break
         if time.monotonic() >= next_news:
           next_news = time.monotonic() + _NEWS_SECONDS
           for line in present.values():

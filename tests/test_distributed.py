@@ -6,7 +6,7 @@ import time
 import pytest
 from processes import free_port
 
-from megabyte_jax import distributed
+from megabyte_jax import distributed, rendezvous
 from megabyte_jax.config import ConfigError
 from megabyte_jax.distributed import Place, detected_place, given_place
 from megabyte_jax.rendezvous import meet
@@ -60,12 +60,14 @@ def test_the_port_is_free_again_after_the_meeting():
     other.join()
 
 
-def test_all_are_told_who_is_missing(capsys):
-  raised = gather((4, 0), (4, 2), timeout=2, patience=0.1)
+def test_all_are_told_who_is_missing(monkeypatch, capsys):
+  monkeypatch.setattr(rendezvous, "_NEWS_SECONDS", 0.2)
+  raised = gather((4, 0), (4, 2), timeout=4, patience=0.1)
   said = capsys.readouterr().err
   assert "process 0 of 4 on " in said
   assert "waiting for processes 1, 2, 3 to call localhost:" in said or "waiting for processes 1, 3 to call" in said
   assert "process 2 of 4 on " in said
+  assert "(process 0 is there)" in said
   assert raised[0] == raised[1]
   assert raised[0].startswith("processes 1, 3 of 4 did not start in time")
 
@@ -100,7 +102,6 @@ def test_a_process_that_died_while_waiting_may_come_again():
   dying.close()
   with socket.create_connection(("localhost", port)) as stranger:
     stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-    time.sleep(0.5)  # until its end was noticed
     others = [threading.Thread(target=meet, args=(f"localhost:{port}", 3, i), kwargs={"timeout": 20}) for i in (1, 2)]
     for thread in [*others]:
       thread.start()
@@ -110,9 +111,9 @@ def test_a_process_that_died_while_waiting_may_come_again():
 
 
 def test_processes_that_disagree_are_told():
-  raised = gather((2, 0), (3, 1), timeout=1)
+  raised = gather((2, 0), (3, 1), timeout=3)
   assert "process 0 was told of 2 processes, process 1 of 3" in raised[1]
-  raised = gather((3, 0), (3, 1), (3, 1), timeout=1)
+  raised = gather((3, 0), (3, 1), (3, 1), timeout=3)
   assert sum("two processes were told that they are process 1" in (text or "") for text in raised) == 1
 
 
