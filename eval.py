@@ -4,7 +4,8 @@
   python eval.py --workdir=runs/quickstart --data=FILE_OR_FOLDER          data of your own
   python eval.py --workdir=runs/quickstart --method=both                  four passes, the best estimate (Table 11)
 
-The last line is one JSON object with bpb, bytes, nats, seconds and more.
+The last line is one JSON object with bpb, bytes, nats, seconds and more. It is also kept in the work directory as
+eval.json and, where a whole split was scored, as eval_SPLIT_METHOD.json, which `python -m megabyte_jax.tables` reads.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def main() -> None:
   if not args.data:
     more["split"] = args.split
   if args.words:
-    more["words"] = number_of_words(args.words, source, result.bytes)
+    more["words"] = number_of_words(args.words, args.split if not args.data else "", source)
     more["word_perplexity"] = perplexity.word_perplexity(result.nats, more["words"])
     print(f"word-level perplexity {more['word_perplexity']:.2f} ({more['words']:,} words)")
   if jax.process_index() == 0:
@@ -75,8 +76,12 @@ def main() -> None:
       write_positions(args.workdir, result)
       if images:
         print("pictures:", *image_report.write_best_and_worst(images, source, config.data, args.workdir))
-      with replacing(os.path.join(args.workdir, "eval.json")) as path:
-        path.write_text(line + "\n")
+      names = ["eval.json"]
+      if not (args.data or args.max_bytes):
+        names.append(f"eval_{args.split}_{result.method}.json")
+      for name in names:
+        with replacing(os.path.join(args.workdir, name)) as path:
+          path.write_text(line + "\n")
     except OSError as error:  # somebody else's run, perhaps; the result is worth more than its files
       print(f"warning: nothing is kept in {args.workdir}: {error}", file=sys.stderr)
     print(line)
@@ -95,7 +100,7 @@ def parse_arguments() -> argparse.Namespace:
   parser.add_argument("--max-bytes", type=int, default=0, help="score only the first so many bytes")
   parser.add_argument("--per-byte-out", default="", metavar="FILE.npy", help="write each byte's nats, float32")
   parser.add_argument(
-    "--words", default="", metavar="N|count|pg19-SPLIT", help="word-level perplexity over so many words"
+    "--words", default="", metavar="N|count|pg19|pg19-SPLIT", help="word-level perplexity over so many words"
   )
   parser.add_argument(
     "--compressors", action=argparse.BooleanOptionalAction, default=True, help="compare with gzip ..."
@@ -105,6 +110,8 @@ def parse_arguments() -> argparse.Namespace:
   for name in ("stride", "batch_size", "max_bytes"):
     if getattr(args, name) < 0:
       raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative")
+  if args.words and args.max_bytes:
+    raise ConfigError("--words and --max-bytes exclude each other: the words are those of the whole text")
   return args
 
 
@@ -116,20 +123,21 @@ def training_data(config: Config) -> Source | None:
     return None
 
 
-def number_of_words(words: str, source, scored: int) -> int:
-  """The words of the text: a number, `count` to count them, or `pg19` for that data set's official test count."""
+def number_of_words(words: str, split: str, source: Source) -> int:
+  """The words of the text: a number, `count` to count them, or that data set's official number.
+
+  `pg19` is PG-19's number for the split evaluated, `pg19-SPLIT` that of another name of the same text. Documents are
+  counted one by one: the last word of one and the first of the next are two.
+  """
   if words == "count":
-    text = report.read_all(source)
-    if text is None or len(text) != scored:
-      raise ConfigError("--words=count needs the whole text scored, and less than 200 MB of it; give the number")
-    return perplexity.count_words(text)
-  if words.startswith("pg19"):
-    split = words.partition("-")[2] or "test"
-    if split not in perplexity.PG19:
-      raise ConfigError(f"--words={words}: take pg19-train, pg19-validation or pg19-test")
-    return perplexity.PG19[split].words
+    read = (source.read(i, 0, int(length)) for i, length in enumerate(source.lengths))
+    return sum(perplexity.count_words(text) for text in read)
+  if words == "pg19" and not split:
+    raise ConfigError("--words=pg19 with --data: which split is it? Take pg19-train, pg19-validation or pg19-test")
+  if words in ("pg19", *(f"pg19-{name}" for name in perplexity.PG19)):
+    return perplexity.PG19[words.partition("-")[2] or split].words
   if not words.isdigit():
-    raise ConfigError(f"--words={words} is neither a number nor count nor pg19-SPLIT")
+    raise ConfigError(f"--words={words} is neither a number nor count nor pg19 nor pg19-{{train,validation,test}}")
   return int(words)
 
 
@@ -169,17 +177,26 @@ def summarize_images(config: Config, source: Source, result: Evaluation) -> imag
   return image_report.summarize(result.document_nats, result.document_bytes, source.lengths)
 
 
-def write_positions(workdir: str, result) -> None:
-  """Bits by position in the patch (Fig. 5) and in the window (Fig. 4): a JSON file and a picture of each."""
+_POINTS = 4096  # a file or a picture of more positions helps nobody
+
+
+def write_positions(workdir: str, result: Evaluation) -> None:
+  """Bits by position in the patch (Fig. 5) and in the window (Fig. 4): a JSON file and a picture of each.
+
+  Long contexts are written in bins of equal width, `context_bin_width` bytes each.
+  """
+  width = -(-len(result.context_nats) // _POINTS)
+  starts = np.arange(0, len(result.context_nats), width)
+  context_nats, context_bytes = (np.add.reduceat(a, starts) for a in (result.context_nats, result.context_bytes))
   with np.errstate(invalid="ignore"):
     patch = result.patch_nats / result.patch_bytes / np.log(2)
-    context = result.context_nats / result.context_bytes / np.log(2)
+    context = context_nats / context_bytes / np.log(2)
   values = {"patch": patch.tolist(), "patch_bytes": result.patch_bytes.tolist()}
-  if len(context) <= 65536:
-    values |= {"context": context.tolist(), "context_bytes": result.context_bytes.tolist()}
+  values |= {"context_bin_width": width, "context": context.tolist(), "context_bytes": context_bytes.tolist()}
   with replacing(os.path.join(workdir, "eval_positions.json")) as path:
     path.write_text(json.dumps(values).replace("NaN", "null") + "\n")
-  plots.loss_by_position(context, os.path.join(workdir, "eval_by_context.png"), "Loss by position", "byte in context")
+  picture = os.path.join(workdir, "eval_by_context.png")
+  plots.loss_by_position(context, picture, "Loss by position", "byte in context", bin_width=width)
   if len(patch) > 1 and result.method in ("basic", "sliding"):  # the others score only half of each patch
     plots.loss_by_position(patch, os.path.join(workdir, "eval_by_patch.png"), "Loss by position", "byte in patch")
 

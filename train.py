@@ -56,6 +56,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
       first_step=first_step,
       num_steps=config.num_steps,
       documents=config.data.documents,
+      latents=getattr(config.model, "latents", 0),
       sharding=batch_sharding(mesh),
     )
     state, meta = restore_or_start(config, mesh, checkpoints, source.fingerprint, workdir, init_from)
@@ -72,6 +73,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
       )
     )
     train_step, eval_step = make_train_step(config), make_eval_step(config)
+    evaluation = {"method": config.eval.method, "max_bytes": config.eval.max_bytes}
     schedule = learning_rate(config.optimizer, config.num_steps)
     may_be_short = config.data.documents == "whole" or not source.joinable
     waiting = collections.deque()  # (step, its metrics): read one step late, while the devices are busy with the next
@@ -98,9 +100,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
         if validation and number and config.eval.every_steps and number % config.eval.every_steps == 0:
           read_metrics(leave=0)
           with metrics.paused():
-            result = evaluate(
-              config, state.parameters, validation, mesh=mesh, eval_step=eval_step, max_bytes=config.eval.max_bytes
-            )
+            result = evaluate(config, state.parameters, validation, mesh=mesh, eval_step=eval_step, **evaluation)
           metrics.write(number, {"validation_bpb": result.bpb})
           checkpoints.record(number, result.bpb)
           print(f"step {number}: validation bpb {result.bpb:.4f} ({result.bytes:,} bytes)", flush=True)
@@ -126,7 +126,9 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
     stop.close()
     checkpoints.wait()
     if validation:
-      result = report.evaluate_and_print(config, state.parameters, validation, mesh, eval_step=eval_step, primer=source)
+      result = report.evaluate_and_print(
+        config, state.parameters, validation, mesh, eval_step=eval_step, primer=source, method=config.eval.method
+      )
       metrics.write(config.num_steps, {"validation_bpb": result.bpb})
       if not config.eval.max_bytes:  # else another part of the data was scored
         checkpoints.record(config.num_steps, result.bpb)

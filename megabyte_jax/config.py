@@ -148,7 +148,7 @@ class EvalConfig:
     every_steps: evaluate the validation split during training every so many steps; 0 only at the end.
     max_bytes: during training, score only the first so many bytes; 0 scores all.
     batch_size: windows scored at once; 0 takes the training batch size.
-    method: basic | sliding | strided | both (section 2.3.3 and Table 11).
+    method: basic | sliding | strided | both (section 2.3.3 and Table 11); during training, too.
   """
 
   every_steps: int = 0

@@ -33,10 +33,11 @@ class Evaluation:
 
   Attributes:
     method: as in windows.py.
-    cost: forward passes per byte, relative to basic.
+    cost: nominal, of documents much longer than the context: what reading each byte once costs is 1 (Table 11).
+    bytes_read: of all windows, prefixes of PerceiverAR too; over `bytes` it is the cost of these very documents.
     document_nats, document_bytes: [documents], summed over each.
     context_nats, context_bytes: [T], by a byte's position in the window that scored it (Fig. 4).
-    patch_nats, patch_bytes: [P], by a byte's position in its patch (Fig. 5).
+    patch_nats, patch_bytes: [P], by a byte's position in its patch (Fig. 5), or in its span without a global model.
     seconds: wall time, compilation included.
   """
 
@@ -48,6 +49,7 @@ class Evaluation:
   context_bytes: np.ndarray
   patch_nats: np.ndarray
   patch_bytes: np.ndarray
+  bytes_read: int = 0
   seconds: float = 0.0
 
   @property
@@ -97,7 +99,10 @@ def evaluate(
   windows.check_method(config.model, method, stride)
   eval_step = eval_step or make_eval_step(config)
   context = config.model.context
-  patch = config.model.levels[0].patch_size if isinstance(config.model, MegabyteConfig) else 1
+  patch = 1
+  if isinstance(config.model, MegabyteConfig):
+    patch = config.model.span if config.model.span < context else 1
+    patch = max(patch, config.model.levels[0].patch_size)
   lengths = np.asarray(source.lengths, np.int64)
   require(lengths.sum() > 0, "there is not a single byte to evaluate")
   total = int(lengths.sum()) if not max_bytes else min(int(lengths.sum()), max_bytes)
@@ -141,6 +146,7 @@ def evaluate(
 
 
 def _add(result: Evaluation, document: int, window: Window, nats: np.ndarray, mask: np.ndarray) -> None:
+  result.bytes_read += window.length
   result.document_nats[document] += nats.sum()
   result.document_bytes[document] += mask.sum()
   result.context_nats[: window.length] += nats

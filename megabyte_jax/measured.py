@@ -2,8 +2,8 @@
 
 A results file is JSON with a list `rows`, each an object with `row` (such as `table5:image640_megabyte`), any of
 the numbers that eval.py reports, and optionally `note` (what was smaller than in the paper, on what device).
-A run directory has config.json and eval.json (or eval_METHOD.json); it counts for a row if its path ends
-in TABLE/ROW or if its model and data are the row's.
+A run directory has config.json and an eval_SPLIT_METHOD.json for each whole split that eval.py scored. It counts for a
+row whose method that is, if its path ends in TABLE/ROW or if its model and data are the row's.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from typing import Any
 from megabyte_jax import flops
 from megabyte_jax.config import Config
 from megabyte_jax.config_parsing import ConfigError, require
+from megabyte_jax.progress import human
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """One measurement: the row it is for, its numbers by metric, and where they came from."""
+  """One measurement: the row it is for, its numbers by metric, where they came from, and of which split, if known."""
 
   row: str
   numbers: Mapping[str, float]
   source: str
+  split: str = ""
 
 
 def from_results(folder: pathlib.Path, root: pathlib.Path) -> list[Measured]:
@@ -37,15 +39,15 @@ def from_results(folder: pathlib.Path, root: pathlib.Path) -> list[Measured]:
     for entry in rows if isinstance(rows, list) else []:
       if isinstance(entry, dict) and "row" in entry:
         note = f" ({entry['note']})" if entry.get("note") else ""
-        found.append(Measured(entry["row"], _numbers(entry), f"{_relative(path, root)}{note}"))
+        found.append(Measured(entry["row"], _numbers(entry), f"{_relative(path, root)}{note}", entry.get("split", "")))
   return found
 
 
 def from_runs(folder: pathlib.Path, rows: Mapping[str, Config]) -> list[Measured]:
-  """What the run directories under `folder` (or `folder` itself) hold for the given rows."""
+  """What the run directories under `folder` (or `folder` itself) hold for the given rows, each evaluation once."""
   require(folder.is_dir(), f"--runs={folder} is not a folder; name one that holds run directories of train.py")
   found = []
-  for path in sorted(folder.glob("**/eval*.json")):
+  for path in sorted(folder.glob("**/eval_*_*.json")):
     config_path = path.parent / "config.json"
     content = _read(path)
     if not config_path.exists() or not isinstance(content, dict) or "bpb" not in content:
@@ -54,31 +56,34 @@ def from_runs(folder: pathlib.Path, rows: Mapping[str, Config]) -> list[Measured
       config = Config.from_dict(_read(config_path))
     except ConfigError as error:
       raise ConfigError(f"{config_path} does not fit this version of megabyte_jax: {error}") from error
-    for name in _rows_of(path.parent, config, content.get("method"), rows):
-      smaller = config.model != rows[name].model
-      size = f" ({flops.parameter_count(config.model) / 1e6:.3g}M parameters)" if smaller else ""
-      found.append(Measured(name, _numbers({"split": _split(content, config)} | content), f"{path}{size}"))
+    name = _row_of(path.parent, config, content.get("method"), rows)
+    if name:
+      smaller = _what_is_smaller(config, content.get("step"), rows[name])
+      found.append(Measured(name, _numbers(content), f"{path}{smaller}", content.get("split", "")))
   return found
 
 
-def _rows_of(run: pathlib.Path, config: Config, method: str | None, rows: Mapping[str, Config]) -> list[str]:
-  """Names of the rows that a run belongs to."""
+def _row_of(run: pathlib.Path, config: Config, method: str | None, rows: Mapping[str, Config]) -> str | None:
+  """The row that an evaluation belongs to; the first of several with the same settings."""
   named = ":".join(run.resolve().parts[-2:])
-  if named in rows:
-    return [named]
-  same = [name for name, row in rows.items() if (row.model, row.data) == (config.model, config.data)]
-  return [name for name in same if method is None or rows[name].eval.method == method]
+  same = [named] if named in rows else []
+  same += [name for name, row in rows.items() if (row.model, row.data) == (config.model, config.data)]
+  return next((name for name in same if rows[name].eval.method == method), None)
 
 
-def _split(content: Mapping[str, Any], config: Config) -> str:
-  """The split whose data was evaluated; other data is nobody's."""
-  splits = ("test", "validation", "train")
-  return next((split for split in splits if content.get("data") == getattr(config.data, split)), "other")
+def _what_is_smaller(config: Config, step: int | None, row: Config) -> str:
+  """In brackets, how a run falls short of its row: another model, fewer bytes to train on."""
+  less = [f"{flops.parameter_count(config.model) / 1e6:.3g}M parameters"] if config.model != row.model else []
+  trained = (step or 0) * config.batch_size * flops.predicted_bytes(config.model)
+  planned = row.num_steps * row.batch_size * flops.predicted_bytes(row.model)
+  if trained < 0.99 * planned:
+    less.append(f"trained on {human(trained, 'B')} of {human(planned, 'B')}")
+  return f" ({', '.join(less)})" if less else ""
 
 
 def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
   """The numeric entries; a word-level perplexity is named after the split it was measured on."""
-  numbers = {key: value for key, value in entry.items() if isinstance(value, int | float)}
+  numbers = {key: value for key, value in entry.items() if isinstance(value, int | float) and key != "cost"}
   if "word_perplexity" in numbers:
     numbers[f"perplexity_{entry.get('split', 'validation')}"] = numbers["word_perplexity"]
   return numbers

@@ -24,12 +24,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """A table. `metrics` are the columns that hold results; `bpb` is bits per byte."""
+  """A table. `metrics` are the columns that hold results; `bpb` is bits per byte. `split`: of the data, if it says."""
 
   title: str
   metrics: tuple[str, ...]
   rows: tuple[Row, ...]
   note: str = ""
+  split: str = ""
 
 
 def _grid(table: str, columns: tuple[str, ...], rows: Mapping[str, tuple[float, ...]]) -> tuple[Row, ...]:
@@ -157,6 +158,7 @@ TABLES = {
         ("both", 0.8751, "4x"),
       )
     ),
+    split="test",
   ),
   "12": Table(
     "Patch size on Image256", ("bpb",), _bpb("table12", {"patch48": 3.178, "patch192": 3.158, "patch768": 3.186})
@@ -278,7 +280,10 @@ TABLES = {
     "The paper prints each model's sizes and context beside the other one's name.",
   ),
   "17": Table(
-    "Longer context on PG-19 (test)", ("bpb",), _bpb("table17", {"context8192": 0.8751, "context16384": 0.8787})
+    "Longer context on PG-19 (test)",
+    ("bpb",),
+    _bpb("table17", {"context8192": 0.8751, "context16384": 0.8787}),
+    split="test",
   ),
   "audio": Table(
     "Raw audio (section 8)", ("bpb",), _bpb("audio", {"transformer": 3.567, "perceiver_ar": 3.543, "megabyte": 3.477})

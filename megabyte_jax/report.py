@@ -129,5 +129,6 @@ def result_json(result: Evaluation, **more: Any) -> str:
     "seconds": round(result.seconds, 3),
     "method": result.method,
     "cost": result.cost,
+    "bytes_read": result.bytes_read,
   }
   return json.dumps({**values, **more})

@@ -52,9 +52,9 @@ def config_of(reference: str) -> Config:
 
 
 def all_rows() -> dict[str, Config]:
-  """Every row of the paper that can be run, by its reference."""
-  references = {row.config for table in TABLES.values() for row in table.rows if row.config}
-  return {reference: config_of(reference) for reference in sorted(references)}
+  """Every row that can be run, by its reference: those of the paper and a few beside them."""
+  files = sorted(path.stem for path in CONFIGS.glob("*.py"))
+  return {f"{file}:{name}": config for file in files for name, config in rows_of_file(file).items()}
 
 
 def describe(name: str, found: Sequence[measured.Measured] = ()) -> dict[str, Any]:
@@ -73,6 +73,7 @@ def describe(name: str, found: Sequence[measured.Measured] = ()) -> dict[str, An
   )
   table = TABLES[REPEATED.get(name, name)]
   note = f"Repeats Table {REPEATED[name]}. {table.note}".strip() if name in REPEATED else table.note
+  found = [m for m in found if table.split in ("", m.split) or not m.split]
   rows = [_describe_row(row, table.metrics, found) for row in table.rows]
   file = "audio" if name == "audio" else f"table{REPEATED.get(name, name)}"
   for reference in sorted({m.row for m in found if m.row.startswith(f"{file}:")} - {row.config for row in table.rows}):
@@ -134,11 +135,11 @@ def figure3() -> dict[str, Any]:
   rows = []
   for name, (all_lengths, values) in curves.items():
     at = dict(zip(all_lengths, values, strict=True))
-    paper = {f"{length:,} bytes": f"{at[length]:.3g}" for length in lengths}
-    rows.append({"row": name, "config": "", "printed": "", "paper": paper})
+    computed = {f"FLOPs, {length:,} bytes": at[length] for length in lengths}
+    rows.append({"row": name, "config": "", "printed": "", "computed": computed})
   note = "Counted by flops.py with the paper's formulas, P = 8; --plot=FILE.png draws all lengths."
   title = "Forward FLOPs per token by sequence length"
-  return {"table": FIGURE_3, "title": title, "note": note, "metrics": list(rows[0]["paper"]), "rows": rows}
+  return {"table": FIGURE_3, "title": title, "note": note, "metrics": list(rows[0]["computed"]), "rows": rows}
 
 
 def cells(table: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -163,7 +164,7 @@ def cells(table: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
       line += [""] * len(MODEL_COLUMNS)
     ours = row.get("ours", [])
     for metric in metrics:
-      line.append(_number(row["paper"].get(metric), metric))
+      line.append(_number(row.get("paper", row.get("computed")).get(metric), metric))
       if runnable:
         line.append(_spread([entry[metric] for entry in ours if metric in entry]))
     lines.append([*line, "; ".join(entry["source"] for entry in ours)])
@@ -174,6 +175,8 @@ def cells(table: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def _number(value: Any, metric: str) -> str:
   if value is None or isinstance(value, str):
     return value or "-"
+  if metric.startswith("FLOPs"):
+    return f"{value:.3g}"
   if abs(value) >= 1000:
     return f"{value:,.0f}"
   return max(f"{value:g}", f"{value:.2f}", key=len) if metric == "bpb" else f"{value:g}"

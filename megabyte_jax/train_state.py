@@ -55,7 +55,7 @@ def make_train_step(config: Config) -> Callable[..., tuple[TrainState, dict[str,
   """The jitted step (state, x_BT, length_B) -> (state, metrics); the old state's memory is reused.
 
   `length_B` is None where every row is full. Metrics: nats (summed), bytes (counted), grad_norm; float32.
-  Dropout and PerceiverAR's random spans are functions of the seed and the step.
+  Dropout and the places of PerceiverAR's latents are functions of the seed and the step.
   """
   graph, _ = abstract_model(config.model)
   optimizer = make_optimizer(config.optimizer, config.num_steps)
@@ -64,7 +64,9 @@ def make_train_step(config: Config) -> Callable[..., tuple[TrainState, dict[str,
   parts = config.accumulate
 
   def summed_nats(parameters, x_BT, length_B, key):
-    start_B = random_latent_starts(key, config, x_BT.shape, length_B) if has_latents else None
+    start_B = None  # PerceiverAR's latents: the last bytes of each row
+    if has_latents and length_B is None:
+      start_B = random_latent_starts(key, x_BT.shape, config.model.latents)
     dropout_key = jax.random.fold_in(key, 1) if drops else None
     return sum_of_nats(nnx.merge(graph, parameters), x_BT, length_B=length_B, start_B=start_B, dropout_key=dropout_key)
 
@@ -97,23 +99,18 @@ def make_train_step(config: Config) -> Callable[..., tuple[TrainState, dict[str,
 _SHORT_PREFIX_SHARE = 1 / 8  # of packed rows; see random_latent_starts
 
 
-def random_latent_starts(
-  key: jax.Array, config: Config, shape: tuple[int, int], length_B: jax.Array | None
-) -> jax.Array:
-  """Where PerceiverAR's latents start in each training row, int32 [B] ("random spans", section 4.1).
+def random_latent_starts(key: jax.Array, shape: tuple[int, int], latents: int) -> jax.Array:
+  """Where PerceiverAR's latents start in each row [B, T] of a packed text, int32 [B].
 
-  In a whole document any place is as likely as any other, as in its evaluation. Rows of a packed text are
-  spans from its middle, so the latents lie at their end; in one row of eight they may start anywhere, for
-  the short prefixes that evaluation meets at the beginning of every text.
+  The rows are spans from the middle of the text, so the latents lie at their end; in one row of eight they may start
+  anywhere, for the short prefixes that evaluation meets at the beginning of every text. Windows of whole documents
+  need no such thing: data/batches.py cuts them as evaluation does.
   """
   B, T = shape
-  latest_B = jnp.full((B,), T) if length_B is None else length_B
-  latest_B = jnp.maximum(latest_B - min(config.model.latents, T), 0)
-  anywhere_B = jax.random.randint(jax.random.fold_in(key, 2), (B,), 0, latest_B + 1)
-  if config.data.documents == "whole":
-    return anywhere_B
+  latest = max(T - latents, 0)
+  anywhere_B = jax.random.randint(jax.random.fold_in(key, 2), (B,), 0, latest + 1)
   is_short_B = jax.random.bernoulli(jax.random.fold_in(key, 3), _SHORT_PREFIX_SHARE, (B,))
-  return jnp.where(is_short_B, anywhere_B, latest_B)
+  return jnp.where(is_short_B, anywhere_B, latest)
 
 
 def make_eval_step(config: Config) -> Callable[..., jax.Array]:

@@ -103,6 +103,9 @@ def default_stride(config: ModelConfig) -> int:
 def cost_factor(method: str, config: ModelConfig | None = None, stride: int = 0) -> float:
   """Compute relative to reading each byte once: 1, 2, 2, 4 (Table 11), or as `stride` has it when a config is given.
 
+  Nominal: documents are taken to be much longer than the context. One that fits into it is read once, whatever the
+  stride.
+
   For PerceiverAR that is latents computed per byte scored: 2 at its default stride.
   """
   if config is None:

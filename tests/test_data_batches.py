@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from megabyte_jax.config import DataConfig
+from megabyte_jax.config import ConfigError, DataConfig, PerceiverARConfig
 from megabyte_jax.data.batches import batches, host_batches, open_windows, rows_of_this_process
 from megabyte_jax.data.sources import DataError, Mixture, open_path
+from megabyte_jax.windows import plan
 
 
 class Numbers:
@@ -102,6 +103,33 @@ def test_whole_windows_stay_within_documents_and_hold_every_byte_once_an_epoch()
     assert sorted(seen) == list(range(54))
 
 
+@pytest.mark.parametrize("lengths", [(5, 8, 9, 33), (100,), (12, 13, 16, 0, 17)])
+def test_windows_with_latents_are_those_of_evaluation(lengths):
+  """PerceiverAR is trained on what it is measured on: same starts, ends and latents, each once an epoch."""
+  config = PerceiverARConfig(context=16, latents=6, width=8, num_layers=1, num_heads=1)
+  expected = [(d, w.start, w.length) for d, length in enumerate(lengths) for w in plan(length, config)]
+  windows = open_windows(Numbers(*lengths), context=16, seed=0, documents="whole", latents=6)
+  assert windows.per_epoch == len(expected)
+  for epoch in range(2):
+    spans = [windows.span(epoch * len(expected) + i) for i in range(len(expected))]
+    assert sorted(tuple(span) for span in spans) == expected
+
+
+def test_packed_windows_with_latents_reach_every_byte():
+  windows = open_windows(Numbers(70, 1, 140), context=16, seed=0, latents=4)
+  assert windows.per_epoch == (211 - 16) // 2
+  ends = []
+  for i in range(windows.per_epoch):
+    span = windows.span(i)
+    ends.append(int(windows.source.starts[span.document]) + span.start + span.length)
+  assert sorted(ends) == list(range(min(ends), min(ends) + 2 * len(ends), 2))
+  assert min(ends) >= 16 and max(ends) <= 211
+  with pytest.raises(ConfigError, match="3 latents, which move by half, cut apart the 2 bytes of a sample"):
+    source = Numbers(100)
+    source.unit = 2
+    open_windows(source, context=16, seed=0, latents=3)
+
+
 def test_documents_that_may_not_be_joined_are_cut_whole():
   assert not open_windows(Numbers(48, 48, joinable=False), context=48, seed=0, documents="packed").packed
 
@@ -173,7 +201,7 @@ TWO_HOSTS = """
 import sys, jax, numpy as np
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from jax.sharding import NamedSharding, PartitionSpec as P
-from megabyte_jax.config import DataConfig
+from megabyte_jax.config import ConfigError, DataConfig, PerceiverARConfig
 from megabyte_jax.data.batches import batches
 from megabyte_jax.data.sources import open_path
 sharding = NamedSharding(jax.make_mesh((4,), ("data",)), P("data"))

@@ -16,6 +16,7 @@ import train
 from megabyte_jax.compressors import compress_all
 from megabyte_jax.config import Config, ConfigError, DataConfig, EvalConfig
 from megabyte_jax.data.sources import open_path
+from megabyte_jax.evaluate import Evaluation
 from megabyte_jax.report import read_all
 
 LEVELS = Config.from_dict(tiny_config.get_config()).model.levels[:1]  # quick to compile
@@ -98,17 +99,52 @@ def test_splits_batches_and_choices(workdir, monkeypatch):
 
 
 def test_words(workdir, folder, monkeypatch):
-  text = b"".join((folder / "validation" / name).read_bytes() for name in ("a.txt", "b.txt"))
+  texts = [(folder / "validation" / name).read_bytes() for name in ("a.txt", "b.txt")]
+  words = sum(len(text.split()) for text in texts)
+  assert words == len(b"".join(texts).split()) + 1  # a.txt ends and b.txt begins within a word
   _, counted = evaluate_command(monkeypatch, "--workdir", workdir, "--words=count")
-  assert counted["words"] == len(text.split())
-  assert counted["word_perplexity"] == pytest.approx(math.exp(counted["nats"] / len(text.split())))
+  assert counted["words"] == words
+  assert counted["word_perplexity"] == pytest.approx(math.exp(counted["nats"] / words))
   _, given = evaluate_command(monkeypatch, "--workdir", workdir, "--words=100")
   assert given["word_perplexity"] == pytest.approx(math.exp(given["nats"] / 100))
-  for words in ("some", "pg19-dev"):
-    with pytest.raises(ConfigError, match=f"--words={words}"):
+  for words in ("some", "pg19-dev", "pg19validation"):
+    with pytest.raises(ConfigError, match=f"--words={words} is neither"):
       evaluate_command(monkeypatch, "--workdir", workdir, f"--words={words}")
-  with pytest.raises(ConfigError, match="needs the whole text scored"):
+  with pytest.raises(ConfigError, match="--words and --max-bytes exclude each other"):
     evaluate_command(monkeypatch, "--workdir", workdir, "--words=count", "--max-bytes=50")
+
+
+def test_official_numbers_of_words():
+  assert command.number_of_words("pg19", "validation", None) == 3_007_061
+  assert command.number_of_words("pg19", "test", None) == command.number_of_words("pg19-test", "", None) == 6_966_499
+  with pytest.raises(ConfigError, match="which split is it"):
+    command.number_of_words("pg19", "", None)
+
+
+def test_evaluations_of_a_split_are_kept_by_split_and_method(workdir, monkeypatch):
+  for arguments in (
+    (),
+    ("--method=sliding",),
+    ("--split=train", "--max-bytes=64"),
+    ("--data", workdir / "config.json"),
+  ):
+    evaluate_command(monkeypatch, "--workdir", workdir, "--no-compressors", *arguments)
+  kept = {path.name: json.loads(path.read_text()) for path in workdir.glob("eval_*_*.json")}
+  assert kept.keys() == {"eval_validation_basic.json", "eval_validation_sliding.json"}
+  assert kept["eval_validation_sliding.json"]["bpb"] < kept["eval_validation_basic.json"]["bpb"]
+
+
+def test_long_contexts_are_written_in_bins(tmp_path):
+  context = 10_000
+  nats, counts = np.arange(context) * np.log(2), np.ones(context)
+  zeros = np.zeros(1)
+  result = Evaluation("basic", 1.0, zeros, zeros, nats, counts, np.ones(4), np.ones(4))
+  command.write_positions(str(tmp_path), result)
+  positions = json.loads((tmp_path / "eval_positions.json").read_text())
+  assert positions["context_bin_width"] == 3 and sum(positions["context_bytes"]) == context
+  np.testing.assert_allclose(positions["context"][:3], [1, 4, 7])
+  for name in ("eval_by_context.png", "eval_by_patch.png"):
+    assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_result_that_cannot_be_kept_is_still_told(workdir, monkeypatch, capsys):

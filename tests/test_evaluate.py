@@ -6,7 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from model_variants import draw_parameters
+from model_variants import VARIANTS, draw_parameters, is_perceiver
 
 from megabyte_jax import windows
 from megabyte_jax.config import Config, ConfigError, Level, MegabyteConfig, MeshConfig, PerceiverARConfig
@@ -21,12 +21,17 @@ TWO_LEVELS = MegabyteConfig(
 )
 TRANSFORMER = MegabyteConfig(context=12, levels=(SMALL,), dropout=0.0)
 PERCEIVER = PerceiverARConfig(context=12, latents=4, width=8, num_layers=1, num_heads=1, dropout=0.0)
-CASES = [
-  *((TWO_LEVELS, method) for method in windows.METHODS),
-  (TRANSFORMER, "basic"),
-  (TRANSFORMER, "sliding"),
-  (PERCEIVER, "basic"),
-]
+MODELS = {"two": TWO_LEVELS, "bytes": TRANSFORMER, "latents": PERCEIVER, **VARIANTS}
+
+
+def methods(model):
+  """Those that suit the model."""
+  bytewise = isinstance(model, PerceiverARConfig) or model.levels[0].patch_size == 1
+  return ("basic", "sliding") if bytewise else windows.METHODS
+
+
+OWN = [pytest.param(MODELS[n], m, id=f"{n}-{m}") for n in ("two", "bytes", "latents") for m in methods(MODELS[n])]
+CASES = [pytest.param(MODELS[name], m, id=f"{name}-{m}") for name in MODELS for m in methods(MODELS[name])]
 
 
 class Documents:
@@ -72,9 +77,9 @@ class Record:
 
 
 @pytest.mark.parametrize(("model", "method"), CASES)
-@pytest.mark.parametrize("batch_size", [1, 5])
-def test_every_byte_is_scored_once_whatever_the_lengths(model, method, batch_size):
+def test_every_byte_is_scored_once_whatever_the_lengths(model, method):
   source = random_documents(*range(40), 131)
+  batch_size = 1 if method == "sliding" else 5
   record = Record(source)
   shown = []
   result = evaluate(
@@ -90,14 +95,17 @@ def test_every_byte_is_scored_once_whatever_the_lengths(model, method, batch_siz
   total = int(source.lengths.sum())
   assert all((times == 1).all() for times in record.times)
   assert result.bytes == total and shown[-1] == (total, total)
+  assert result.bytes_read == total if (method, is_perceiver(model)) == ("basic", False) else result.bytes_read > total
   np.testing.assert_array_equal(result.document_bytes, source.lengths)
   for found, text in zip(record.nats, source.documents, strict=True):
     np.testing.assert_array_equal(np.floor(found), text)  # the nats of the byte itself, not of a neighbour
   np.testing.assert_allclose(result.document_nats, [nats.sum() for nats in record.nats], rtol=1e-12)
   # By position: the fraction says where in its window a byte was scored.
   place = np.round(np.concatenate([nats % 1 for nats in record.nats]) * 1024).astype(int)
-  np.testing.assert_array_equal(result.context_bytes, np.bincount(place, minlength=12))
-  patch = model.levels[0].patch_size if isinstance(model, MegabyteConfig) else 1
+  np.testing.assert_array_equal(result.context_bytes, np.bincount(place, minlength=model.context))
+  patch = 1
+  if isinstance(model, MegabyteConfig):  # without a global model the spans of the local one are the patches
+    patch = max(model.span, model.levels[0].patch_size)
   np.testing.assert_array_equal(result.patch_bytes, np.bincount(place % patch, minlength=patch))
   assert result.context_nats.sum() == pytest.approx(result.nats) == result.patch_nats.sum()
 
@@ -158,7 +166,7 @@ def steps():
   return {model: make_eval_step(config_for(model)) for model in (TWO_LEVELS, TRANSFORMER, PERCEIVER)}
 
 
-@pytest.mark.parametrize(("model", "method"), CASES)
+@pytest.mark.parametrize(("model", "method"), OWN)
 def test_bits_per_byte_by_hand(steps, model, method):
   config = config_for(model)
   parameters = draw_parameters(model)

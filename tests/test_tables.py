@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 
 import pytest
 
@@ -83,20 +85,86 @@ def test_run_directories(tmp_path):
   rows = tables.all_rows()
   small = dataclasses.replace(rows["table9:megabyte"], model=rows["table9:transformer"].model)
   for folder, config, evaluation in (
-    ("table9/megabyte", small, {"bpb": 2.0, "data": "data/pg19/test", "word_perplexity": 40.0}),
-    ("mine", rows["table11:strided"], {"bpb": 1.5, "method": "strided"}),
+    ("table9/megabyte", small, {"bpb": 2.0, "method": "basic", "word_perplexity": 40.0, "step": small.num_steps}),
+    ("table9/megabyte", small, {"bpb": 1.9, "method": "sliding"}),  # no row of Table 9 is evaluated so
+    ("mine", rows["table11:strided"], {"bpb": 1.5, "method": "strided", "step": 1000}),
+    ("mine", rows["table11:strided"], {"bpb": 1.4, "method": "both", "step": rows["table11:both"].num_steps}),
   ):
-    (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / folder / "config.json").write_text(json.dumps(config.to_dict()))
-    (tmp_path / folder / "eval.json").write_text(json.dumps(evaluation))
-    (tmp_path / folder / "eval_positions.json").write_text('{"patch": [1, 2]}')
-  found = {m.row: m for m in measured.from_runs(tmp_path, rows)}
-  assert set(found) == {"table9:megabyte", "table11:strided"}
-  assert found["table9:megabyte"].numbers["perplexity_test"] == 40.0
-  assert found["table9:megabyte"].source.endswith("eval.json (304M parameters)")
-  assert found["table11:strided"].source.endswith("mine/eval.json")
+    path = tmp_path / folder / f"eval_test_{evaluation['method']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (path.parent / "config.json").write_text(json.dumps(config.to_dict()))
+    path.write_text(json.dumps(evaluation | {"split": "test"}))
+    (path.parent / "eval.json").write_text(json.dumps(evaluation))  # the newest once more
+    (path.parent / "eval_positions.json").write_text('{"patch": [1, 2]}')
+  found = measured.from_runs(tmp_path, rows)
+  assert len(found) == 3
+  one, both, strided = sorted(found, key=lambda m: -m.numbers["bpb"])[0], *found[:2]
+  assert one.row == "table9:megabyte" and one.numbers["perplexity_test"] == 40.0
+  assert one.source.endswith("eval_test_basic.json (304M parameters, trained on 10.0 GB of 80.0 GB)")
+  assert strided.row == "table11:strided"
+  assert strided.source.endswith("mine/eval_test_strided.json (trained on 393 MB of 400 GB)")
+  assert both.source.endswith("mine/eval_test_both.json")
+  for name, label in (("11", "both"), ("3", "megabyte"), ("17", "context8192")):  # one run, three tables, no spread
+    assert [entry["source"] for entry in row(name, label, found)["ours"]] in ([both.source], [])
+  assert row("11", "both", found)["ours"][0]["bpb"] == 1.4
   with pytest.raises(ConfigError, match="is not a folder"):
     measured.from_runs(tmp_path / "nowhere", rows)
+
+
+def test_tables_of_the_test_split_take_no_other():
+  found = [
+    Measured("table11:both", {"bpb": 1.4}, "a", "validation"),
+    Measured("table2:pg19_megabyte", {"bpb": 1.6}, "b"),
+  ]
+  assert row("11", "both", found)["ours"] == []
+  assert row("2", "pg19 megabyte", found)["ours"]
+
+
+def test_shapes_printed_in_the_tables_are_those_of_the_configs():
+  """(width, layers), context, P and latents, read from the paper's own words; slips of its tables by name."""
+  slips = {  # a size printed for the model that the row leaves out, or no shape at all
+    "table10:image256_without_global": ["(768, 12)"],
+    "table10:audio_without_global": ["(768, 12)"],
+    "table10:audio_without_local": ["(4096, 32)"],
+    "table10:image256_without_cross_patch": ["(768, 24)", "(768, 15)"],
+  }
+  for entry in TABLES["15"].rows:
+    model = tables.config_of(entry.config).model
+    levels = (model.level,) if hasattr(model, "latents") else model.levels
+    shapes = [(level.width, level.num_layers) for level in levels]
+    printed = slips.get(entry.config, re.findall(r"\(\d+, \d+\)", entry.printed))
+    expected = [tuple(map(int, re.findall(r"\d+", shape))) for shape in printed]
+    assert len(shapes) == len(expected), entry
+    for (width, layers), (printed_width, printed_layers), level in zip(shapes, expected, levels, strict=True):
+      assert layers == printed_layers, entry
+      assert width == -(-printed_width // math.lcm(level.patch_size, 8)) * math.lcm(level.patch_size, 8), entry
+    context = entry.paper["context, as printed"]
+    if "latents" in context:
+      assert f"({model.latents} latents)" in context
+    elif "(P" in context:
+      assert f"(P {max(model.span, model.levels[0].patch_size)})" in context, entry
+
+
+def test_sizes_printed_elsewhere():
+  for reference, shapes in {
+    "table3:transformer": [(1024, 22)],
+    "table3:megabyte": [(2048, 24), (1024, 24)],
+    "table4:megabyte": [(2568, 32), (1024, 24)],
+    "table9:transformer": [(1024, 24)],
+    "table9:megabyte": [(2048, 24), (1024, 15)],
+    "table11:both": [(2048, 24), (1024, 24)],
+    "table12:patch48": [(768, 12), (768, 11)],
+    "table12:patch192": [(768, 12), (768, 12)],
+    "table12:patch768": [(768, 12), (768, 8)],
+    "table13:global350m_local290m": [(1024, 24), (1024, 20)],
+    "table13:global760m_local262m": [(1536, 24), (1024, 18)],
+    "table13:global1300m_local218m": [(2048, 24), (1024, 15)],
+    "table17:context16384": [(2048, 24), (1024, 24)],
+  }.items():
+    config = tables.config_of(reference)
+    assert [(level.width, level.num_layers) for level in config.model.levels] == shapes, reference
+  assert tables.config_of("table17:context16384").model.context == 16_384
+  assert [tables.config_of(f"table12:patch{p}").model.levels[0].patch_size for p in (48, 192, 768)] == [48, 192, 768]
 
 
 def test_unknown_tables_are_an_error():

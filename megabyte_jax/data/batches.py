@@ -50,21 +50,32 @@ class Windows:
     anew for each epoch; an epoch leaves out fewer than two windows' worth of bytes, at the two ends.
   whole: each document is cut from its first byte on and its last window may be short; every epoch has every byte once.
 
+  With `latents` only the last so many bytes of a window are predicted (PerceiverAR). Windows then end every
+  latents / 2 bytes and overlap; those of a whole document begin with the latents alone and grow to `context`, as they
+  do in evaluation (windows.py), so that an epoch predicts every byte about twice.
+
   Args:
     source: where the bytes are; one that is not joinable is always cut whole.
     context: bytes per window.
     seed: 0 <= seed < 2^32.
     documents: packed | whole.
+    latents: bytes at the end of a window that are predicted; 0 predicts all.
 
   Raises:
-    ConfigError: the context is no multiple of the source's unit.
+    ConfigError: the context, or half the latents, is no multiple of the source's unit.
     DataError: packed data hold fewer bytes than one window.
   """
 
-  def __init__(self, source: Source, context: int, seed: int, documents: str):
+  def __init__(self, source: Source, context: int, seed: int, documents: str, latents: int = 0):
     self.source, self.context, self.seed = source, context, seed
     self.packed = documents == "packed" and source.joinable
     self.total = int(source.lengths.sum())
+    self._first_end = latents or context  # bytes of the first window of a document
+    self._stride = max(1, latents // 2) if latents else context
+    require(
+      self._stride % source.unit == 0,
+      f"{latents} latents, which move by half, cut apart the {source.unit} bytes of a sample; make the half a multiple",
+    )
     require(
       context % source.unit == 0,
       f"a context of {context} bytes cuts apart the {source.unit} bytes of a sample; make it a multiple",
@@ -76,9 +87,10 @@ class Windows:
           "context, or --config.data.documents=whole, which pads short documents"
         )
       self._ends = np.cumsum(source.lengths)
-      self.per_epoch = max(1, self.total // context - 1)
+      self.per_epoch = max(1, (self.total - context) // self._stride)
     else:
-      self._ends = np.cumsum(-(-source.lengths // context))
+      more = -(-np.maximum(source.lengths - self._first_end, 0) // self._stride)
+      self._ends = np.cumsum(np.where(source.lengths > 0, 1 + more, 0))
       self.per_epoch = int(self._ends[-1])
     order = grain.MapDataset.range(self.per_epoch)
     self._order = (order.shuffle(seed) if self.per_epoch > 1 else order).repeat()
@@ -88,13 +100,14 @@ class Windows:
     window = self._order[draw]
     if self.packed:
       unit = self.source.unit
-      slack = (self.total - self.per_epoch * self.context) // unit
-      place = window * self.context + unit * _random_below(slack + 1, self.seed, draw // self.per_epoch)
+      slack = (self.total - self.context - (self.per_epoch - 1) * self._stride) // unit
+      place = window * self._stride + unit * _random_below(slack + 1, self.seed, draw // self.per_epoch)
       document = int(np.searchsorted(self._ends, place, side="right"))
       return Span(document, place - self._first(document), self.context)
     document = int(np.searchsorted(self._ends, window, side="right"))
-    start = (window - self._first(document)) * self.context
-    return Span(document, start, min(self.context, int(self.source.lengths[document]) - start))
+    end = self._first_end + (window - self._first(document)) * self._stride
+    start = max(0, end - self.context)
+    return Span(document, start, min(end, int(self.source.lengths[document])) - start)
 
   def read(self, draw: int, out_T: np.ndarray) -> int:
     """Writes the bytes of draw number `draw` to the front of `out_T` and returns how many there are."""
@@ -123,11 +136,13 @@ class _Mixed:
     return self.parts[part].read(draw_of_part, out_T)
 
 
-def open_windows(source: Source, *, context: int, seed: int, documents: str = "packed") -> Windows | _Mixed:
+def open_windows(
+  source: Source, *, context: int, seed: int, documents: str = "packed", latents: int = 0
+) -> Windows | _Mixed:
   """The windows of a source; those of a `Mixture` are shuffled each on its own and drawn in its proportions."""
   parts = source.sources if isinstance(source, Mixture) else [source]
   seeds = np.random.SeedSequence(seed).generate_state(len(parts))
-  windows = [Windows(part, context, int(s), documents) for part, s in zip(parts, seeds, strict=True)]
+  windows = [Windows(part, context, int(s), documents, latents) for part, s in zip(parts, seeds, strict=True)]
   return _Mixed(windows, source.weights) if isinstance(source, Mixture) else windows[0]
 
 
@@ -140,6 +155,7 @@ def batches(
   first_step: int = 0,
   num_steps: int | None = None,
   documents: str = "packed",
+  latents: int = 0,
   sharding: jax.sharding.Sharding | None = None,
   num_threads: int | None = None,
 ) -> Iterator[tuple[int, Batch]]:
@@ -152,7 +168,7 @@ def batches(
     seed: of the order; the same (seed, step) always gives the same batch.
     first_step: where to start or resume; costs nothing.
     num_steps: stop before this step; None never stops.
-    documents: packed | whole, see `Windows`.
+    documents, latents: see `Windows`.
     sharding: of the [batch, context] array. Batches are then global arrays, of which this process reads only the rows
       that its devices hold, and they are sent to the devices ahead of time. None yields NumPy arrays of all rows.
     num_threads: threads that read and decode; None takes one per core, at most 16, or a single one where reading is
@@ -161,7 +177,7 @@ def batches(
   Raises:
     DataError: see `Windows`; and, when reached, an item that cannot be read.
   """
-  windows = open_windows(source, context=context, seed=seed, documents=documents)
+  windows = open_windows(source, context=context, seed=seed, documents=documents, latents=latents)
   rows = np.arange(batch_size) if sharding is None else rows_of_this_process(sharding, batch_size, context)
   threads = num_threads if num_threads is not None else min(16, os.cpu_count() or 1) if source.slow else 1
   host = host_batches(windows, batch_size, rows, first_step, num_steps, context, threads)
