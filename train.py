@@ -21,7 +21,7 @@ from absl import app, flags
 from megabyte_jax import command_line, distributed, plots, report
 from megabyte_jax.checkpoint import Checkpoints, check_same_run, save_config
 from megabyte_jax.config import Config, ConfigError
-from megabyte_jax.data.batches import batches
+from megabyte_jax.data.batches import batches, open_windows
 from megabyte_jax.data.sources import open_source
 from megabyte_jax.evaluate import evaluate
 from megabyte_jax.fine_tune import parameters_from
@@ -32,7 +32,8 @@ from megabyte_jax.optimizer import learning_rate
 from megabyte_jax.sharding import batch_sharding, check_mesh, make_mesh
 from megabyte_jax.train_state import TrainState, abstract_state, initial_state, make_eval_step, make_train_step
 
-_CONFIG = command_line.define_config("configs/quickstart.py", "What to train.")
+_QUICK_START = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "quickstart.py")
+_CONFIG = command_line.define_config(_QUICK_START, "What to train.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where checkpoints, metrics and pictures go.")
 _INIT_FROM = flags.DEFINE_string("init_from", "", "Start a new run from the parameters of the run in this folder.")
 distributed.define_flags()
@@ -44,6 +45,13 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
   check_mesh(mesh, config.model, config.batch_size // config.accumulate)
   source = open_source(config.data, "train")
   validation = open_source(config.data, "validation") if config.data.validation else None
+  windows = {
+    "context": config.model.context,
+    "seed": config.seed,
+    "documents": config.data.documents,
+    "latents": getattr(config.model, "latents", 0),
+  }
+  open_windows(source, **windows)  # what is wrong with the data is said before anything is written
   with contextlib.ExitStack() as closing:  # whatever happens, what is being written is finished
     stop = closing.enter_context(StopSignal())
     checkpoints = closing.enter_context(Checkpoints(workdir, config.checkpoint))
@@ -51,15 +59,13 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
     data = batches(
       source,
       batch_size=config.batch_size,
-      context=config.model.context,
-      seed=config.seed,
       first_step=first_step,
       num_steps=config.num_steps,
-      documents=config.data.documents,
-      latents=getattr(config.model, "latents", 0),
       sharding=batch_sharding(mesh),
+      **windows,
     )
     state, meta = restore_or_start(config, mesh, checkpoints, source.fingerprint, workdir, init_from)
+    origin = init_from or meta.get("init_from", "")
     save_config(workdir, config)
     print(report.describe_run(config, mesh, source, first_step), flush=True)
     metrics = closing.enter_context(
@@ -73,7 +79,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
       )
     )
     train_step, eval_step = make_train_step(config), make_eval_step(config)
-    evaluation = {"method": config.eval.method, "max_bytes": config.eval.max_bytes}
+    evaluation = {"method": config.eval.method, "max_bytes": config.eval.max_bytes, "on_progress": stop.check}
     schedule = learning_rate(config.optimizer, config.num_steps)
     may_be_short = config.data.documents == "whole" or not source.joinable
     waiting = collections.deque()  # (step, its metrics): read one step late, while the devices are busy with the next
@@ -93,14 +99,28 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
           metrics.log(step, loss=nats / count, learning_rate=rate, grad_norm=values["grad_norm"])
           nats = count = 0.0
 
+    def save(step: int) -> None:
+      check_finite(step, {"parameter_norm": float(norm(state.parameters))}, checkpoints, workdir)
+      meta = {"config": config.to_dict(), "fingerprint": source.fingerprint, "init_from": origin}
+      meta |= {"seconds": metrics.seconds, "since_logged": [nats, count]}
+      checkpoints.save(step, state.parameters, state.opt_state, meta, force=True)
+
+    def say_stopped(step: int) -> None:
+      checkpoints.wait()
+      print(f"stopped at step {step}, which is saved in {workdir}; the same command goes on from there")
+
     trace = closing.enter_context(Trace(config.profile_steps, workdir))
     with jax.set_mesh(mesh):
       for number, batch in data:
         # Before the next step, not after the last one: so a resumed run makes up for an evaluation that was cut off.
         if validation and number and config.eval.every_steps and number % config.eval.every_steps == 0:
           read_metrics(leave=0)
-          with metrics.paused():
-            result = evaluate(config, state.parameters, validation, mesh=mesh, eval_step=eval_step, **evaluation)
+          try:
+            with metrics.paused():
+              result = evaluate(config, state.parameters, validation, mesh=mesh, eval_step=eval_step, **evaluation)
+          except Interrupted:
+            save(number)
+            return say_stopped(number)
           metrics.write(number, {"validation_bpb": result.bpb})
           checkpoints.record(number, result.bpb)
           print(f"step {number}: validation bpb {result.bpb:.4f} ({result.bytes:,} bytes)", flush=True)
@@ -114,17 +134,12 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
         saving = stopping or candidate or step == config.num_steps or checkpoints.should_save(step)
         read_metrics(leave=0 if saving else 1)  # nothing is saved that is not known to be finite
         if saving:
-          check_finite(step, {"parameter_norm": float(norm(state.parameters))}, checkpoints, workdir)
-          meta = {"config": config.to_dict(), "fingerprint": source.fingerprint, "seconds": metrics.seconds}
-          meta |= {"since_logged": [nats, count]}
-          checkpoints.save(step, state.parameters, state.opt_state, meta, force=True)
+          save(step)
         if stopping and step < config.num_steps:
-          checkpoints.wait()
-          print(f"stopped at step {step}, which is saved in {workdir}; the same command goes on from there")
-          return
+          return say_stopped(step)
 
-    stop.close()
     checkpoints.wait()
+    stop.all_is_saved(workdir)
     if validation:
       result = report.evaluate_and_print(
         config, state.parameters, validation, mesh, eval_step=eval_step, primer=source, method=config.eval.method
@@ -148,9 +163,11 @@ def restore_or_start(config, mesh, checkpoints, fingerprint, workdir, init_from)
     if init_from:
       state = state._replace(parameters=parameters_from(init_from, state.parameters, mesh))
     return state, {"seconds": 0.0, "since_logged": (0.0, 0.0)}
-  if init_from:
-    raise ConfigError(f"{workdir} holds a run already, so --init_from={init_from} would be ignored; drop one of them")
   meta = checkpoints.meta()
+  if init_from and init_from != meta.get("init_from"):
+    raise ConfigError(
+      f"{workdir} holds a run already, which did not start from {init_from}; take another --workdir, or drop the flag"
+    )
   check_same_run(meta, config.to_dict(), fingerprint)
   abstract = abstract_state(config, mesh)
   restored = checkpoints.restore(abstract.parameters, abstract.opt_state)
@@ -176,6 +193,10 @@ def check_finite(step: int, values: dict[str, float], checkpoints: Checkpoints, 
   )
 
 
+class Interrupted(Exception):
+  """An evaluation was broken off by a signal."""
+
+
 class StopSignal:
   """`requested` turns true on SIGTERM (what schedulers send) or Ctrl-C; a second Ctrl-C stops at once.
 
@@ -183,7 +204,7 @@ class StopSignal:
   """
 
   def __init__(self):
-    self.requested = False
+    self.requested, self._finished = False, ""
     self._alone = jax.process_count() == 1
     heard = (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,)
     self._before = {number: signal.signal(number, self._on_signal) for number in heard}
@@ -192,18 +213,31 @@ class StopSignal:
     return self
 
   def __exit__(self, *_) -> None:
-    self.close()
-
-  def close(self) -> None:
-    """Signals do again what they did before."""
-    while self._before:
+    while self._before:  # signals do again what they did before
       signal.signal(*self._before.popitem())
 
+  def check(self, *_) -> None:
+    """Raises Interrupted once a stop is requested; what a long evaluation calls as it goes."""
+    if self.requested:
+      raise Interrupted
+
+  def all_is_saved(self, workdir: str) -> None:
+    """From now on a signal ends the process at once, with exit code 0: only measuring and drawing are left."""
+    self._finished = f"\nall steps are saved in {workdir}; the same command measures them again\n"
+    if self.requested:
+      self._end()
+
+  def _end(self) -> None:
+    os.write(2, self._finished.encode())  # print may not be called here
+    raise SystemExit(0)
+
   def _on_signal(self, number, frame):
+    if self._finished and self._alone:
+      self._end()
     self.requested = self._alone
     if not self._alone:
       signal.raise_signal(signal.SIGTERM)
-    os.write(2, b"\nstopping soon (Ctrl-C: at once, without saving)\n")  # print may not be called here
+    os.write(2, b"\nstopping soon (Ctrl-C: at once, without saving)\n")
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -1,6 +1,6 @@
 """Audio: thirteen seconds of three recordings at 16 kHz, 16 bits a sample, tested on the three seconds of a fourth.
 
-  pip install "megabyte_jax[audio]"
+  pip install -e ".[audio]"
   python train.py --config=configs/quickstart_audio.py --workdir=runs/quickstart_audio
 
 The work directory gets real.wav, completed.wav (its first half is given) and sampled.wav.

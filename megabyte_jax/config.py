@@ -95,6 +95,8 @@ class OptimizerConfig:
   def __post_init__(self):
     for name in ("learning_rate", "eps", "clip_norm"):
       require(getattr(self, name) > 0, f"optimizer.{name} is {getattr(self, name)}; it must be positive")
+    for name in ("b1", "b2"):
+      require(0 <= getattr(self, name) < 1, f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
     for name in ("warmup_steps", "end_learning_rate", "weight_decay"):
       require(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
 
@@ -156,6 +158,10 @@ class EvalConfig:
   batch_size: int = 0
   method: Literal["basic", "sliding", "strided", "both"] = "basic"
 
+  def __post_init__(self):
+    for name in ("every_steps", "max_bytes", "batch_size"):
+      require(getattr(self, name) >= 0, f"eval.{name} is {getattr(self, name)}; it must not be negative")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -192,7 +198,13 @@ class Config:
       self.batch_size % self.accumulate == 0,
       f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}",
     )
-    require(len(self.profile_steps) in (0, 2), f"profile_steps is {self.profile_steps}; give (first, last)")
+    require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be between 0 and {2**32 - 1}")
+    require(self.sample_bytes >= 0, f"sample_bytes is {self.sample_bytes}; it must not be negative")
+    steps = self.profile_steps
+    require(
+      steps == () or (len(steps) == 2 and 1 <= steps[0] <= steps[1]),
+      f"profile_steps is {steps}; give (first, last), counted from 1",
+    )
 
   @classmethod
   def from_dict(cls, values: Mapping[str, Any]) -> Config:

@@ -19,7 +19,7 @@ from megabyte_jax.models.build import abstract_model
 from megabyte_jax.progress import Progress, duration, human
 from megabyte_jax.sampling import Sampling, generate
 
-_COMPRESSED_BYTES = 200_000_000  # beyond this xz would run for many minutes
+_COMPRESSED_BYTES = 20_000_000  # with those of the primer; beyond this xz would run for minutes
 
 
 def describe_run(config: Config, mesh: Mesh, source: Source, first_step: int) -> str:
@@ -61,16 +61,16 @@ def evaluate_and_print(
     )
   compressors = {}
   if with_compressors and total <= _COMPRESSED_BYTES and jax.process_index() == 0:
-    compressors = compress_all(read_all(source), read_all(primer) if primer and primer.joinable else None)
+    text = read_all(source)
+    primed = primer and primer.joinable and total + int(np.sum(primer.lengths)) <= _COMPRESSED_BYTES
+    compressors = compress_all(text, read_all(primer) if primed else None)
   if jax.process_index() == 0:
     print(results_table(config, result, compressors), flush=True)
   return result
 
 
-def read_all(source: Source) -> bytes | None:
-  """All documents joined, None if they are more than the compressors take."""
-  if int(np.sum(source.lengths)) > _COMPRESSED_BYTES:
-    return None
+def read_all(source: Source) -> bytes:
+  """All documents joined."""
   return b"".join(source.read(i, 0, int(length)).tobytes() for i, length in enumerate(source.lengths))
 
 

@@ -19,7 +19,7 @@ from commands import (
 
 import train
 from megabyte_jax.checkpoint import CheckpointError
-from megabyte_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, OptimizerConfig
+from megabyte_jax.config import CheckpointConfig, Config, ConfigError, DataConfig, EvalConfig, OptimizerConfig
 
 STEPS = 70
 
@@ -110,7 +110,7 @@ def config(folder):
   )
 
 
-def train_with_a_signal(config, workdir, step, number=signal.SIGTERM):
+def train_with_a_signal(config, workdir, step, number=signal.SIGTERM, **options):
   """Trains, and sends the signal to itself while `step` is prepared."""
 
   def signalling(*args, **kwargs):
@@ -122,7 +122,7 @@ def train_with_a_signal(config, workdir, step, number=signal.SIGTERM):
   original = train.batches
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train, "batches", signalling)
-    train.train(config, str(workdir))
+    train.train(config, str(workdir), **options)
 
 
 def test_progress_lines_and_evaluations_are_those_of_one_run(folder, config, compiled, tmp_path, capsys):
@@ -146,6 +146,51 @@ def test_progress_lines_and_evaluations_are_those_of_one_run(folder, config, com
   assert_bitwise_equal(saved_state(tmp_path / "stopped"), saved_state(tmp_path / "whole"))
   train.train(config, str(tmp_path / "stopped"))  # a finished run only measures again
   assert metric_lines(tmp_path / "stopped") == lines
+
+
+def test_a_signal_during_an_evaluation_breaks_it_off_and_the_next_run_makes_up_for_it(
+  folder, config, compiled, tmp_path, capsys
+):
+  def signalling(*args, **kwargs):
+    if not stopped:
+      stopped.append(os.kill(os.getpid(), signal.SIGTERM))
+    return original(*args, **kwargs)
+
+  original, stopped = train.evaluate, []
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, "evaluate", signalling)
+    train.train(config, str(tmp_path / "stopped"))
+  assert "stopped at step 7, which is saved" in capsys.readouterr().out
+  assert [line["step"] for line in metric_lines(tmp_path / "stopped")] == [5]
+  train.train(config, str(tmp_path / "stopped"))
+  steps = [(line["step"], "loss" in line) for line in metric_lines(tmp_path / "stopped")]
+  assert steps == [(5, True), (7, False), (10, True), (14, False), (15, True), (15, False)]
+
+
+def test_a_signal_after_the_last_step_loses_nothing(config, compiled, tmp_path, capfd):
+  def signalling(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise AssertionError("the signal was not heard")
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train.report, "evaluate_and_print", signalling)
+    with pytest.raises(SystemExit) as ended:
+      train.train(config, str(tmp_path / "run"))
+  assert ended.value.code == 0
+  assert "all steps are saved in" in capfd.readouterr().err
+  assert saved_state(tmp_path / "run")[0] == 15
+
+
+def test_the_same_command_resumes_fine_tuning(config, compiled, tmp_path, capsys):
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, validation=""), num_steps=3)
+  train.train(config, str(tmp_path / "first"))
+  tuned, start = tmp_path / "tuned", {"init_from": str(tmp_path / "first")}
+  train_with_a_signal(config, tuned, 1, **start)
+  train_with_a_signal(config, tuned, 2)  # without the flag it goes on, too
+  train.train(config, str(tuned), **start)
+  assert "steps   2 of 3 done" in capsys.readouterr().out
+  with pytest.raises(ConfigError, match="holds a run already, which did not start from x; take another --workdir"):
+    train.train(config, str(tuned), init_from="x")
 
 
 def test_what_does_not_continue_a_run_is_refused(folder, config, compiled, tmp_path):

@@ -194,5 +194,5 @@ def test_fine_tuning_from_what_does_not_fit(one_level, trained, tmp_path):
   perceiver = dataclasses.replace(config, model=PERCEIVER)
   with pytest.raises(CheckpointError, match=r"does not fit this config; different: cross\."):
     train.train(perceiver, str(tmp_path / "new"), init_from=str(trained))
-  with pytest.raises(ConfigError, match=r"holds a run already, so --init_from=.* would be ignored"):
+  with pytest.raises(ConfigError, match=r"holds a run already, which did not start from x; take another --workdir"):
     train.train(dataclasses.replace(config, num_steps=15), str(trained), init_from="x")

@@ -1,6 +1,6 @@
 """Recordings <-> bytes: 16-bit little-endian samples or 8-bit mu-law, one channel.
 
-soundfile and soxr are needed only here: pip install "megabyte_jax[audio]".
+soundfile and soxr are needed only here: pip install -e ".[audio]".
 """
 
 from __future__ import annotations
@@ -211,4 +211,4 @@ def _import(name: str) -> ModuleType:
   try:
     return importlib.import_module(name)
   except ImportError as error:
-    raise DataError(f'audio needs {name}; install it with: pip install "megabyte_jax[audio]"') from error
+    raise DataError(f'audio needs {name}; install it with: pip install -e ".[audio]"') from error
