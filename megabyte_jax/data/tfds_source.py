@@ -23,7 +23,7 @@ from megabyte_jax.config import DataConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.data.files import fingerprint_files, sizes_of
 from megabyte_jax.data.image_source import Images
-from megabyte_jax.data.sources import DataError, Source, check_range, combine_fingerprints
+from megabyte_jax.data.sources import SKIP_HINT, DataError, Source, check_range, combine_fingerprints
 
 _SPLIT = r"\w+(?:\[[^\]]*\])?"
 _SPEC = re.compile(rf"tfds:(?P<name>.+):(?P<split>{_SPLIT}(?:\+{_SPLIT})*)(?:#(?P<feature>\w+))?")
@@ -218,7 +218,7 @@ class Texts:
       length = len(self._records.load(i))
       if length or skip_bad:
         return length
-      raise DataError(f"{self._records.names[i]} is empty; skip such texts with --config.data.skip_bad=True")
+      raise DataError(f"{self._records.names[i]} is empty; skip such texts with {SKIP_HINT}")
     except DataError:
       if skip_bad:
         return 0
