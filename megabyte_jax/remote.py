@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -24,9 +25,9 @@ def is_remote(path: object) -> bool:
   return "://" in str(path)
 
 
-def is_known(path: str) -> bool:
-  """Whether a remote path is of a kind that can be read; http:// is none."""
-  return path.startswith(_SCHEMES)
+def unknown_scheme(spec: str) -> str:
+  """What cannot be read of the remote paths in a text, such as https://; empty where all can."""
+  return next((scheme for scheme in re.findall(r"\w+://", spec) if scheme not in _SCHEMES), "")
 
 
 def missing_package(error: ImportError) -> str:

@@ -75,7 +75,7 @@ def test_a_hard_link_is_the_file_it_links_to(tmp_path):
   pack(tmp_path / "x.tar", tmp_path / "whole")
   assert packed(tmp_path / "whole") == {"a": TEXT, "b": TEXT, "c": b"other", "d": b"other"}
   (tmp_path / "x.tar").write_bytes(tar(a=TEXT, b="nothing"))
-  with pytest.raises(SystemExit, match="at b .it is a link to nothing, which is not in the archive"):
+  with pytest.raises(SystemExit, match=r"at b .it is a link to nothing, which is not in the archive"):
     pack(tmp_path / "x.tar", tmp_path / "bad")
 
 
@@ -99,7 +99,7 @@ def test_an_empty_gz_file_is_named_or_skipped(tmp_path):
   path.write_bytes(gzip.compress(b""))
   with pytest.raises(SystemExit, match=r"x\.txt is empty; skip"):
     pack(path, tmp_path / "p")
-  with pytest.raises(SystemExit, match="nothing to pack into .*1 items were skipped"):
+  with pytest.raises(SystemExit, match=r"nothing to pack into .*1 items were skipped"):
     pack(path, tmp_path / "p", "--skip_bad")
 
 

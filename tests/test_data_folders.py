@@ -60,7 +60,7 @@ def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
     return scandir(path)
 
   monkeypatch.setattr(os, "scandir", refuse)
-  with pytest.raises(DataError, match="data/b cannot be listed .Permission denied"):
+  with pytest.raises(DataError, match=r"data/b cannot be listed .Permission denied"):
     open_path(str(folder), SKIPPING)
 
 

@@ -25,8 +25,6 @@ def find_files(spec: str, suffixes: Sequence[str] = ()) -> tuple[list[str], list
     DataError: there are no such files, or a folder cannot be listed.
   """
   is_remote = remote.is_remote(spec)
-  if is_remote and not remote.is_known(spec):
-    raise DataError(f"{spec}: no data can be read from {spec.partition('://')[0]}://; copy them to a disk or to gs://")
   if any(c in spec for c in "*?[") and not os.path.exists(spec):
     base = _fixed_part(spec)
     paths = _remote_glob(base, spec) if is_remote else _local_glob(spec)

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
+from megabyte_jax import remote
 from megabyte_jax.config import ConfigError, DataConfig
 from megabyte_jax.config_parsing import require
 
@@ -99,6 +100,8 @@ def _split_list(spec: str) -> list[str]:
 def _open_one(spec: str, data: DataConfig, skip_empty: bool = False) -> Source:
   from megabyte_jax.data import files  # noqa: PLC0415  (the kinds of sources know this file)
 
+  if scheme := remote.unknown_scheme(spec):
+    raise DataError(f"{spec}: no data can be read from {scheme}; copy them to a disk or a bucket (gs://)")
   if spec.startswith("sample:"):
     path = os.path.join(SAMPLE_FOLDER, *spec.removeprefix("sample:").split("/"))
     if not os.path.exists(path):
