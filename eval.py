@@ -37,13 +37,18 @@ def main() -> None:
   distributed.start_from_arguments(args)
   config = load_config(args.workdir)
   config = dataclasses.replace(
-    config, eval=dataclasses.replace(config.eval, batch_size=args.batch_size or config.eval.batch_size)
+    config,
+    data=dataclasses.replace(config.data, skip_bad=args.skip_bad or config.data.skip_bad),
+    eval=dataclasses.replace(config.eval, batch_size=args.batch_size or config.eval.batch_size),
   )
   mesh = evaluation_mesh(config.mesh)
-  source = open_path(args.data, config.data) if args.data else open_source(config.data, args.split)
+  if args.data:
+    source = open_path(args.data, config.data, skip_empty=True)  # they have no byte that could be scored
+  else:
+    source = open_source(config.data, args.split)
   model, _, step = load(args.workdir, args.step, mesh)
   parameters = nnx.to_pure_dict(nnx.state(model))
-  print(f"step {step} of {args.workdir}, {len(source.lengths):,} documents of {args.data or args.split}")
+  print(f"step {step} of {args.workdir}, {report.count_documents(source)} of {args.data or args.split}")
 
   compare = args.compressors and config.data.form == "bytes" and not args.max_bytes
   with PerByte(args.per_byte_out if jax.process_index() == 0 else "", source.lengths) as per_byte:
@@ -62,6 +67,8 @@ def main() -> None:
   more = {"step": step, "data": args.data or getattr(config.data, args.split), "workdir": args.workdir}
   if not args.data:
     more["split"] = args.split
+  if source.skipped:
+    more["skipped"] = source.skipped
   if args.words:
     more["words"] = number_of_words(args.words, args.split if not args.data else "", source)
     more["word_perplexity"] = perplexity.word_perplexity(result.nats, more["words"])
@@ -93,6 +100,7 @@ def parse_arguments() -> argparse.Namespace:
   parser.add_argument("--workdir", default="runs/quickstart", help="the folder of a train.py run")
   parser.add_argument("--split", default="validation", choices=["train", "validation", "test"])
   parser.add_argument("--data", default="", help="file, folder, glob or data set, instead of a split")
+  parser.add_argument("--skip-bad", action="store_true", help="leave out and count what is empty or unreadable")
   parser.add_argument("--step", type=step_argument, metavar="N|best", help="checkpoint; default: the newest")
   parser.add_argument("--method", default="", choices=["", *METHODS], help="default: config.eval.method")
   parser.add_argument("--stride", type=int, default=0, help="bytes between sliding windows; default: half a window")

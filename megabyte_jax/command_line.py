@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import flags, logging
 from ml_collections import config_flags
 
-from megabyte_jax import distributed
+from megabyte_jax import distributed, remote
 from megabyte_jax.checkpoint import CheckpointError
 from megabyte_jax.config import ConfigError, MeshConfig
 from megabyte_jax.config_parsing import require
@@ -24,12 +25,20 @@ USER_ERRORS = (ConfigError, CheckpointError, DataError, FloatingPointError, OSEr
 
 def run(main: Callable[[], None]) -> None:
   """Calls main(); an error that the user can put right becomes one line on stderr and exit code 1."""
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
   try:
     main()
   except BrokenPipeError:  # the reader of our output, head for instance, has seen enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except USER_ERRORS as error:
     print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+    distributed.end(1)
+  except ImportError as error:
+    if not (line := remote.missing_package(error)):
+      raise
+    print(f"error: {line}", file=sys.stderr)
     distributed.end(1)
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)

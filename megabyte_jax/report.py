@@ -32,10 +32,15 @@ def describe_run(config: Config, mesh: Mesh, source: Source, first_step: int) ->
       f"device  {jax.device_count()} x {device.device_kind}" + (f" (mesh: {axes})" if axes else ""),
       f"model   {model.family}, {human(parameter_count(model))} parameters, context {model.context:,} bytes, "
       f"{human(flops_per_byte(model, training=True), 'FLOP')} per byte of training",
-      f"data    {int(source.lengths.sum()):,} bytes in {len(source.lengths):,} documents",
+      f"data    {int(source.lengths.sum()):,} bytes in {count_documents(source)}",
       f"steps   {first_step:,} of {config.num_steps:,} done, {config.batch_size} x {model.context:,} bytes each",
     ]
   )
+
+
+def count_documents(source: Source) -> str:
+  """How many documents a source has, and how many items were left out as empty or unreadable."""
+  return f"{len(source.lengths):,} documents" + (f", {source.skipped:,} skipped" if source.skipped else "")
 
 
 def evaluate_and_print(

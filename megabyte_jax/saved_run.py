@@ -11,6 +11,7 @@ from etils import epath
 
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.config import Config, ConfigError
+from megabyte_jax.data.sources import same_fingerprint
 
 CONFIG_FILE = "config.json"
 
@@ -74,7 +75,7 @@ def check_same_run(meta: Mapping[str, Any], config: Mapping[str, Any], fingerpri
   differences = _differences(meta["config"], config)
   before, now = _flat(meta.get("fingerprint"), "fingerprint"), _flat(_plain(fingerprint), "fingerprint")
   for key in sorted(before.keys() | now.keys()):
-    if before.get(key, _ABSENT) != now.get(key, _ABSENT):
+    if not same_fingerprint(before.get(key, _ABSENT), now.get(key, _ABSENT)):
       differences[f"data {key}"] = before.get(key, _ABSENT), now.get(key, _ABSENT)
   if differences:
     lines = [f"  {key}: {_show(was)} -> {_show(given)}" for key, (was, given) in sorted(differences.items())]

@@ -15,7 +15,7 @@ import tfds_copies
 from array_record.python import array_record_module
 
 from megabyte_jax.config import ConfigError, DataConfig
-from megabyte_jax.data import packed, prepare, tfds_files
+from megabyte_jax.data import pack_writer, prepare, tfds_files
 from megabyte_jax.data.batches import batches
 from megabyte_jax.data.sources import DataError, open_path, open_source
 
@@ -121,7 +121,7 @@ class Stop(Exception):
 
 
 def test_an_interrupted_pack_goes_on_where_it_was(tmp_path, monkeypatch):
-  monkeypatch.setattr(packed, "_SAVE_EVERY", 1000)
+  monkeypatch.setattr(pack_writer, "_SAVE_EVERY", 1000)
   rng = np.random.default_rng(0)
   documents = [(f"{i}", rng.bytes(300)) for i in range(20)]
   request = {"settings": {"form": "bytes"}, "source": "x"}
@@ -134,16 +134,16 @@ def test_an_interrupted_pack_goes_on_where_it_was(tmp_path, monkeypatch):
 
   first = 0
   for stop in (3, 10, 19):
-    writer = packed.PackWriter(str(tmp_path / "p"), request)
+    writer = pack_writer.PackWriter(str(tmp_path / "p"), request)
     assert writer.items_done == first
     with pytest.raises(Stop):
       writer.write(items(first, stop))
     assert not (tmp_path / "p").exists()
-    first = packed.PackWriter(str(tmp_path / "p"), request).items_done
+    first = pack_writer.PackWriter(str(tmp_path / "p"), request).items_done
     assert stop - 4 < first <= stop
-  other = packed.PackWriter(str(tmp_path / "p"), {**request, "source": "y"})
+  other = pack_writer.PackWriter(str(tmp_path / "p"), {**request, "source": "y"})
   assert other.items_done == 0
-  packed.PackWriter(str(tmp_path / "p"), request).write(items(first, None))
+  pack_writer.PackWriter(str(tmp_path / "p"), request).write(items(first, None))
   assert contents(open_path(str(tmp_path / "p"), PLAIN)) == dict(documents)
 
 

@@ -1,14 +1,25 @@
-"""gs:// paths through etils.epath, with a bucket kept in memory behind fsspec's interface."""
+"""gs:// paths through etils.epath, with a bucket kept in memory behind fsspec's interface.
 
+ArrayRecord's own reader speaks to buckets itself: for it the same bucket stands behind an HTTP server.
+"""
+
+import http.server
 import importlib.util
 import pathlib
+import subprocess
 import sys
+import threading
+import time
+import urllib.parse
 
 import pytest
+import tfds_copies
+from commands import ROOT
 from fsspec.implementations.memory import MemoryFileSystem
 
+from megabyte_jax import remote
 from megabyte_jax.config import DataConfig
-from megabyte_jax.data import prepare
+from megabyte_jax.data import files, prepare
 from megabyte_jax.data.batches import batches
 from megabyte_jax.data.sources import SAMPLE_FOLDER, DataError, open_path
 
@@ -73,3 +84,118 @@ def test_images_and_packed_data_in_a_bucket(upload, tmp_path):
   packed = open_path("gs://bucket/packed", PLAIN)
   assert contents(packed) == contents(open_path("sample:text/validation", PLAIN))
   assert packed.fingerprint == open_path(str(tmp_path / "packed"), PLAIN).fingerprint
+
+
+class Objects(http.server.BaseHTTPRequestHandler):
+  """The JSON interface of Google's buckets, as far as reading an object goes."""
+
+  protocol_version = "HTTP/1.1"
+
+  def do_GET(self):
+    url = urllib.parse.urlparse(self.path)
+    *_, bucket, _, name = url.path.split("/", 6)  # /storage/v1/b/BUCKET/o/NAME
+    path = f"gs://{bucket}/{urllib.parse.unquote(name)}"
+    if not Bucket().exists(path):
+      self.send_error(404)
+      return
+    body, asked = Bucket().cat_file(path), self.headers.get("Range")
+    self.send_response(206 if asked else 200)
+    if asked:
+      first, _, last = asked.removeprefix("bytes=").partition("-")
+      first, last = (int(first), int(last or len(body) - 1)) if first else (len(body) - int(last), len(body) - 1)
+      self.send_header("Content-Range", f"bytes {first}-{min(last, len(body) - 1)}/{len(body)}")
+      body = body[first : last + 1]
+    self.send_header("x-goog-generation", "1")
+    self.send_header("Content-Length", str(len(body)))
+    self.end_headers()
+    self.wfile.write(body)
+
+  def log_message(self, *_):
+    pass
+
+
+@pytest.fixture(scope="module")
+def server():
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Objects) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_a_tfds_data_set_in_a_bucket(upload, server, tmp_path, monkeypatch):
+  monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", server)
+  builder = tfds_copies.downsampled_imagenet(tmp_path)
+  upload(tmp_path, "bucket/tfds")
+  local = DataConfig(form="image", tfds_dir=str(tmp_path))
+  expected = open_path("tfds:downsampled_imagenet/64x64:validation", local)
+  for spec, folder in (
+    ("tfds:downsampled_imagenet/64x64:validation", "gs://bucket/tfds"),
+    ("tfds:gs://bucket/tfds/downsampled_imagenet/64x64/2.0.0:validation", ""),
+  ):
+    source = open_path(spec, DataConfig(form="image", tfds_dir=folder))
+    assert list(contents(source).values()) == list(contents(expected).values())
+    assert source.fingerprint == expected.fingerprint
+  [shard] = pathlib.Path(builder.data_dir).glob("*validation*")
+  path = f"gs://bucket/tfds/{shard.relative_to(tmp_path).as_posix()}"
+  Bucket().pipe_file(path, shard.read_bytes()[:-3000])
+  with pytest.raises(DataError, match=r"validation\[\d\] \(record \d of gs://.*\) cannot be read"):
+    contents(
+      open_path("tfds:downsampled_imagenet/64x64:validation", DataConfig(form="image", tfds_dir="gs://bucket/tfds"))
+    )
+
+
+def test_hidden_and_many_files_are_found_and_asked_for_at_once(upload, tmp_path, monkeypatch):
+  for i in range(64):
+    (tmp_path / f"{i:02}").write_bytes(bytes([i + 1]) * 10)
+  (tmp_path / ".hidden").write_bytes(b"no")
+  upload(tmp_path, "bucket/many")
+  at_once, most, lock, real = [0], [0], threading.Lock(), files.read_block
+
+  def slow(*arguments):
+    with lock:
+      at_once[0] += 1
+      most[0] = max(most[0], at_once[0])
+    time.sleep(0.005)
+    with lock:
+      at_once[0] -= 1
+    return real(*arguments)
+
+  monkeypatch.setattr(files, "read_block", slow)
+  remote_source, local = open_path("gs://bucket/many", PLAIN), open_path(str(tmp_path), PLAIN)
+  assert len(remote_source.names) == 64 and remote_source.names == local.names
+  assert remote_source.fingerprint == local.fingerprint and most[0] > 8
+
+
+MISSING = """
+import sys
+from megabyte_jax import command_line
+from megabyte_jax.config import DataConfig
+from megabyte_jax.data import prepare
+from megabyte_jax.data.sources import open_path
+from megabyte_jax.pretrained import load
+for command in (
+  lambda: prepare.main(["pack", "gs://bucket/text", "p"]),
+  lambda: command_line.run(lambda: open_path("gs://bucket/text", DataConfig())),
+  lambda: command_line.run(lambda: load("gs://bucket/run")),
+):
+  try:
+    command()
+  except SystemExit as end:
+    if isinstance(end.code, str):
+      print(end.code, file=sys.stderr)
+"""
+
+
+def test_a_missing_package_is_one_line_with_the_command_that_installs_it():
+  if importlib.util.find_spec("gcsfs"):
+    pytest.skip("gcsfs is installed")
+  result = subprocess.run([sys.executable, "-c", MISSING], cwd=ROOT, capture_output=True, text=True, check=False)
+  hint = 'paths in a bucket need gcsfs, which is not installed: pip install "megabyte_jax[gcs]"'
+  assert result.stderr.splitlines() == [f"prepare: {hint}", f"error: {hint}", f"error: {hint}"]
+  assert remote.missing_package(ImportError("`google-cloud-storage` must be installed")).endswith('[gcs]"')
+  assert not remote.missing_package(ImportError("No module named 'numpy'"))
+
+
+def test_what_is_no_bucket_is_one_line():
+  with pytest.raises(DataError, match="no data can be read from https://; copy them"):
+    open_path("https://example.org/a.txt", PLAIN)

@@ -1,3 +1,4 @@
+import importlib.util
 import io
 import pathlib
 import shutil
@@ -119,6 +120,28 @@ def test_missing_data_give_the_command_that_prepares_them(root, tmp_path):
     open_path("tfds:pg19:train#book", options(root))
   with pytest.raises(ConfigError, match="audio"):
     open_path("tfds:pg19:train", options(root, form="audio"))
+
+
+@pytest.mark.parametrize("part", ["[:0]", "[5:2]"])
+def test_a_part_without_records_is_named(root, part):
+  with pytest.raises(DataError, match=r"train\[.*\] names no records"):
+    open_path(f"tfds:downsampled_imagenet/64x64:train{part}", options(root, form="image"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is not None, reason="its builder can then be imported")
+def test_a_data_set_whose_builder_needs_tensorflow_is_read_where_it_is_prepared(root, tmp_path):
+  with pytest.raises(DataError, match=r"coco/2017 is not in .*needs TensorFlow.*\n.*prepare build tfds:coco/2017"):
+    open_path("tfds:coco/2017:validation", options(tmp_path, form="image"))
+  copy = tmp_path / "coco" / "2017" / "1.1.0"
+  shutil.copytree(root / "downsampled_imagenet" / "64x64" / "2.0.0", copy)
+  for path in copy.iterdir():
+    path.rename(copy / path.name.replace("downsampled_imagenet", "coco"))
+  info = (copy / "dataset_info.json").read_text()
+  info = info.replace("downsampled_imagenet", "coco").replace("64x64", "2017").replace("2.0.0", "1.1.0")
+  (copy / "dataset_info.json").write_text(info)
+  source = open_path("tfds:coco/2017:validation", options(tmp_path, form="image"))
+  original = open_path("tfds:downsampled_imagenet/64x64:validation", options(root, form="image"))
+  np.testing.assert_array_equal(source.read(1, 0, 12288), original.read(1, 0, 12288))
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.5, 0.99])

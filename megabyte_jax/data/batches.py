@@ -73,12 +73,12 @@ class Windows:
     self._first_end = latents or context  # bytes of the first window of a document
     self._stride = max(1, latents // 2) if latents else context
     require(
-      self._stride % source.unit == 0,
-      f"{latents} latents, which move by half, cut apart the {source.unit} bytes of a sample; make the half a multiple",
-    )
-    require(
       context % source.unit == 0,
       f"a context of {context} bytes cuts apart the {source.unit} bytes of a sample; make it a multiple",
+    )
+    require(
+      self._stride % source.unit == 0,
+      f"{latents} latents, which move by half, cut apart the {source.unit} bytes of a sample; make the half a multiple",
     )
     if self.packed:
       if self.total < context:

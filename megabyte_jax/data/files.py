@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import glob
 import hashlib
 import os
 from collections.abc import Sequence
@@ -12,15 +11,21 @@ import numpy as np
 from etils import epath
 
 from megabyte_jax.config import DataConfig
-from megabyte_jax.data.sources import DataError, Source, check_range
+from megabyte_jax.data.folders import find_files
+from megabyte_jax.data.sources import SKIP_HINT, DataError, Source, check_range, pair_fingerprints
+from megabyte_jax.remote import in_parallel, is_remote
 
 _BLOCK = 4096  # bytes per place looked at for a fingerprint
 _SAMPLED_FILES = 1024  # files whose contents are looked at; names and sizes of all are
+_WHOLE_FILE, _WHOLE_TOTAL = 1 << 20, 1 << 27  # bytes of one file, and of all, that are looked at as a whole
 _OPEN_FILES = 256  # memory maps held open at once
 
 
-def open_files(spec: str, data: DataConfig) -> Source:
+def open_files(spec: str, data: DataConfig, skip_empty: bool = False) -> Source:
   """The files that a path or glob names, as `data.form` says.
+
+  Args:
+    skip_empty: see `sources.open_path`.
 
   Raises:
     DataError: there are none, or one is empty or cannot be read.
@@ -37,64 +42,8 @@ def open_files(spec: str, data: DataConfig) -> Source:
     from megabyte_jax.data import audio  # noqa: PLC0415
 
     return audio.AudioFiles(*find_files(spec, audio.SUFFIXES), data)
-  return ByteFiles(*find_files(spec), skip_bad=data.skip_bad)
-
-
-def find_files(spec: str, suffixes: Sequence[str] = ()) -> tuple[list[str], list[str]]:
-  """Paths of a file, of all files below a folder, or of a glob (`**` for any depth), sorted, and short names for them.
-
-  Hidden files and folders, and files without one of `suffixes` (if any are given), are left out of folders.
-  The names do not change when a folder is moved as a whole.
-  """
-  remote = "://" in spec
-  if any(c in spec for c in "*?[") and not os.path.exists(spec):
-    base = _fixed_part(spec)
-    if remote:
-      paths = [str(p) for p in epath.Path(base).glob(spec[len(base) :].lstrip("/")) if not p.is_dir()]
-    else:
-      paths = [p for p in glob.glob(spec, recursive=True) if os.path.isfile(p)]
-    kind = "no file matches"
-  else:
-    path = epath.Path(spec)
-    if not path.exists():
-      raise DataError(f"{spec} does not exist; name a file, a folder, a glob, sample:NAME or tfds:NAME:SPLIT")
-    if not path.is_dir():
-      return [spec], [path.name]
-    base, kind = spec, "no files in folder"
-    paths = _walk(path, suffixes) if remote else _walk_local(spec, suffixes)
-  if not paths:
-    raise DataError(f"{kind} {spec}" + (f" (looked for {', '.join(suffixes)})" if suffixes else ""))
-  paths.sort()
-  return paths, [p[len(base) :].lstrip("/") for p in paths]
-
-
-def _fixed_part(pattern: str) -> str:
-  """The folders of a glob before the first wildcard."""
-  parts = pattern.split("/")
-  first = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
-  return "/".join(parts[:first]) + "/" if first else ""
-
-
-def _wanted(name: str, suffixes: Sequence[str]) -> bool:
-  return not name.startswith(".") and (not suffixes or name.lower().endswith(tuple(suffixes)))
-
-
-def _walk_local(folder: str, suffixes: Sequence[str]) -> list[str]:
-  found = []
-  for root, folders, names in os.walk(folder):
-    folders[:] = [name for name in folders if not name.startswith(".")]
-    found += [os.path.join(root, name) for name in names if _wanted(name, suffixes)]
-  return [path for path in found if os.path.isfile(path)]  # no sockets, no dangling links
-
-
-def _walk(folder: epath.Path, suffixes: Sequence[str]) -> list[str]:
-  found = []
-  for path in folder.iterdir():
-    if path.is_dir():
-      found += [] if path.name.startswith(".") else _walk(path, suffixes)
-    elif _wanted(path.name, suffixes):
-      found.append(str(path))
-  return found
+  paths, names = find_files(spec)
+  return ByteFiles(paths, names, skip_bad=data.skip_bad, skip_empty=skip_empty and paths != [spec])
 
 
 class ByteFiles:
@@ -103,16 +52,19 @@ class ByteFiles:
   Args:
     paths, names: where the files are and what they are called.
     skip_bad: leave empty or unreadable files out, and count them in `skipped`, instead of raising DataError.
+    skip_empty: do so with empty ones alone.
   """
 
   joinable, unit = True, 1
 
-  def __init__(self, paths: Sequence[str], names: Sequence[str], skip_bad: bool = False):
+  def __init__(self, paths: Sequence[str], names: Sequence[str], skip_bad: bool = False, skip_empty: bool = False):
     self.paths, self.names, lengths, self.skipped = [], [], [], 0
-    for path, name in zip(paths, names, strict=True):
-      length, problem = _length(path)
-      if problem and not skip_bad:
-        raise DataError(f"{path} {problem}; remove it, or skip such files with --config.data.skip_bad=True")
+    self.slow = any(map(is_remote, paths))
+    found = in_parallel(_length, paths, self.slow)
+    for path, name, (length, problem) in zip(paths, names, found, strict=True):
+      skip = skip_bad or (skip_empty and problem == _EMPTY)
+      if problem and not skip:
+        raise DataError(f"{path} {problem}; remove it, or skip such files with {SKIP_HINT}")
       if problem:
         self.skipped += 1
       else:
@@ -122,7 +74,6 @@ class ByteFiles:
     if not self.paths:
       raise DataError(f"all {self.skipped} files are empty or unreadable, {paths[0]} for one")
     self.lengths = np.array(lengths, np.int64)
-    self.slow = any("://" in path for path in self.paths)
     self._map = functools.lru_cache(maxsize=_OPEN_FILES)(self._open)
 
   @functools.cached_property
@@ -134,7 +85,7 @@ class ByteFiles:
     """See `Source.read`. Raises DataError where the file is no longer as long as it was."""
     check_range(self, document, start, stop)
     path = self.paths[document]
-    if "://" in path:
+    if is_remote(path):
       found = read_block(path, start, stop)
     else:
       # A map of a file that has since been cut short kills the process when touched, so look first.
@@ -147,30 +98,36 @@ class ByteFiles:
     return np.memmap(self.paths[document], np.uint8, mode="r", shape=(int(self.lengths[document]),))
 
 
+_EMPTY = "is empty"
+
+
 def _length(path: str) -> tuple[int, str]:
   """(bytes, what is wrong with the file)."""
   try:
-    length = epath.Path(path).stat().length if "://" in path else os.stat(path).st_size
+    length = epath.Path(path).stat().length if is_remote(path) else os.stat(path).st_size
   except OSError as error:
     return 0, f"cannot be read ({error.strerror or error})"
-  if length and "://" not in path and not os.access(path, os.R_OK):
+  if length and not is_remote(path) and not os.access(path, os.R_OK):
     return 0, "cannot be read (permission denied)"
-  return length, "" if length else "is empty"
+  return length, "" if length else _EMPTY
 
 
 def _size(path: str) -> int:
-  """Bytes of a local file; -1 where there is none."""
+  """Bytes of a file; -1 where there is none."""
   try:
-    return os.stat(path).st_size
+    return epath.Path(path).stat().length if is_remote(path) else os.stat(path).st_size
   except OSError:
     return -1
 
 
 def read_block(path: str, start: int, stop: int) -> bytes:
-  """Bytes [start, stop) of a local or remote file; fewer where the file ends before."""
-  with epath.Path(path).open("rb") if "://" in path else open(path, "rb") as file:
-    file.seek(start)
-    return file.read(stop - start)
+  """Bytes [start, stop) of a local or remote file; fewer where the file ends before. DataError where that fails."""
+  try:
+    with epath.Path(path).open("rb") if is_remote(path) else open(path, "rb") as file:
+      file.seek(start)
+      return file.read(stop - start)
+  except OSError as error:
+    raise DataError(f"{path} cannot be read ({error.strerror or error})") from error
 
 
 def read_whole(path: str) -> bytes:
@@ -183,19 +140,36 @@ def read_whole(path: str) -> bytes:
 
 def sizes_of(paths: Sequence[str]) -> list[int]:
   """Bytes of each file; -1 where it cannot be looked at."""
-  return [epath.Path(path).stat().length if "://" in path else _size(path) for path in paths]
+  return in_parallel(_size, paths, any(map(is_remote, paths)))
 
 
 def fingerprint_files(paths: Sequence[str], names: Sequence[str], lengths: Sequence[int] | np.ndarray) -> str:
-  """Hash of all names and lengths and of three blocks of each file (of evenly spaced ones where there are many).
+  """A fingerprint (see `pair_fingerprints`) of all names and lengths and of what the files hold.
 
-  Cheap for files of any size. Times of change are left out, so that a copy of the data counts as the same data.
+  Of files of at most 1 MiB that is every byte; of larger ones three blocks of 4 KiB, at the beginning, in the middle
+  and at the end. Of more than 1,024 files only evenly spaced ones are looked into, and of more than 128 files only
+  those of at most 128 MiB / files (128 KiB where there are 1,024) as a whole. So it is cheap for data of any size.
+  Times of change are left out: a copy of the data counts as the same data.
   """
-  digest = hashlib.sha256()
+  sampled = np.unique(np.linspace(0, len(paths) - 1, min(len(paths), _SAMPLED_FILES)).astype(int))
+  whole = min(_WHOLE_FILE, _WHOLE_TOTAL // len(sampled))
+  files = [(paths[i], int(lengths[i]), whole) for i in sampled]
+  looked_into = in_parallel(_contents, files, any(map(is_remote, paths)))
+  digest, contents = hashlib.sha256(), hashlib.sha256()
   for name, length in zip(names, lengths, strict=True):
-    digest.update(f"{name}\0{length}\0".encode())
-  for i in np.unique(np.linspace(0, len(paths) - 1, min(len(paths), _SAMPLED_FILES)).astype(int)):
-    length = int(lengths[i])
-    for start in sorted({0, max(0, length // 2 - _BLOCK // 2), max(0, length - _BLOCK)}):
-      digest.update(read_block(paths[i], start, min(length, start + _BLOCK)))
-  return digest.hexdigest()[:16]
+    digest.update(os.fsencode(name) + f"\0{length}\0".encode())
+  for blocks, digest_of_all in looked_into:
+    digest.update(blocks)
+    contents.update(digest_of_all)
+  return pair_fingerprints(digest.hexdigest()[:16], contents.hexdigest()[:16])
+
+
+def _contents(file: tuple[str, int, int]) -> tuple[bytes, bytes]:
+  """(three blocks, digest of everything) of a file: (path, bytes, bytes up to which it is read as a whole)."""
+  path, length, whole = file
+  starts = sorted({0, max(0, length // 2 - _BLOCK // 2), max(0, length - _BLOCK)})
+  if length > whole:
+    return b"".join(read_block(path, start, min(length, start + _BLOCK)) for start in starts), b""
+  everything = read_block(path, 0, length) if length > 0 else b""
+  blocks = b"".join(everything[start : min(length, start + _BLOCK)] for start in starts)
+  return blocks, hashlib.sha256(everything).digest()

@@ -13,7 +13,7 @@ from etils import epath
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.config import DataConfig
 from megabyte_jax.config_parsing import require
-from megabyte_jax.data.sources import DataError
+from megabyte_jax.data.sources import SKIP_HINT, DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _FORMATS = ("JPEG", "PNG", "WEBP")
@@ -115,7 +115,7 @@ def open_image(data: bytes, name: str, convert: str = ""):
   odd = _oddity(image, data) or ("an animation" if animated else "")
   fine = convert == "all" or (convert == "colours" and odd in (_GREY_IMAGE, _CMYK_IMAGE))
   if odd and (animated or not fine):
-    how = "remove it, or skip such images with --config.data.skip_bad=True"
+    how = f"remove it, or skip such images with {SKIP_HINT}"
     how += "" if animated else ", or make them RGB with --config.data.convert_images=True"
     raise DataError(f"{name} is {odd}, not an 8-bit RGB image; {how}")
   if image.mode in ("I;16", "I;16B", "I;16L", "I"):  # grey of 16 bits

@@ -11,30 +11,25 @@ continues it.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import functools
 import hashlib
 import io
 import json
 import os
-import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from megabyte_jax.atomic_file import replacing
 from megabyte_jax.config import DataConfig
 from megabyte_jax.config_parsing import require
-from megabyte_jax.data.files import ByteFiles
-from megabyte_jax.data.sources import DataError, check_range
+from megabyte_jax.data.files import ByteFiles, read_whole
+from megabyte_jax.data.sources import DataError, check_range, pair_fingerprints
 
 FORMAT = "megabyte_jax packed bytes 1"
+PART = ".part"  # ends the name of a folder that is not complete
 MANIFEST = "manifest.json"
-_SAVE_EVERY = 1 << 26  # bytes between points from which a restart goes on
 _BLOCK = 1 << 22  # bytes read at once for a checksum
 _KEYS = {"bytes": int, "documents": int, "skipped": int, "unit": int, "settings": dict, "request": dict, "sha256": dict}
 # Settings that change the bytes, by form of data: a folder packed with others is refused.
@@ -51,8 +46,16 @@ def settings_of(data: DataConfig) -> dict[str, Any]:
 
 
 def is_packed(path: epath.PathLike) -> bool:
-  """Whether a folder holds packed data."""
-  return (epath.Path(path) / MANIFEST).exists()
+  """Whether a folder holds packed data. Raises DataError for one that is not complete: its files are no documents."""
+  folder = epath.Path(path)
+  if (folder / MANIFEST).exists() and not str(path).rstrip("/").endswith(PART):
+    return True
+  if (folder / "data.bin").exists() and any((folder / name).exists() for name in ("ends", "ends.npy")):
+    raise DataError(
+      f"{path} is packed data that are not complete ({MANIFEST} is missing, or it is still being made); run the "
+      "command that packs it once more"
+    )
+  return False
 
 
 class Packed:
@@ -65,7 +68,7 @@ class Packed:
 
   def __init__(self, path: epath.PathLike, data: DataConfig):
     folder = epath.Path(path)
-    self.manifest = _read_manifest(folder)
+    self.manifest = read_manifest(folder)
     for name, value in settings_of(data).items():
       packed = self.manifest["settings"].get(name)
       require(packed == value, f"{path} was packed with {name}={packed!r}; config.data.{name} is {value!r}")
@@ -92,12 +95,18 @@ class Packed:
     self.joinable = data.form != "image"
     self.unit = self.manifest["unit"]
     self.skipped = self.manifest["skipped"]
-    self.fingerprint = hashlib.sha256(ends_file).hexdigest()[:8] + self._bytes.fingerprint[:8]
+    older = hashlib.sha256(ends_file).hexdigest()[:8] + self._bytes.fingerprint[:8]
+    contents = [self._bytes.fingerprint, self.manifest["sha256"].get("data.bin")]
+    self.fingerprint = pair_fingerprints(older, hashlib.sha256(repr(contents).encode()).hexdigest()[:16])
 
   @functools.cached_property
   def names(self) -> Sequence[str]:
-    """One name per document."""
-    return (self._folder / "names.txt").read_text().splitlines()
+    """One name per document. Raises DataError where they are not there."""
+    path = self._folder / "names.txt"
+    names = os.fsdecode(read_whole(str(path))).split("\n")[:-1]
+    if len(names) != len(self.lengths):
+      raise DataError(f"{path} has {len(names)} names for {len(self.lengths)} documents; pack the data again")
+    return names
 
   def read(self, document: int, start: int, stop: int) -> np.ndarray:
     """See `Source.read`."""
@@ -106,7 +115,8 @@ class Packed:
     return self._bytes.read(0, first + start, first + stop)
 
 
-def _read_manifest(folder: epath.Path) -> dict[str, Any]:
+def read_manifest(folder: epath.Path) -> dict[str, Any]:
+  """What manifest.json says. Raises DataError where it is not there or is none."""
   try:
     manifest = json.loads((folder / MANIFEST).read_text())
     if manifest["format"] != FORMAT:
@@ -124,162 +134,19 @@ def _read_manifest(folder: epath.Path) -> dict[str, Any]:
 def verify(path: epath.PathLike) -> None:
   """Raises DataError unless every file of a packed folder has the checksum in its manifest."""
   folder = epath.Path(path)
-  for name, expected in _read_manifest(folder)["sha256"].items():
+  for name, expected in read_manifest(folder)["sha256"].items():
     try:
-      found = _sha256(folder / name)
+      found = sha256_of(folder / name)
     except OSError as error:
       raise DataError(f"{folder / name} cannot be read ({error}); pack it again") from error
     if found != expected:
       raise DataError(f"{folder / name} has changed since it was packed; pack it again")
 
 
-class PackWriter:
-  """Writes a packed folder, from where an earlier attempt stopped if there was one.
-
-  Args:
-    path: the folder to make; local.
-    request: what is packed and how; an unfinished folder of another request is begun anew.
-    unit: see `Source`.
-
-  Raises:
-    DataError: `path` exists and was not packed from the same request.
-  """
-
-  def __init__(self, path: str, request: Mapping[str, Any], unit: int = 1):
-    self.path, self.part, self.unit = path.rstrip("/"), path.rstrip("/") + ".part", unit
-    self.request = dict(request)
-    self.complete = os.path.exists(self.path)
-    if self.complete:
-      done = _read_manifest(epath.Path(path))["request"] if is_packed(path) else None
-      if done != self.request:
-        what = "holds other data" if done is None else f"was packed from {done}, not {self.request}"
-        raise DataError(f"{path} exists and {what}; remove it or name another folder")
-    self._state = {"request": self.request, "items": 0, "documents": 0, "bytes": 0, "names": 0, "skipped": 0}
-
-  @property
-  def items_done(self) -> int:
-    """Items that a restart need not look at again."""
-    return self._state["items"] if self.complete else self._load_state()["items"]
-
-  def write(self, items: Iterable[tuple[str, Iterator[bytes]] | None], total_bytes: int = 0, skipped: int = 0) -> None:
-    """Writes (name, blocks of bytes) pairs, those after the first `items_done`; None counts as a skipped item.
-
-    Args:
-      items: the items; iterating may raise DataError, which leaves the part for a later attempt.
-      total_bytes: of all items, for the progress line; 0 where it is not known.
-      skipped: items left out before, to be counted with the rest.
-    """
-    if self.complete:
-      return
-    self._state = self._load_state()
-    os.makedirs(self.part, exist_ok=True)
-    try:
-      self._write_items(items, _Progress(total_bytes, self._state["bytes"]))
-      self._finish(skipped)
-    except OSError as error:
-      if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        raise
-      done = self._state["bytes"]
-      raise DataError(
-        f"no room for more in {self.part} ({error.strerror}) after {done:,} bytes; free some and run the same command, "
-        "which goes on from there"
-      ) from error
-
-  def _write_items(self, items: Iterable[tuple[str, Iterator[bytes]] | None], progress: _Progress) -> None:
-    with contextlib.ExitStack() as stack:
-      files = {
-        name: stack.enter_context(open(os.path.join(self.part, name), "ab"))
-        for name in ("data.bin", "ends", "names.txt")
-      }
-      for key, name, width in (("bytes", "data.bin", 1), ("documents", "ends", 8), ("names", "names.txt", 1)):
-        files[name].truncate(self._state[key] * width)
-      saved, state = self._state["bytes"], dict(self._state)
-      for item in items:
-        state["items"] += 1
-        if item is None:
-          state["skipped"] += 1
-          continue
-        label, blocks = item
-        before = state["bytes"]
-        for block in blocks:
-          files["data.bin"].write(block)
-          state["bytes"] += len(block)
-          progress.show(state["bytes"])
-        if state["bytes"] == before:
-          raise DataError(f"{label} is empty; skip such items with --skip_bad")
-        files["ends"].write(np.int64(state["bytes"]).tobytes())
-        line = " ".join(label.split()).encode() + b"\n"
-        files["names.txt"].write(line)
-        state["documents"], state["names"] = state["documents"] + 1, state["names"] + len(line)
-        if state["bytes"] - saved >= _SAVE_EVERY:
-          self._save(files.values(), state)
-          saved = state["bytes"]
-      self._save(files.values(), state)
-      progress.show(state["bytes"], last=True)
-
-  def _save(self, files: Iterable[Any], state: dict[str, Any]) -> None:
-    for file in files:
-      file.flush()
-      os.fsync(file.fileno())
-    with replacing(os.path.join(self.part, "state.json")) as temporary:
-      temporary.write_text(json.dumps(state))
-    self._state = dict(state)
-
-  def _load_state(self) -> dict[str, Any]:
-    try:
-      with open(os.path.join(self.part, "state.json")) as file:
-        state = json.load(file)
-      return state if state["request"] == self.request else self._state
-    except (OSError, ValueError, KeyError):
-      return self._state
-
-  def _finish(self, skipped: int) -> None:
-    if not self._state["documents"]:
-      raise DataError(f"nothing to pack into {self.path}: {self._state['skipped']} items were skipped")
-    ends = np.fromfile(os.path.join(self.part, "ends"), np.int64)
-    with replacing(os.path.join(self.part, "ends.npy")) as temporary, temporary.open("wb") as file:
-      np.save(file, ends)
-    part = epath.Path(self.part)
-    manifest = {
-      "format": FORMAT,
-      **{key: self._state[key] for key in ("bytes", "documents")},
-      "skipped": self._state["skipped"] + skipped,
-      "unit": self.unit,
-      "settings": self.request["settings"],
-      "request": self.request,
-      "sha256": {name: _sha256(part / name) for name in ("data.bin", "ends.npy", "names.txt")},
-    }
-    with replacing(part / MANIFEST) as temporary:
-      temporary.write_text(json.dumps(manifest, indent=1))
-    for name in ("ends", "state.json"):
-      os.unlink(os.path.join(self.part, name))
-    os.rename(self.part, self.path)
-    self.complete = True
-
-
-def _sha256(path: epath.Path) -> str:
+def sha256_of(path: epath.Path) -> str:
+  """Of a file's contents."""
   digest = hashlib.sha256()
   with path.open("rb") as file:
     while block := file.read(_BLOCK):
       digest.update(block)
   return digest.hexdigest()
-
-
-class _Progress:
-  """One line on standard error: bytes done, their rate, time left."""
-
-  def __init__(self, total: int, done: int):
-    self.total, self.first, self.started, self.shown = total, done, time.monotonic(), 0.0
-
-  def show(self, done: int, last: bool = False) -> None:
-    now = time.monotonic()
-    if now - self.shown < 0.5 and not last:
-      return
-    self.shown = now
-    rate = (done - self.first) / max(now - self.started, 1e-3)
-    line = f"{done / 1e6:,.1f} MB"
-    if self.total:
-      filled = min(20, 20 * done // self.total)
-      line = f"[{'#' * filled}{'.' * (20 - filled)}] {line} of {self.total / 1e6:,.1f}"
-      line += f", {max(0, self.total - done) / max(rate, 1):,.0f} s left"
-    print(f"\r{line}, {rate / 1e6:,.1f} MB/s   ", end="\n" if last else "", file=sys.stderr, flush=True)

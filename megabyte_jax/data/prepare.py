@@ -14,12 +14,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import os
 import sys
 from collections.abc import Iterator, Sequence
 
+from megabyte_jax import remote
 from megabyte_jax.config import DataConfig
 from megabyte_jax.config_parsing import dataclass_from_mapping
 from megabyte_jax.data import archives, packed
+from megabyte_jax.data.pack_writer import PackWriter
 from megabyte_jax.data.read_ahead import read_ahead
 from megabyte_jax.data.sources import DataError, Source, open_path
 
@@ -38,11 +41,13 @@ def pack(spec: str, folder: str, data: DataConfig) -> None:
   if archives.is_archive(spec):
     if data.form != "bytes":
       raise DataError(f"{spec}: only text is read from archives; unpack it and name the folder")
-    writer = packed.PackWriter(folder, _request(spec, archives.fingerprint(spec), data))
-    writer.write(archives.documents(spec, first=writer.items_done, skip_bad=data.skip_bad))
+    writer = PackWriter(folder, _request(spec, archives.fingerprint(spec), data))
+    place = [0]
+    documents = archives.documents(spec, writer.items_done, data.skip_bad, on_place=lambda at: place.__setitem__(0, at))
+    writer.write(documents, total_bytes=os.path.getsize(spec), place=lambda: place[0])
   else:
     source = open_path(spec, data)
-    writer = packed.PackWriter(folder, _request(spec, source.fingerprint, data), source.unit)
+    writer = PackWriter(folder, _request(spec, source.fingerprint, data), source.unit)
     writer.write(_documents(source, writer.items_done), total_bytes=int(source.lengths.sum()), skipped=source.skipped)
   manifest = packed.Packed(folder, data).manifest
   print(f"{folder}: {manifest['documents']:,} documents, {manifest['bytes']:,} bytes", end="")
@@ -70,7 +75,7 @@ def _documents(source: Source, first: int) -> Iterator[tuple[str, Iterator[bytes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-  """The command line; errors of the data are one line and exit status 1."""
+  """The command line; errors that a person can put right are one line and exit status 1, Ctrl-C is 130."""
   parser = argparse.ArgumentParser(
     prog="python -m megabyte_jax.data.prepare",
     description=__doc__,
@@ -107,8 +112,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
       from megabyte_jax.data import tfds_files  # noqa: PLC0415
 
       getattr(tfds_files, command)(given.pop("name").removeprefix("tfds:"), **given)
-  except ValueError as error:
+  except (ValueError, OSError) as error:
     sys.exit(f"prepare: {error}")
+  except ImportError as error:
+    if not (line := remote.missing_package(error)):
+      raise
+    sys.exit(f"prepare: {line}")
+  except KeyboardInterrupt:
+    print("prepare: interrupted; the same command goes on from here", file=sys.stderr)
+    sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,12 @@ from typing import Protocol
 
 import numpy as np
 
+from megabyte_jax import remote
 from megabyte_jax.config import ConfigError, DataConfig
 from megabyte_jax.config_parsing import require
 
 SAMPLE_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sample")
+SKIP_HINT = "--config.data.skip_bad=True (eval.py: --skip-bad, prepare: --skip_bad)"
 
 
 class DataError(ValueError):
@@ -38,7 +40,7 @@ class Source(Protocol):
     unit: bytes that belong together, such as the two of a 16-bit sample; windows start at multiples of it.
     slow: whether reading takes work or waiting (decoding, a network), so that threads help.
     skipped: items that were left out because they could not be read (see DataConfig.skip_bad).
-    fingerprint: short hexadecimal string; differs when the data, or how they are turned into bytes, differ.
+    fingerprint: short string; differs when the data, or how they are turned into bytes, differ (`pair_fingerprints`).
   """
 
   names: Sequence[str]
@@ -74,14 +76,18 @@ def open_source(data: DataConfig, split: str) -> Source:
   return Mixture([_open_one(one, data) for one in specs], data.train_weights)
 
 
-def open_path(spec: str, data: DataConfig) -> Source:
+def open_path(spec: str, data: DataConfig, skip_empty: bool = False) -> Source:
   """The source that `spec` names (see the head of this file), its items turned into bytes as `data` says.
+
+  Args:
+    skip_empty: leave out and count the empty files of a folder or glob (not one that is named itself) instead of
+      raising DataError, for evaluation, where they cost nothing.
 
   Raises:
     ConfigError: the name cannot be understood.
     DataError: nothing is there, or it cannot be read.
   """
-  sources = [_open_one(one, data) for one in _split_list(spec)]
+  sources = [_open_one(one, data, skip_empty) for one in _split_list(spec)]
   return sources[0] if len(sources) == 1 else Joined(sources)
 
 
@@ -91,20 +97,22 @@ def _split_list(spec: str) -> list[str]:
   return specs
 
 
-def _open_one(spec: str, data: DataConfig) -> Source:
+def _open_one(spec: str, data: DataConfig, skip_empty: bool = False) -> Source:
   from megabyte_jax.data import files  # noqa: PLC0415  (the kinds of sources know this file)
 
+  if scheme := remote.unknown_scheme(spec):
+    raise DataError(f"{spec}: no data can be read from {scheme}; copy them to a disk or a bucket (gs://)")
   if spec.startswith("sample:"):
     path = os.path.join(SAMPLE_FOLDER, *spec.removeprefix("sample:").split("/"))
     if not os.path.exists(path):
       known = sorted(os.path.relpath(root, SAMPLE_FOLDER) for root, dirs, _ in os.walk(SAMPLE_FOLDER) if not dirs)
       raise ConfigError(f"no sample data {spec!r}; there are {', '.join('sample:' + name for name in known)}")
-    return files.open_files(path, data)
+    return files.open_files(path, data, skip_empty)
   if spec.startswith("tfds:"):
     from megabyte_jax.data import tfds_source  # noqa: PLC0415
 
     return tfds_source.open_tfds(spec, data)
-  return files.open_files(spec, data)
+  return files.open_files(spec, data, skip_empty)
 
 
 class Joined:
@@ -136,9 +144,31 @@ class Mixture(Joined):
     self.fingerprint = combine_fingerprints([self.fingerprint, repr(self.weights)])
 
 
+def pair_fingerprints(older: str, newer: str) -> str:
+  """A fingerprint with two parts: what runs of older versions stored, and what they did not look at.
+
+  A saved one without a second part is still compared with the first; see `same_fingerprint`.
+  """
+  return f"{older}|{newer}"
+
+
+def same_fingerprint(saved: object, now: object) -> bool:
+  """Whether a saved fingerprint is that of the data as they are now."""
+  if isinstance(saved, str) and isinstance(now, str) and "|" not in saved:
+    now = now.partition("|")[0]
+  return saved == now
+
+
 def combine_fingerprints(parts) -> str:
-  """One fingerprint of several strings, in their order."""
-  return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+  """One fingerprint of several, or of other strings, in their order."""
+  halves = [str(part).partition("|")[::2] for part in parts]
+  older, newer = ("\0".join(half) for half in zip(*halves, strict=True))
+  newer = _short_hash(newer) if newer.strip("\0") else ""
+  return pair_fingerprints(_short_hash(older), newer) if newer else _short_hash(older)
+
+
+def _short_hash(text: str) -> str:
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def check_range(source: Source, document: int, start: int, stop: int) -> None:

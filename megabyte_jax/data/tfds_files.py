@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,8 +11,10 @@ from etils import epath
 from tensorboardX.crc32c import crc32c
 
 from megabyte_jax.atomic_file import replacing
+from megabyte_jax.data.files import sizes_of
 from megabyte_jax.data.sources import DataError
 from megabyte_jax.data.tfds_source import find_builder
+from megabyte_jax.progress import Progress
 
 _INFO = "dataset_info.json"
 
@@ -62,15 +63,16 @@ def convert(name: str, tfds_dir: str = "", out: str = "") -> None:
     print(f"tfds:{name} has ArrayRecord files in {source} already")
     return
   target.mkdir(parents=True, exist_ok=True)
+  shards: list[tuple[str, str, int]] = []
   for split in builder.info.splits.values():
     old = split.filename_template.replace(filetype_suffix="tfrecord")
     new = old.replace(filetype_suffix="array_record", data_dir=target)
-    shards = zip(old.sharded_filepaths(split.num_shards), new.sharded_filepaths(split.num_shards), strict=True)
-    for number, (paths, count) in enumerate(zip(shards, split.shard_lengths, strict=True), 1):
-      print(f"\r{split.name}: file {number} of {split.num_shards}", end="", file=sys.stderr, flush=True)
-      if not epath.Path(paths[1]).exists():
-        _convert_shard(epath.Path(paths[0]), epath.Path(paths[1]), count)
-    print(file=sys.stderr)
+    names = (map(str, files.sharded_filepaths(split.num_shards)) for files in (old, new))
+    shards += zip(*names, split.shard_lengths, strict=True)
+  shards = [shard for shard in shards if not epath.Path(shard[1]).exists()]
+  with Progress("converting", sum(max(0, size) for size in sizes_of([old for old, _, _ in shards]))) as progress:
+    for old, new, count in shards:
+      _convert_shard(epath.Path(old), epath.Path(new), count, progress)
   if target == source:
     description.setdefault("fileFormat", "tfrecord")
     description["alternativeFileFormats"] = sorted({*description.get("alternativeFileFormats", ()), "array_record"})
@@ -85,18 +87,24 @@ def convert(name: str, tfds_dir: str = "", out: str = "") -> None:
   print(f"tfds:{name} can be read at random from {target}")
 
 
-def _convert_shard(old: epath.Path, new: epath.Path, count: int) -> None:
+def _convert_shard(old: epath.Path, new: epath.Path, count: int, progress: Progress) -> None:
   from array_record.python import array_record_module  # noqa: PLC0415
 
   with replacing(new) as temporary:
-    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+    written = 0
     try:
-      written = 0
-      for record in tfrecords(old):
-        writer.write(record)
-        written += 1
-    finally:
-      writer.close()
+      writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+      try:
+        for record in tfrecords(old):
+          writer.write(record)
+          written += 1
+          progress.add(16 + len(record))
+      finally:
+        writer.close()
+    except RuntimeError as error:  # the writer's only error
+      raise DataError(
+        f"{new} cannot be written ({error}); is there room on the disk? Run the same command again"
+      ) from error
     if written != count:
       raise DataError(f"{old} holds {written:,} records, and the data set's description says {count:,}")
     reader = array_record_module.ArrayRecordReader(str(temporary))  # a full disk is no error to the writer

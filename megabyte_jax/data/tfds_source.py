@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from megabyte_jax import remote
 from megabyte_jax.config import DataConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.data.files import fingerprint_files, sizes_of
 from megabyte_jax.data.image_source import Images
-from megabyte_jax.data.sources import DataError, Source, check_range, combine_fingerprints
+from megabyte_jax.data.sources import SKIP_HINT, DataError, Source, check_range, combine_fingerprints
 
 _SPLIT = r"\w+(?:\[[^\]]*\])?"
 _SPEC = re.compile(rf"tfds:(?P<name>.+):(?P<split>{_SPLIT}(?:\+{_SPLIT})*)(?:#(?P<feature>\w+))?")
@@ -75,12 +76,27 @@ def find_builder(name: str, tfds_dir: str) -> Any:
     if not (folder / "dataset_info.json").exists():
       raise DataError(f"{name} holds no prepared TFDS data set (no dataset_info.json)")
     return tfds.builder_from_directory(folder)
+  where = tfds_dir or "TFDS's default folder"
+  try:
+    # What lies there describes itself best: the builder of the code does not see that a data set has two file formats,
+    # and some cannot be imported without TensorFlow.
+    return tfds.core.read_only_builder.builder_from_files(name, data_dir=tfds_dir or None)
+  except tfds.core.DatasetNotFoundError:
+    pass
+  except (ValueError, AssertionError) as error:
+    raise DataError(f"tfds:{name}: {error}") from error
   try:
     builder = tfds.builder(name, data_dir=tfds_dir or None)
-    # What lies there describes itself best: the builder of the code does not see that a data set has two file formats.
     return tfds.builder_from_directory(builder.data_dir) if builder.info.splits else builder
+  except ImportError as error:
+    if line := remote.missing_package(error):
+      raise DataError(line) from error
+    raise DataError(
+      f"tfds:{name} is not in {where}, and TFDS's code that builds it needs TensorFlow or another package that is "
+      f"missing ({error}); where that is installed (pip install tensorflow), prepare it with\n"
+      f"  {prepare_command('build', name, tfds_dir)}"
+    ) from error
   except tfds.core.DatasetNotFoundError as error:
-    where = tfds_dir or "TFDS's default folder"
     hint = re.search(r"Did you mean[^?\n]*\?", str(error))
     raise DataError(
       f"TFDS knows no data set {name!r}, and none lies in {where}. {hint[0] if hint else ''} "
@@ -145,6 +161,10 @@ class Records:
       self._info = builder.info.splits[split]
     except (ValueError, KeyError) as error:
       raise DataError(f"{spec}: no such split; there are {', '.join(builder.info.splits)}") from error
+    if self._info.num_examples < 1:
+      raise DataError(
+        f"{spec} names no records; see https://www.tensorflow.org/datasets/splits for how a part is named"
+      )
     raw = tfds.decode.DeserializeMethod.RAW_BYTES  # one feature is read here in a quarter of the time of TFDS's parser
     self._records = builder.as_data_source(split, deserialize_method=raw, file_format="array_record")
     self._parse = tf_example_pb2.Example.FromString
@@ -153,8 +173,6 @@ class Records:
     self._ends = list(itertools.accumulate(shard.take for shard in self._shards))
     self._check_shard = functools.cache(self._find_problem)
     self.names = _Numbered(spec, len(self._records))
-    if not len(self._records):
-      raise DataError(f"{spec} has no records")
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -218,7 +236,7 @@ class Texts:
       length = len(self._records.load(i))
       if length or skip_bad:
         return length
-      raise DataError(f"{self._records.names[i]} is empty; skip such texts with --config.data.skip_bad=True")
+      raise DataError(f"{self._records.names[i]} is empty; skip such texts with {SKIP_HINT}")
     except DataError:
       if skip_bad:
         return 0

@@ -1,0 +1,122 @@
+"""Which files a path, a folder or a glob names."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import os
+import stat
+from collections.abc import Sequence
+
+from etils import epath
+
+from megabyte_jax import remote
+from megabyte_jax.data.sources import DataError
+
+
+def find_files(spec: str, suffixes: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+  """Paths of a file, of all files below a folder, or of a glob (`**` for any depth), sorted, and short names for them.
+
+  Hidden files and folders, and files without one of `suffixes` (if any are given), are left out of folders. Links are
+  followed, but not to a folder in which they lie themselves. Links to nothing are among the files: whoever reads them
+  says so. The names do not change when a folder is moved as a whole.
+
+  Raises:
+    DataError: there are no such files, or a folder cannot be listed.
+  """
+  is_remote = remote.is_remote(spec)
+  if any(c in spec for c in "*?[") and not os.path.exists(spec):
+    base = _fixed_part(spec)
+    paths = _remote_glob(base, spec) if is_remote else _local_glob(spec)
+    kind = "no file matches"
+  else:
+    path = epath.Path(spec)
+    if not path.exists():
+      raise DataError(f"{spec} does not exist; name a file, a folder, a glob, sample:NAME or tfds:NAME:SPLIT")
+    if not path.is_dir():
+      return [spec], [path.name]
+    base, kind = spec, "no files in folder"
+    paths = [p for p in (_walk_remote if is_remote else _walk)(spec) if _wanted(os.path.basename(p), suffixes)]
+  if not paths:
+    raise DataError(f"{kind} {spec}" + (f" (looked for {', '.join(suffixes)})" if suffixes else ""))
+  paths.sort()
+  return paths, [p[len(base) :].lstrip("/") for p in paths]
+
+
+def _fixed_part(pattern: str) -> str:
+  """The folders of a glob before the first wildcard."""
+  parts = pattern.split("/")
+  first = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
+  return "/".join(parts[:first]) + "/" if first else ""
+
+
+def _wanted(name: str, suffixes: Sequence[str]) -> bool:
+  return not name.startswith(".") and (not suffixes or name.lower().endswith(tuple(suffixes)))
+
+
+def _walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> list[str]:
+  """All files below a local folder, whose own folders are known by device and number: `above`."""
+  try:
+    here = os.stat(folder)
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+  except OSError as error:
+    raise DataError(f"folder {folder} cannot be listed ({error.strerror or error}); make it readable") from error
+  above = (*above, (here.st_dev, here.st_ino))
+  found = []
+  for entry in entries:
+    if not entry.is_dir():
+      found += [entry.path] if _is_file(entry.path) else []
+    elif not entry.name.startswith("."):
+      place = entry.stat()
+      if (place.st_dev, place.st_ino) not in above:  # a link back to where we come from has nothing new
+        found += _walk(entry.path, above)
+  return found
+
+
+def _is_file(path: str) -> bool:
+  """Whether something is a file or a link to nothing, and no socket, pipe or device."""
+  try:
+    return stat.S_ISREG(os.stat(path).st_mode)
+  except OSError:
+    return True
+
+
+def _walk_remote(folder: str) -> list[str]:
+  """All files below a folder of an object store, by one request a folder."""
+
+  def cannot(error: OSError) -> None:
+    raise DataError(f"folder {folder} cannot be listed ({error})") from error
+
+  scheme, found = folder.partition("://")[0], []
+  for root, folders, names in epath.Path(folder).walk(on_error=cannot):
+    folders[:] = [name for name in folders if not name.startswith(".")]
+    inside = os.fspath(root).removeprefix(f"{scheme}://").strip("/")  # file systems give it with the scheme or without
+    found += [f"{scheme}://{inside}/{name}" for name in names if name]
+  return found
+
+
+def _local_glob(pattern: str) -> list[str]:
+  return [p for p in glob.glob(pattern, recursive=True) if not os.path.isdir(p) and _is_file(p) and not _in_a_loop(p)]
+
+
+def _in_a_loop(path: str) -> bool:
+  """Whether the folders of a path are within themselves, by a link."""
+  return _folder_in_a_loop(os.path.dirname(path))
+
+
+@functools.lru_cache(maxsize=4096)
+def _folder_in_a_loop(folder: str) -> bool:
+  parent = os.path.dirname(folder)
+  if parent == folder or not folder:
+    return False
+  if os.path.islink(folder):
+    target = os.path.realpath(folder)
+    if f"{os.path.realpath(parent)}/".startswith(f"{target.rstrip('/')}/"):
+      return True
+  return _folder_in_a_loop(parent)
+
+
+def _remote_glob(base: str, pattern: str) -> list[str]:
+  paths = list(epath.Path(base).glob(pattern[len(base) :].lstrip("/")))
+  folders = remote.in_parallel(lambda path: path.is_dir(), paths, remote=True)
+  return [str(path) for path, is_folder in zip(paths, folders, strict=True) if not is_folder]

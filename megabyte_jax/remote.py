@@ -1,0 +1,46 @@
+"""Paths of object stores, such as gs://bucket/folder: the packages they need, and many requests at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+_T, _R = TypeVar("_T"), TypeVar("_R")
+_REQUESTS = 32  # at once; each waits some tens of milliseconds for its answer
+_SCHEMES = ("gs://", "s3://", "az://", "hf://")  # those of etils.epath
+# What the packages that are missing call themselves in their ImportErrors, and what installs them.
+_INSTALL = {
+  "gcsfs": '"megabyte_jax[gcs]"',
+  "google-cloud-storage": '"megabyte_jax[gcs]"',
+  "s3fs": "s3fs",
+  "adlfs": "adlfs",
+  "huggingface_hub": "huggingface_hub",
+}
+
+
+def is_remote(path: object) -> bool:
+  """Whether a path names an object store."""
+  return "://" in str(path)
+
+
+def unknown_scheme(spec: str) -> str:
+  """What cannot be read of the remote paths in a text, such as https://; empty where all can."""
+  return next((scheme for scheme in re.findall(r"\w+://", spec) if scheme not in _SCHEMES), "")
+
+
+def missing_package(error: ImportError) -> str:
+  """One line with the command that installs what a remote path needs; empty where the error has another cause."""
+  for package, install in _INSTALL.items():
+    if package in str(error):
+      return f"paths in a bucket need {package}, which is not installed: pip install {install}"
+  return ""
+
+
+def in_parallel(function: Callable[[_T], _R], items: Iterable[_T], remote: bool) -> list[_R]:
+  """function(item) for each, in order; many at once where they are remote. The first error is raised."""
+  if not remote:
+    return [function(item) for item in items]
+  with ThreadPoolExecutor(_REQUESTS) as pool:
+    return list(pool.map(function, items))
