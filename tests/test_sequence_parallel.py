@@ -184,3 +184,23 @@ ENTRY %main (a: f32[4]) -> f32[4] {{
 }}
 """
   assert [(one.kind, one.times) for one in collectives(text)] == [("all-gather", 1)] * 2
+
+
+@pytest.mark.parametrize(
+  ("kind", "slices", "shape", "sends"),
+  [
+    ("ALL_REDUCE", "1,2", "(bf16[2,8]{1,0:T(8,128)(2,1)}, u32[], token[])", 32.0),
+    ("ALL_REDUCE", "1:4", "(f32[16]{0}, f32[16]{0}, u32[], token[])", 192.0),
+    ("ALL_GATHER", "1,2,3,4", "(f32[16]{0}, u32[], token[])", 192.0),
+  ],
+)
+def test_what_goes_between_slices(kind, slices, shape, sends):
+  attributes = f'_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{{{slices}}}x{{0:3}}"'
+  text = f"""ENTRY %main (a: f32[4]) -> f32[4] {{
+  %s = {shape} send(%a, %t), channel_id=2, frontend_attributes={{{attributes},_xla_megascale_transfer_type="{kind}"}}
+  %r = {shape} recv(%t), channel_id=1, frontend_attributes={{{attributes},_xla_megascale_transfer_type="{kind}"}}
+}}
+"""
+  [one] = collectives(text)
+  assert one.between_slices
+  assert one.wire_bytes == sends
