@@ -85,14 +85,17 @@ def test_the_run_of_a_tpu_pod_outlives_the_connection(tmp_path):
   put_program(home / "venv/bin", "python", train)
   environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(home)}
   options = {"env": environment, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
-  with subprocess.Popen(["bash", "-c", remote], **options) as first:
-    assert first.stdout.readline().strip() == TRAIN[-1]
-    os.kill(first.pid, signal.SIGHUP)
-    with subprocess.Popen(["bash", "-c", remote], **options) as again:
-      assert "is training already" in again.stdout.readline()
-      assert again.stdout.readline().strip() == TRAIN[-1]
-      (home / "go").touch()
-      assert again.stdout.readline().strip() == "trained"
+  try:
+    with subprocess.Popen(["bash", "-c", remote], **options) as first:
+      assert first.stdout.readline().strip() == TRAIN[-1]
+      os.kill(first.pid, signal.SIGHUP)
+      with subprocess.Popen(["bash", "-c", remote], **options) as again:
+        assert "is training already" in again.stdout.readline()
+        assert again.stdout.readline().strip() == TRAIN[-1]
+        (home / "go").touch()
+        assert again.stdout.readline().strip() == "trained"
+  finally:
+    (home / "go").touch()  # nothing is left running
   with subprocess.Popen(["bash", "-c", remote], **options) as anew:
     assert anew.wait(timeout=20) == 3
     assert anew.stdout.read().split() == [TRAIN[-1], "trained"]
