@@ -21,19 +21,12 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from megabyte_jax.best_steps import BestSteps
+from megabyte_jax.checkpoint_arrays import check_same_arrays, flat_arrays, handlers, placed
 from megabyte_jax.config import CheckpointConfig
 from megabyte_jax.digests import find_damage, write_digests
 from megabyte_jax.saved_run import CheckpointError, changed_keys, check_same_run, load_config, save_config
 
-__all__ = [
-  "CheckpointError",
-  "Checkpoints",
-  "Restored",
-  "changed_keys",
-  "check_same_run",
-  "load_config",
-  "save_config",
-]
+__all__ = ["CheckpointError", "Checkpoints", "Restored", "changed_keys", "check_same_run", "load_config", "save_config"]
 
 FORMAT = 1  # raised when older code could no longer read what this code writes
 _ITEMS = ("params", "opt_state", "meta")
@@ -88,7 +81,7 @@ class Checkpoints:
         preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(keep),
         async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digests),
       ),
-      handler_registry=_handlers(),
+      handler_registry=handlers(),
     )
 
   def __enter__(self) -> Checkpoints:
@@ -105,8 +98,7 @@ class Checkpoints:
       return True
     if not self._config.every_minutes:
       return False
-    several = jax.process_count() > 1
-    if several and step % _MULTI_PROCESS_CLOCK_STEPS:
+    if jax.process_count() > 1 and step % _MULTI_PROCESS_CLOCK_STEPS:
       return False  # asking process 0 waits for the devices
     return bool(_from_first_process(time.monotonic() - self._last_save >= 60 * self._config.every_minutes))
 
@@ -148,8 +140,8 @@ class Checkpoints:
     self._manager.save(
       step,
       args=ocp.args.Composite(
-        params=ocp.args.StandardSave(_flat(params)),
-        opt_state=ocp.args.StandardSave(_flat(opt_state)),
+        params=ocp.args.StandardSave(flat_arrays(params)),
+        opt_state=ocp.args.StandardSave(flat_arrays(opt_state)),
         meta=ocp.args.JsonSave(meta),
       ),
       force=True,
@@ -241,35 +233,16 @@ class Checkpoints:
       raise CheckpointError(
         f"{self.folder / str(step)} has format {meta['format']}, this megabyte_jax reads up to {FORMAT}; update it"
       )
-    flat = {name: {key: _placed(leaf) for key, leaf in _flat(tree).items()} for name, tree in abstract.items()}
+    flat = {name: {key: placed(leaf) for key, leaf in flat_arrays(tree).items()} for name, tree in abstract.items()}
     if flat:
-      self._check_same_arrays(step, flat)
+      check_same_arrays(self.folder / str(step), self._manager.item_metadata(step), flat)
       args = {name: ocp.args.StandardRestore(tree) for name, tree in flat.items()}
       flat = self._manager.restore(step, args=ocp.args.Composite(**args))
     trees = {
-      name: jax.tree.unflatten(jax.tree.structure(tree), [flat[name][key] for key in _flat(tree)])
+      name: jax.tree.unflatten(jax.tree.structure(tree), [flat[name][key] for key in flat_arrays(tree)])
       for name, tree in abstract.items()
     }
     return Restored(step, trees.get("params"), trees.get("opt_state"), meta)
-
-  def _check_same_arrays(self, step: int, wanted: dict[str, dict[str, jax.ShapeDtypeStruct]]) -> None:
-    """Raises CheckpointError unless the checkpoint has exactly the arrays of `wanted`; Orbax would cast or skip."""
-    metadata = self._manager.item_metadata(step)
-    lines = []
-    for item, tree in wanted.items():
-      saved = {name: _describe(leaf) for name, leaf in metadata[item].tree.items()}
-      asked = {name: _describe(leaf) for name, leaf in tree.items()}
-      for name in sorted(saved.keys() | asked.keys()):
-        was, now = saved.get(name, "(absent)"), asked.get(name, "(absent)")
-        if was != now:
-          lines.append(f"  {item}: {name}: {was} -> {now}")
-    if lines:
-      shown = lines[:10] + [f"  and {len(lines) - 10} more"] * (len(lines) > 10)
-      raise CheckpointError(
-        f"{self.folder / str(step)} does not fit this model and optimizer (saved -> needed):\n"
-        + "\n".join(shown)
-        + "\nuse the config of the run that saved it, or another --workdir"
-      )
 
   # -- Telling whole from damaged --
 
@@ -354,34 +327,6 @@ class Checkpoints:
       temporary = [path for path in self.folder.iterdir() if path.name.split(".")[0] == str(self._saving_step)]
       for folder in temporary:  # one
         write_digests(folder, skip=_WRITTEN_LAST)
-
-
-def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
-  """How each item is stored, told in advance so that a checkpoint can be examined before it is restored."""
-  registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-  for item in ("params", "opt_state"):
-    arrays = ocp.handlers.StandardCheckpointHandler()
-    registry.add(item, ocp.args.StandardSave, arrays)
-    registry.add(item, ocp.args.StandardRestore, arrays)
-  text = ocp.handlers.JsonCheckpointHandler()
-  registry.add("meta", ocp.args.JsonSave, text)
-  registry.add("meta", ocp.args.JsonRestore, text)
-  return registry
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-  """{dotted path: leaf} of any pytree, in the order of its leaves."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-  sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _describe(leaf: Any) -> str:
-  return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
 def _list(steps: list[int]) -> str:

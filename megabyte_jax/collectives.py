@@ -1,7 +1,8 @@
 """Communication in a compiled program: which collectives it runs, how often and with how many bytes.
 
 Read from the text of the optimised program (`compiled.as_text()`), the only form in which XLA shows them. A layer
-stack is a loop there, so what is in its body counts as often as the loop runs.
+stack is a loop there, so what is in its body counts as often as the loop runs. Between slices of TPUs the runtime moves
+arrays by way of the hosts: XLA writes that as sends to it, which tell in attributes what they are part of.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ _CALL = re.compile(r"(?:calls|to_apply|condition|body|async_execution_thread\w*)
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 _OPERATION = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_BETWEEN_SLICES = re.compile(
+  rf' = \((.*?), u32.* send\(.*_xla_megascale_target="\{{([^}}]*)\}}.*'
+  rf'_xla_megascale_transfer_type="({"|".join(kind.replace("-", "_").upper() for kind in KINDS)})"'
+)
 _PIECE = re.compile(r"channel_id=(\d+),.*chain_id=\"(\d+)\"")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 
@@ -34,6 +39,7 @@ class Collective:
     group: devices that take part together.
     times: how often one run of the program runs it.
     name: where in the source program it comes from, as XLA recorded it; '' if it did not.
+    between_slices: it goes over the data centre's network; `group` then counts slices.
   """
 
   kind: str
@@ -41,6 +47,7 @@ class Collective:
   group: int
   times: int
   name: str
+  between_slices: bool = False
 
   @property
   def wire_bytes(self) -> float:
@@ -59,8 +66,13 @@ def collectives(hlo: str) -> list[Collective]:
   times = _runs(hlo)
   found: dict[object, Collective] = {}
   for computation, line in _lines(hlo):
+    if not times[computation]:
+      continue
+    sent = _BETWEEN_SLICES.search(line)
+    if sent:
+      found[len(found)] = _between_slices(*sent.groups(), times[computation])
     match = _OPERATION.search(line)
-    if not match or not times[computation]:
+    if not match:
       continue
     shape, kind, started = match.groups()
     group = _group(line)
@@ -75,6 +87,19 @@ def collectives(hlo: str) -> list[Collective]:
     if key not in found or times[computation] < found[key].times:
       found[key] = Collective(kind, arrays, group, times[computation], name[1] if name else "")
   return list(found.values())
+
+
+def _between_slices(shape: str, slices: str, kind: str, times: int) -> Collective:
+  """What one send does; `slices` lists the slices that take part, like 1,2 or 1:4."""
+  group = 0
+  for part in slices.split(","):
+    first, _, last = part.partition(":")
+    group += int(last or first) - int(first) + 1
+  kind = kind.lower().replace("_", "-")
+  sizes = _sizes(shape)
+  if kind == "all-gather":  # a device sends its part of the result
+    sizes = [size * group for size in sizes]
+  return Collective(kind, tuple(sizes), group, times, "", between_slices=True)
 
 
 def _lines(hlo: str):
@@ -143,15 +168,20 @@ def _constant(line: str) -> int:
 
 def _arrays(shape: str, kind: str, started: bool) -> tuple[int, ...]:
   """Bytes of the results in an instruction's shape. That of an asynchronous start also lists operands, and flags."""
-  sizes = [
-    _BYTES.get(dtype, 1) * math.prod(int(d) for d in dims.split(",") if d)
-    for dtype, dims in _SHAPE.findall(re.sub(r"\{[^}]*\}", "", shape))
-  ]
+  sizes = _sizes(shape)
   if not started or kind == "all-reduce" or len(sizes) < 2:
     return tuple(sizes)
   if kind == "collective-permute":  # operand, result, two flags
     return (sizes[1],)
   return tuple(sizes[len(sizes) // 2 :])
+
+
+def _sizes(shape: str) -> list[int]:
+  """Bytes of each array in a shape."""
+  return [
+    _BYTES.get(dtype, 1) * math.prod(int(d) for d in dims.split(",") if d)
+    for dtype, dims in _SHAPE.findall(re.sub(r"\{[^}]*\}", "", shape))
+  ]
 
 
 def _group(line: str) -> int:

@@ -42,7 +42,7 @@ def run(main: Callable[[], None]) -> None:
     distributed.end(1)
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
-    sys.exit(130)
+    distributed.end(130, at_once=True)
 
 
 def define_config(default: str, help_string: str) -> flags.FlagHolder:

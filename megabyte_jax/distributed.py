@@ -15,11 +15,13 @@ import argparse
 import importlib.util
 import os
 import re
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 import jax
 
@@ -78,22 +80,80 @@ def start(
   )
   if jax.process_index() > 0:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for the rest of the process)
+  sys.stdout, sys.stderr = LastingOutput(sys.stdout), LastingOutput(sys.stderr)
   sys.excepthook = _end_by_exception
+  _end_at_second_interrupt()
 
 
-def end(code: int) -> NoReturn:
+def end(code: int, *, at_once: bool = False) -> NoReturn:
   """Ends this process after an error.
 
   One of several processes must not wait for the others at its end, as JAX makes it do: they wait for it, in the middle
   of a step.
+
+  Args:
+    at_once: give the others no time to say what they have to say.
   """
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
     sys.exit(code)
-  if jax.process_index() == 0:
+  if jax.process_index() == 0 and not at_once:
     time.sleep(2)  # the others lose their coordinator with it; those with the same error may say so first
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)
+
+
+class LastingOutput:
+  """A stream whose reader may go away: what is written from then on is lost, and the process goes on.
+
+  One process of several must not end because nobody reads its output any more: all the others would.
+  """
+
+  def __init__(self, stream: TextIO):
+    self._stream = stream
+
+  def write(self, text: str) -> int:
+    """As the stream's own."""
+    try:
+      return self._stream.write(text)
+    except BrokenPipeError:
+      self._lose()
+      return len(text)
+
+  def flush(self) -> None:
+    """As the stream's own."""
+    try:
+      self._stream.flush()
+    except BrokenPipeError:
+      self._lose()
+
+  def _lose(self) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, self._stream.fileno())
+    os.close(nowhere)
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._stream, name)
+
+
+def _end_at_second_interrupt() -> None:
+  """Makes a second Ctrl-C end this process within a moment, with exit code 130.
+
+  Python acts on a signal when its main thread runs Python again; that may wait for another process for minutes. So a
+  thread listens.
+  """
+  heard, hear = os.pipe()
+  os.set_blocking(hear, False)
+  signal.set_wakeup_fd(hear, warn_on_full_buffer=False)
+
+  def listen() -> None:
+    interrupts = 0
+    while interrupts < 2:
+      interrupts += os.read(heard, 64).count(signal.SIGINT)
+    os.write(2, b"interrupted\n")
+    os._exit(130)
+
+  threading.Thread(target=listen, daemon=True).start()
 
 
 def _end_by_exception(*error) -> None:

@@ -34,28 +34,31 @@ class TpuChip:
   than the documented 16, 32 and 192 GiB. To v5p it grants 95.74 GiB; the documented 95 are taken. All other figures
   are from docs.cloud.google.com/tpu/docs (copies read on 2026-11-23), which gives 400 (v5e), 1200 (v5p), 800 (v6e)
   and 1200 GB/s (TPU7x) for all links of a chip, both directions together: half of it, shared by four links or, in a
-  three-dimensional torus, six. Unverified: v4's links.
+  three-dimensional torus, six. Unverified: v4's links. The data centre's network: 50 (v5p), 100 (v6e) and 100 Gbit/s
+  (TPU7x) a chip, by the page on TPU7x; 6.4 Tbit/s for the 256 chips of v5e; none is documented for v4.
 
   Attributes:
     cores: TensorCores; a device is one or both of them.
     memory: bytes of HBM that programs may use.
     memory_rate: bytes per second of HBM.
     link_rate: bytes per second of one inter-chip link in one direction.
+    network_rate: bytes per second of the chip's share of the data centre's network, None where it is not known.
   """
 
   cores: int
   memory: float
   memory_rate: float
   link_rate: float
+  network_rate: float | None
 
 
 _GIB = 2**30
 _TPU_CHIP = {
-  "TPU v4": TpuChip(2, 30.5 * _GIB, 1.2e12, 45e9),
-  "TPU v5 lite": TpuChip(1, 15.75 * _GIB, 819e9, 50e9),
-  "TPU v5": TpuChip(2, 95 * _GIB, 2.765e12, 100e9),
-  "TPU v6 lite": TpuChip(1, 31.25 * _GIB, 1.638e12, 100e9),
-  "TPU7x": TpuChip(2, 189.5 * _GIB, 7.38e12, 100e9),
+  "TPU v4": TpuChip(2, 30.5 * _GIB, 1.2e12, 45e9, None),
+  "TPU v5 lite": TpuChip(1, 15.75 * _GIB, 819e9, 50e9, 3.125e9),
+  "TPU v5": TpuChip(2, 95 * _GIB, 2.765e12, 100e9, 6.25e9),
+  "TPU v6 lite": TpuChip(1, 31.25 * _GIB, 1.638e12, 100e9, 12.5e9),
+  "TPU7x": TpuChip(2, 189.5 * _GIB, 7.38e12, 100e9, 12.5e9),
 }
 _GPU = (  # the first whose words are in the device's name
   ("GB300", 2500e12),

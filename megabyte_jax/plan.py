@@ -2,7 +2,7 @@
 
   python -m megabyte_jax.plan --config=configs/paper/table5.py:image640_megabyte --topology=v5p:4x4x4
   python -m megabyte_jax.plan --config=... --topology=v6e:16x16 --mesh=fsdp=64,seq=4 --batch_size=128 --remat=named
-  python -m megabyte_jax.plan --config=... --topology=v5e:16x16 --search       # tries meshes, remat, accumulation
+  python -m megabyte_jax.plan --config=... --topology=v5e:16x16 --search       # tries meshes, batch sizes, remat
   python -m megabyte_jax.plan --config=... --step=generate --json              # train (default), eval or generate
   python -m megabyte_jax.plan --config=... --save=step.pickle                  # keeps the executable; see `save`
 
@@ -16,7 +16,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import pathlib
 import pickle
 import re
 import time
@@ -31,6 +30,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import config_flags
 
 from megabyte_jax import command_line, flops, hardware, roofline, sampling
+from megabyte_jax.atomic_file import replacing
 from megabyte_jax.collectives import Collective, collectives
 from megabyte_jax.command_line import parse_mesh
 from megabyte_jax.config import Config, ConfigError, PerceiverARConfig
@@ -42,6 +42,7 @@ from megabyte_jax.train_state import abstract_state, make_eval_step, make_train_
 
 STEPS = ("train", "eval", "generate")
 _GIB = 2**30
+_BETWEEN = " between slices"
 _QUICK = {"exec_time_optimization_effort": -1.0}
 
 
@@ -54,7 +55,8 @@ class Plan:
     reason: why it does not fit, in the compiler's words.
     memory: HBM of one device.
     arguments, output, temporaries, total: of the step; output that reuses arguments' memory is not counted twice.
-    wire: kind of collective -> (how many run in a step, bytes that each device sends).
+    wire: kind of collective -> (how many run in a step, bytes that each device sends); `KIND between slices` for what
+      goes over the data centre's network.
     bounds: roofline of the step; None for generation, whose many small steps it does not describe.
     quick: compiled with little optimisation, so not quite the program of a run.
     seconds: it took to compile.
@@ -198,12 +200,13 @@ def make_plan(
     found = collectives(executable.as_text())
     counts, sent = Counter(), Counter()
     for one in found:
-      counts[one.kind] += one.times
-      sent[one.kind] += one.wire_bytes
+      kind = one.kind + _BETWEEN * one.between_slices
+      counts[kind] += one.times
+      sent[kind] += one.wire_bytes
     plan.wire = {kind: (counts[kind], sent[kind]) for kind in counts}
   if step != "generate" and executable is not None:
-    wire_bytes = sum(one.wire_bytes for one in found)
-    plan.bounds = roofline.bounds(config, devices[0], len(devices), mesh.shape["tensor"], step, wire_bytes)
+    within, between = (sum(one.wire_bytes for one in found if one.between_slices == far) for far in (False, True))
+    plan.bounds = roofline.bounds(config, devices[0], len(devices), mesh.shape["tensor"], step, within, between)
   return plan, executable
 
 
@@ -238,11 +241,15 @@ def describe(plan: Plan) -> str:
     lines.append(f"memory      {plan.total / _GIB:.2f} GiB {of} ({shown})")
   lines.append("fits        yes" if plan.fits else f"fits        no: {plan.reason}")
   for kind, (count, sent) in sorted(plan.wire.items()):
-    lines.append(f"{kind:<20}{count:>6} a step, each device sends {human(sent, 'B')}")
+    lines.append(f"{kind:<26}{count:>6} a step, each device sends {human(sent, 'B')}")
   if plan.bounds:
     b = plan.bounds
+    network = f", network {1e3 * b.network:.1f} ms" if b.network else ""
+    if not b.network and any(_BETWEEN in kind for kind in plan.wire):
+      network = ", network not counted (its rate is not known)"
     lines += [
-      f"bounds      compute {1e3 * b.compute:.1f} ms, memory ~{1e3 * b.memory:.1f} ms, links {1e3 * b.links:.1f} ms",
+      f"bounds      compute {1e3 * b.compute:.1f} ms, memory ~{1e3 * b.memory:.1f} ms, links {1e3 * b.links:.1f} ms"
+      + network,
       f"at best     {1e3 * b.step:.1f} ms a step, MFU {100 * b.mfu:.0f}%, "
       f"{human(config.batch_size * flops.predicted_bytes(model) / b.step, 'B/s')}",
     ]
@@ -271,10 +278,11 @@ def save(executable: jax.stages.Compiled, path: str | os.PathLike) -> None:
   """
   from jax.experimental.serialize_executable import serialize  # noqa: PLC0415
 
-  pathlib.Path(path).write_bytes(pickle.dumps(serialize(executable)))
+  with replacing(path) as file:
+    file.write_bytes(pickle.dumps(serialize(executable)))
 
 
-def changed(config: Config, *, batch_size: int, accumulate: int, remat: str, mesh: str) -> Config:
+def changed(config: Config, *, batch_size: int = 0, accumulate: int = 0, remat: str = "", mesh: str = "") -> Config:
   """The config with what the flags change; a batch of another size keeps the bytes to train on."""
   if batch_size:
     steps = max(1, round(config.num_steps * config.batch_size / batch_size))
@@ -304,7 +312,8 @@ def main(arguments: list[str]) -> None:
   if values.search:
     from megabyte_jax.plan_search import search  # noqa: PLC0415
 
-    plan, executable = search(config, values.topology, devices, values.step, tries=values.tries)
+    sizes = (config.batch_size,) if values.batch_size else ()
+    plan, executable = search(config, values.topology, devices, values.step, tries=values.tries, batch_sizes=sizes)
   else:
     plan, executable = make_plan(config, values.topology, devices, values.step, quick=values.quick)
   print(to_json(plan) if values.json else describe(plan), flush=True)
@@ -325,7 +334,7 @@ def define_flags() -> None:
   flags.DEFINE_string("remat", "", "none, named or full; default the config's.")
   flags.DEFINE_enum("step", "train", STEPS, "What to compile.")
   flags.DEFINE_boolean("quick", False, "Compile in a third of the time; memory may come out a fifth too small.")
-  flags.DEFINE_boolean("search", False, "Try meshes, rematerialisation and accumulation, and recommend one.")
+  flags.DEFINE_boolean("search", False, "Try meshes, remat, parts and, without --batch_size, batches; recommend one.")
   flags.DEFINE_integer("tries", 8, "Combinations that --search compiles at most.")
   flags.DEFINE_boolean("json", False, "Print one JSON object.")
   flags.DEFINE_string("save", "", "Keep the serialized executable in this file.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import selectors
 import socket
 import sys
@@ -61,6 +62,7 @@ class _Teller:
 
 def _receive(coordinator: str, port: int, count: int, end: float, tell: Callable[[str], None]) -> None:
   """Process 0: listens until all others are on the line, then tells all of them to go."""
+  _allow_many_lines()
   try:
     # Without SO_REUSEPORT, which the server to come sets: so a second run on the same port is noticed.
     both = socket.has_dualstack_ipv6()
@@ -105,6 +107,13 @@ def _receive(coordinator: str, port: int, count: int, end: float, tell: Callable
     finally:
       for line in present.values():
         line.close()
+
+
+def _allow_many_lines() -> None:
+  """Lets this process hold as many lines as the system allows: often 1,024 files are the most unless it asks."""
+  _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+  with contextlib.suppress(ValueError, OSError):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _welcome(line: socket.socket, count: int, present: dict[int, socket.socket], selector) -> None:

@@ -2,7 +2,8 @@
 
 Compute is exact (flops.py plus recomputation). Memory traffic is an estimate in closed form, because XLA reports a
 loop's body once: weights per pass, optimizer state, the arrays between a block's matrix products, and the attention
-probabilities where no fused kernel keeps them on the chip. Links carry what the compiled program's collectives send.
+probabilities where no fused kernel keeps them on the chip. Links carry what the compiled program's collectives send,
+and the data centre's network what goes between slices.
 """
 
 from __future__ import annotations
@@ -28,17 +29,20 @@ class Bounds:
     memory: HBM traffic.
     links: communication, over both directions of one axis of the torus, not hidden behind anything.
     model_compute: as compute, without recomputation: what MFU counts.
+    network: communication between slices, over the data centre's network; 0 on one slice, or where the chip's rate is
+      not known.
   """
 
   compute: float
   memory: float
   links: float
   model_compute: float
+  network: float = 0.0
 
   @property
   def step(self) -> float:
-    """All three at once, perfectly overlapped: no step is faster."""
-    return max(self.compute, self.memory, self.links)
+    """All at once, perfectly overlapped: no step is faster."""
+    return max(self.compute, self.memory, self.links, self.network)
 
   @property
   def mfu(self) -> float:
@@ -53,12 +57,20 @@ def passes(config: Config, step: str) -> float:
   return flops.TRAINING_FACTOR + {"none": 0.0, "named": 0.1, "full": 1.0}[config.model.remat]
 
 
-def bounds(config: Config, device: jax.Device, devices: int, tensor: int, step: str, wire_bytes: float) -> Bounds:
+def bounds(
+  config: Config,
+  device: jax.Device,
+  devices: int,
+  tensor: int,
+  step: str,
+  wire_bytes: float,
+  network_bytes: float = 0.0,
+) -> Bounds:
   """Bounds for one train or eval step.
 
   Args:
     devices, tensor: on the mesh, and on its axis `tensor`.
-    wire_bytes: that each device sends in one step.
+    wire_bytes, network_bytes: that each device sends in one step, within its slice and to other slices.
   """
   chip, per_chip = hardware.tpu_chip(device), hardware.devices_per_chip(device)
   predicted = config.batch_size * flops.predicted_bytes(config.model)
@@ -69,6 +81,7 @@ def bounds(config: Config, device: jax.Device, devices: int, tensor: int, step: 
     memory=traffic / (chip.memory_rate / per_chip),
     links=wire_bytes / (2 * chip.link_rate),
     model_compute=forward * (flops.TRAINING_FACTOR if step == "train" else 1),
+    network=network_bytes / (chip.network_rate / per_chip) if chip.network_rate else 0.0,
   )
 
 

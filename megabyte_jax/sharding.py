@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections import Counter
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from megabyte_jax.config import ConfigError, MegabyteConfig, MeshConfig, ModelConfig
@@ -46,7 +48,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
   """The mesh over `devices` (default: all).
 
   Raises:
-    ConfigError: the sizes do not multiply to the number of devices, or slices are not replicas.
+    ConfigError: the sizes do not multiply to the number of devices, or slices of TPUs are not replicas.
   """
   devices = jax.devices() if devices is None else devices
   sizes = dataclasses.asdict(config)
@@ -55,19 +57,27 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
   require(
     len(devices) % fixed == 0 and (bool(free) or fixed == len(devices)),
     f"config.mesh {sizes} does not fit {len(devices)} devices: the sizes must multiply to {len(devices)}"
-    + (f"; the fixed ones multiply to {fixed}" if free else "; set one of them to -1"),
+    + (f"; the fixed ones multiply to {fixed}" if free else "")
+    + f"; {_sizes_that_fit(sizes, len(devices))}",
   )
   for name in free:
     sizes[name] = len(devices) // fixed
   shape, names, types = tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes)
-  slices = len({getattr(device, "slice_index", 0) for device in devices})
-  if slices > 1:  # between slices only the data centre's network: nothing but replicas' gradients goes over it
-    require(
-      sizes["data"] % slices == 0,
-      f"config.mesh.data is {sizes['data']} on {slices} slices; they hold replicas, so take a multiple of {slices}",
-    )
-    within = (sizes["data"] // slices, *shape[1:])
-    across = (slices, *(1 for _ in shape[1:]))
+  slices = Counter(getattr(device, "slice_index", 0) for device in devices)
+  if len(slices) > 1:
+    # Between slices of TPUs there is only the data centre's network: nothing but replicas' gradients goes over it.
+    # XLA calls every host of GPUs a slice; their network is made for more, so any mesh will do.
+    replicas = sizes["data"] % len(slices) == 0 and len(set(slices.values())) == 1
+    if not replicas:
+      require(
+        devices[0].platform != "tpu",
+        f"config.mesh.data is {sizes['data']} on {len(slices)} slices; they hold replicas, so take a multiple of "
+        f"{len(slices)}",
+      )
+      in_order = sorted(devices, key=lambda device: (device.process_index, device.id))
+      return Mesh(np.array(in_order).reshape(shape), names, axis_types=types)
+    within = (sizes["data"] // len(slices), *shape[1:])
+    across = (len(slices), *(1 for _ in shape[1:]))
     hybrid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     return Mesh(hybrid, names, axis_types=types)
   try:
@@ -77,7 +87,24 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return Mesh(cut, names, axis_types=types)
 
 
-def check_mesh(mesh: Mesh, model: ModelConfig, batch_size: int) -> None:
+def _sizes_that_fit(sizes: dict[str, int], count: int) -> str:
+  """Which size of one axis would make `sizes` fit `count` devices, for people."""
+  fixed = math.prod(size for size in sizes.values() if size > 0)
+  fits = []
+  for name, size in sizes.items():
+    left, over = divmod(count, fixed // size if size > 0 else count + 1)
+    if left and not over:
+      fits += [f"{name}={n}" for n in (_divisors(left) if -1 in sizes.values() else (left,)) if n != size]
+  if not fits:
+    return f"each must be one of {_divisors(count)}"
+  return f"{' or '.join(fits)} would fit" + ("" if -1 in sizes.values() else "; -1 takes what is left")
+
+
+def _divisors(count: int) -> list[int]:
+  return [n for n in range(1, count + 1) if count % n == 0]
+
+
+def check_mesh(mesh: Mesh | AbstractMesh, model: ModelConfig, batch_size: int) -> None:
   """Raises ConfigError, naming sizes that would fit, unless the model and batch can be spread over the mesh."""
   levels = model.levels if isinstance(model, MegabyteConfig) else (model.level,)
   spread = {
@@ -96,10 +123,12 @@ def check_mesh(mesh: Mesh, model: ModelConfig, batch_size: int) -> None:
     spread[f"levels[{i}].width"] = (level.width, mesh.shape["fsdp"], "mesh.fsdp")
   for what, (size, parts, axis) in spread.items():
     if size % parts:
-      fits = [n for n in range(1, min(size, mesh.size) + 1) if size % n == 0]
+      fits = [n for n in _divisors(mesh.size) if size % n == 0]
+      below = size - size % parts
+      larger = (f"{below} or " if below else "") + str(below + parts)
+      flag = f"--config.batch_size={larger} (times config.accumulate)" if "batch_size" in what else f"{larger} here"
       raise ConfigError(
-        f"{what} is {size}, which {axis} = {parts} does not divide; "
-        f"{axis} could be {fits}, or take a multiple of {parts} here"
+        f"{what} is {size}, which {axis} = {parts} does not divide; {axis} could be {fits}, or take {flag}"
       )
 
 

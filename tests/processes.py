@@ -87,7 +87,10 @@ class Processes:
     while text not in self.output[process]:
       if "cannot listen on port" in self.output[0]:
         self._restart()
-      assert self.running[process].poll() is None, self.all_output()
+      if self.running[process].poll() is not None:
+        self._readers[process].join()  # it may have said it and ended since the line above looked
+        assert text in self.output[process], self.all_output()
+        return
       assert time.monotonic() < end, f"no {text!r} in time\n{self.all_output()}"
       time.sleep(0.05)
 

@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from megabyte_jax import checkpoint
 from megabyte_jax.checkpoint import CheckpointError, Checkpoints
 from megabyte_jax.config import CheckpointConfig
 
@@ -233,6 +234,23 @@ def test_saved_by_the_clock(tmp_path, monkeypatch):
     assert checkpoints.save(1002, *make_state(), {})
     assert not checkpoints.should_save(1003)
     assert not checkpoints.preempted(1003)
+
+
+def test_with_several_processes_the_clock_is_that_of_the_first(tmp_path, monkeypatch):
+  """It is asked at every sixteenth step alone, and its answer is everybody's."""
+  clocks, asked = {"here": 100.0}, []
+  monkeypatch.setattr(time, "monotonic", lambda: clocks["here"])
+  with Checkpoints(tmp_path, CheckpointConfig(every_steps=0, every_minutes=2.0)) as checkpoints:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(checkpoint, "_from_first_process", lambda own: asked.append(own) or first)
+    clocks["here"] += 119  # this process would wait a second more
+    first = True
+    assert [step for step in range(1, 49) if checkpoints.should_save(step)] == [16, 32, 48]
+    clocks["here"] += 60
+    first = False
+    assert not any(checkpoints.should_save(step) for step in range(1, 49))
+    assert asked == [False] * 3 + [True] * 3
+    monkeypatch.undo()
 
 
 def test_meta_that_is_not_json(tmp_path):

@@ -1,14 +1,11 @@
 import itertools
-import os
-import socket
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from processes import run
 
 from megabyte_jax.config import ConfigError, DataConfig, PerceiverARConfig
 from megabyte_jax.data.batches import batches, host_batches, open_windows, rows_of_this_process
@@ -199,7 +196,8 @@ def test_a_host_reads_only_the_rows_its_devices_hold():
 
 TWO_HOSTS = """
 import sys, jax, numpy as np
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from megabyte_jax import distributed
+distributed.start()
 from jax.sharding import NamedSharding, PartitionSpec as P
 from megabyte_jax.config import ConfigError, DataConfig, PerceiverARConfig
 from megabyte_jax.data.batches import batches
@@ -208,21 +206,14 @@ sharding = NamedSharding(jax.make_mesh((4,), ("data",)), P("data"))
 source = open_path("sample:text/train", DataConfig())
 for step, batch in batches(source, batch_size=8, context=64, seed=1, num_steps=3, sharding=sharding):
   for shard in batch.x_BT.addressable_shards:
-    print(step, shard.index[0].start, bytes(np.asarray(shard.data)).hex())
+    print("row", step, shard.index[0].start, bytes(np.asarray(shard.data)).hex(), file=sys.stderr)
 """
 
 
 def test_two_real_processes_hold_the_rows_of_one():
-  with socket.socket() as s:
-    s.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{s.getsockname()[1]}"
-  env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-  hosts = [
-    subprocess.Popen([sys.executable, "-c", TWO_HOSTS, address, str(i)], env=env, stdout=subprocess.PIPE, text=True)
-    for i in range(2)
-  ]
-  lines = [line.split() for host in hosts for line in host.communicate(timeout=120)[0].splitlines()]
-  found = {(int(step), int(row)): bytes.fromhex(data) for step, row, data in lines}
+  output = run(2, 2, "-c", TWO_HOSTS)
+  lines = [line.split() for text in output for line in text.splitlines() if line.startswith("row ")]
+  found = {(int(step), int(row)): bytes.fromhex(data) for _, step, row, data in lines}
   source = open_path("sample:text/train", DataConfig())
   expected = take(source, context=64, seed=1, num_steps=3)
   assert len(found) == 12

@@ -1,7 +1,10 @@
 import argparse
+import os
+import resource
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from processes import free_port
@@ -29,26 +32,33 @@ OPEN_MPI = {
 
 
 def gather(*calls, timeout=10, patience=60):
-  """Calls meet(coordinator, count, process) for each (count, process), all at once; what each raised or None."""
+  """Calls meet(coordinator, count, process) for each (count, process), all at once; each ConfigError's text or None."""
   coordinator = f"localhost:{free_port()}"
-  raised = [None] * len(calls)
 
-  def call(i, count, process):
+  def call(count, process):
     try:
       meet(coordinator, count, process, timeout=timeout, patience=patience)
     except ConfigError as error:
-      raised[i] = str(error)
+      return str(error)
 
-  threads = [threading.Thread(target=call, args=(i, *who)) for i, who in enumerate(calls)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
-  return raised
+  with ThreadPoolExecutor(len(calls)) as threads:
+    return [result.result() for result in [threads.submit(call, *who) for who in calls]]
 
 
 def test_all_meet():
   assert gather((4, 3), (4, 0), (4, 2), (4, 1)) == [None] * 4
+
+
+def test_more_meet_than_files_may_be_open():
+  """The soft limit is where a system's default is with 1,000 processes: below what process 0 needs."""
+  limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+  probe = os.open(os.devnull, os.O_RDONLY)
+  os.close(probe)
+  resource.setrlimit(resource.RLIMIT_NOFILE, (probe + 20, limits[1]))
+  try:
+    assert gather(*((60, i) for i in range(60)), timeout=60) == [None] * 60
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_the_port_is_free_again_after_the_meeting():
@@ -186,7 +196,19 @@ def test_open_mpi(monkeypatch):
 
 @pytest.mark.parametrize("environment", [{}, SLURM | {"SLURM_NTASKS": "1"}, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}])
 def test_where_nobody_speaks_of_others_a_process_stays_single(environment):
-  assert detected_place(environment, 5) is None
+  assert detected_place(environment | {"JAX_PLATFORMS": "cpu"}, 5) is None
+
+
+def test_output_outlives_its_reader():
+  reading, writing = os.pipe()
+  with os.fdopen(writing, "w", buffering=1) as stream:
+    lasting = distributed.LastingOutput(stream)
+    print("read", file=lasting)
+    assert os.read(reading, 100) == b"read\n"
+    os.close(reading)
+    print("lost", file=lasting, flush=True)
+    print("lost, too", file=lasting, flush=True)
+    assert lasting.fileno() == writing
 
 
 def test_arguments(monkeypatch):

@@ -1,6 +1,7 @@
 """kill -9 at any moment: the run resumes, and its loss curve is bitwise that of an undisturbed run."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -11,11 +12,13 @@ import pytest
 from commands import ROOT, environment
 
 KILLS = 20
+IN_SAVES = 5  # of them while a checkpoint is written, at least
 STEPS = 2500
 SAVE_EVERY = 25
 
 
-def start(workdir, cache):
+def start(workdir, cache, output):
+  """The running command; the file `output` gets a line for each step that this process takes."""
   arguments = [
     "train.py",
     "--config=tests/tiny_config.py",
@@ -23,33 +26,28 @@ def start(workdir, cache):
     f"--config.num_steps={STEPS}",
     f"--config.checkpoint.every_steps={SAVE_EVERY}",
   ]
-  return subprocess.Popen(
-    [sys.executable, *arguments],
-    cwd=ROOT,
-    env=environment(cache),
-    stdout=subprocess.DEVNULL,
-    stderr=(workdir.parent / "stderr.txt").open("a"),
-  )
+  with output.open("wb") as stdout, (workdir.parent / "stderr.txt").open("a") as stderr:
+    return subprocess.Popen(
+      [sys.executable, "-u", *arguments], cwd=ROOT, env=environment(cache), stdout=stdout, stderr=stderr
+    )
 
 
-def last_step(workdir):
-  path = workdir / "metrics.jsonl"
-  return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def saved_step(workdir):
-  return max((int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit()), default=0)
+def steps_taken(output):
+  """By the process that writes `output`; a checkpoint of an earlier one is not its work."""
+  return output.read_bytes().count(b"\nstep ")
 
 
 def half_written(workdir):
-  return list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+  """Each checkpoint that is being written, or was when its process died: names alone may come again."""
+  folder = workdir / "checkpoints"
+  entries = os.scandir(folder) if folder.exists() else ()
+  return {(entry.name, entry.inode()) for entry in entries if ".orbax-checkpoint-tmp" in entry.name}
 
 
-def wait_until(process, condition):
-  end = time.monotonic() + 300
-  while not condition():
+def wait_until(process, condition, seconds=300.0):
+  end = time.monotonic() + seconds
+  while time.monotonic() < end and not condition():
     assert process.poll() is None, "the run ended before it was killed: give it more steps"
-    assert time.monotonic() < end
     time.sleep(0.0005)
 
 
@@ -62,26 +60,29 @@ def losses(workdir):
 def test_killed_twenty_times(tmp_path):
   cache = tmp_path / "cache"
   undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-  assert start(undisturbed, cache).wait() == 0
+  output = tmp_path / "output.txt"
+  assert start(undisturbed, cache, output).wait() == 0
+  assert steps_taken(output) == STEPS
   dice = random.Random(0)
-  in_saves = 0
+  in_saves, steps = 0, []
   for kill in range(KILLS):
-    process = start(killed, cache)
-    # Some while it starts, most when it has taken some steps of its own, half of those while a checkpoint is written.
-    if kill % 5 == 4:
-      time.sleep(dice.uniform(0, 6))
-    else:
-      target = saved_step(killed) + dice.randint(1, 3 * SAVE_EVERY)
-      wait_until(process, lambda: last_step(killed) >= target)  # noqa: B023  (called at once)
-      if kill % 2:
-        wait_until(process, lambda: half_written(killed))
-        time.sleep(dice.uniform(0, 0.01))
+    before = half_written(killed)
+    process = start(killed, cache, output)
+    # Four while they start, the others after some steps of their own; eight of these while they write a checkpoint.
+    target = dice.randint(1, 2 * SAVE_EVERY)
+    wait_until(process, lambda: steps_taken(output) >= target, dice.uniform(0, 6) if kill % 5 == 4 else 300)  # noqa: B023
+    if kill % 5 in (1, 3):
+      wait_until(process, lambda: half_written(killed) - before)  # noqa: B023  (called at once)
+      time.sleep(dice.uniform(0, 0.01))
     process.send_signal(signal.SIGKILL)
     process.wait()
-    in_saves += bool(half_written(killed))
-  assert 0 < last_step(killed) < STEPS
-  assert in_saves >= 3, "no save was cut off: the test did not test what it says"
-  assert start(killed, cache).wait() == 0
+    steps.append(steps_taken(output))
+    in_saves += bool(steps[-1] and half_written(killed) - before)
+  print(f"{KILLS} kills after {steps} steps, {in_saves} of them while a checkpoint was written")
+  assert sum(count > 0 for count in steps) >= KILLS - 4
+  assert in_saves >= IN_SAVES, "too few saves were cut off: the test did not test what it says"
+  assert start(killed, cache, output).wait() == 0
+  assert 0 < steps_taken(output) < STEPS
   assert losses(killed) == losses(undisturbed)
   assert len(losses(killed)) == STEPS
   assert "was left half-written when an earlier run ended" in (tmp_path / "stderr.txt").read_text()

@@ -143,7 +143,7 @@ def test_a_signal_to_one_stops_all_at_one_step_and_they_resume_exactly(two, fold
   """The signal comes before the first step, so that it is heard within the few there are."""
   arguments = ["train.py", *flags(folder, "stopped")]
   with Processes(2, 4, *arguments, cache=folder / "cache") as processes:
-    processes.wait_for("steps ")
+    processes.wait_for("process 1 of 2 on", process=1)  # JAX hears SIGTERM now
     processes.running[1].send_signal(signal.SIGTERM)
     output = processes.finish()
   assert "stopped at step " in output[0]
@@ -169,6 +169,20 @@ def test_eval_as_two_processes(two, folder):
   assert nats.shape == (700,)
   assert nats.sum(dtype=np.float64) == pytest.approx(result["nats"], rel=1e-12)
   assert "bpb" not in output[1]
+
+
+def test_a_second_interrupt_ends_a_process_that_waits_for_another(folder):
+  """The other is halted in the middle of training, so that the first cannot even act on the first interrupt."""
+  arguments = ["train.py", *flags(folder, "interrupted"), "--config.num_steps=100000", "--config.eval.every_steps=0"]
+  with Processes(2, 4, *arguments, cache=folder / "cache") as processes:
+    processes.wait_for(" 9/100000")
+    processes.running[1].send_signal(signal.SIGSTOP)
+    time.sleep(0.5)
+    for _ in range(2):
+      processes.running[0].send_signal(signal.SIGINT)
+      time.sleep(0.2)
+    assert processes.running[0].wait(timeout=2) == 130, processes.all_output()
+  assert "interrupted" in processes.output[0]
 
 
 @pytest.mark.slow

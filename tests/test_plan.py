@@ -64,9 +64,13 @@ def test_recomputation_costs_time_but_counts_as_no_use(monkeypatch):
   assert times["full"].model_compute == times["none"].compute
   work = flops.flops_per_byte(SMALL.model, training=True) * 8 * 1024
   assert times["none"].compute == pytest.approx(work / 4 / 197e12)
+  apart = roofline.bounds(SMALL, Device(), 4, 1, "train", 1e6, 1e9)  # 25 Gbit/s
+  assert apart.step == apart.network == pytest.approx(1e9 / 3.125e9)
 
 
 def test_what_cannot_fit_is_not_tried_again():
+  mb = 2**20  # the state of a device is 1.6 or 3.2 of them
+
   def variant(remat, parts):
     return dataclasses.replace(SMALL, accumulate=parts, model=dataclasses.replace(SMALL.model, remat=remat))
 
@@ -76,18 +80,20 @@ def test_what_cannot_fit_is_not_tried_again():
 
   def failed(remat, parts, needed):
     config = dataclasses.replace(variant(remat, parts), mesh=MeshConfig(data=1, fsdp=4))
-    sizes = {"memory": 16, "total": needed, "devices": 4, "chips": 4}
+    sizes = {"memory": 16 * mb, "total": needed, "devices": 4, "chips": 4}
     return plan.Plan(config=config, step="train", topology=TOPOLOGY, kind="", mesh={}, **sizes)
 
-  assert plan_search.rules_out(failed("none", 1, 160), variant("none", 4))
-  assert not plan_search.rules_out(failed("none", 1, 160), variant("none", 8))
-  assert not plan_search.rules_out(failed("none", 1, 160), variant("full", 1))
+  assert plan_search.rules_out(failed("none", 1, 120 * mb), variant("none", 4))
+  assert not plan_search.rules_out(failed("none", 1, 120 * mb), variant("none", 8))
+  assert not plan_search.rules_out(failed("none", 1, 120 * mb), variant("full", 1))
+  assert plan_search.rules_out(failed("none", 1, 40 * mb), dataclasses.replace(variant("none", 1), batch_size=16))
 
 
 def test_saved_executable_runs_without_compiling(tmp_path):
   devices = jax.devices()[:4]
   mesh = make_mesh(SMALL.mesh, devices)
   plan.save(plan.lower(SMALL, mesh, "eval").compile(), tmp_path / "step.pickle")
+  assert [path.name for path in tmp_path.iterdir()] == ["step.pickle"]
   loaded = deserialize_and_load(*pickle.loads((tmp_path / "step.pickle").read_bytes()), execution_devices=devices)
   with jax.set_mesh(mesh):
     parameters = initial_state(SMALL, mesh).parameters
@@ -140,6 +146,23 @@ def test_slices_hold_replicas():
     make_mesh(MeshConfig(data=1, fsdp=8), chips)
 
 
+def test_search_tries_batches_replicas_and_slices():
+  def chips(slices):
+    places = [(s, x, y) for s in range(slices) for x in range(2) for y in range(2)]
+    return [Chip(i, (x, y, 0), s, device_kind="TPU v5 lite") for i, (s, x, y) in enumerate(places)]
+
+  meshes = {(one.mesh.data, one.mesh.fsdp, one.mesh.seq) for one in plan_search.candidates(SMALL, chips(1), "eval")}
+  assert {(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 1, 2)} <= meshes
+  assert {one.mesh.data for one in plan_search.candidates(SMALL, chips(2), "train")} == {2, 4, 8}
+  model = dataclasses.replace(SMALL.model, levels=(level(8, 16_384), level(1, 64)))  # 6.4 billion parameters
+  large = dataclasses.replace(SMALL, model=model)
+  assert {one.mesh.fsdp * one.mesh.tensor for one in plan_search.candidates(large, chips(2), "eval")} == {2, 4}
+  # The links of a slice are faster than the network between slices, which gradients alone take.
+  one = dataclasses.replace(SMALL, mesh=MeshConfig(data=2, fsdp=4))
+  slow, fast = (plan_search.estimate(one, devices, "train") for devices in (chips(2), chips(1) * 2))
+  assert slow > fast
+
+
 @needs_libtpu
 def test_train_step_for_four_chips(tmp_path):
   devices = plan.topology_devices(TOPOLOGY)
@@ -161,11 +184,27 @@ def test_train_step_for_four_chips(tmp_path):
 
 
 @needs_libtpu
-def test_search_ends_with_the_real_program(capsys):
-  found, executable = plan_search.search(SMALL, TOPOLOGY, plan.topology_devices(TOPOLOGY), "eval")
+def test_search_over_two_slices_ends_with_the_real_program(capsys):
+  devices = plan.topology_devices(TOPOLOGY, 2)
+  found, executable = plan_search.search(SMALL, TOPOLOGY, devices, "eval", batch_sizes=[8])
   assert found.fits and not found.quick and executable is not None
+  assert (found.chips, found.mesh["data"] % 2) == (8, 0)
   tried, checked = capsys.readouterr().err.splitlines()
-  assert tried.startswith("tried") and checked == tried.replace("tried", "checked")
+  assert tried.startswith("tried batch 8, ") and checked == tried.replace("tried", "checked")
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_gradients_between_slices_go_at_the_networks_rate():
+  config = dataclasses.replace(SMALL, mesh=MeshConfig(data=2, fsdp=4))
+  found, _ = plan.make_plan(config, TOPOLOGY, plan.topology_devices(TOPOLOGY, 2), quick=True)
+  [(count, sent)] = [size for kind, size in found.wire.items() if kind.endswith("between slices")]
+  # In bfloat16, summed by two slices: each device sends its quarter of them once, and small ones whole.
+  gradients = 2 * flops.parameter_count(SMALL.model) / 4
+  assert count > 0 and gradients < sent < 2 * gradients
+  assert found.bounds.network == pytest.approx(sent / 3.125e9)
+  assert found.bounds.step == found.bounds.network, "this small model's links and compute take less"
+  assert f"network {1e3 * found.bounds.network:.1f} ms" in plan.describe(found)
 
 
 @needs_libtpu

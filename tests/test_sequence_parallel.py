@@ -9,15 +9,20 @@ from collections import Counter
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from megabyte_jax.collectives import collectives
-from megabyte_jax.config import MeshConfig
+from megabyte_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig
+from megabyte_jax.data.batches import batches
+from megabyte_jax.data.sources import open_source
 from megabyte_jax.loss import byte_nats
 from megabyte_jax.models.build import abstract_model
 from megabyte_jax.models.config import Level, MegabyteConfig
 from megabyte_jax.sharding import batch_sharding, make_mesh, shard_abstract
+from megabyte_jax.train_state import initial_state, make_train_step
 
 DEVICES = 8
 LAYERS = 2
@@ -184,3 +189,63 @@ ENTRY %main (a: f32[4]) -> f32[4] {{
 }}
 """
   assert [(one.kind, one.times) for one in collectives(text)] == [("all-gather", 1)] * 2
+
+
+@pytest.mark.parametrize(
+  ("kind", "slices", "shape", "sends"),
+  [
+    ("ALL_REDUCE", "1,2", "(bf16[2,8]{1,0:T(8,128)(2,1)}, u32[], token[])", 32.0),
+    ("ALL_REDUCE", "1:4", "(f32[16]{0}, f32[16]{0}, u32[], token[])", 192.0),
+    ("ALL_GATHER", "1,2,3,4", "(f32[16]{0}, u32[], token[])", 192.0),
+  ],
+)
+def test_what_goes_between_slices(kind, slices, shape, sends):
+  attributes = f'_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{{{slices}}}x{{0:3}}"'
+  text = f"""ENTRY %main (a: f32[4]) -> f32[4] {{
+  %s = {shape} send(%a, %t), channel_id=2, frontend_attributes={{{attributes},_xla_megascale_transfer_type="{kind}"}}
+  %r = {shape} recv(%t), channel_id=1, frontend_attributes={{{attributes},_xla_megascale_transfer_type="{kind}"}}
+}}
+"""
+  [one] = collectives(text)
+  assert one.between_slices
+  assert one.wire_bytes == sends
+
+
+@pytest.mark.slow
+def test_image640_trains_with_its_sequence_spread(tmp_path):
+  """1,228,800 bytes in patches of 192, Table 5's longest, with a tiny model; on one device, too."""
+  photograph = np.random.default_rng(0).integers(0, 256, (640, 640, 3), np.uint8)
+  for name in "ab":
+    Image.fromarray(photograph if name == "a" else photograph[::-1]).save(tmp_path / f"{name}.png")
+  data = DataConfig(train=str(tmp_path), validation="", form="image", image_size=640, scan_patch=192)
+  levels = (
+    Level(patch_size=192, width=192, num_layers=1, num_heads=2),
+    Level(patch_size=1, width=8, num_layers=1, num_heads=1),
+  )
+  config = Config(
+    model=MegabyteConfig(context=1_228_800, levels=levels, dropout=0.0, remat="full"),
+    data=data,
+    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0),
+    batch_size=1,
+    num_steps=2,
+  )
+
+  def losses(mesh):
+    state, train_step = initial_state(config, mesh), make_train_step(config)
+    found = []
+    with jax.set_mesh(mesh):
+      for _, batch in batches(
+        open_source(data, "train"),
+        batch_size=1,
+        context=config.model.context,
+        seed=0,
+        num_steps=2,
+        sharding=batch_sharding(mesh),
+      ):
+        state, values = train_step(state, batch.x_BT, None)
+        found.append(float(values["nats"]) / float(values["bytes"]))
+    return found
+
+  spread = losses(seq_mesh())
+  assert np.isfinite(spread).all() and spread[1] != spread[0]
+  assert spread == pytest.approx(losses(make_mesh(MeshConfig(data=1), jax.devices()[:1])), rel=1e-5)
