@@ -138,14 +138,18 @@ def test_prompts_are_read_in_buffers_that_fit(monkeypatch, name):
   np.testing.assert_allclose(made.nats, expected.nats, atol=1e-4)
 
 
-def test_bytes_come_as_they_are_made(monkeypatch):
+@pytest.mark.parametrize(
+  "name", ["without_local", "conv", "cross_patch", "three_levels_cross_patch", "without_global_cross_patch_conv"]
+)
+def test_bytes_come_as_they_are_made(monkeypatch, name):
   """In chunks, with the state carried from one to the next."""
   monkeypatch.setattr(sampling_module, "_CHUNK_BYTES", 4)
-  name, pieces = "without_local", []
+  config, pieces = variants.VARIANTS[name], []
+  length, patch = 2 * config.context - 2, config.levels[0].patch_size
   made = generate(
-    variants.model(name), b"\3\1", 30, num_samples=2, seed=5, on_bytes=lambda new: pieces.append(new.copy())
+    variants.model(name), b"\3\1", length, num_samples=2, seed=5, on_bytes=lambda new: pieces.append(new.copy())
   )
-  assert len(pieces) >= 8 and max(piece.shape[1] for piece in pieces) <= 4
+  assert len(pieces) >= length // max(patch, 4) and max(piece.shape[1] for piece in pieces) <= max(patch, 4)
   np.testing.assert_array_equal(np.concatenate(pieces, axis=1), made.bytes_)
   whole = np.concatenate([np.tile(np.uint8([[3, 1]]), (2, 1)), made.bytes_], axis=1)
   np.testing.assert_allclose(made.nats, nats_by_plan(name, whole)[:, 2:], atol=1e-4)
