@@ -131,9 +131,10 @@ def test_the_traffic_of_attention_logits_counts_where_they_are_written():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["generate_speed", "train_speed"])
-def test_the_smallest_size_runs_on_a_cpu(name, tmp_path):
+def test_the_smallest_size_runs_on_a_cpu(name):
   small = {"generate_speed": ["--size=tiny", "--bytes=128"], "train_speed": ["--cases=tiny", "--limit_seconds=0.2"]}
   command = [sys.executable, f"benchmarks/{name}.py", *small[name]]
-  done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True, timeout=600)
+  here = environment() | {"PYTHONPATH": str(ROOT)}
+  done = subprocess.run(command, cwd=ROOT, env=here, capture_output=True, text=True, check=True, timeout=600)
   rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
   assert rows and all(row["date"] and row["command"] and "error" not in row for row in rows)
