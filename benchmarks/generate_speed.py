@@ -4,22 +4,24 @@
   python benchmarks/generate_speed.py --size=tiny             a smoke test on a CPU
 
 Full size: MEGABYTE of 24 x 2048 and 15 x 1024 (P = 8, 8,192 bytes, 1.4B parameters) and a Transformer of 24 x 1024
-(context 1,024, which moves by half when it is full), --bytes from an empty prompt. The first call compiles and is not
-counted. Where torch and MEGABYTE-pytorch (0.3.6 was looked at) are installed, that package's MEGABYTE of the same
-widths, depths and context is timed too: it has no cache, so each of its bytes costs a forward pass over all before it,
-and a few bytes (--peer-bytes) at the end of its context are enough.
+(context 1,024, which moves by half when it is full), --bytes from an empty prompt. A short call before compiles the
+same programs. Where torch and MEGABYTE-pytorch are installed, that package's MEGABYTE of the same widths, depths,
+heads and context is timed too (peers.py): it has no cache, so each of its bytes costs a forward pass over all before
+it, and a few bytes (--peer-bytes, fewer where they take long) at the end of its context are enough.
 
-Columns: bytes/s of all samples together; against the Transformer of the same batch; the floor is the time in which the
-parameters and the filled part of the caches can be read once for every step that uses them, in the dtype of the
-computation, at the bandwidth of a copy that is measured in the same run. What fits into a cache of the chip, as all of
-the tiny size does, can be faster than that. Last come lines of JSON.
+Columns: bytes/s of all samples together; seconds for 8,192 bytes of each sample; the share of the floor; bytes/s
+against the Transformer, and against MEGABYTE-pytorch, of the same batch. The floor is the time in which the parameters
+and the filled part of the caches can be read once for every step that uses them, in the dtype of the computation, at
+the bandwidth of a copy that is measured in the same run. What fits into a cache of the chip, as all of the tiny size
+does, can be faster than that. Last come lines of JSON. --output=docs/results/NAME.json also writes what
+`python -m megabyte_jax.tables 9` shows.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
+import datetime
 import json
 import os
 import subprocess
@@ -29,12 +31,21 @@ import time
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # what is left is told at its true size
 
 import jax
+import peers
 from device_limits import copy_bandwidth
 from flax import nnx
 
 from megabyte_jax import Level, MegabyteConfig, generate, windows
+from megabyte_jax.atomic_file import replacing
 from megabyte_jax.models.build import initial_parameters, make_model
 from megabyte_jax.models.layers import compute_dtype
+from megabyte_jax.paper_numbers import TABLES
+
+PEER = "MEGABYTE-pytorch"
+ROWS = {"Transformer": "table9:transformer", "MEGABYTE": "table9:megabyte"}  # of the paper's table
+PAPER_BYTES = 8192
+AGAIN_SECONDS = 10.0  # a call that takes longer is not repeated
+PEER_SECONDS = 10.0  # a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,89 +90,141 @@ def bytes_read(config: MegabyteConfig, batch: int, generated: int) -> int:
 
 
 def seconds_to_generate(config: MegabyteConfig, made, batch: int, generated: int) -> float:
-  """Of the better of two calls, after one that compiles."""
+  """Of the better of two calls, or of one that takes long, after short ones that compile."""
+  for prompt in (b"", bytes(config.context))[
+    : 1 + (generated > config.context)
+  ]:  # after the second the window has moved
+    generate(made, prompt, 1, num_samples=batch)
 
   def once() -> float:
     start = time.perf_counter()
     generate(made, b"", generated, num_samples=batch)
     return time.perf_counter() - start
 
-  once()
-  return min(once(), once())
+  first = once()
+  return min(first, once()) if first < AGAIN_SECONDS else first
 
 
-def measure(size: Size, generated: int, batches: list[int]) -> list[dict]:
-  """One row for each model and batch; a batch that memory cannot hold has no speed."""
+def speeds(name: str, batch: int, generated: int, seconds: float) -> dict:
+  """A row's numbers."""
+  per_sample = seconds / generated
+  return {
+    "model": name,
+    "batch": batch,
+    "bytes_per_second": batch / per_sample,
+    "seconds_per_8192_bytes": PAPER_BYTES * per_sample,
+  }
+
+
+def measure(size: Size, generated: int, batches: list[int], peer: list[dict]) -> list[dict]:
+  """One row for each model and batch, beside those of the peer; a batch that memory cannot hold has an error."""
   bandwidth = copy_bandwidth(size.copy_bytes)
-  print(f"{jax.devices()[0].device_kind}, copy bandwidth {bandwidth / 1e9:,.0f} GB/s, {generated:,} bytes a sample")
-  rows = []
+  device = {"device": jax.devices()[0].device_kind, "versions": f"jax {jax.__version__}", "copy_bandwidth": bandwidth}
+  print(f"{device['device']}, {device['versions']}, copy bandwidth {bandwidth / 1e9:,.0f} GB/s")
+  rows = list(peer)
+  for row in rows:
+    print_row(row, rows)
   for name, config in (("Transformer", size.transformer), ("MEGABYTE", size.megabyte)):
     made = make_model(config, nnx.Rngs(0))
     for batch in batches:
-      row = {"model": name, "batch": batch, "bytes_per_second": None, "copy_bandwidth": bandwidth}
       try:
         seconds = seconds_to_generate(config, made, batch, generated)
-        row["bytes_per_second"] = batch * generated / seconds
+        row = speeds(name, batch, generated, seconds)
         row["share_of_floor"] = bytes_read(config, batch, generated) / bandwidth / seconds
       except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
           raise
-      rows.append(row)
-      print_row(row, rows)
+        row = {"model": name, "batch": batch, "error": "out of memory"}
+      rows.append(row | device)
+      print_row(rows[-1], rows)
     del made
   return rows
 
 
 def print_row(row: dict, rows: list[dict]) -> None:
-  speed = row["bytes_per_second"]
-  if speed is None:
-    print(f"{row['model']:<16} batch {row['batch']:>4}   out of memory", flush=True)
+  """Prints a row, and notes in it how much faster it is than the others of its batch that are there."""
+  begin = f"{row['model']:<16} batch {row['batch']:>4}"
+  if "error" in row:
+    print(f"{begin}   {row['error']}", flush=True)
     return
-  base = next((r for r in rows if r["model"] == "Transformer" and r["batch"] == row["batch"]), None)
-  if base and base["bytes_per_second"]:
-    row["speed_up"] = speed / base["bytes_per_second"]
-  up = f"{row['speed_up']:>7.2f}x" if "speed_up" in row else " " * 8
-  floor = f"{100 * row['share_of_floor']:>6.1f}% of floor" if "share_of_floor" in row else ""
-  print(f"{row['model']:<16} batch {row['batch']:>4} {speed:>12,.1f} bytes/s {up} {floor}", flush=True)
-
-
-def measure_peer(config: MegabyteConfig, generated: int, batches: list[int]) -> list[dict]:
-  """The same by MEGABYTE-pytorch, under autocast to bfloat16 where there is a GPU."""
-  import torch  # noqa: PLC0415
-  from MEGABYTE_pytorch import MEGABYTE  # noqa: PLC0415
-
-  device = "cuda" if torch.cuda.is_available() else "cpu"
-  coarse, fine = config.levels
-  made = MEGABYTE(
-    num_tokens=256,
-    dim=(coarse.width, fine.width),
-    depth=(coarse.num_layers, fine.num_layers),
-    max_seq_len=(config.context // coarse.patch_size, coarse.patch_size),
-    dim_head=fine.heads[1],
-    heads=fine.heads[0],
-    flash_attn=True,
+  speed, ups = row["bytes_per_second"], []
+  for other, key in (("Transformer", "speed_up"), (PEER, "speed_up_on_peer")):
+    same = (r for r in rows if (r["model"], r["batch"]) == (other, row["batch"]) and "error" not in r)
+    base = next(same, None)
+    if base and row["model"] != other:
+      row[key] = speed / base["bytes_per_second"]
+    ups.append(f"{row[key]:,.2f}x {other}" if key in row else "")
+  floor = f"{100 * row['share_of_floor']:.1f}% of floor" if "share_of_floor" in row else ""
+  print(
+    f"{begin} {speed:>12,.1f} bytes/s {row['seconds_per_8192_bytes']:>9,.2f} s/8,192 {floor:>15} "
+    f"{ups[0]:>18} {ups[1]:>24}",
+    flush=True,
   )
-  made = made.to(device).eval()
+
+
+def paper_speed_up() -> float:
+  """Of MEGABYTE over the Transformer in Table 9."""
+  seconds = {row.config: row.paper["seconds_to_generate"] for row in TABLES["9"].rows}
+  return seconds[ROWS["Transformer"]] / seconds[ROWS["MEGABYTE"]]
+
+
+def results(rows: list[dict], generated: int, run: dict) -> dict:
+  """A results file: for the paper's rows those of batch 1 (see megabyte_jax/measured.py), and all that was measured."""
+  ours = [r for r in rows if r["model"] in ROWS and r["batch"] == 1 and "error" not in r]
+  note = "untrained, one sample, {generated:,} bytes, {device}, {versions}, {date}"
+  return {
+    **run,
+    "rows": [
+      {
+        "row": ROWS[r["model"]],
+        "seconds_to_generate": r["seconds_per_8192_bytes"],
+        "note": note.format(generated=generated, **r, **run),
+      }
+      for r in ours
+    ],
+    "measured": rows,
+  }
+
+
+def measure_peer(config: MegabyteConfig, at_most: int, batches: list[int]) -> list[dict]:
+  """The same by MEGABYTE-pytorch, under autocast to bfloat16 where there is a GPU, as many bytes as time allows."""
+  import torch  # noqa: PLC0415
+
+  on_gpu = torch.cuda.is_available()
+  name = torch.cuda.get_device_name() if on_gpu else "cpu"
+  made = peers.megabyte_pytorch(config).to("cuda" if on_gpu else "cpu").eval()
+
+  def seconds(batch: int, generated: int) -> float:
+    prime = torch.randint(0, 256, (batch, config.context - generated), device="cuda" if on_gpu else "cpu")
+    if on_gpu:
+      torch.cuda.synchronize()
+    start = time.perf_counter()
+    made.generate(prime).cpu()
+    return time.perf_counter() - start
+
   rows = []
   for batch in batches:
-    row = {"model": "MEGABYTE-pytorch", "batch": batch, "bytes_per_second": None}
-    prime = torch.randint(1, 256, (batch, config.context - generated), device=device)
     try:
-      with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        made.generate(prime[:, :1].repeat(1, config.context - 1))
-        start = time.perf_counter()
-        made.generate(prime).cpu()
-        row["bytes_per_second"] = batch * generated / (time.perf_counter() - start)
-    except torch.cuda.OutOfMemoryError:
-      torch.cuda.empty_cache()
-    rows.append(row)
+      with torch.inference_mode(), torch.autocast("cuda" if on_gpu else "cpu", torch.bfloat16, enabled=on_gpu):
+        seconds(batch, 1)
+        one = seconds(batch, 1)
+        generated = max(1, min(at_most, int(PEER_SECONDS / one)))
+        row = speeds(PEER, batch, generated, seconds(batch, generated))
+    except RuntimeError as error:  # out of memory, or a batch that one of its kernels cannot take
+      row = {"model": PEER, "batch": batch, "error": str(error).partition("\n")[0][:200]}
+    rows.append(row | {"device": name, "versions": f"torch {torch.__version__}"})
   return rows
 
 
 def peer_rows() -> list[dict]:
-  """Those of `measure_peer`, in a process of its own that gives its memory back."""
+  """Those of `measure_peer`, in a process of its own that gives its memory back; none where it fails."""
   command = [sys.executable, __file__, "--peer-only", *sys.argv[1:]]
-  return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1])
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  if done.returncode == 0:
+    return json.loads(done.stdout.splitlines()[-1])
+  reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+  print(f"{PEER} could not be timed: {reason[:200]}", flush=True)
+  return []
 
 
 def main() -> None:
@@ -169,24 +232,34 @@ def main() -> None:
   parser.add_argument("--size", default="full", choices=list(SIZES))
   parser.add_argument("--bytes", type=int, default=0, help="a sample; default: 8,192, tiny 256")
   parser.add_argument("--batches", default="", help="such as 1,8; default: 1,8,64,256, tiny 1,8")
-  parser.add_argument("--peer-bytes", type=int, default=16)
+  parser.add_argument("--peer-bytes", type=int, default=16, help="generated by MEGABYTE-pytorch, at most")
+  parser.add_argument("--output", default="", help="a results file, JSON; of the full size only")
   parser.add_argument("--peer-only", action="store_true", help=argparse.SUPPRESS)
   args = parser.parse_args()
+  if args.output and args.size != "full":
+    parser.error("--output is for the models of the paper's table: --size=full")
   size = SIZES[args.size]
   batches = [int(b) for b in args.batches.split(",")] if args.batches else list(size.batches)
   if args.peer_only:
     print(json.dumps(measure_peer(size.megabyte, args.peer_bytes, batches)))
     return
-  installed = all(importlib.util.find_spec(name) for name in ("torch", "MEGABYTE_pytorch"))
-  peer = peer_rows() if installed else []  # before this process takes memory
-  rows = measure(size, args.bytes or size.bytes, batches)
-  for row in peer:
-    rows.append(row)
-    print_row(row, rows)
-  if not installed:
-    print("MEGABYTE-pytorch is not installed")
+  run = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "command": " ".join(sys.argv)}
+  generated = args.bytes or size.bytes
+  print(f"{run['date']} {run['command']}: {generated:,} bytes a sample")
+  if peers.installed(PEER):
+    peer = peer_rows()  # before this process takes memory
+  else:
+    peer = []
+    print(f"{PEER} is not installed")
+  rows = measure(size, generated, batches, peer)
   for row in rows:
-    print(json.dumps(row))
+    if row["model"] == "MEGABYTE" and "speed_up" in row and row["batch"] == 1:
+      print(f"MEGABYTE / Transformer at batch 1: {row['speed_up']:.2f}x; the paper's Table 9: {paper_speed_up():.2f}x")
+  for row in rows:
+    print(json.dumps(row | run))
+  if args.output:
+    with replacing(args.output) as path:
+      path.write_text(json.dumps(results(rows, generated, run), indent=2) + "\n")
 
 
 if __name__ == "__main__":

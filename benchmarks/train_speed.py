@@ -1,7 +1,8 @@
 """How fast models train: bytes a second, and the share of what the device can do.
 
-  python benchmarks/train_speed.py                                    one GPU, every case and peer
+  python benchmarks/train_speed.py                                    one GPU, every case but `long`, and the peers
   python benchmarks/train_speed.py --cases=text24,text24:dropout=0.1  some, with other options
+  python benchmarks/train_speed.py --cases=long --patience=3600       one step on 100,000,000 bytes
   python benchmarks/train_speed.py --cases=tiny --limit_seconds=0.2   a smoke test on a CPU
 
 A case is a name of CASES, then options of the model or of the config after colons (`text24:remat=full:batch_size=32`).
@@ -14,16 +15,16 @@ roofline (matrix products at the ceiling and then the memory traffic of roofline
 overlapped); peak memory; seconds to compile; the loss in bits per byte after the last step: a model whose activations
 are not finite runs faster, and does not count.
 
-Where torch and MEGABYTE-pytorch (0.3.6 was looked at) are installed, that package's model of the case's widths, depths
-and heads is timed too: as shipped, compiled, and compiled with the fused attention kernels it bars. Its FLOPs are
-torch's own count of its products. The last lines are JSON.
+Where they are installed, other packages' models of the same widths, depths and heads are timed beside text24 and text14
+(peers.py): MEGABYTE-pytorch as shipped, compiled, and compiled with the fused attention kernels it bars; mblm compiled
+with these. Their FLOPs are torch's own count of their products. The last lines are JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
+import datetime
 import json
 import math
 import os
@@ -31,7 +32,19 @@ import subprocess
 import sys
 import time
 
-PEERS = ("shipped", "compiled", "opened")
+import peers
+
+PEERS = {  # how each is timed
+  "MEGABYTE-pytorch shipped": "MEGABYTE-pytorch",
+  "MEGABYTE-pytorch compiled": "MEGABYTE-pytorch",
+  "MEGABYTE-pytorch opened": "MEGABYTE-pytorch",
+  "mblm opened": "mblm",
+}
+PEER_CASES = ("text24", "text14")
+DEFAULT_CASES = (
+  "text24,text24:dropout=0.1,text14,text14_cross_patch,text_transformer,text_perceiver_ar,"
+  "image256,image256_cross_patch,image640"
+)
 COLUMNS = ("bytes/s", "TFLOP/s", "of ceiling", "of roofline", "GiB", "compile s", "bits/byte")
 
 
@@ -101,7 +114,7 @@ def measure(case: str, seconds: float, limit_seconds: float) -> dict:
   ceiling = matmul_flops(limit_seconds, 8192 if limit_seconds > 1 else 512)
   bandwidth = copy_bandwidth(1 << 30 if limit_seconds > 1 else 1 << 24)
   least = per_step / 3 * roofline.passes(config, "train") / ceiling
-  least += roofline.memory_traffic(config, 1, 1, "train") / bandwidth
+  least += roofline.memory_traffic(config, 1, 1, "train", jax.default_backend()) / bandwidth
   return {
     "case": case,
     "device": jax.devices()[0].device_kind,
@@ -120,48 +133,26 @@ def measure(case: str, seconds: float, limit_seconds: float) -> dict:
 
 
 def measure_peer(case: str, how: str, seconds: float, limit_seconds: float) -> dict:
-  """Times MEGABYTE-pytorch at the case's widths, depths and batch, under autocast to bfloat16."""
+  """Times the peer of PEERS at the case's widths, depths and batch, under autocast to bfloat16."""
   import torch  # noqa: PLC0415
-  from MEGABYTE_pytorch import MEGABYTE  # noqa: PLC0415
-  from MEGABYTE_pytorch import megabyte as package  # noqa: PLC0415
   from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415
 
   config = config_of(case)
-  coarse, fine = config.model.levels
   torch.manual_seed(0)
   device = "cuda" if torch.cuda.is_available() else "cpu"
-  made = MEGABYTE(
-    num_tokens=257,
-    pad_id=256,  # its default ignores byte 0 in the loss
-    dim=(coarse.width, fine.width),
-    depth=(coarse.num_layers, fine.num_layers),
-    max_seq_len=(config.model.context // coarse.patch_size, coarse.patch_size),
-    dim_head=fine.heads[1],
-    heads=fine.heads[0],
-    flash_attn=True,
-  )
-  if coarse.num_heads != fine.num_heads:  # it has one number of heads for both; the coarse stage is built anew
-    made.transformers[0] = package.Transformer(
-      dim=coarse.width,
-      layers=coarse.num_layers,
-      dim_head=coarse.heads[1],
-      heads=coarse.heads[0],
-      flash_attn=True,
-    )
-  if how == "opened":
-    from torch.nn.attention import SDPBackend  # noqa: PLC0415
-
-    for module in made.modules():
-      if hasattr(module, "attn_cfg"):
-        module.attn_cfg = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+  is_mblm = PEERS[how] == "mblm"
+  made = peers.mblm(config.model) if is_mblm else peers.megabyte_pytorch(config.model)
+  if how.endswith("opened"):
+    peers.open_attention(made)
   made = made.to(device)
   optimizer = torch.optim.AdamW(made.parameters(), lr=2e-4, betas=(0.9, 0.98), weight_decay=0.1, fused=device == "cuda")
   x_BT = torch.randint(0, 256, (config.batch_size, config.model.context), device=device)
-  run = made if how == "shipped" else torch.compile(made)
+  run = made if how.endswith("shipped") else torch.compile(made)
+  options = {} if is_mblm else {"return_loss": True}  # mblm gives the loss unless it is asked for more
 
   def train_step():
     with torch.autocast(device, torch.bfloat16):
-      loss = run(x_BT, return_loss=True)
+      loss = run(x_BT, **options)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(made.parameters(), 1.0)
     optimizer.step()
@@ -197,7 +188,7 @@ def measure_peer(case: str, how: str, seconds: float, limit_seconds: float) -> d
       ceiling = count * 2 * 8192**3 / (time.perf_counter() - begin)
   rate = counter.get_total_flops() / taken
   return {
-    "case": f"{case} MEGABYTE-pytorch {how}",
+    "case": f"{case} {how}",
     "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
     "versions": f"torch {torch.__version__}",
     "ceiling_flops": ceiling,
@@ -243,8 +234,8 @@ def in_own_process(arguments: list[str], name: str, patience: float) -> dict:
 def main() -> None:
   """Runs the cases and their peers one after the other."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--cases", default="text24,text24:dropout=0.1,text14,text14_cross_patch,image256,image640")
-  parser.add_argument("--peers", default="text24,text14", help="cases whose peers are timed, if installed")
+  parser.add_argument("--cases", default=DEFAULT_CASES)
+  parser.add_argument("--peers", help=f"cases whose peers are timed, if installed; default: {PEER_CASES}, if asked for")
   parser.add_argument("--seconds", type=float, default=8.0, help="of training steps that are timed, after half as many")
   parser.add_argument("--limit_seconds", type=float, default=4.0, help="of matrix products that set the ceiling")
   parser.add_argument(
@@ -258,9 +249,12 @@ def main() -> None:
     numbers = (args.seconds, args.limit_seconds)
     print(json.dumps(measure_peer(args.only, args.peer, *numbers) if args.peer else measure(args.only, *numbers)))
     return
-  installed = all(importlib.util.find_spec(name) for name in ("torch", "MEGABYTE_pytorch"))
   wanted = [(case, "") for case in args.cases.split(",") if case]
-  wanted += [(case, how) for case in args.peers.split(",") if case and installed for how in PEERS]
+  beside = [case for case, _ in wanted if case in PEER_CASES] if args.peers is None else args.peers.split(",")
+  installed = {package: peers.installed(package) for package in peers.PACKAGES}
+  wanted += [(case, how) for case in beside if case for how, package in PEERS.items() if installed[package]]
+  run = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "command": " ".join(sys.argv)}
+  print(run["date"], run["command"])
   print(" " * 44, *(f"{column:>11}" for column in COLUMNS))
   rows = []
   for case, how in wanted:
@@ -270,10 +264,10 @@ def main() -> None:
       f"--seconds={args.seconds}",
       f"--limit_seconds={args.limit_seconds}",
     ]
-    rows.append(in_own_process(arguments, f"{case} {how}".strip(), args.patience))
+    rows.append(in_own_process(arguments, f"{case} {how}".strip(), args.patience) | run)
     show(rows[-1])
-  if not installed:
-    print("MEGABYTE-pytorch is not installed")
+  for package in [package for package, there in installed.items() if beside and not there]:
+    print(f"{package} is not installed")
   lines = [json.dumps(row) for row in rows]
   print("\n".join(lines))
   if args.output:

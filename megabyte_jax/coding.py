@@ -20,11 +20,12 @@ import numpy as np
 from flax import nnx
 
 from megabyte_jax import windows
-from megabyte_jax.config_parsing import ConfigError, require
+from megabyte_jax.config_parsing import ConfigError
 from megabyte_jax.data.sources import DataError
 from megabyte_jax.hardware import platform
 from megabyte_jax.models.build import Model, in_compute_dtype
 from megabyte_jax.models.config import ModelConfig, PerceiverARConfig
+from megabyte_jax.sampling import check_bytes, check_finite
 from megabyte_jax.windows import Window
 
 Code = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (bytes, or anything when decoding; probabilities) -> bytes
@@ -41,8 +42,7 @@ def encode(model: Model, text: np.ndarray, batch: int, on_bytes: Callable[[int],
     ConfigError: the model does not know all of the bytes.
     FloatingPointError: the model's probabilities are not finite.
   """
-  vocabulary = model.config.vocab_size
-  require(not text.size or int(text.max()) < vocabulary, f"the model knows only bytes below {vocabulary}")
+  check_bytes(text, model.config)
   encoder, family = constriction().stream.queue.RangeEncoder(), _family()
 
   def code(bytes_: np.ndarray, p_BV: np.ndarray) -> np.ndarray:
@@ -106,8 +106,7 @@ def _walk(model: Model, text: np.ndarray, batch: int, code: Code, on_bytes: Call
       state, p_BV = step(graph, model.first_level_at(t), parameters, state, previous_B)
       at = [row.start + t for row in rows if t < row.length]  # only the last window of a text is short
       p_BV = np.asarray(p_BV)[: len(at)]
-      if not np.isfinite(p_BV).all():
-        raise FloatingPointError("the model's probabilities are not finite numbers; take another checkpoint")
+      check_finite(p_BV)
       previous_B = np.zeros(batch, np.int32)
       text[at] = previous_B[: len(at)] = code(text[at], p_BV)
       if on_bytes:
@@ -128,7 +127,7 @@ def _start(graph, parameters, text: np.ndarray, rows: list[Window], batch: int):
   [row] = rows
   x_BT = np.zeros((1, config.context), np.int32)
   x_BT[0, : row.score_from] = text[row.start : row.start + row.score_from]
-  return _state_after(graph, parameters, x_BT, row.score_from, row.latent_start), row.score_from
+  return _state_after()(graph, parameters, x_BT, row.score_from, row.latent_start), row.score_from
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -136,9 +135,14 @@ def _empty_state(graph, parameters, batch):
   return nnx.merge(graph, parameters).start_bytes(batch)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _state_after(graph, parameters, x_BT, length, latent_start):
-  return nnx.merge(graph, parameters).read_prompt(x_BT, length, latent_start)
+@functools.cache
+def _state_after():
+  """The jitted (graph, parameters, x_BT, length, latent_start) -> state after the first `length` bytes of x."""
+
+  def read(graph, parameters, x_BT, length, latent_start):
+    return nnx.merge(graph, parameters).read_prompt(x_BT, length, latent_start)
+
+  return _jit(read, static_argnums=0)
 
 
 @functools.cache
@@ -149,6 +153,13 @@ def _step():
     state, logits_BV = nnx.merge(graph, parameters).decode_byte(state, previous_B, first_level)
     return state, jax.nn.softmax(logits_BV.astype(jnp.float32))
 
-  # Timing decides which matrix product XLA takes on a GPU, otherwise: another one in another process.
-  options = {"xla_gpu_autotune_level": 0} if platform() == "gpu" else None
-  return jax.jit(step, static_argnums=(0, 1), donate_argnums=3, compiler_options=options)
+  return _jit(step, static_argnums=(0, 1), donate_argnums=3)
+
+
+def _jit(function: Callable, **options: Any) -> Callable:
+  """jax.jit, with the same program in every process.
+
+  Timing decides which matrix product XLA takes on a GPU, otherwise: another one in another process.
+  """
+  compiler = {"xla_gpu_autotune_level": 0} if platform() == "gpu" else None
+  return jax.jit(function, compiler_options=compiler, **options)

@@ -83,6 +83,18 @@ def parse_mesh(text: str, data: int = -1) -> MeshConfig:
   return MeshConfig(**sizes)
 
 
+def check_output_file(name: str, path: str) -> None:
+  """Raises ConfigError where the argument `name` gives a path at which no file can be written; for before any work."""
+  if "://" in path:  # of a storage service
+    return
+  require(not os.path.isdir(path) and path[-1:] != "/", f"{name}={path} is a folder; name a file")
+  folder = os.path.dirname(os.path.abspath(path))
+  while not os.path.exists(folder):  # missing ones are made
+    folder = os.path.dirname(folder)
+  require(os.path.isdir(folder), f"{name}={path}: {folder} is a file, not a folder")
+  require(os.access(folder, os.W_OK), f"{name}={path}: the folder {folder} cannot be written to")
+
+
 @contextlib.contextmanager
 def _wrong_flags(arguments: Sequence[str]) -> Iterator[None]:
   try:

@@ -178,6 +178,7 @@ def parse_arguments() -> argparse.Namespace:
   args = parser.parse_args()
   require(args.batch_size >= 0, f"--batch-size is {args.batch_size}; it must not be negative")
   require(not (args.decompress and args.batch_size), "--batch-size is for compressing; the file says the rest")
+  command_line.check_output_file("OUT", args.out)
   return args
 
 

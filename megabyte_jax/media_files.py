@@ -86,6 +86,12 @@ def check_output(path: str, data: DataConfig, samples: int, prompt: Prompt, num_
     total, size = prompt.kept.size + num_bytes, image_bytes(data)
     require(total == size, f"{total:,} bytes, prompt included, are no image; this model's images have {size:,}")
   else:
+    if not is_sound(path, data):
+      endings, made = {"image": (images.SUFFIXES, "PNG"), "audio": (audio.SUFFIXES, "WAV")}.get(data.form, ((), ""))
+      require(
+        not path.lower().endswith(endings),
+        f"--output={path}: samples of this model are written as {made}; take a name that ends with .{made.lower()}",
+      )
     require(
       samples == 1 or "{}" in path,
       f"--output={path} names one file for {samples} samples; put {{}} where their number goes",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
@@ -31,6 +32,7 @@ def write_samples(config: Config, parameters: Any, source: Source, workdir: str)
   """
   if not config.sample_bytes or config.data.form == "bytes" or jax.process_count() > 1:
     return []
+  config = dataclasses.replace(config, seed=config.seed % (1 << 31))  # training takes more of them than generation
   graph, _ = abstract_model(config.model)
   model = nnx.merge(graph, parameters)
   if config.data.form == "image":

@@ -46,21 +46,39 @@ class Sampling:
     require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be in (0, 1]")
 
 
-def pick_byte(logits_V: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-  """One byte from float32 logits, int32 scalar."""
+def pick_byte(logits_V: jax.Array, noise_V: jax.Array, sampling: Sampling) -> jax.Array:
+  """One byte from float32 logits and `gumbel_noise`, int32 scalar; of equal logits the lower byte ranks first."""
   if sampling.temperature == 0:
     return jnp.argmax(logits_V).astype(jnp.int32)
-  logits_V = logits_V / sampling.temperature
-  descending_V = jnp.sort(logits_V)[::-1]
-  if 0 < sampling.top_k < logits_V.shape[0]:
-    logits_V = jnp.where(logits_V < descending_V[sampling.top_k - 1], -jnp.inf, logits_V)
-    descending_V = jnp.where(jnp.arange(logits_V.shape[0]) < sampling.top_k, descending_V, -jnp.inf)
-  if sampling.top_p < 1:
-    # A byte stays if those more probable than it do not reach top_p already.
-    before_V = jnp.cumsum(jax.nn.softmax(descending_V)) - jax.nn.softmax(descending_V)
-    least = jnp.min(jnp.where(before_V < sampling.top_p, descending_V, jnp.inf))
-    logits_V = jnp.where(logits_V < least, -jnp.inf, logits_V)
-  return jax.random.categorical(key, logits_V).astype(jnp.int32)
+  if sampling.temperature != 1:  # the largest becomes 0, so that no other can overflow to the same as it
+    lowest = float(jnp.finfo(jnp.float32).tiny)
+    logits_V = (logits_V - jnp.max(logits_V)) / max(sampling.temperature, lowest)
+  if not 0 < sampling.top_k < logits_V.shape[0] and sampling.top_p == 1:
+    return jnp.argmax(logits_V + noise_V).astype(jnp.int32)
+  ranked_V = jnp.argsort(logits_V, descending=True, stable=True)
+  logits_V = logits_V[ranked_V]
+  if sampling.top_k:
+    logits_V = jnp.where(jnp.arange(logits_V.shape[0]) < sampling.top_k, logits_V, -jnp.inf)
+  p_V = jax.nn.softmax(logits_V)
+  before_V = jnp.cumsum(p_V) - p_V  # a byte stays if those that rank before it do not reach top_p already
+  logits_V = jnp.where(before_V < sampling.top_p, logits_V, -jnp.inf)
+  return ranked_V[jnp.argmax(logits_V + noise_V[ranked_V])].astype(jnp.int32)
+
+
+def gumbel_noise(key: jax.Array, position: jax.Array, vocab_size: int) -> jax.Array:
+  """What makes the largest of logits + noise a draw from their softmax; float32 [V], of the key and position alone."""
+  return jax.random.gumbel(jax.random.fold_in(key, position), (vocab_size,), jnp.float32)
+
+
+def check_finite(values: np.ndarray) -> None:
+  """Raises FloatingPointError where one of a model's probabilities, or a logarithm of one, is not a finite number."""
+  if not np.isfinite(values).all():
+    raise FloatingPointError("the model's probabilities are not finite numbers; take another checkpoint")
+
+
+def check_bytes(x: np.ndarray, config: ModelConfig) -> None:
+  """Raises ConfigError where a byte of x is not among those that the model knows."""
+  require(not x.size or int(x.max()) < config.vocab_size, f"the model knows only bytes below {config.vocab_size}")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -92,10 +110,13 @@ def decode_chunk(graph, sampling, size, parameters, state, x_BT, known, offset, 
   state, x_BT, keys_B = _lay_out((state, x_BT, keys_B))
   B, S = x_BT.shape[0], patch_bytes(model.config)
 
+  first = state.position
+  noise = jax.vmap(jax.vmap(gumbel_noise, in_axes=(None, 0, None)), in_axes=(0, None, None))
+  noise_BCV = noise(keys_B, offset + first + jnp.arange(size), model.config.vocab_size)  # of the whole chunk at once
+
   def pick(logits_BV, position):
-    text_position = offset + position
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, text_position)
-    sampled_B = jax.vmap(functools.partial(pick_byte, sampling=sampling))(logits_BV, keys)
+    noise_BV = jax.lax.dynamic_index_in_dim(noise_BCV, position - first, 1, keepdims=False)
+    sampled_B = jax.vmap(functools.partial(pick_byte, sampling=sampling))(logits_BV, noise_BV)
     given_B = jax.lax.dynamic_index_in_dim(x_BT, jnp.minimum(position, x_BT.shape[1] - 1), 1, keepdims=False)
     return jnp.where(position < known, given_B.astype(jnp.int32), sampled_B)
 
@@ -165,10 +186,12 @@ def generate(
     on_bytes: called with new bytes, uint8 [samples, m], as they come.
 
   Raises:
-    ConfigError: a number makes no sense, or the model does not fit its mesh.
+    ConfigError: a number makes no sense, the model does not know a byte of the prompt or does not fit its mesh.
+    FloatingPointError: the model's probabilities are not finite.
   """
   require(num_bytes >= 0, f"the number of bytes to generate is {num_bytes}; it must not be negative")
   require(num_samples >= 1, f"the number of samples is {num_samples}; it must be at least 1")
+  require(0 <= seed < 1 << 32, f"the seed is {seed}; it must be at least 0 and below {1 << 32:,}")
   require(stop != b"", "the bytes to stop at are empty")
   graph, parameters = nnx.split(model)
   config, context = model.config, model.config.context
@@ -181,12 +204,14 @@ def generate(
   done, total = len(prompt), len(prompt) + num_bytes
   text = np.zeros((rows, total + S + context), np.uint8)  # room for a last patch and a last window
   text[:, :done] = np.frombuffer(prompt, np.uint8)
+  check_bytes(text[:, :done], config)
   nats = np.zeros((rows, total), np.float32)
   ends = np.full(num_samples, total)
   with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
     parameters = in_compute_dtype(config, parameters)
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(rows))
     while done < ends.max():
+      state = None  # the next one needs the memory
       offset, limit, latent_start = windows.generation_window(done, config)
       x_BT = jnp.asarray(text[:, offset : offset + context], jnp.int32)
       known = done - offset
@@ -204,6 +229,7 @@ def generate(
         shift = offset + at
         text[:, first:last] = np.asarray(bytes_BC)[:, first - shift : last - shift]
         nats[:, first:last] = np.asarray(nats_BC)[:, first - shift : last - shift]
+        check_finite(nats[:, first:last])
         at, done = at + patches * S, max(last, done)
         if stop is not None:
           _find_ends(stop, text, ends, len(prompt), first, done)

@@ -47,6 +47,8 @@ VARIANTS: dict[str, ModelConfig] = {
   "short_cross_patch": _megabyte(16, _level(4, 16), _level(1, 8, **_cross(2))),
   "conv": _megabyte(24, _level(4, 16, conv_filters=(3, 5, 7)), _level(1, 8)),
   "conv_below": _megabyte(16, _level(4, 16), _level(1, 8, conv_filters=(3, 2))),
+  "last_level_of_patches": _megabyte(16, _level(8, 16), _level(2, 8, 1, **_cross(2))),
+  "without_global_cross_patch_conv": _megabyte(16, _level(2, 8, conv_filters=(3, 4), **_cross(3)), span=8),
   "window": _megabyte(16, _level(1, 8, attention_window=4)),
   "uneven_window": _megabyte(16, _level(1, 8, attention_window=5, rotary=True, conv_filters=(3,))),
   "two_windows": _megabyte(24, _level(4, 16, attention_window=2), _level(1, 8, attention_window=3)),

@@ -44,6 +44,21 @@ def test_short_equals_plain(earlier):
     assert np.abs(plain - lib._xla(*qkv(), visible, None, 0.0, None)).max() > 0.1
 
 
+@pytest.mark.parametrize(
+  ("spans", "slots", "earlier", "by"),
+  [(1, 1, 8, "_short"), (1, 1, 32, "_short"), (1, 1, 33, "_xla"), (3, 8, 8, "_short"), (1, 64, 0, "_xla")],
+)
+def test_where_a_gpu_takes_sums_of_products(monkeypatch, spans, slots, earlier, by):
+  """Also for one slot of a short span, as in decoding; after many slots it is a matrix product."""
+  taken = []
+  monkeypatch.setattr(lib, "platform", lambda: "gpu")
+  for name in ("_short", "_xla"):
+    monkeypatch.setattr(lib, name, lambda *_, name=name: taken.append(name))
+  before = [draw(B, spans, earlier, H, K, seed=s) for s in (3, 4)]
+  attention(*qkv(spans, slots), past=Past(*before, jnp.ones(1, bool)) if earlier else None)
+  assert taken == [by]
+
+
 @pytest.mark.parametrize("window", [1, 2, 4, 8])
 def test_blocks_of_a_window_equal_plain(window):
   q, k, v = qkv(spans=1, slots=16)

@@ -221,6 +221,22 @@ def test_another_process_decompresses(workdir, tmp_path):
   assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mz", "a.txt", "b.txt", "other.mz", "short.mz"]
 
 
+def test_a_folder_to_write_to_is_refused_at_once(workdir, monkeypatch, capsys, tmp_path):
+  (tmp_path / "text").write_bytes(b"abc")
+  with pytest.raises(ConfigError, match=f"OUT={tmp_path} is a folder"):
+    command(monkeypatch, capsys, tmp_path / "text", tmp_path, "--workdir=no run")
+
+
+def test_a_prompt_is_read_by_the_same_program_in_every_process(monkeypatch):
+  """Without timing on a GPU, as each step."""
+  options = []
+  monkeypatch.setattr(coding, "platform", lambda: "gpu")
+  monkeypatch.setattr(coding.jax, "jit", lambda f, compiler_options, **_: options.append(compiler_options) or f)
+  for jitted in (coding._state_after, coding._step):
+    jitted.__wrapped__()
+  assert options == [{"xla_gpu_autotune_level": 0}] * 2
+
+
 def test_the_command_says_which_file(workdir, monkeypatch, tmp_path):
   (tmp_path / "text").write_bytes(b"no compressed file")
   monkeypatch.setattr(sys, "argv", ["compress.py", "--decompress", str(tmp_path / "text"), "x", f"--workdir={workdir}"])

@@ -13,7 +13,7 @@ from flax import nnx
 from megabyte_jax import sampling as sampling_module
 from megabyte_jax import windows
 from megabyte_jax.models.build import abstract_model
-from megabyte_jax.sampling import Sampling, generate, pick_byte
+from megabyte_jax.sampling import Sampling, generate, gumbel_noise, pick_byte
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -138,14 +138,18 @@ def test_prompts_are_read_in_buffers_that_fit(monkeypatch, name):
   np.testing.assert_allclose(made.nats, expected.nats, atol=1e-4)
 
 
-def test_bytes_come_as_they_are_made(monkeypatch):
+@pytest.mark.parametrize(
+  "name", ["without_local", "conv", "cross_patch", "three_levels_cross_patch", "without_global_cross_patch_conv"]
+)
+def test_bytes_come_as_they_are_made(monkeypatch, name):
   """In chunks, with the state carried from one to the next."""
   monkeypatch.setattr(sampling_module, "_CHUNK_BYTES", 4)
-  name, pieces = "without_local", []
+  config, pieces = variants.VARIANTS[name], []
+  length, patch = 2 * config.context - 2, config.levels[0].patch_size
   made = generate(
-    variants.model(name), b"\3\1", 30, num_samples=2, seed=5, on_bytes=lambda new: pieces.append(new.copy())
+    variants.model(name), b"\3\1", length, num_samples=2, seed=5, on_bytes=lambda new: pieces.append(new.copy())
   )
-  assert len(pieces) >= 8 and max(piece.shape[1] for piece in pieces) <= 4
+  assert len(pieces) >= length // max(patch, 4) and max(piece.shape[1] for piece in pieces) <= max(patch, 4)
   np.testing.assert_array_equal(np.concatenate(pieces, axis=1), made.bytes_)
   whole = np.concatenate([np.tile(np.uint8([[3, 1]]), (2, 1)), made.bytes_], axis=1)
   np.testing.assert_allclose(made.nats, nats_by_plan(name, whole)[:, 2:], atol=1e-4)
@@ -167,6 +171,18 @@ def distribution(logits, sampling):
   return np.where(np.isin(np.arange(len(logits)), nucleus), p, 0) / p[nucleus].sum()
 
 
+def draw(logits_V, sampling, draws):
+  """`draws` bytes, each with noise of its own."""
+  logits_V = jnp.asarray(logits_V, jnp.float32)
+  keys = jax.random.split(jax.random.key(0), draws)
+  pick = lambda key: pick_byte(logits_V, gumbel_noise(key, 0, len(logits_V)), sampling)  # noqa: E731
+  return np.asarray(jax.jit(jax.vmap(pick))(keys))
+
+
+TIES = [3.0, 2.0, 2.0, 2.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("logits", [np.random.default_rng(3).standard_normal(12) * 1.5, np.zeros(12), TIES], ids=len)
 @pytest.mark.parametrize(
   "sampling",
   [
@@ -183,23 +199,29 @@ def distribution(logits, sampling):
   ],
   ids=str,
 )
-def test_pick_byte_draws_from_the_asked_distribution(sampling):
-  logits_V = np.random.default_rng(3).standard_normal(12).astype(np.float32) * 1.5
-  expected, draws = distribution(logits_V, sampling), 20_000
-  keys = jax.random.split(jax.random.key(0), draws)
-  picked = jax.jit(jax.vmap(lambda key: pick_byte(jnp.asarray(logits_V), key, sampling)))(keys)
-  share = np.bincount(np.asarray(picked), minlength=12) / draws
+def test_pick_byte_draws_from_the_asked_distribution(sampling, logits):
+  expected, draws = distribution(np.float32(logits), sampling), 20_000
+  share = np.bincount(draw(logits, sampling, draws), minlength=len(logits)) / draws
   assert (share[expected == 0] == 0).all()
   assert (np.abs(share - expected) < 5 * np.sqrt(expected * (1 - expected) / draws) + 1e-12).all()
 
 
-def test_temperature_zero_picks_the_most_probable_byte():
-  logits_V = jnp.asarray([0.3, 2.0, -1.0, 1.9])
-  assert {int(pick_byte(logits_V, jax.random.key(s), Sampling(temperature=0))) for s in range(50)} == {1}
-  assert (
-    generate(variants.model("two_levels"), b"\2", 9, sampling=Sampling(temperature=0), seed=1).bytes_
-    == (generate(variants.model("two_levels"), b"\2", 9, sampling=Sampling(temperature=0), seed=2).bytes_)
-  ).all()
+@pytest.mark.parametrize("temperature", [0, 1e-45, 1e-39, 1e-20])
+def test_temperatures_near_zero_pick_the_most_probable_byte(temperature):
+  for logits in ([0.3, 2.0, -1.0, 1.9], [-50.0, 80.0, 79.9, 60.0]):
+    assert set(draw(logits, Sampling(temperature=temperature), 50)) == {1}
+
+
+@pytest.mark.parametrize("name", ["cross_patch", "perceiver_ar"])
+def test_greedy_bytes_are_the_most_probable_of_the_full_forward_pass(name):
+  """Whatever the seed."""
+  model, config, greedy = variants.model(name), variants.VARIANTS[name], Sampling(temperature=0)
+  first = config.context - config.latents if variants.is_perceiver(config) else 3
+  prompt = variants.random_bytes(name, 1, seed=6)[0, :first].astype(np.uint8)
+  made = [generate(model, prompt.tobytes(), config.context - first, sampling=greedy, seed=s).bytes_[0] for s in (1, 2)]
+  np.testing.assert_array_equal(*made)
+  logits_TV = variants.logits(name, np.concatenate([prompt, made[0]])[None].astype(np.int32))[0][-len(made[0]) :]
+  np.testing.assert_array_equal(made[0], logits_TV.argmax(axis=-1))
 
 
 @pytest.mark.parametrize("name", ["short_cross_patch", "without_global", "perceiver_ar"])

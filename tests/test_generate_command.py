@@ -1,26 +1,23 @@
 """python -m megabyte_jax.generate: text to the terminal, bytes to files, pictures and sounds completed."""
 
-import importlib
+import io
+import subprocess
 import sys
 
 import model_variants
 import numpy as np
 import pytest
 import tiny_config
-from commands import finish, start
+from commands import ROOT, environment
 from PIL import Image
 
-import megabyte_jax
+from megabyte_jax import generate_command as command
 from megabyte_jax.checkpoint import Checkpoints, save_config
 from megabyte_jax.config import Config, ConfigError, DataConfig, Level, MegabyteConfig
 from megabyte_jax.data import images
 from megabyte_jax.data.sources import DataError
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-
-public = megabyte_jax.generate
-command = importlib.import_module("megabyte_jax.generate")  # which then bears the name of the function
-megabyte_jax.generate = public
 
 SIZE = 8 * 8 * 3
 LEVELS = (
@@ -63,20 +60,31 @@ def run(monkeypatch, *arguments):
 
 
 def test_the_command_itself(text_run):
-  output, code = finish(start("-m", "megabyte_jax.generate", f"--workdir={text_run}", "--prompt=abc", "--bytes=70"))
-  assert code == 0, output
-  assert f"step 1 of {text_run}" in output and "\nabc" in f"\n{output}"
-  assert "70 bytes in " in output and "B/s" in output
+  """Its output, redirected, is the bytes of the sample and nothing else."""
+  command_line = ["-m", "megabyte_jax.generate", f"--workdir={text_run}", "--prompt=abc", "--bytes=70"]
+  done = subprocess.run(
+    [sys.executable, *command_line], cwd=ROOT, env=environment(), capture_output=True, timeout=300, check=True
+  )
+  assert done.stdout.startswith(b"abc") and len(done.stdout) == 73
+  said = done.stderr.decode()
+  assert f"step 1 of {text_run}" in said and "70 bytes in " in said and "B/s" in said and "Warning" not in said
 
 
-def test_samples_as_text_and_as_bytes(text_run, monkeypatch, capsys, tmp_path):
-  arguments = [f"--workdir={text_run}", "--prompt=abc", "--bytes=30", "--num-samples=2", "--seed=3"]
+def test_samples_as_text_and_as_bytes(text_run, monkeypatch, capsysbinary, tmp_path):
+  arguments = [f"--workdir={text_run}", "--prompt=abc", "--bytes=30", "--seed=3"]
   run(monkeypatch, *arguments)
-  shown = capsys.readouterr().out
-  assert shown.count("--- sample ") == 2 and shown.count("\nabc") == 2
+  alone = capsysbinary.readouterr().out
+  assert alone.startswith(b"abc") and len(alone) == 33
+  with pytest.raises(UnicodeDecodeError):  # so it has something to spoil
+    alone.decode()
+  arguments += ["--num-samples=2"]
+  run(monkeypatch, *arguments)
+  shown = capsysbinary.readouterr().out
+  assert shown.startswith(b"--- sample 0 ---\n" + alone + b"\n--- sample 1 ---\nabc")
   run(monkeypatch, *arguments, f"--output={tmp_path}/{{}}.bin")
   written = [(tmp_path / f"{i}.bin").read_bytes() for i in (0, 1)]
   assert all(text.startswith(b"abc") and len(text) == 33 for text in written) and written[0] != written[1]
+  assert written[0] == alone and shown.endswith(written[1] + b"\n")
   (tmp_path / "prompt").write_bytes(b"abc\xff\0")
   run(
     monkeypatch,
@@ -89,6 +97,46 @@ def test_samples_as_text_and_as_bytes(text_run, monkeypatch, capsys, tmp_path):
   )
   assert (tmp_path / "x.png").read_bytes()[:3] == b"abc"
   assert (tmp_path / "x.png").stat().st_size == 12  # a model of text makes no pictures
+
+
+class Terminal(io.TextIOWrapper):
+  def __init__(self, encoding):
+    super().__init__(io.BytesIO(), encoding=encoding)
+
+  def isatty(self):
+    return True
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+def test_a_terminal_shows_whole_characters(monkeypatch, encoding):
+  """Wherever they are split, and whatever the terminal knows."""
+  text = "aé漢😀\n".encode() + b"\xff\xc3(\xe6\xbc"
+  expected = (text.decode(errors="replace") + "\n").encode(encoding, "replace")
+  for cut in range(len(text) + 1):
+    terminal = Terminal(encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    output = command.Output()
+    output.write(text[:cut])
+    shown = terminal.buffer.getvalue()
+    assert expected.startswith(shown)
+    output.write(text[cut:])
+    output.end()
+    assert terminal.buffer.getvalue() == expected
+
+
+def test_the_function_keeps_its_name_whatever_is_imported():
+  """Though the command is called by the same name."""
+  program = """
+import importlib, sys
+import megabyte_jax
+public = megabyte_jax.generate
+import megabyte_jax.generate
+from megabyte_jax import generate
+importlib.import_module("megabyte_jax.generate")
+import megabyte_jax.generate_command
+assert megabyte_jax.generate is generate is public is megabyte_jax.sampling.generate
+"""
+  subprocess.run([sys.executable, "-c", program], env=environment(), cwd=ROOT, check=True)
 
 
 def test_a_sample_stops_at_a_text(text_run, monkeypatch, tmp_path):
@@ -162,7 +210,12 @@ def test_wrong_arguments_are_told_before_anything_is_generated(text_run, image_r
   (tmp_path / "bad.png").write_bytes(b"\x89PNG")
   for error, message, *arguments in (
     (ConfigError, "not both", text_run, "--prompt=a", f"--prompt-file={tmp_path}/bad.png"),
-    (ConfigError, "does not exist", text_run, "--prompt-file=nothing"),
+    (ConfigError, "nothing does not exist", text_run, "--prompt-file=nothing"),
+    (ConfigError, "is a folder; name one file", text_run, f"--prompt-file={tmp_path}"),
+    (ConfigError, f"--output={tmp_path} is a folder", text_run, f"--output={tmp_path}"),
+    (ConfigError, "bad.png is a file, not a folder", text_run, f"--output={tmp_path}/bad.png/x"),
+    (ConfigError, "are written as PNG", image_run, "--output=x.JPG"),
+    (ConfigError, "are written as WAV", audio_run, "--output=x.flac"),
     (ConfigError, "--keep is for --prompt-file", text_run, "--keep=0.5"),
     (ConfigError, "share to keep is 2", image_run, f"--prompt-file={tmp_path}/bad.png", "--keep=2"),
     (ConfigError, "names one file for 2 samples", text_run, "--num-samples=2", "--output=x"),

@@ -15,12 +15,22 @@ from flax import nnx
 
 from megabyte_jax import plan
 from megabyte_jax import sampling as sampling_module
-from megabyte_jax.config import Config, ConfigError, Level, MegabyteConfig, MeshConfig
+from megabyte_jax.config import Config, ConfigError, Level, MegabyteConfig, MeshConfig, PerceiverARConfig
 from megabyte_jax.models.build import abstract_model, in_compute_dtype, make_model
 from megabyte_jax.sampling import generate
 from megabyte_jax.sharding import make_mesh, shard_abstract
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
+
+COARSE = Level(patch_size=8, width=32, num_layers=3, num_heads=2)
+CACHES = {
+  "levels": MegabyteConfig(context=512, levels=(COARSE, Level(patch_size=1, width=8, num_layers=2, num_heads=2))),
+  "cross_patch": MegabyteConfig(
+    context=512,
+    levels=(COARSE, Level(patch_size=1, width=8, num_layers=2, num_heads=2, rotary=True, cross_patch=8)),
+  ),
+  "perceiver_ar": PerceiverARConfig(context=64, latents=32, width=32, num_layers=3, num_heads=2),
+}
 
 
 @pytest.mark.parametrize("name", ["without_global_cross_patch", "conv", "perceiver_ar"])
@@ -124,6 +134,47 @@ def test_decoding_on_a_mesh_moves_activations_and_no_parameters():
   assert len(moved) > 4
   assert max(math.prod(map(int, shape.split(","))) for shape in moved) <= 8 * 8 * 256  # the logits of a patch
   assert 8 * 8 * 256 < 128 * 3 * 128  # the smallest of the large parameters
+
+
+@pytest.mark.parametrize(
+  ("name", "axes"),
+  [("levels", {"data": 1}), ("cross_patch", {"data": 2, "fsdp": 2, "tensor": 2}), ("perceiver_ar", {"data": 1})],
+  ids=str,
+)
+def test_decoding_copies_no_cache_as_a_whole(name, axes):
+  """Each step reads all of a cache and writes one slot of it; a copy would cost more than both."""
+  config = Config(model=CACHES[name], batch_size=4, num_steps=1, mesh=MeshConfig(**axes))
+  devices = jax.devices()[: math.prod(axes.values())]
+  jax.config.update("jax_disable_most_optimizations", False)
+  program = plan.lower(config, make_mesh(config.mesh, devices), "generate").compile().as_text()
+  inside, kept = re.split(r"^ENTRY ", program, flags=re.MULTILINE)
+  kept = set(re.findall(r" = (\w+\[\d+,\d+,1,\d+,\d+,\d+\])\S* parameter\(", kept))  # of the program: the caches
+  assert kept and all(shape in inside for shape in kept)
+  assert not kept & set(re.findall(r" = (\w+\[[\d,]*\])\S* copy\(", inside))
+
+
+def test_one_state_is_in_memory_when_the_window_moves(monkeypatch):
+  model, held, read = variants.model("transformer"), [], sampling_module._read_prompt
+
+  def counting(*arguments):
+    held.append(sum(a.ndim == 6 for a in jax.live_arrays()))
+    return read(*arguments)
+
+  monkeypatch.setattr(sampling_module, "_read_prompt", counting)
+  generate(model, b"", 40)
+  assert len(held) > 2 and held == held[:1] * len(held)
+
+
+def test_what_a_model_cannot_read_or_say_is_one_error():
+  model, name = variants.model("two_levels"), "two_levels"
+  with pytest.raises(ConfigError, match="knows only bytes below 25"):
+    generate(model, b"\3\x19", 4)
+  for seed in (-1, 1 << 32):
+    with pytest.raises(ConfigError, match=rf"seed is {seed}; it must be at least 0 and below"):
+      generate(model, seed=seed)
+  broken = jax.tree.map(lambda a: a * jnp.nan, variants.parameters(name))
+  with pytest.raises(FloatingPointError, match="not finite"):
+    generate(nnx.merge(abstract_model(variants.VARIANTS[name])[0], broken), b"\3", 4)
 
 
 @pytest.mark.slow

@@ -77,7 +77,8 @@ def attention(
     return _windowed(q_BNMHK, k_BNMHK, v_BNMHK, window, dropout if drops else 0.0, dropout_key)
   distance_MM = jnp.arange(M)[:, None] - jnp.arange(M)[None, :]
   visible_MM = (distance_MM >= 0) & (distance_MM < (window or M))
-  if q_BNMHK.shape[1] > 1 and M <= _SHORT_SPAN and not drops and platform() == "gpu":
+  earlier = past.k_BNSHK.shape[2] if past is not None else 0  # a cache of a short span holds that of the one before
+  if M <= _SHORT_SPAN and earlier <= 2 * _SHORT_SPAN and not drops and platform() == "gpu":
     return _short(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past)
   return _xla(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past, dropout if drops else 0.0, dropout_key)
 

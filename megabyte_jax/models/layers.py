@@ -215,17 +215,14 @@ class Stack(nnx.Module):
     if window:
       visible &= slot - cached < window
 
-    def layer(carry, parameters_and_number):
-      x_B11D, cache = carry
-      parameters, number = parameters_and_number
-      past = Past(*(jax.lax.dynamic_index_in_dim(a, number, keepdims=False) for a in cache), visible)
-      x_B11D, kv = nnx.merge(graph, parameters)(x_B11D, slots_M=slot[None], past=past)
-      at = (number, 0, 0, r + slot, 0, 0)
-      cache = Cache(*(jax.lax.dynamic_update_slice(a, new[None], at) for a, new in zip(cache, kv, strict=True)))
-      return (x_B11D, cache), None
+    def layer(x_B11D, parameters_and_cache):
+      parameters, *kv = parameters_and_cache
+      return nnx.merge(graph, parameters)(x_B11D, slots_M=slot[None], past=Past(*kv, visible))
 
-    numbers = jnp.arange(self.level.num_layers)
-    (x_B11D, cache), _ = jax.lax.scan(layer, (x_B11D, cache), (layers, numbers))
+    # The scan reads the caches alone: what it wrote to would be copied as a whole, once for every layer.
+    x_B11D, new = jax.lax.scan(layer, x_B11D, (layers, *cache))
+    at = (0, 0, 0, r + slot, 0, 0)
+    cache = Cache(*(jax.lax.dynamic_update_slice(a, b, at) for a, b in zip(cache, new, strict=True)))
     return self.norm(x_B11D), cache
 
   def next_span(self, cache: Cache) -> Cache:

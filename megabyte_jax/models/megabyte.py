@@ -10,6 +10,7 @@ Shapes: B batch, T bytes, N spans, M slots of a span, D width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -196,7 +197,7 @@ class Megabyte(nnx.Module):
         r = self.config.levels[i].cross_patch
         cache = Cache(*(a.at[:, :, :, r : r + new.shape[3]].set(new) for a, new in zip(cache, kept, strict=True)))
       caches.append(cache)
-      memories.append(level.embedder.memory_at(x_BT, position - patch) if whole else state.memories[i])
+      memories.append(level.embedder.memory_at(x_BT, jnp.maximum(position - patch, 0)) if whole else state.memories[i])
     patch_BS = jax.lax.dynamic_slice_in_dim(x_BT, jnp.maximum(position - patch, 0), patch, axis=1)
     return DecodeState(tuple(caches), tuple(memories), patch_BS.astype(jnp.int32), jnp.int32(position))
 
@@ -212,8 +213,8 @@ class Megabyte(nnx.Module):
     """
     B, patch = state.patch_BS.shape
     logits_BSV = jnp.zeros((B, patch, self.config.vocab_size), jnp.float32)
-    loop = (state.caches, state.memories, jnp.zeros_like(state.patch_BS), logits_BSV)
     slot = state.position % self.config.spans[0] // patch
+    loop = (*self._begin_first(slot, state.caches, state.memories), jnp.zeros_like(state.patch_BS), logits_BSV)
     loop = self._decode_slot(0, slot, state.position, None, state.patch_BS, loop, state.position, pick)
     caches, memories, patch_BS, logits_BSV = loop
     return DecodeState(caches, memories, patch_BS, state.position + patch), patch_BS, logits_BSV
@@ -245,15 +246,27 @@ class Megabyte(nnx.Module):
       part_B11s = jax.lax.dynamic_slice_in_dim(parts_BMs, j, 1, axis=1)[:, None]
       return self._decode_slot(i + 1, j, start, part_B11s, previous, loop, patch_start, pick)
 
-    loop = (caches, memories, bytes_BS, logits_BSV)
+    loop = (*self._begin_span(i + 1, caches, memories), bytes_BS, logits_BSV)
     return jax.lax.fori_loop(0, config.patch_size // below.patch_size, one_slot, loop)
+
+  def _begin_span(self, i, caches, memories):
+    """(caches, memories), of level i ready for the first slot of a span."""
+    cache, memory = caches[i], jax.tree.map(jnp.zeros_like, memories[i])
+    if self.config.levels[i].cross_patch:  # other caches need no preparation: of a new span nothing is visible yet
+      cache = self.levels[i].decoder.next_span(cache)
+    return (*caches[:i], cache, *caches[i + 1 :]), (*memories[:i], memory, *memories[i + 1 :])
+
+  def _begin_first(self, slot, caches, memories):
+    """The same for the first level, if slot number `slot` is the first of a span, of which it may have several."""
+    if self.config.spans[0] == self.config.context:
+      return caches, memories
+    return jax.lax.cond(
+      slot == 0, functools.partial(self._begin_span, 0), lambda *unchanged: unchanged, caches, memories
+    )
 
   def _step_level(self, i, slot, byte, parent_B11s, previous_BS, cache, memory):
     """One step of level i alone: its output for the slot, and what it remembers."""
     level, config = self.levels[i], self.config.levels[i]
-    if config.cross_patch:  # other caches need no preparation: of a new span nothing is visible yet
-      cache = jax.tree.map(lambda new, old: jnp.where(slot == 0, new, old), level.decoder.next_span(cache), cache)
-    memory = jax.tree.map(lambda m: jnp.where(slot == 0, jnp.zeros_like(m), m), memory)
     x_B11D, memory = level.embedder.next_slot(previous_BS, memory, slot)
     if parent_B11s is not None:
       x_B11D = level.add_parent(x_B11D, parent_B11s)
@@ -287,6 +300,10 @@ class Megabyte(nnx.Module):
     B, patch = patch_BS.shape
     at = (position - 1) % patch
     patch_BS = jax.lax.dynamic_update_slice_in_dim(patch_BS, previous_B[:, None].astype(patch_BS.dtype), at, axis=1)
+    if first_level == 0:
+      caches, memories = self._begin_first(position % self.config.spans[0], caches, memories)
+    for i in range(first_level + 1, len(self.levels)):  # below a new slot begins a new span
+      caches, memories = self._begin_span(i, caches, memories)
     caches, memories, outputs = list(caches), list(memories), list(outputs)
     for i in range(first_level, len(self.levels)):
       size, span, part_B11s = self.config.levels[i].patch_size, self.config.spans[i], None

@@ -162,11 +162,10 @@ class PerceiverAR(nnx.Module):
     slot, latent = state.position, state.position - state.start
     x_B11D, _ = self.embedder.next_slot(previous_B[:, None], (), slot)
     own = self.cross.keys_values(x_B11D, slot)
-    seen = jnp.arange(state.context.k_LBNSHK.shape[3]) < slot
-    past = Past(state.context.k_LBNSHK[0], state.context.v_LBNSHK[0], seen)
-    x_B11D = self.cross(x_B11D, own, past, jnp.full(previous_B.shape, slot))
-    at = (0, 0, 0, slot, 0, 0)
+    at = (0, 0, 0, slot, 0, 0)  # written before it is read: otherwise XLA copies it as a whole
     context = Cache(*(jax.lax.dynamic_update_slice(a, b[None], at) for a, b in zip(state.context, own, strict=True)))
+    past = Past(context.k_LBNSHK[0], context.v_LBNSHK[0], jnp.arange(context.k_LBNSHK.shape[3]) < slot)
+    x_B11D = self.cross(x_B11D, own, past, jnp.full(previous_B.shape, slot))
     h_B11D, latents = self.decoder.step(x_B11D, state.latents, latent, False)
     logits_BV = self.embedder.logits(h_B11D)[:, 0, 0]
     byte_B1 = previous_B[:, None].astype(jnp.int32)

@@ -1,0 +1,86 @@
+"""The packages that one would take instead, built to the widths, depths and heads of a config of ours.
+
+MEGABYTE-pytorch (0.3.6 was looked at) and mblm (0.4.2). PyTorch is imported where it is needed, so that a process
+without a peer neither needs it nor gives memory to it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from typing import Any
+
+from megabyte_jax import MegabyteConfig
+
+PACKAGES = {"MEGABYTE-pytorch": ("torch", "MEGABYTE_pytorch"), "mblm": ("torch", "mblm")}
+_PAD = 256  # outside of the bytes: the default, 0, would leave byte 0 out of the loss
+
+
+def installed(package: str) -> bool:
+  """Whether a package of PACKAGES can be imported."""
+  return all(importlib.util.find_spec(name) for name in PACKAGES[package])
+
+
+def megabyte_pytorch(config: MegabyteConfig) -> Any:
+  """MEGABYTE-pytorch's model, a torch module, for a config of two levels."""
+  from MEGABYTE_pytorch import MEGABYTE  # noqa: PLC0415
+  from MEGABYTE_pytorch.megabyte import Transformer  # noqa: PLC0415
+
+  coarse, fine = config.levels
+  made = MEGABYTE(
+    num_tokens=_PAD + 1,
+    pad_id=_PAD,
+    dim=(coarse.width, fine.width),
+    depth=(coarse.num_layers, fine.num_layers),
+    max_seq_len=(config.context // coarse.patch_size, coarse.patch_size),
+    dim_head=fine.heads[1],
+    heads=fine.heads[0],
+    flash_attn=True,
+  )
+  if coarse.heads != fine.heads:  # it has one number of heads for both; the coarse stage is built anew
+    made.transformers[0] = Transformer(
+      dim=coarse.width,
+      layers=coarse.num_layers,
+      dim_head=coarse.heads[1],
+      heads=coarse.heads[0],
+      flash_attn=True,
+    )
+  return made
+
+
+def mblm(config: MegabyteConfig) -> Any:
+  """mblm's model, a torch module whose call gives the loss; with rotary positions, as its authors train it."""
+  from mblm import MBLM, MBLMModelConfig, TransformerBlock  # noqa: PLC0415
+
+  sizes = (config.context, *(level.patch_size for level in config.levels))
+  blocks = [
+    TransformerBlock(
+      attn_head_dims=level.heads[1],
+      attn_num_heads=level.heads[0],
+      attn_use_rot_embs=True,
+      use_flash_attn=True,
+      pos_emb_type="fixed",
+      ff_multiplier=level.hidden // level.width,
+    )
+    for level in config.levels
+  ]
+  return MBLM(
+    MBLMModelConfig(
+      num_tokens=_PAD + 1,
+      pad_token_id=_PAD,
+      hidden_dims=[level.width for level in config.levels],
+      num_layers=[level.num_layers for level in config.levels],
+      seq_lens=[above // own for above, own in itertools.pairwise(sizes)],
+      train_checkpoint_chunks=None,
+      block=blocks,
+    )
+  )
+
+
+def open_attention(made: Any) -> None:
+  """Allows the fused attention kernels, which MEGABYTE-pytorch's attention (mblm's too) bars on all but one GPU."""
+  from torch.nn.attention import SDPBackend  # noqa: PLC0415
+
+  for module in made.modules():
+    if hasattr(module, "attn_cfg"):
+      module.attn_cfg = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
