@@ -180,7 +180,7 @@ def generate(
   Args:
     prompt: of any length; what the context cannot hold is forgotten from the front.
     num_bytes: to generate, of any number.
-    seed: the randomness of a byte depends on the seed, the sample's number and the byte's place alone.
+    seed: 0 to 2**32 - 1; the randomness of a byte depends on it, the sample's number and the byte's place alone.
     stop: ends a sample early: bytes, which are its last then, or a function of a sample's bytes so far, prompt
       excluded, that returns how many of them to keep, or None to go on.
     on_bytes: called with new bytes, uint8 [samples, m], as they come.
