@@ -4,7 +4,8 @@
 
 Everything is made from the shipped samples in a temporary folder. Files are in the page cache: this measures the code,
 not the disk. Aims on two cores: 100 MB/s for byte files and 64-pixel images, 15 MB/s for 640-pixel JPEGs, and a
-start at step 1,000,000 within 2 s.
+start at step 1,000,000 within 2 s. Where other work is on the machine, MB per second of processor time says more than
+MB/s; that time is compared with nothing.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from megabyte_jax.data.batches import batches
 from megabyte_jax.data.sources import SAMPLE_FOLDER, open_source
 
 STEP = 1_000_000
+START_UP_AIM = 2.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """What is measured: a source, the shape of a batch, and the aim in MB/s (0: none)."""
+  """What is measured: a source, the shape of a batch, and the aim in MB/s."""
 
   name: str
   data: DataConfig
@@ -91,12 +93,26 @@ def measure(case: Case, seconds: float) -> dict:
   start_up = time.perf_counter() - started
   for _ in range(5):
     next(stream)
-  started, total = time.perf_counter(), 0
+  started, total, processor = time.perf_counter(), 0, time.process_time()
   while time.perf_counter() - started < seconds:
     _, batch = next(stream)
     total += batch.x_BT.size
   rate = total / (time.perf_counter() - started) / 1e6
-  return {"case": case.name, "MB/s": round(rate, 1), "aim": case.aim, "start-up s": round(start_up, 2)}
+  per_cpu = total / (time.process_time() - processor) / 1e6
+  return {
+    "case": case.name,
+    "MB/s": round(rate, 1),
+    "MB/CPU-s": round(per_cpu, 1),
+    "aim": case.aim,
+    "start-up s": round(start_up, 2),
+  }
+
+
+def verdict(result: dict) -> str:
+  """Which aims a result misses."""
+  missed = [f"below {result['aim']:g} MB/s"] if result["MB/s"] < result["aim"] else []
+  missed += [f"start-up above {START_UP_AIM:g} s"] if result["start-up s"] > START_UP_AIM else []
+  return ", ".join(missed) or "ok"
 
 
 def main() -> None:
@@ -114,19 +130,19 @@ def main() -> None:
     big = DataConfig(train=f"{folder}/photographs", form="image", image_size=640, scan_patch=192)
     cases = [
       Case("byte file, T=8192", DataConfig(train=f"{folder}/text"), 8192, 16, 100),
-      Case("byte file, T=1024", DataConfig(train=f"{folder}/text"), 1024, 64, 0),
+      Case("byte file, T=1024", DataConfig(train=f"{folder}/text"), 1024, 64, 100),
       Case("64 pixels, packed", dataclasses.replace(small, train=f"{folder}/packed"), 12288, 16, 100),
       Case(
         "64 pixels, TFDS (PNG)", dataclasses.replace(small, train=tfds_spec, tfds_dir=f"{folder}/tfds"), 12288, 16, 100
       ),
-      Case("64 pixels, folder of PNG", dataclasses.replace(small, train=f"{folder}/tiles"), 12288, 16, 0),
+      Case("64 pixels, folder of PNG", dataclasses.replace(small, train=f"{folder}/tiles"), 12288, 16, 100),
       Case("640 pixels, folder of JPEG", big, 640 * 640 * 3, 2, 15),
     ]
     results = [measure(case, seconds) for case in cases]
-  print(f"{os.cpu_count()} cores")
+  print(f"{os.cpu_count()} cores, {os.getloadavg()[0]:.1f} processes running")
   for r in results:
-    verdict = "" if not r["aim"] else "ok" if r["MB/s"] >= r["aim"] else f"below {r['aim']:g}"
-    print(f"{r['case']:28} {r['MB/s']:8.1f} MB/s  first batch after {r['start-up s']:.2f} s  {verdict}")
+    rates = f"{r['MB/s']:8.1f} MB/s {r['MB/CPU-s']:8.1f} MB/CPU-s"
+    print(f"{r['case']:28} {rates}  first batch after {r['start-up s']:.2f} s  {verdict(r)}")
   print(json.dumps(results))
 
 

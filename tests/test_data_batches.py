@@ -1,6 +1,7 @@
 import itertools
 import time
 
+import grain
 import jax
 import numpy as np
 import pytest
@@ -77,6 +78,13 @@ def test_each_window_of_a_packed_epoch_is_seen_once_and_cut_elsewhere_in_the_nex
     assert np.all(np.diff(places) == 16) and places[0] >= 0 and places[-1] + 16 <= 211
     starts.append((places[0], tuple(span.start for span in spans)))
   assert len({offset for offset, _ in starts}) > 1 and len({order for _, order in starts}) == 4
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_the_order_is_that_of_grain(seed):
+  windows = open_windows(Numbers(*[16] * 50), context=16, seed=seed, documents="whole")
+  order = grain.MapDataset.range(50).shuffle(windows.seed).repeat()
+  assert [windows.span(i).document for i in range(170)] == [order[i] for i in range(170)]
 
 
 def test_packed_windows_run_from_one_document_into_the_next():

@@ -194,5 +194,7 @@ def _blocks(opened: Opened, name: str, path: str, after_block: Callable[[], None
       yield block
       after_block()
   except _ERRORS as error:
-    kind = BadItem if path.lower().endswith(".zip") else DataError
-    raise kind(f"{path} is damaged or cut short at {name} ({error})") from error
+    what = f"{path} is damaged or cut short at {name} ({error})"
+    if path.lower().endswith(".zip"):
+      raise BadItem(f"{what}; skip such files with --skip_bad") from error
+    raise DataError(what) from error

@@ -1,9 +1,10 @@
-"""Byte files: a file, a folder or a glob, memory-mapped. One file is one document."""
+"""Byte files: a file, a folder or a glob, read in place. One file is one document."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import os
 from collections.abc import Sequence
 
@@ -18,7 +19,7 @@ from megabyte_jax.remote import in_parallel, is_remote
 _BLOCK = 4096  # bytes per place looked at for a fingerprint
 _SAMPLED_FILES = 1024  # files whose contents are looked at; names and sizes of all are
 _WHOLE_FILE, _WHOLE_TOTAL = 1 << 20, 1 << 27  # bytes of one file, and of all, that are looked at as a whole
-_OPEN_FILES = 256  # memory maps held open at once
+_OPEN_FILES = 256  # held open at once
 
 
 def open_files(spec: str, data: DataConfig, skip_empty: bool = False) -> Source:
@@ -47,7 +48,7 @@ def open_files(spec: str, data: DataConfig, skip_empty: bool = False) -> Source:
 
 
 class ByteFiles:
-  """Files as they are, one document each, mapped into memory while they are read (remote ones are read in place).
+  """Files as they are, one document each, read where and when they are asked for.
 
   Args:
     paths, names: where the files are and what they are called.
@@ -74,7 +75,7 @@ class ByteFiles:
     if not self.paths:
       raise DataError(f"all {self.skipped} files are empty or unreadable, {paths[0]} for one")
     self.lengths = np.array(lengths, np.int64)
-    self._map = functools.lru_cache(maxsize=_OPEN_FILES)(self._open)
+    self._file = functools.lru_cache(maxsize=_OPEN_FILES)(self._open)
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -86,16 +87,31 @@ class ByteFiles:
     check_range(self, document, start, stop)
     path = self.paths[document]
     if is_remote(path):
-      found = read_block(path, start, stop)
+      found = np.frombuffer(read_block(path, start, stop), np.uint8).copy()
     else:
-      # A map of a file that has since been cut short kills the process when touched, so look first.
-      found = self._map(document)[start:stop] if _size(path) == self.lengths[document] else b""
+      found = np.empty(stop - start, np.uint8)
+      found = found[: _read_into(self._file(document), start, found)]
     if len(found) != stop - start:
       raise DataError(f"{path} is no longer the {self.lengths[document]:,} bytes it was when opened; start again")
-    return np.array(found, np.uint8) if isinstance(found, np.ndarray) else np.frombuffer(found, np.uint8)
+    return found
 
-  def _open(self, document: int) -> np.ndarray:
-    return np.memmap(self.paths[document], np.uint8, mode="r", shape=(int(self.lengths[document]),))
+  def _open(self, document: int) -> io.FileIO:
+    path = self.paths[document]
+    try:
+      return open(path, "rb", buffering=0)
+    except OSError as error:
+      raise DataError(f"{path} is no longer there, or cannot be read any more ({error.strerror})") from error
+
+
+def _read_into(file: io.FileIO, start: int, out: np.ndarray) -> int:
+  """Fills `out` from byte `start` on; fewer bytes than it holds where the file ends. Returns how many.
+
+  Not through a memory map: one of a file that has been cut short kills the process when it is touched.
+  """
+  done = 0
+  while done < len(out) and (count := os.preadv(file.fileno(), [out[done:]], start + done)):
+    done += count
+  return done
 
 
 _EMPTY = "is empty"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import zlib
@@ -22,6 +23,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _RGB8 = bytes((8, 2, 0, 0, 0))
 _PLAIN = frozenset((b"IHDR", b"IDAT", b"IEND", b"bKGD", b"cHRM", b"eXIf", b"gAMA", b"iCCP", b"pHYs", b"sRGB", b"tIME"))
 _SMALL = 1 << 20  # pixels
+_TABLE = 1 << 14  # pixels of images whose patch scan is kept as a table of eight bytes a byte
 _ALPHA, _GREY = ("RGBA", "LA", "PA", "RGBa", "La"), ("L", "1")
 _GREY_IMAGE, _CMYK_IMAGE = "a grey image", "an image of colours CMYK"  # what decoders of three channels make RGB
 
@@ -55,7 +57,15 @@ def image_to_bytes(image_HWC: np.ndarray, scan: str, scan_patch: int = 3) -> np.
   if scan == "raster":
     return np.ascontiguousarray(image_HWC).reshape(-1)
   p = _fitting_side(scan_patch, height, width)
+  if height * width <= _TABLE:
+    return np.ascontiguousarray(image_HWC).reshape(-1).take(_patch_scan(height, width, p))
   return image_HWC.reshape(height // p, p, width // p, p, 3).swapaxes(1, 2).reshape(-1)
+
+
+@functools.lru_cache(maxsize=16)
+def _patch_scan(height: int, width: int, p: int) -> np.ndarray:
+  """Which byte of an image is the n-th of its patch scan. Looking this up is quicker than going there each time."""
+  return np.arange(height * width * 3).reshape(height // p, p, width // p, p, 3).swapaxes(1, 2).reshape(-1)
 
 
 def bytes_to_image(
