@@ -60,8 +60,9 @@ def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
     return scandir(path)
 
   monkeypatch.setattr(os, "scandir", refuse)
-  with pytest.raises(DataError, match=r"data/b cannot be listed .Permission denied"):
-    open_path(str(folder), SKIPPING)
+  for spec in (folder, f"{folder}/**/*.txt"):
+    with pytest.raises(DataError, match=r"data/b cannot be listed .Permission denied"):
+      open_path(str(spec), SKIPPING)
 
 
 def test_pipes_are_no_files(folder):

@@ -122,6 +122,8 @@ def test_official_numbers_of_words():
 
 
 def test_evaluations_of_a_split_are_kept_by_split_and_method(workdir, monkeypatch):
+  for path in workdir.glob("eval_*_*.json"):  # of the tests before
+    path.unlink()
   for arguments in (
     (),
     ("--method=sliding",),

@@ -27,7 +27,7 @@ def find_files(spec: str, suffixes: Sequence[str] = ()) -> tuple[list[str], list
   is_remote = remote.is_remote(spec)
   if any(c in spec for c in "*?[") and not os.path.exists(spec):
     base = _fixed_part(spec)
-    paths = _remote_glob(base, spec) if is_remote else _local_glob(spec)
+    paths = _remote_glob(base, spec) if is_remote else _local_glob(base, spec)
     kind = "no file matches"
   else:
     path = epath.Path(spec)
@@ -95,7 +95,9 @@ def _walk_remote(folder: str) -> list[str]:
   return found
 
 
-def _local_glob(pattern: str) -> list[str]:
+def _local_glob(base: str, pattern: str) -> list[str]:
+  if "**" in pattern and os.path.isdir(base or "."):
+    _walk(base or ".")  # for its errors: glob says nothing of folders that it cannot list
   return [p for p in glob.glob(pattern, recursive=True) if not os.path.isdir(p) and _is_file(p) and not _in_a_loop(p)]
 
 

@@ -1,4 +1,4 @@
-"""Packed data: a folder with all documents in one file, ready to be mapped into memory.
+"""Packed data: a folder with all documents in one file, ready to be read at any place.
 
   data.bin       the bytes of all documents, one after the other
   ends.npy       int64 [documents], where each ends in data.bin
