@@ -145,7 +145,8 @@ def estimate(config: Config, devices: list[jax.Device], step: str) -> float:
         sent += rows * slots * 2 * 2 * level.width / mesh.tensor * level.num_layers * forward_passes
       if mesh.tensor > 1:  # two sums over devices a layer
         sent += rows * slots / mesh.seq * 4 * 2 * level.width * level.num_layers * forward_passes
-  between = 2 * gradients * (1 - 1 / slices)
+  # Gradients are summed within a slice first: then each device sends its part of them to the other slices.
+  between = 2 * 2 * parameters * training * slices / len(devices) * (1 - 1 / slices)
   bounds = roofline.bounds(config, devices[0], len(devices), mesh.tensor, step, sent, between)
   one_after_the_other = config.accumulate * 1e-3
   return bounds.compute + bounds.memory + bounds.links + bounds.network + one_after_the_other
