@@ -27,7 +27,7 @@ _MOST_PARTS = 64
 _DOUBLINGS = 4
 _WORTH_DOUBLING = 1.1  # a batch twice as large, of half as many steps, should save a tenth of the time
 # Of a device's memory; meshes differed by less than a tenth where rows and rematerialisation were equal.
-_HOPELESS = 1.25
+_HOPELESS = 1.15
 
 
 def search(
