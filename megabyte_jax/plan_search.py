@@ -27,7 +27,7 @@ _MOST_PARTS = 64
 _DOUBLINGS = 4
 _WORTH_DOUBLING = 1.1  # a batch twice as large, of half as many steps, should save a tenth of the time
 # Of a device's memory; meshes differed by less than a tenth where rows and rematerialisation were equal.
-_HOPELESS = 1.25
+_HOPELESS = 1.15
 
 
 def search(
@@ -145,7 +145,8 @@ def estimate(config: Config, devices: list[jax.Device], step: str) -> float:
         sent += rows * slots * 2 * 2 * level.width / mesh.tensor * level.num_layers * forward_passes
       if mesh.tensor > 1:  # two sums over devices a layer
         sent += rows * slots / mesh.seq * 4 * 2 * level.width * level.num_layers * forward_passes
-  between = 2 * gradients * (1 - 1 / slices)
+  # Gradients are summed within a slice first: then each device sends its part of them to the other slices.
+  between = 2 * 2 * parameters * training * slices / len(devices) * (1 - 1 / slices)
   bounds = roofline.bounds(config, devices[0], len(devices), mesh.tensor, step, sent, between)
   one_after_the_other = config.accumulate * 1e-3
   return bounds.compute + bounds.memory + bounds.links + bounds.network + one_after_the_other
