@@ -40,7 +40,7 @@ flags=$(printf ' %q' "$@") # quoted once more for the remote shell
 on_all_hosts "
   set -e
   pid=\$(cat ~/megabyte_jax.pid 2>/dev/null || true)
-  if [ -n \"\$pid\" ] && ps -o args= -p \"\$pid\" | grep -q train.py; then
+  if [ -n \"\$pid\" ] && ps -ww -o args= -p \"\$pid\" | grep -q train.py; then
     echo \"process \$pid is training already; its output:\"
     exec tail -n 20 -f --pid=\"\$pid\" ~/megabyte_jax.log
   fi
