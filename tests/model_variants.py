@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from megabyte_jax.models.build import Model, abstract_model
@@ -67,6 +68,23 @@ VARIANTS: dict[str, ModelConfig] = {
 }
 
 every_variant = list(VARIANTS)
+
+# Whose options others have, too; where a proof is expensive these are left to `pytest -m slow`.
+_COMBINED_ELSEWHERE = (
+  "three_levels",
+  "short_cross_patch",
+  "conv_below",
+  "without_global",
+  "without_global_cross_patch",
+  "without_global_cross_patch_conv",
+  "uneven_window",
+  "rmsnorm_without_bias",
+  "perceiver_ar_rotary",
+  "perceiver_ar_all_latents",
+)
+every_variant_in_time = [
+  pytest.param(name, marks=pytest.mark.slow) if name in _COMBINED_ELSEWHERE else name for name in VARIANTS
+]
 
 
 def is_perceiver(config: ModelConfig) -> bool:

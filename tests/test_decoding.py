@@ -55,7 +55,7 @@ def nats_by_plan(name, texts):
   return nats
 
 
-@pytest.mark.parametrize("name", variants.every_variant)
+@pytest.mark.parametrize("name", variants.every_variant_in_time)
 def test_generated_bytes_have_the_nats_of_the_full_forward_pass(name):
   """From no prompt, and from prompts that end anywhere: within a patch, at its end, just before the context's."""
   model, config = variants.model(name), variants.VARIANTS[name]
@@ -108,7 +108,7 @@ def test_logits_of_decoding_are_those_of_the_full_forward_pass(name):
     assert int(state.position) == config.context
 
 
-@pytest.mark.parametrize("name", variants.every_variant)
+@pytest.mark.parametrize("name", variants.every_variant_in_time)
 def test_logits_of_single_bytes_are_those_of_the_full_forward_pass(name):
   """Where each byte is given from outside, as in decompression."""
   config, x_BT, model = variants.VARIANTS[name], variants.random_bytes(name, 2, seed=9), variants.model(name)

@@ -171,6 +171,7 @@ def test_eval_as_two_processes(two, folder):
   assert "bpb" not in output[1]
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_a_process_that_waits_for_another(folder):
   """The other is halted in the middle of training, so that the first cannot even act on the first interrupt."""
   arguments = ["train.py", *flags(folder, "interrupted"), "--config.num_steps=100000", "--config.eval.every_steps=0"]

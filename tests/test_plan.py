@@ -89,6 +89,7 @@ def test_what_cannot_fit_is_not_tried_again():
   assert plan_search.rules_out(failed("none", 1, 40 * mb), dataclasses.replace(variant("none", 1), batch_size=16))
 
 
+@pytest.mark.slow
 def test_saved_executable_runs_without_compiling(tmp_path):
   devices = jax.devices()[:4]
   mesh = make_mesh(SMALL.mesh, devices)

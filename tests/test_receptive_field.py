@@ -99,7 +99,7 @@ def with_tables(parameters, tables):
   return parameters
 
 
-@pytest.mark.parametrize("name", variants.every_variant)
+@pytest.mark.parametrize("name", variants.every_variant_in_time)
 def test_gradient_of_every_byte(name):
   """The text holds every value once, so the gradient of row v of a table is that of one byte's embedding.
 

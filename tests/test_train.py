@@ -56,7 +56,7 @@ IF_THE_CHANGE_WAS_MEANT = (
 )
 
 
-def test_golden_steps():
+def test_golden_steps(quick_compile):
   config = dataclasses.replace(TINY, num_steps=500)
   state, step = initial_state(config, MESH), make_train_step(config)
   source = open_source(config.data, "train")
@@ -94,7 +94,7 @@ TRANSFORMER = MegabyteConfig(context=32, levels=(Level(patch_size=1, **SMALL),),
 PERCEIVER = PerceiverARConfig(context=32, latents=8, init_std=0.02, **SMALL)
 
 
-def check_run(config, workdir, monkeypatch, name):
+def check_run(config, workdir, monkeypatch, name, traced=True):
   train.train(config, str(workdir))
   losses = [line["loss"] for line in metric_lines(workdir) if "loss" in line]
   assert losses[0] > 5 and losses[-1] < 4
@@ -103,7 +103,7 @@ def check_run(config, workdir, monkeypatch, name):
   assert result["bpb"] == pytest.approx(metric_lines(workdir)[-1]["validation_bpb"], rel=1e-6)
   assert result["bpb"] < 5.5
   assert (result["split"], result["step"], result["bytes"]) == ("validation", 40, 1000)
-  assert [path for path in (workdir / "trace").rglob("*") if path.is_file()]
+  assert traced == bool([path for path in (workdir / "trace").rglob("*") if path.is_file()])
 
 
 def test_a_transformer_and_what_its_run_leaves_behind(config, tmp_path, monkeypatch, capsys):
@@ -124,7 +124,13 @@ def test_a_transformer_and_what_its_run_leaves_behind(config, tmp_path, monkeypa
   assert sorted(path.name for path in (workdir / "checkpoints").iterdir() if path.is_dir()) == ["25", "40"]
 
 
-def test_perceiver_ar_and_a_trace_that_the_run_ends_within(config, tmp_path, monkeypatch):
+def test_perceiver_ar(config, tmp_path, monkeypatch):
+  config = dataclasses.replace(config, model=PERCEIVER, num_steps=40, log_every=10)
+  check_run(config, tmp_path / "run", monkeypatch, "PerceiverAR", traced=False)
+
+
+@pytest.mark.slow
+def test_a_trace_that_the_run_ends_within(config, tmp_path, monkeypatch):
   config = dataclasses.replace(config, model=PERCEIVER, num_steps=40, log_every=10, profile_steps=(38, 99))
   check_run(config, tmp_path / "run", monkeypatch, "PerceiverAR")
 
