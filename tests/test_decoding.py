@@ -224,7 +224,9 @@ def test_greedy_bytes_are_the_most_probable_of_the_full_forward_pass(name):
   np.testing.assert_array_equal(made[0], logits_TV.argmax(axis=-1))
 
 
-@pytest.mark.parametrize("name", ["short_cross_patch", "without_global", "perceiver_ar"])
+@pytest.mark.parametrize(
+  "name", [pytest.param("short_cross_patch", marks=pytest.mark.slow), "without_global", "perceiver_ar"]
+)
 def test_logits_of_a_prefix_are_the_prefix_of_the_logits(name):
   """At every length up to two patches: within the first one, within the second, and with whole ones."""
   config = dataclasses.replace(variants.VARIANTS[name], context=8)

@@ -33,7 +33,9 @@ CACHES = {
 }
 
 
-@pytest.mark.parametrize("name", ["without_global_cross_patch", "conv", "perceiver_ar"])
+@pytest.mark.parametrize(
+  "name", ["without_global_cross_patch", pytest.param("conv", marks=pytest.mark.slow), "perceiver_ar"]
+)
 def test_the_same_seed_gives_the_same_bytes_for_any_number_of_samples(name):
   model, lengths = variants.model(name), 40
   one, three, eight = (generate(model, b"\3\1", lengths, num_samples=n, seed=5).bytes_ for n in (1, 3, 8))

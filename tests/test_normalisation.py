@@ -42,7 +42,7 @@ def log_probabilities(logits_BTV, x_BT):
   return np.take_along_axis(log_p_BTV, x_BN[..., None], axis=-1)[..., 0].sum(axis=-1)
 
 
-@pytest.mark.parametrize("name", variants.every_variant)
+@pytest.mark.parametrize("name", variants.every_variant_in_time)
 def test_probabilities_of_all_sequences_sum_to_one(name):
   config, parameters, forward = two_valued(name)
   x_BT = all_sequences(LENGTH)
