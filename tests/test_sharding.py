@@ -61,7 +61,7 @@ def state_on(mesh):
 @pytest.mark.parametrize(
   "mesh", ["fsdp4 tensor2", *(pytest.param(m, marks=pytest.mark.slow) for m in ("data8", "fsdp8", "data2 seq4"))]
 )
-def test_initial_parameters_are_the_same_on_any_mesh(quick_compile, mesh):
+def test_initial_parameters_are_the_same_on_any_mesh(mesh):
   assert_bitwise_equal(state_on(mesh).parameters, state_on("1").parameters)
   drawn = jax.tree.leaves(state_on("1").parameters)
   assert len({float(leaf.ravel()[0]) for leaf in drawn if leaf.std() > 0}) == sum(
