@@ -99,10 +99,7 @@ def evaluate(
   windows.check_method(config.model, method, stride)
   eval_step = eval_step or make_eval_step(config)
   context = config.model.context
-  patch = 1
-  if isinstance(config.model, MegabyteConfig):
-    patch = config.model.span if config.model.span < context else 1
-    patch = max(patch, config.model.levels[0].patch_size)
+  patch = config.model.alignment if isinstance(config.model, MegabyteConfig) else 1
   lengths = np.asarray(source.lengths, np.int64)
   require(lengths.sum() > 0, "there is not a single byte to evaluate")
   total = int(lengths.sum()) if not max_bytes else min(int(lengths.sum()), max_bytes)

@@ -166,6 +166,12 @@ class MegabyteConfig(BlockOptions):
     """Bytes per span of each level: S_{i-1} for level i, with S_0 the context (or `span`)."""
     return (self.span or self.context, *(level.patch_size for level in self.levels[:-1]))
 
+  @property
+  def alignment(self) -> int:
+    """Bytes that belong together: a patch of the first level, or a whole span where there are several."""
+    span = self.spans[0]
+    return span if span < self.context else self.levels[0].patch_size
+
   def __post_init__(self):
     self.check_options()
     require(self.context > 0, f"model.context is {self.context}; it must be at least 1")

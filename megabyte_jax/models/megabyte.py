@@ -152,8 +152,7 @@ class Megabyte(nnx.Module):
   @property
   def alignment(self) -> int:
     """Inputs are padded to a multiple of this many bytes: whole patches, or whole spans if there are several."""
-    span = self.config.spans[0]
-    return span if span < self.config.context else self.config.levels[0].patch_size
+    return self.config.alignment
 
   def _per_span(self, h_BNMD):
     """The output of each slot as the input of one span of the next level: [B, N * M, D]."""
