@@ -29,15 +29,23 @@ import sys
 import tempfile
 import time
 
+from train_speed import cases, cells
+
 CASES = ("text24", "image640", "tiny")
 STEPS = 20  # whose losses are compared
-COLUMNS = ("bytes/s", "of ideal", "s beyond", "GiB", "MB sent", "loss differs", "resumed differs")
+COLUMNS = {  # and how their numbers are shown
+  "bytes/s": "{:,.0f}",
+  "of ideal": "{:.1%}",
+  "s beyond": "{:.3f}",
+  "GiB": "{:.1f}",
+  "MB sent": "{:,.1f}",
+  "loss differs": "{:.1e}",
+  "resumed differs": "{:.1e}",
+}
 
 
 def config_of(case: str, mesh: dict[str, int], *, reference: bool):
   """The config of a case on a mesh, or of one device that takes the same rows in as many parts as there are devices."""
-  from train_speed import cases  # noqa: PLC0415
-
   from megabyte_jax.config import CheckpointConfig, Level, MegabyteConfig, MeshConfig  # noqa: PLC0415
 
   config = cases()["text24" if case == "tiny" else case]
@@ -157,12 +165,7 @@ def row(case: str, mesh: dict[str, int], devices: int, seconds: float) -> dict:
 def show(found: dict) -> None:
   """One line of the table."""
   name = f"{found['case']} {','.join(f'{axis}={size}' for axis, size in found['mesh'].items())}"
-  if "error" in found:
-    print(f"{name:<28} {found['error'][:200]}", flush=True)
-    return
-  formats = ("{:,.0f}", "{:.1%}", "{:.3f}", "{:.1f}", "{:,.1f}", "{:.1e}", "{:.1e}")
-  values = (f.format(found[c]) if found[c] is not None else "-" for f, c in zip(formats, COLUMNS, strict=True))
-  print(f"{name:<28} " + " ".join(f"{value:>15}" for value in values), flush=True)
+  print(f"{name:<28} {found['error'][:200] if 'error' in found else cells(found, COLUMNS, 15)}", flush=True)
 
 
 def count_gpus() -> int:

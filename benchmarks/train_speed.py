@@ -45,7 +45,15 @@ DEFAULT_CASES = (
   "text24,text24:dropout=0.1,text14,text14_cross_patch,text_transformer,text_perceiver_ar,"
   "image256,image256_cross_patch,image640"
 )
-COLUMNS = ("bytes/s", "TFLOP/s", "of ceiling", "of roofline", "GiB", "compile s", "bits/byte")
+COLUMNS = {  # and how their numbers are shown
+  "bytes/s": "{:,.0f}",
+  "TFLOP/s": "{:.1f}",
+  "of ceiling": "{:.1%}",
+  "of roofline": "{:.1%}",
+  "GiB": "{:.1f}",
+  "compile s": "{:.0f}",
+  "bits/byte": "{:.3f}",
+}
 
 
 def cases() -> dict:
@@ -205,12 +213,13 @@ def measure_peer(case: str, how: str, seconds: float, limit_seconds: float) -> d
 
 def show(row: dict) -> None:
   """One line of the table."""
-  if "error" in row:
-    print(f"{row['case']:<44} {row['error']}", flush=True)
-    return
-  formats = ("{:,.0f}", "{:.1f}", "{:.1%}", "{:.1%}", "{:.1f}", "{:.0f}", "{:.3f}")
-  values = (f.format(row[c]) if row[c] is not None else "-" for f, c in zip(formats, COLUMNS, strict=True))
-  print(f"{row['case']:<44} " + " ".join(f"{value:>11}" for value in values), flush=True)
+  print(f"{row['case']:<44} {row['error'] if 'error' in row else cells(row, COLUMNS, 11)}", flush=True)
+
+
+def cells(row: dict, columns: dict[str, str], width: int) -> str:
+  """The numbers of a row in the columns' formats, right-aligned; - where one was not measured."""
+  values = (form.format(row[name]) if row[name] is not None else "-" for name, form in columns.items())
+  return " ".join(f"{value:>{width}}" for value in values)
 
 
 def in_own_process(arguments: list[str], name: str, patience: float) -> dict:
