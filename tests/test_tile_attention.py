@@ -60,7 +60,7 @@ def test_tiles_equal_the_reference_forward_and_backward(shape, r):
     return [np.asarray(a, np.float64) for a in (out, *gradients)]
 
   for ours, exact in zip(results(tiles), results(reference), strict=True):
-    assert np.linalg.norm(ours - exact) < 5e-3 * np.linalg.norm(exact)
+    assert np.linalg.norm(ours - exact) < 5e-3 * np.linalg.norm(exact) + 1e-3
 
 
 def test_what_the_kernel_cannot_do_is_said():
