@@ -1,4 +1,4 @@
-"""What the device can do at most, measured: matrix products under sustained load, and copies."""
+"""What the device can do at most, measured: matrix products under sustained load, and copies. What a step needs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import time
 
 import jax
 import jax.numpy as jnp
+
+from megabyte_jax import flops
+from megabyte_jax.config import Config, Level, MegabyteConfig
 
 
 def matmul_flops(seconds: float = 4.0, size: int = 8192) -> float:
@@ -47,3 +50,31 @@ def copy_bandwidth(size: int = 1 << 30) -> float:
     taken, x = run(x)
     seconds.append(taken)
   return 2 * size * times / min(seconds)
+
+
+def least_seconds(config: Config, ceiling: float, bandwidth: float) -> float:
+  """The roofline of a training step on one device: its matrix products at `ceiling`, then its other memory traffic.
+
+  The traffic is what cannot be fused into products: of each block the norms and the attention, forward and backward,
+  and the derivative of the activation; the logits; the optimizer and the casts of the weights. Residuals, biases and
+  the activation itself cost nothing here, nor does anything that is computed again.
+  """
+  model = config.model
+  parameters = flops.parameter_count(model)
+  if isinstance(model, MegabyteConfig):
+    blocks = sum(_block_traffic(level) * model.context // level.patch_size for level in model.levels)
+    predicted = model.context
+  else:
+    across = 3 * 4 * 2 * model.width * model.context  # the norm and the attention of the prefix, and their gradients
+    blocks, predicted = _block_traffic(model.level) * model.latents + across, model.latents
+  traffic = config.batch_size * (blocks + 3 * 4 * model.vocab_size * predicted)  # logits: float32, three times
+  traffic += parameters * (32 + 6)  # value, moments and gradient read and written in float32; read, written in bfloat16
+  products = flops.flops_per_byte(model, training=True) * config.batch_size * flops.predicted_bytes(model)
+  return products / ceiling + traffic / bandwidth
+
+
+def _block_traffic(level: Level) -> int:
+  """Bytes that the blocks of a level move for one slot: bfloat16 arrays of the level's or the hidden width."""
+  forward = 2 * 2 + 4  # two norms; q, k, v and what is attended
+  backward = 2 * 4 + 7  # of a norm: its input, two gradients added, one written; of attention: with three written
+  return level.num_layers * 2 * ((forward + backward) * level.width + 3 * level.hidden)

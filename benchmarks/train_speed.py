@@ -1,8 +1,8 @@
 """How fast models train: bytes a second, and the share of what the device can do.
 
-  python benchmarks/train_speed.py                                    one GPU, every case but `long`, and the peers
+  python benchmarks/train_speed.py                                    one GPU, every case, and the peers
   python benchmarks/train_speed.py --cases=text24,text24:dropout=0.1  some, with other options
-  python benchmarks/train_speed.py --cases=long --patience=3600       one step on 100,000,000 bytes
+  python benchmarks/train_speed.py --cases=text24 --kernels=10        and the ten largest kernels of its device trace
   python benchmarks/train_speed.py --cases=tiny --limit_seconds=0.2   a smoke test on a CPU
 
 A case is a name of CASES, then options of the model or of the config after colons (`text24:remat=full:batch_size=32`).
@@ -11,18 +11,22 @@ the bandwidth of copies, so that every share is of the same clocks. Steps are th
 random bytes.
 
 Columns: bytes/s; the model's own FLOP/s (causal count, no recomputation); their share of the ceiling; the share of the
-roofline (matrix products at the ceiling and then the memory traffic of roofline.py at the copy bandwidth, not
-overlapped); peak memory; seconds to compile; the loss in bits per byte after the last step: a model whose activations
-are not finite runs faster, and does not count.
+roofline (matrix products at the ceiling and then all other memory traffic at the copy bandwidth, not overlapped:
+device_limits.least_seconds); peak memory; seconds to compile; the loss in bits per byte after the last step: a model
+whose activations are not finite runs faster, and does not count.
 
 Where they are installed, other packages' models of the same widths, depths and heads are timed beside text24 and text14
 (peers.py): MEGABYTE-pytorch as shipped, compiled, and compiled with the fused attention kernels it bars; mblm compiled
-with these. Their FLOPs are torch's own count of their products. The last lines are JSON.
+with these. Their FLOPs are torch's own count of their products; their batch is half of ours, as they need more memory.
+
+--ahead=4 compiles four cases at a time before any is timed, which takes less of a rented GPU's time; seconds to compile
+are those beside the others, then. The last lines are JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import datetime
 import json
@@ -30,6 +34,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 
 import peers
@@ -62,7 +67,7 @@ def cases() -> dict:
   from megabyte_jax.config import Config  # noqa: PLC0415
 
   def case(model, batch_size: int, **options) -> Config:
-    options = {"dropout": 0.0, "remat": "named", "scan_layers": False} | options
+    options = {"dropout": 0.0, "remat": "named"} | options
     return Config(model=dataclasses.replace(model, **options), batch_size=batch_size, num_steps=1_000_000)
 
   def megabyte(global_shape, local_shape, patch_size, context, *, cross_patch=False):
@@ -70,8 +75,6 @@ def cases() -> dict:
       global_shape, local_shape, patch_size=patch_size, context=context, cross_patch=cross_patch
     )
 
-  long = 100_000_000
-  long += -long % (192 * 128)  # whole patches, and tiles of attention
   return {
     "text24": case(megabyte((2048, 24), (1024, 15), 8, 8192), 16),
     "text14": case(megabyte((2048, 14), (1024, 18), 8, 8192), 16),
@@ -81,7 +84,6 @@ def cases() -> dict:
     "image256": case(megabyte((768, 12), (768, 12), 192, 196_608), 4, remat="full"),
     "image256_cross_patch": case(megabyte((768, 12), (768, 12), 192, 196_608, cross_patch=True), 4, remat="full"),
     "image640": case(megabyte((768, 12), (768, 8), 192, 1_228_800), 1, patch_groups=16),
-    "long": case(megabyte((768, 12), (768, 8), 192, long), 1, remat="full", patch_groups=2048),
     "tiny": case(megabyte((768, 1), (768, 1), 8, 128), 1),
   }
 
@@ -99,12 +101,13 @@ def config_of(case: str):
   return Config.from_dict(plain)
 
 
-def measure(case: str, seconds: float, limit_seconds: float) -> dict:
+def measure(case: str, seconds: float, limit_seconds: float, kernels: int) -> dict:
   """Times one of our models; JAX is imported here so that the parent process takes no device memory."""
   import jax  # noqa: PLC0415
-  from device_limits import copy_bandwidth, matmul_flops  # noqa: PLC0415
+  from device_limits import copy_bandwidth, least_seconds, matmul_flops  # noqa: PLC0415
+  from kernels import kernel_times, summary  # noqa: PLC0415
 
-  from megabyte_jax import flops, hardware, roofline  # noqa: PLC0415
+  from megabyte_jax import flops, hardware  # noqa: PLC0415
   from megabyte_jax.step_time import TimedStep  # noqa: PLC0415
 
   config = config_of(case)
@@ -118,11 +121,15 @@ def measure(case: str, seconds: float, limit_seconds: float) -> dict:
   peak = hardware.memory_in_use(jax.devices())
   bits = step.nats / step.bytes / math.log(2)
   per_step, step_bytes = flops.flops_per_byte(config.model, training=True) * step.bytes, step.bytes
+  largest = ""
+  if kernels:
+    with tempfile.TemporaryDirectory() as folder:
+      with jax.profiler.trace(folder):
+        step.seconds(2)
+      largest = summary(kernel_times(folder, times=2), kernels)
   del step
   ceiling = matmul_flops(limit_seconds, 8192 if limit_seconds > 1 else 512)
   bandwidth = copy_bandwidth(1 << 30 if limit_seconds > 1 else 1 << 24)
-  least = per_step / 3 * roofline.passes(config, "train") / ceiling
-  least += roofline.memory_traffic(config, 1, 1, "train", jax.default_backend()) / bandwidth
   return {
     "case": case,
     "device": jax.devices()[0].device_kind,
@@ -133,15 +140,33 @@ def measure(case: str, seconds: float, limit_seconds: float) -> dict:
     "bytes/s": step_bytes / taken,
     "TFLOP/s": per_step / taken / 1e12,
     "of ceiling": per_step / taken / ceiling,
-    "of roofline": least / taken,
+    "of roofline": least_seconds(config, ceiling, bandwidth) / taken,
     "GiB": peak / 2**30 if peak else None,
     "compile s": first - one,
     "bits/byte": bits,
+    "kernels": largest,
   }
 
 
-def measure_peer(case: str, how: str, seconds: float, limit_seconds: float) -> dict:
-  """Times the peer of PEERS at the case's widths, depths and batch, under autocast to bfloat16."""
+def compile_only(case: str) -> dict:
+  """Compiles the training step of one of our models for the cache on disk."""
+  import jax  # noqa: PLC0415
+  import numpy as np  # noqa: PLC0415
+
+  from megabyte_jax.sharding import batch_sharding, make_mesh  # noqa: PLC0415
+  from megabyte_jax.train_state import abstract_state, make_train_step  # noqa: PLC0415
+
+  config = config_of(case)
+  mesh = make_mesh(config.mesh)
+  begin = time.perf_counter()
+  with jax.set_mesh(mesh):
+    x_BT = jax.ShapeDtypeStruct((config.batch_size, config.model.context), np.uint8, sharding=batch_sharding(mesh))
+    make_train_step(config).lower(abstract_state(config, mesh), x_BT).compile()
+  return {"case": case, "compile s": time.perf_counter() - begin}
+
+
+def measure_peer(how: str, case: str, seconds: float, limit_seconds: float) -> dict:
+  """Times the peer of PEERS at the case's widths and depths and half its batch, under autocast to bfloat16."""
   import torch  # noqa: PLC0415
   from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415
 
@@ -154,7 +179,7 @@ def measure_peer(case: str, how: str, seconds: float, limit_seconds: float) -> d
     peers.open_attention(made)
   made = made.to(device)
   optimizer = torch.optim.AdamW(made.parameters(), lr=2e-4, betas=(0.9, 0.98), weight_decay=0.1, fused=device == "cuda")
-  x_BT = torch.randint(0, 256, (config.batch_size, config.model.context), device=device)
+  x_BT = torch.randint(0, 256, (max(1, config.batch_size // 2), config.model.context), device=device)
   run = made if how.endswith("shipped") else torch.compile(made)
   options = {} if is_mblm else {"return_loss": True}  # mblm gives the loss unless it is asked for more
 
@@ -201,7 +226,7 @@ def measure_peer(case: str, how: str, seconds: float, limit_seconds: float) -> d
     "versions": f"torch {torch.__version__}",
     "ceiling_flops": ceiling,
     "step_seconds": taken,
-    "bytes/s": config.batch_size * config.model.context / taken,
+    "bytes/s": x_BT.numel() / taken,
     "TFLOP/s": rate / 1e12,
     "of ceiling": rate / ceiling if ceiling else None,
     "of roofline": None,
@@ -214,6 +239,8 @@ def measure_peer(case: str, how: str, seconds: float, limit_seconds: float) -> d
 def show(row: dict) -> None:
   """One line of the table."""
   print(f"{row['case']:<44} {row['error'] if 'error' in row else cells(row, COLUMNS, 11)}", flush=True)
+  if row.get("kernels"):
+    print(row["kernels"], flush=True)
 
 
 def cells(row: dict, columns: dict[str, str], width: int) -> str:
@@ -222,10 +249,11 @@ def cells(row: dict, columns: dict[str, str], width: int) -> str:
   return " ".join(f"{value:>{width}}" for value in values)
 
 
-def in_own_process(arguments: list[str], name: str, patience: float) -> dict:
+def in_own_process(arguments: list[str], name: str, patience: float, *, preallocate: bool = True) -> dict:
   """The row that this file prints in another process, which gives its memory back; or why there is none."""
   environment = {
     **os.environ,
+    "XLA_PYTHON_CLIENT_PREALLOCATE": str(preallocate).lower(),
     "XLA_PYTHON_CLIENT_MEM_FRACTION": os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", ".95"),
   }
   command = [sys.executable, __file__, *arguments]
@@ -240,6 +268,20 @@ def in_own_process(arguments: list[str], name: str, patience: float) -> dict:
   return {"case": name, "error": f"{memory}{reason[:200]}", "stderr": done.stderr[-2000:]}
 
 
+def ahead(wanted: list[tuple[str, str]], at_once: int, patience: float) -> dict[tuple[str, str], float]:
+  """Compiles all cases for the caches on disk, `at_once` of ours beside one peer; their seconds."""
+
+  def once(which: tuple[str, str]) -> float | None:
+    case, how = which
+    kind = ["--seconds=0.1", "--limit_seconds=0"] if how else ["--compile_only"]
+    row = in_own_process([f"--only={case}", f"--peer={how}", *kind], f"{case} {how}", patience, preallocate=False)
+    return row.get("compile s")
+
+  with concurrent.futures.ThreadPoolExecutor(at_once) as ours, concurrent.futures.ThreadPoolExecutor(1) as peers_:
+    done = {which: (peers_ if which[1] else ours).submit(once, which) for which in wanted}
+  return {which: seconds.result() for which, seconds in done.items() if seconds.result() is not None}
+
+
 def main() -> None:
   """Runs the cases and their peers one after the other."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -250,13 +292,20 @@ def main() -> None:
   parser.add_argument(
     "--patience", type=float, default=300.0, help="seconds that one case may take, compiling included"
   )
+  parser.add_argument("--ahead", type=int, default=0, help="cases compiled at a time, before any is timed; 0: none")
+  parser.add_argument("--kernels", type=int, default=0, help="so many of the largest kernels of our cases are shown")
   parser.add_argument("--output", default="", help="JSON lines are written here, too")
+  parser.add_argument("--compile_only", action="store_true", help=argparse.SUPPRESS)
   parser.add_argument("--only", default="", help=argparse.SUPPRESS)
   parser.add_argument("--peer", default="", help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.only:
-    numbers = (args.seconds, args.limit_seconds)
-    print(json.dumps(measure_peer(args.only, args.peer, *numbers) if args.peer else measure(args.only, *numbers)))
+    numbers = (args.only, args.seconds, args.limit_seconds)
+    if args.compile_only:
+      row = compile_only(args.only)
+    else:
+      row = measure_peer(args.peer, *numbers) if args.peer else measure(*numbers, args.kernels)
+    print(json.dumps(row))
     return
   wanted = [(case, "") for case in args.cases.split(",") if case]
   beside = [case for case, _ in wanted if case in PEER_CASES] if args.peers is None else args.peers.split(",")
@@ -265,16 +314,18 @@ def main() -> None:
   run = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "command": " ".join(sys.argv)}
   print(run["date"], run["command"])
   print(" " * 44, *(f"{column:>11}" for column in COLUMNS))
-  rows = []
-  for case, how in wanted:
-    arguments = [
-      f"--only={case}",
-      f"--peer={how}",
-      f"--seconds={args.seconds}",
-      f"--limit_seconds={args.limit_seconds}",
-    ]
-    rows.append(in_own_process(arguments, f"{case} {how}".strip(), args.patience) | run)
-    show(rows[-1])
+  rows, compiled = [], {}
+  options = [f"--seconds={args.seconds}", f"--limit_seconds={args.limit_seconds}", f"--kernels={args.kernels}"]
+  with tempfile.TemporaryDirectory() as cache:
+    if args.ahead:
+      os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+      compiled = ahead(wanted, args.ahead, args.patience)
+    for case, how in wanted:
+      row = in_own_process([f"--only={case}", f"--peer={how}", *options], f"{case} {how}".strip(), args.patience) | run
+      if (case, how) in compiled:
+        row["compile s"] = compiled[case, how]
+      rows.append(row)
+      show(row)
   for package in [package for package, there in installed.items() if beside and not there]:
     print(f"{package} is not installed")
   lines = [json.dumps(row) for row in rows]

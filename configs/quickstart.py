@@ -18,7 +18,7 @@ def get_config():
       ),
       dropout=0.0,  # a few passes over the data: nothing to regularise
       init_std=0.04,  # the paper's 0.006 suits widths of 1024 and more; narrow layers start slowly with it
-      scan_layers=False,  # a few layers: a tenth faster
+      scan_layers="never",  # a few layers: a tenth faster
     ),
     data=DataConfig(train="sample:text/train", validation="sample:text/validation"),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, weight_decay=0.3),

@@ -19,7 +19,7 @@ def get_config():
       ),
       dropout=0.0,
       init_std=0.04,
-      scan_layers=False,
+      scan_layers="never",
     ),
     data=DataConfig(
       train="sample:audio/train",

@@ -184,6 +184,29 @@ def flops_per_byte(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], 
     axes.legend(loc="upper left")
 
 
+def growth(
+  curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], title: str, ylabel: str, out_png: epath.PathLike
+) -> None:
+  """What grows with the length of a sequence, both axes logarithmic.
+
+  Args:
+    curves: {name: (sequence lengths in bytes, values)}.
+    title, ylabel: of the picture.
+    out_png: where the picture goes.
+
+  Raises:
+    PlotError: there is no curve.
+  """
+  if not curves:
+    raise PlotError(f"no curve to draw in {out_png}")
+  with _axes(out_png, title, "sequence length (bytes)", ylabel) as axes:
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for (name, (lengths, values)), color in zip(curves.items(), _cycle(_COLORS), strict=False):
+      axes.plot(lengths, values, color=color, linewidth=2, marker="o", markersize=5, label=name)
+    axes.legend()
+
+
 def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> None:
   """Writes the last word of each name beside the end (x, y, color) of its curve, without overlaps."""
   bottom, top = np.log10(axes.get_ylim())

@@ -85,33 +85,28 @@ def bounds(
   )
 
 
-def memory_traffic(config: Config, devices: int, tensor: int, step: str, platform: str = "tpu") -> float:
-  """Bytes that each device, a tpu or gpu, moves to and from its memory in one step."""
+def memory_traffic(config: Config, devices: int, tensor: int, step: str) -> float:
+  """Bytes that each device moves to and from its memory in one step."""
   model, count = config.model, passes(config, step)
   parameters = flops.parameter_count(model)
   weights = 2 * parameters / tensor * count * (config.accumulate if step == "train" else 1)
   optimizer = _OPTIMIZER_BYTES * parameters / devices if step == "train" else 0.0
   if isinstance(model, MegabyteConfig):
     levels = zip(model.levels, model.spans, strict=True)
-    per_row = sum(_activations(level, model.context // level.patch_size, span, platform) for level, span in levels)
+    per_row = sum(_activations(level, model.context // level.patch_size, span) for level, span in levels)
     per_row += 3 * 4 * model.vocab_size * model.context
   else:
-    per_row = (
-      _activations(model.level, model.latents, model.latents, platform) + 3 * 4 * model.vocab_size * model.latents
-    )
+    per_row = _activations(model.level, model.latents, model.latents) + 3 * 4 * model.vocab_size * model.latents
     keys = (model.context - model.latents / 2) * model.num_heads * 2 * 4
     per_row += model.latents * keys + 4 * 2 * model.width * model.context  # the cross-attention layer
   return weights + optimizer + config.batch_size * per_row * count / devices
 
 
-def _activations(level: Level, slots: int, span: int, platform: str) -> float:
+def _activations(level: Level, slots: int, span: int) -> float:
   """Bytes that one forward pass of a level's blocks moves for one row."""
   per_slot = 2 * (_WIDTHS * level.width + _HIDDENS * level.hidden)
   own = span // level.patch_size
-  if platform == "gpu":  # cuDNN, and sums of products on short spans
-    fused = (level.cross_patch == 0 and own >= 64) or own <= 16
-  else:  # splash
-    fused = own == slots and own >= 128 and own % 128 == 0
+  fused = own == slots and own >= 128 and own % 128 == 0  # splash
   if not fused:  # logits are written and read, float32
     per_slot += 2 * 4 * level.num_heads * (own + level.cross_patch)
   return level.num_layers * slots * per_slot

@@ -60,7 +60,7 @@ def make(config):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_dense_count_is_xlas(name):
-  config = dataclasses.replace(MODELS[name], scan_layers=False, compute_dtype="float32")
+  config = dataclasses.replace(MODELS[name], scan_layers="never", compute_dtype="float32")
   graph, state = nnx.split(make(config))
   x_BT = jax.ShapeDtypeStruct((BATCH, config.context), jnp.int32)
   lowered = jax.jit(lambda state, x: nnx.merge(graph, state)(x)).lower(state, x_BT)

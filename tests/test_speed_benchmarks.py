@@ -1,7 +1,6 @@
 """benchmarks/generate_speed.py and train_speed.py: what they time and say, and that a failure costs a row alone."""
 
 import contextlib
-import dataclasses
 import importlib
 import json
 import subprocess
@@ -11,7 +10,7 @@ import types
 import pytest
 from commands import ROOT, environment
 
-from megabyte_jax import measured, roofline, tables
+from megabyte_jax import flops, measured, tables
 from megabyte_jax.config import Config, Level, MegabyteConfig
 
 RUN = {"date": "2026-11-24T00:00:00+00:00", "command": "generate_speed.py"}
@@ -96,9 +95,9 @@ def wanted(monkeypatch, capsys, *arguments):
   return timed, speed
 
 
-def test_every_case_but_the_longest_is_timed_by_default(monkeypatch, capsys):
+def test_every_case_is_timed_by_default(monkeypatch, capsys):
   timed, speed = wanted(monkeypatch, capsys)
-  cases = set(speed.cases()) - {"long", "tiny"}
+  cases = set(speed.cases()) - {"tiny"}
   assert {name for name in timed if " " not in name} == cases | {"text24:dropout=0.1"}
   beside = {f"{case} {how}" for case in ("text24", "text14") for how in speed.PEERS}
   assert {name for name in timed if " " in name} == beside and "text24 mblm opened" in beside
@@ -109,32 +108,43 @@ def test_a_smoke_test_starts_no_peer(monkeypatch, capsys):
   assert wanted(monkeypatch, capsys, "--cases=text14,tiny", "--peers=")[0] == ["text14", "tiny"]
 
 
-def test_the_traffic_of_attention_logits_counts_where_they_are_written():
-  """On a GPU cuDNN keeps them on the chip for spans of 64 slots and more, but not those of cross-patch attention."""
+def test_the_roofline_of_a_step(monkeypatch):
+  """By hand: one level of one block, of width 8 with 32 hidden units, over 16 bytes in 4 slots; two rows."""
+  limits = module(monkeypatch, "device_limits")
+  level = Level(patch_size=4, width=8, num_layers=1, num_heads=2)
+  config = Config(model=MegabyteConfig(context=16, levels=(level,)), batch_size=2, num_steps=1)
+  parameters, products = flops.parameter_count(config.model), flops.flops_per_byte(config.model, training=True) * 32
+  block = 2 * (2 * 2 + 4 + 2 * 4 + 7) * 8 + 2 * 3 * 32
+  traffic = 2 * (4 * block + 16 * 256 * 4 * 3) + 38 * parameters
+  assert limits.least_seconds(config, 1e3, 1e1) == pytest.approx(products / 1e3 + traffic / 1e1)
 
-  def extra(patch_size, cross_patch):
-    """What a float32 logit for each pair of slots adds to the local model's traffic."""
-    fine = Level(patch_size=1, width=8, num_layers=1, num_heads=2, rotary=True, cross_patch=cross_patch)
-    coarse = Level(patch_size=patch_size, width=8 * patch_size, num_layers=1, num_heads=2)
-    config = Config(model=MegabyteConfig(context=16 * 192, levels=(coarse, fine)), batch_size=1, num_steps=1)
-    other = dataclasses.replace(fine, num_heads=4)  # twice the logits, all else the same
-    more = dataclasses.replace(config, model=dataclasses.replace(config.model, levels=(coarse, other)))
-    return [roofline.memory_traffic(c, 1, 1, "eval", "gpu") for c in (more, config)]
 
-  for patch_size, cross_patch in ((192, 0), (64, 0), (16, 0), (16, 16)):
-    more, less = extra(patch_size, cross_patch)
-    assert more == less
-  for patch_size, cross_patch in ((192, 192), (48, 0), (48, 48)):
-    more, less = extra(patch_size, cross_patch)
-    assert more - less == 16 * 192 * 2 * 2 * 4 * (patch_size + cross_patch)
+def test_kernels_are_sorted_and_named(monkeypatch):
+  kernels = module(monkeypatch, "kernels")
+  times = [("product", "nvjet_tst", 3.0, 2), ("other", "fusion", 1.0, 4)]
+  lines = kernels.summary(times, largest=1).splitlines()
+  assert lines[0] == "kernels 4.0 ms, 6 launches: product 3.0 ms (75%), other 1.0 ms (25%)"
+  assert len(lines) == 2 and "nvjet_tst" in lines[1]
+  names = {"cudnn_sdpa_flash": "attention", "gemm_fusion_dot": "product", "MemcpyD2D": "copy", "loop_fusion": "other"}
+  assert {name: kernels._kind(name) for name in names} == names
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["generate_speed", "train_speed"])
-def test_the_smallest_size_runs_on_a_cpu(name):
-  small = {"generate_speed": ["--size=tiny", "--bytes=128"], "train_speed": ["--cases=tiny", "--limit_seconds=0.2"]}
+@pytest.mark.parametrize("name", ["generate_speed", "train_speed", "long_sequences"])
+def test_the_smallest_size_runs_on_a_cpu(name, tmp_path):
+  small = {
+    "generate_speed": ["--size=tiny", "--bytes=128"],
+    "train_speed": ["--cases=tiny", "--limit_seconds=0.2"],
+    "long_sequences": ["--size=tiny", f"--output={tmp_path / 'long'}"],
+  }
   command = [sys.executable, f"benchmarks/{name}.py", *small[name]]
   here = environment() | {"PYTHONPATH": str(ROOT)}
   done = subprocess.run(command, cwd=ROOT, env=here, capture_output=True, text=True, check=True, timeout=600)
+  if name == "long_sequences":
+    assert (tmp_path / "long_time.png").stat().st_size and (tmp_path / "long_memory.png").stat().st_size
+    run = json.loads((tmp_path / "long.json").read_text())
+    assert run["date"] and run["command"] and len(run["measured"]) == 4
+    assert all(7.5 < row["bits_per_byte"] < 8.5 and row["memory_bytes"] > 0 for row in run["measured"])
+    return
   rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
   assert rows and all(row["date"] and row["command"] and "error" not in row for row in rows)

@@ -54,8 +54,8 @@ def attention(
     window: a slot sees only itself and the `window - 1` slots before it; 0 sees all. `past.visible`
       is not narrowed by it.
     implementation: xla | cudnn | splash | auto. auto takes splash on a TPU and cudnn on a GPU where they can serve
-      and spans are long. One asked for by name must serve all whole contexts (N = 1); many spans and calls with a
-      `past` take it where it can. Everything else is xla's.
+      and spans are long, and tiles of short spans on a GPU (tile_attention.py). One asked for by name must serve all
+      whole contexts (N = 1); many spans and calls with a `past` take it where it can. Everything else is xla's.
     dropout, dropout_key: dropout on the attention probabilities; none without a key.
 
   Returns:
@@ -76,11 +76,12 @@ def attention(
       return fused(q_BNMHK, k_BNMHK, v_BNMHK, window)
   if window and past is None and window < M and M % window == 0 and q_BNMHK.shape[1] == 1:
     return _windowed(q_BNMHK, k_BNMHK, v_BNMHK, window, dropout if drops else 0.0, dropout_key)
-  if implementation == "auto" and not drops and not 0 < window < M and not _tile_obstacle(q_BNMHK, past):
+  plain = not drops and not 0 < window < M
+  if plain and implementation == "auto" and not _tile_obstacle(q_BNMHK, past):
     return fused_attention.tile(q_BNMHK, k_BNMHK, v_BNMHK, past)
-  if implementation in ("auto", "cudnn") and past is not None and not drops and not 0 < window < M:
-    if M >= _FUSED_MIN_SLOTS and not fused_attention.masked_cudnn_obstacle(q_BNMHK):
-      return fused_attention.masked_cudnn(q_BNMHK, k_BNMHK, v_BNMHK, past)
+  sees_past = plain and past is not None and M >= _FUSED_MIN_SLOTS
+  if sees_past and implementation in ("auto", "cudnn") and not fused_attention.masked_cudnn_obstacle(q_BNMHK):
+    return fused_attention.masked_cudnn(q_BNMHK, k_BNMHK, v_BNMHK, past)
   distance_MM = jnp.arange(M)[:, None] - jnp.arange(M)[None, :]
   visible_MM = (distance_MM >= 0) & (distance_MM < (window or M))
   earlier = past.k_BNSHK.shape[2] if past is not None else 0  # a cache of a short span holds that of the one before

@@ -112,7 +112,8 @@ class BlockOptions:
     init_std: standard deviation of the normal (cut at two of them) that parameters are drawn from.
     remat: what backward recomputes: none | full (each block) | named (all but the matrix products' outputs).
     compute_dtype: auto | bfloat16 | float32; auto is float32 on CPU and bfloat16 elsewhere.
-    scan_layers: one compiled block for all layers of a level; False compiles each layer by itself.
+    scan_layers: always | never | auto: whether one compiled block serves all layers of a level, or each is compiled by
+      itself, which is faster but, with remat=named, keeps more activations; auto is never on a GPU, always elsewhere.
     attention: auto | xla | cudnn | splash, see models/attention.py.
   """
 
@@ -123,7 +124,7 @@ class BlockOptions:
   attention_dropout: float = 0.0
   init_std: float = 0.006
   remat: Literal["none", "full", "named"] = "none"
-  scan_layers: bool = True
+  scan_layers: Literal["auto", "always", "never"] = "auto"
   compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
   attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
 

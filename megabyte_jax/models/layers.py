@@ -216,8 +216,11 @@ class Stack(nnx.Module):
       x_BNMD, kv = nnx.merge(graph, parameters)(x_BNMD, slots_M=slots_M, dropout_key=key)
       return x_BNMD, keep(*kv)
 
-    unroll = 1 if self.options.scan_layers else self.level.num_layers
-    x_BNMD, kept = jax.lax.scan(_rematerialised(layer, self.options.remat), x_BNMD, (layers, keys), unroll=unroll)
+    options = self.options
+    scans = options.scan_layers == "always" or (options.scan_layers == "auto" and platform() != "gpu")
+    layer = _rematerialised(layer, options.remat, is_in_loop=scans)
+    unroll = 1 if scans else self.level.num_layers
+    x_BNMD, kept = jax.lax.scan(layer, x_BNMD, (layers, keys), unroll=unroll)
     return self.norm(x_BNMD), kept
 
   def empty_cache(self, batch: int, slots: int) -> Cache:
@@ -264,9 +267,10 @@ class Stack(nnx.Module):
     return Cache(cache.k_LBNSHK.at[:, :, :, :r].set(k_tail), cache.v_LBNSHK.at[:, :, :, :r].set(v_tail))
 
 
-def _rematerialised(layer: Callable, remat: str) -> Callable:
+def _rematerialised(layer: Callable, remat: str, *, is_in_loop: bool) -> Callable:
   """`layer` with its activations recomputed in the backward pass, as `BlockOptions.remat` says."""
   if remat == "none":
     return layer
   policy = jax.checkpoint_policies.save_only_these_names("qkv", "attended", "hidden") if remat == "named" else None
-  return jax.checkpoint(layer, policy=policy, prevent_cse=False)  # inside a scan nothing can be merged anyway
+  # Inside a loop nothing can be merged anyway. Outside, XLA may keep what is cheap to keep, unless memory is short.
+  return jax.checkpoint(layer, policy=policy, prevent_cse=remat == "full" and not is_in_loop)
