@@ -56,6 +56,24 @@ def make_linear(
   )
 
 
+def make_ff_in(level: Level, options: BlockOptions, rngs: nnx.Rngs) -> nnx.LinearGeneral:
+  """The feed-forward layer's first product: D to F, or to 2, F if it is gated."""
+  hidden = options.hidden(level)
+  return make_linear((level.width,), (2, hidden) if options.gated else (hidden,), options, rngs)
+
+
+def make_head_norm(level: Level, options: BlockOptions, rngs: nnx.Rngs) -> nnx.RMSNorm:
+  """RMSNorm over a head's width (`qk_norm`); one scale for all heads."""
+  return nnx.RMSNorm(level.heads[1], epsilon=1e-5, dtype=compute_dtype(options), rngs=rngs)
+
+
+def activate(hidden: jax.Array, options: BlockOptions) -> jax.Array:
+  """The feed-forward layer's activation: [.., F] to [.., F], or if gated (SwiGLU; Shazeer, 2020) from [.., 2, F]."""
+  if options.gated:
+    return jax.nn.silu(hidden[..., 0, :]) * hidden[..., 1, :]
+  return getattr(jax.nn, options.activation)(hidden)
+
+
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
   """Zeroes a share `rate` of x and scales up the rest; does nothing without a key."""
   if key is None or rate == 0:
@@ -87,8 +105,10 @@ class Block(nnx.Module):
     self.qkv = make_linear((level.width,), (3, *heads), options, rngs)
     self.attention_out = make_linear(heads, (level.width,), options, rngs, scale=out_scale)
     self.ff_norm = make_norm(level.width, options, rngs)
-    self.ff_in = make_linear((level.width,), (level.hidden,), options, rngs)
-    self.ff_out = make_linear((level.hidden,), (level.width,), options, rngs, scale=out_scale)
+    self.ff_in = make_ff_in(level, options, rngs)
+    self.ff_out = make_linear((options.hidden(level),), (level.width,), options, rngs, scale=out_scale)
+    if options.qk_norm:
+      self.q_norm, self.k_norm = make_head_norm(level, options, rngs), make_head_norm(level, options, rngs)
 
   def __call__(
     self,
@@ -114,6 +134,8 @@ class Block(nnx.Module):
     keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
     qkv_BNM3HK = checkpoint_name(self.qkv(self.attention_norm(x_BNMD)), "qkv")
     q, k, v = (qkv_BNM3HK[:, :, :, i] for i in range(3))
+    if options.qk_norm:
+      q, k = self.q_norm(q), self.k_norm(k)
     if level.rotary:
       q, k = rotate(q, slots_M), rotate(k, slots_M)
     if past is None and level.cross_patch:
@@ -131,8 +153,7 @@ class Block(nnx.Module):
     attended = checkpoint_name(attended, "attended")
     x_BNMD += dropout(self.attention_out(attended), options.dropout, keys[1])
     hidden = checkpoint_name(self.ff_in(self.ff_norm(x_BNMD)), "ff_in")
-    hidden = getattr(jax.nn, options.activation)(hidden)
-    x_BNMD += dropout(self.ff_out(hidden), options.dropout, keys[2])
+    x_BNMD += dropout(self.ff_out(activate(hidden, options)), options.dropout, keys[2])
     return x_BNMD, (k, v)
 
 
