@@ -105,7 +105,7 @@ def orthogonal(g):
 
 
 def matrices_of(name, value):
-  """The matrices that a parameter of a block is made of, as views [inputs, outputs]; None for what Muon leaves alone."""
+  """The matrices [inputs, outputs] that a parameter is made of; None for what Muon leaves alone."""
   if name.endswith("from_parent"):
     return [value]
   if ".blocks." not in name or not name.endswith("kernel"):
