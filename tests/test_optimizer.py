@@ -148,6 +148,15 @@ def test_two_steps_of_muon_by_hand():
   assert changed == 2 * 2 * 7 + 1
 
 
+@pytest.mark.parametrize(("device", "quick"), [("cpu", False), ("gpu", True)])
+def test_muon_multiplies_in_bfloat16_on_gpus(monkeypatch, device, quick):
+  monkeypatch.setattr("megabyte_jax.optimizer.platform", lambda: device)
+  optimizer = make_optimizer(OptimizerConfig(name="muon"), 10)
+  tree = {"decoder": {"ff_out": {"kernel": jax.ShapeDtypeStruct((4, 4), np.float32)}}}
+  traced = jax.jit(optimizer.update).trace(tree, jax.eval_shape(optimizer.init, tree), tree)
+  assert ("lhs_precision_type = bf16" in traced.lower(lowering_platforms=("cuda",)).as_text()) == quick
+
+
 def test_what_is_no_matrix_goes_to_adamw():
   axes = muon_matrices(abstract_model(MODEL)[1])
   names = {name for name, _ in flat_arrays(jax.tree.map(np.asarray, axes)).items()}
