@@ -98,7 +98,7 @@ COMPARISONS = {
   "image64": Comparison("photos", image_rows("image64"), flags=("--config.data.image_tiles=64",)),
   "image256": Comparison("photos", image_rows("image256"), flags=TILES),
   "image640": Comparison("photos", image_rows("image640")),
-  "scans": Comparison(
+  "scans": Comparison(  # the patch scans are rows of image256: after that, --rows=raster does
     "photos",
     tuple(f"table16:{m}_{s}_scan" for m in ("megabyte", "perceiver_ar") for s in ("patch", "raster")),
     flags=TILES,
@@ -296,17 +296,22 @@ def schedule(rate: float, steps: int) -> tuple[str, ...]:
   )
 
 
+def count(text: str) -> int:
+  """A whole number, also one such as 1e8."""
+  return int(float(text))
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("comparison", choices=list(COMPARISONS))
   parser.add_argument("--data", default="corpora", help="the folder that benchmarks/corpora/build.py made")
   parser.add_argument("--workdir", default="runs/comparisons")
   parser.add_argument("--output", default="", help="results are written here; default: WORKDIR/COMPARISON/results.json")
-  parser.add_argument("--train_bytes", type=float, default=2**27, help="of every row, such as 1e8")
+  parser.add_argument("--train_bytes", type=count, default=2**27, help="of every row, such as 1e8")
   parser.add_argument("--rates", default="1,3,6", help="times the paper's learning rate")
   parser.add_argument("--trial_share", type=float, default=0.1, help="of the bytes, for each learning rate")
-  parser.add_argument("--trial_bytes", type=int, default=2**20, help="of the validation split, to compare rates on")
-  parser.add_argument("--test_bytes", type=int, default=0, help="score only the first so many of the test split")
+  parser.add_argument("--trial_bytes", type=count, default=2**20, help="of the validation split, to compare rates on")
+  parser.add_argument("--test_bytes", type=count, default=0, help="score only the first so many of the test split")
   parser.add_argument("--rows", default="", help="some of the rows, by a regular expression; default: all")
   parser.add_argument("--flags", default="", help="more flags of train.py for all rows, separated by spaces")
   parser.add_argument("--match", default="time", choices=["time", "flops", "none"], help="what rows are made equal in")
