@@ -62,7 +62,7 @@ def cases() -> dict:
   from megabyte_jax.config import Config  # noqa: PLC0415
 
   def case(model, batch_size: int, **options) -> Config:
-    options = {"dropout": 0.0, "remat": "named"} | options
+    options = {"dropout": 0.0, "remat": "named", "scan_layers": False} | options
     return Config(model=dataclasses.replace(model, **options), batch_size=batch_size, num_steps=1_000_000)
 
   def megabyte(global_shape, local_shape, patch_size, context, *, cross_patch=False):

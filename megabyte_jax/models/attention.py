@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from megabyte_jax.config_parsing import ConfigError
 from megabyte_jax.hardware import platform
+from megabyte_jax.models import dropout as dropout_lib
 from megabyte_jax.models import fused_attention
 
 _FUSED = {"cudnn": fused_attention.cudnn, "splash": fused_attention.splash}
@@ -75,6 +76,8 @@ def attention(
       return fused(q_BNMHK, k_BNMHK, v_BNMHK, window)
   if window and past is None and window < M and M % window == 0 and q_BNMHK.shape[1] == 1:
     return _windowed(q_BNMHK, k_BNMHK, v_BNMHK, window, dropout if drops else 0.0, dropout_key)
+  if implementation == "auto" and not drops and not 0 < window < M and not _tile_obstacle(q_BNMHK, past):
+    return fused_attention.tile(q_BNMHK, k_BNMHK, v_BNMHK, past)
   distance_MM = jnp.arange(M)[:, None] - jnp.arange(M)[None, :]
   visible_MM = (distance_MM >= 0) & (distance_MM < (window or M))
   earlier = past.k_BNSHK.shape[2] if past is not None else 0  # a cache of a short span holds that of the one before
@@ -93,10 +96,7 @@ def _xla(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past, dropout, dropout_key):
     visible = visible.reshape((1,) * (4 - visible.ndim) + visible.shape)[:, :, None]  # B N 1 M S
     logits.append(jnp.where(visible, block, jnp.finfo(jnp.float32).min))
   weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1)
-  if dropout > 0:
-    keep = jax.random.bernoulli(dropout_key, 1 - dropout, weights.shape)
-    weights = jnp.where(keep, weights / (1 - dropout), 0)
-  weights = weights.astype(q_BNMHK.dtype)
+  weights = dropout_lib.dropout(weights, dropout, dropout_key).astype(q_BNMHK.dtype)
   M = k_BNMHK.shape[2]
   out = jnp.einsum("BNHMS,BNSHK->BNMHK", weights[..., :M], v_BNMHK)
   if past is not None:
@@ -144,6 +144,13 @@ def shift(x: jax.Array, axis: int) -> jax.Array:
   would be redistributed as a whole.
   """
   return jax.lax.pad(x, jnp.zeros((), x.dtype), [(int(i == axis), -int(i == axis), 0) for i in range(x.ndim)])
+
+
+def _tile_obstacle(q_BNMHK: jax.Array, past: Past | None) -> str:
+  """Why many short spans cannot be attended to in tiles, or '' if they can."""
+  if past is not None and past.visible.shape != (q_BNMHK.shape[1], 1, 1):
+    return "what it sees of the past must be one answer for each span"
+  return fused_attention.tile_obstacle(q_BNMHK, past.k_BNSHK.shape[2] if past is not None else 0)
 
 
 def _obstacle(name: str, q_BNMHK: jax.Array, has_past: bool, drops: bool) -> str:

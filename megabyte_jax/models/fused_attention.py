@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from megabyte_jax.hardware import platform
+from megabyte_jax.models import tile_attention
 from megabyte_jax.sharding import BATCH
 
 _LANES = 128  # splash's key blocks are whole numbers of TPU vector lanes
@@ -74,6 +75,31 @@ def _over_mesh(function, q_BNMHK, k_BNMHK, v_BNMHK):
 
   mapped = jax.shard_map(on_device, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
   return mapped(q_BNMHK, k_BNMHK, v_BNMHK)
+
+
+def tile_obstacle(q_BNMHK: jax.Array, earlier: int) -> str:
+  """Why tiles of short spans cannot be attended to here, or '' if they can; `earlier` slots of each are a past."""
+  if platform() != "gpu":
+    return f"the device is {platform()}, not an NVIDIA GPU"
+  B, N, M, H, K = q_BNMHK.shape
+  on_device = jax.ShapeDtypeStruct((B, N // _mesh().get("seq", 1), M, H, K), q_BNMHK.dtype)
+  return tile_attention.obstacle(on_device, earlier) or _uneven(q_BNMHK)
+
+
+def tile(q_BNMHK: jax.Array, k_BNMHK: jax.Array, v_BNMHK: jax.Array, past) -> jax.Array:
+  """Causal attention within many short spans, see tile_attention.py; `past` as in `attention.attention`, or None."""
+  if past is not None:
+    past = (past.k_BNSHK, past.v_BNSHK, past.visible[:, 0, 0])
+  if not _mesh():
+    return tile_attention.tile_attention(q_BNMHK, k_BNMHK, v_BNMHK, past)
+  spec = P(BATCH, "seq", None, "tensor")
+  mapped = jax.shard_map(
+    tile_attention.tile_attention,
+    in_specs=(spec, spec, spec, None if past is None else (spec, spec, P("seq"))),
+    out_specs=spec,
+    check_vma=False,
+  )
+  return mapped(q_BNMHK, k_BNMHK, v_BNMHK, past)
 
 
 def splash_obstacle(q_BNMHK: jax.Array) -> str:

@@ -13,10 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
+from megabyte_jax.hardware import platform
 from megabyte_jax.models import attention as attention_lib
 from megabyte_jax.models.attention import Past
 from megabyte_jax.models.config import BlockOptions, Level
+from megabyte_jax.models.dropout import dropout
 
 KeyValue = tuple[jax.Array, jax.Array]  # k_BNMHK, v_BNMHK
 
@@ -74,11 +77,23 @@ def activate(hidden: jax.Array, options: BlockOptions) -> jax.Array:
   return getattr(jax.nn, options.activation)(hidden)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-  """Zeroes a share `rate` of x and scales up the rest; does nothing without a key."""
-  if key is None or rate == 0:
+@jax.custom_jvp
+def relu(x: jax.Array) -> jax.Array:
+  """max(x, 0), whose derivative is taken from the result, so that backward need not keep x."""
+  return jnp.maximum(x, 0)
+
+
+@relu.defjvp
+def _relu_jvp(primals, tangents):
+  y = checkpoint_name(relu(*primals), "hidden")
+  return y, jnp.where(y > 0, tangents[0], 0)
+
+
+def row_major(x: jax.Array) -> jax.Array:
+  """x, in memory in the order of its axes: left to itself, XLA for GPUs transposes unrolled layers back and forth."""
+  if platform() != "gpu":
     return x
-  return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+  return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def rotate(x_BNMHK: jax.Array, slots_M: jax.Array) -> jax.Array:
@@ -132,8 +147,7 @@ class Block(nnx.Module):
     """
     level, options = self.level, self.options
     keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
-    qkv_BNM3HK = checkpoint_name(self.qkv(self.attention_norm(x_BNMD)), "qkv")
-    q, k, v = (qkv_BNM3HK[:, :, :, i] for i in range(3))
+    q, k, v = (checkpoint_name(a, "qkv") for a in self._qkv(self.attention_norm(x_BNMD)))
     if options.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
     if level.rotary:
@@ -152,9 +166,25 @@ class Block(nnx.Module):
     )
     attended = checkpoint_name(attended, "attended")
     x_BNMD += dropout(self.attention_out(attended), options.dropout, keys[1])
-    hidden = checkpoint_name(self.ff_in(self.ff_norm(x_BNMD)), "ff_in")
-    x_BNMD += dropout(self.ff_out(activate(hidden, options)), options.dropout, keys[2])
+    hidden = self._activation(self.ff_in(self.ff_norm(x_BNMD)))
+    x_BNMD += dropout(self.ff_out(hidden), options.dropout, keys[2])
     return x_BNMD, (k, v)
+
+  def _qkv(self, y_BNMD: jax.Array) -> tuple[jax.Array, ...]:
+    """Queries, keys and values, as three products: slices of one would be copied for the attention kernels."""
+    D, _, H, K = self.qkv.kernel.shape
+    kernel_D3F, y_BNMD = (a.astype(self.qkv.dtype) for a in (self.qkv.kernel.reshape(D, 3, H * K), y_BNMD))
+    products = [y_BNMD @ kernel_D3F[:, i] for i in range(3)]
+    if self.qkv.bias is not None:
+      bias_3F = self.qkv.bias.reshape(3, H * K).astype(self.qkv.dtype)
+      products = [product + bias_3F[i] for i, product in enumerate(products)]
+    return tuple(product.reshape(*product.shape[:-1], H, K) for product in products)
+
+  def _activation(self, x_BNMF: jax.Array) -> jax.Array:
+    x_BNMF = row_major(x_BNMF)
+    if self.options.activation == "relu":
+      return relu(x_BNMF)
+    return activate(checkpoint_name(x_BNMF, "hidden"), self.options)
 
 
 def past_of_previous_span(k_BNMHK: jax.Array, v_BNMHK: jax.Array, r: int) -> Past:
@@ -204,6 +234,7 @@ class Stack(nnx.Module):
 
     def layer(x_BNMD, layer_and_key):
       parameters, key = layer_and_key
+      x_BNMD = row_major(x_BNMD)
       x_BNMD, kv = nnx.merge(graph, parameters)(x_BNMD, slots_M=slots_M, dropout_key=key)
       return x_BNMD, keep(*kv)
 
@@ -259,5 +290,5 @@ def _rematerialised(layer: Callable, remat: str) -> Callable:
   """`layer` with its activations recomputed in the backward pass, as `BlockOptions.remat` says."""
   if remat == "none":
     return layer
-  policy = jax.checkpoint_policies.save_only_these_names("qkv", "attended", "ff_in") if remat == "named" else None
+  policy = jax.checkpoint_policies.save_only_these_names("qkv", "attended", "hidden") if remat == "named" else None
   return jax.checkpoint(layer, policy=policy, prevent_cse=False)  # inside a scan nothing can be merged anyway
