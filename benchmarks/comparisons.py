@@ -268,7 +268,7 @@ def complete(run: Run, comparison: Comparison, args: argparse.Namespace) -> dict
 
 
 def training_seconds(workdir: pathlib.Path) -> float:
-  """Of the run so far, compilation left out."""
+  """Of the run so far, compilation included."""
   lines = (json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines())
   return [line["seconds"] for line in lines if "seconds" in line][-1]
 
@@ -345,7 +345,7 @@ def main() -> None:
     rows.append(complete(run, comparison, args))
     print_results(rows)
   device = jax.devices()[0].device_kind
-  note = f"{config_file.name}, {args.train_bytes / 1e6:.0f} MB of {comparison.data}, {device}"
+  note = f"{config_file.name}, {args.train_bytes / 1e6:.3g} MB of {comparison.data}, {device}"
   if args.test_bytes:
     note += f", first {args.test_bytes / 1e6:g} MB of test"
   results = {
