@@ -78,6 +78,9 @@ def attention(
     return _windowed(q_BNMHK, k_BNMHK, v_BNMHK, window, dropout if drops else 0.0, dropout_key)
   if implementation == "auto" and not drops and not 0 < window < M and not _tile_obstacle(q_BNMHK, past):
     return fused_attention.tile(q_BNMHK, k_BNMHK, v_BNMHK, past)
+  if implementation in ("auto", "cudnn") and past is not None and not drops and not 0 < window < M:
+    if M >= _FUSED_MIN_SLOTS and not fused_attention.masked_cudnn_obstacle(q_BNMHK):
+      return fused_attention.masked_cudnn(q_BNMHK, k_BNMHK, v_BNMHK, past)
   distance_MM = jnp.arange(M)[:, None] - jnp.arange(M)[None, :]
   visible_MM = (distance_MM >= 0) & (distance_MM < (window or M))
   earlier = past.k_BNSHK.shape[2] if past is not None else 0  # a cache of a short span holds that of the one before

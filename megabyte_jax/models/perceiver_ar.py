@@ -69,7 +69,7 @@ class CrossAttention(nnx.Module):
       slots_BN = first_slot_B[:, None] + jnp.arange(q.shape[2])
       q = jax.vmap(lambda q, slots: rotate(q[None], slots)[0])(q, slots_BN)
     attended = attention_lib.attention(
-      q, *own, past=past, implementation="xla", dropout=config.attention_dropout, dropout_key=keys[0]
+      q, *own, past=past, implementation=config.attention, dropout=config.attention_dropout, dropout_key=keys[0]
     )
     x = latents_B1ND + dropout(self.attention_out(attended), config.dropout, keys[1])
     hidden = activate(self.ff_in(self.ff_norm(x)), config)
