@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -31,9 +32,13 @@ from megabyte_jax.pretrained import evaluation_mesh, load, step_argument
 from megabyte_jax.windows import METHODS
 
 
-def main() -> None:
-  """Reads the arguments, evaluates, writes eval.json and pictures into the work directory."""
-  args = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> str:
+  """Reads the arguments (None: the command line's), evaluates, writes eval.json and pictures into the work directory.
+
+  Returns:
+    The last line that it prints, one JSON object; '' in all but one of several processes.
+  """
+  args = parse_arguments(arguments)
   distributed.start_from_arguments(args)
   config = load_config(args.workdir)
   config = dataclasses.replace(
@@ -92,10 +97,12 @@ def main() -> None:
     except OSError as error:  # somebody else's run, perhaps; the result is worth more than its files
       print(f"warning: nothing is kept in {args.workdir}: {error}", file=sys.stderr)
     print(line)
+    return line
+  return ""
 
 
-def parse_arguments() -> argparse.Namespace:
-  """The command line; see the head of this file."""
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+  """See the head of this file."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--workdir", default="runs/quickstart", help="the folder of a train.py run")
   parser.add_argument("--split", default="validation", choices=["train", "validation", "test"])
@@ -114,7 +121,7 @@ def parse_arguments() -> argparse.Namespace:
     "--compressors", action=argparse.BooleanOptionalAction, default=True, help="compare with gzip ..."
   )
   distributed.add_arguments(parser)
-  args = parser.parse_args()
+  args = parser.parse_args(arguments)
   for name in ("stride", "batch_size", "max_bytes"):
     if getattr(args, name) < 0:
       raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative")

@@ -1,38 +1,55 @@
-"""The paper's comparisons at small scale: trains and evaluates rows of its tables at equal measured compute.
+"""Small-scale comparisons: trains and evaluates rows of the paper's tables at equal measured compute, and recipes.
 
   python benchmarks/corpora/build.py corpora
   python benchmarks/comparisons.py books --data=corpora --workdir=runs/comparisons --output=docs/results/books.json
+  python benchmarks/comparisons.py books --data=corpora --dry_run       what it would train, and on how many bytes
 
-Every row is the paper's, made smaller by the one rule of configs/small.py. Then, for each row:
+Every row is the paper's, made smaller by the one rule of configs/small.py; `modern_books` and `modern_images` change
+the paper's recipe as megabyte_jax/recipe.py says, all at once and all but one. Then, for each row:
 
 1. Rows below the first get the number of layers at which a training step takes the first row's time per byte on this
-   machine (megabyte_jax.matching, as in section 4.1 of the paper), or its FLOPs (--match=flops).
-2. Learning rates of --rates times the paper's are tried for --trial_share of the bytes; the best by validation wins.
-3. It trains for --train_bytes (equal for all rows), and is evaluated by the row's methods on the test split.
+   machine (megabyte_jax.matching, as in section 4.1 of the paper), or its FLOPs (--match=flops). Recipes keep their
+   layers: they get as many bytes as take the first row's time.
+2. Learning rates of --rates times the paper's are tried for --trial_share of the bytes; the best on --trial_bytes of
+   the validation split wins. A rate at which the numbers break down is out.
+3. It trains for --train_bytes (equal for all rows, but for recipes), and is evaluated by the row's methods on the test
+   split, or on its first --test_bytes.
 
-What is done is kept in the work directory; the same command goes on from there. The results hold bits per byte, the
-command, the device, layers, learning rates and seconds; `python -m megabyte_jax.tables` shows them beside the paper's.
+All is done in one process, by the functions behind the commands that are printed. What is done is kept in the work
+directory; the same command goes on from there (with other settings take another). The results hold bits per byte, the
+command, the device, what was matched, learning rates and seconds; `python -m megabyte_jax.tables` shows them beside the
+paper's.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
+import functools
 import json
 import pathlib
 import re
-import subprocess
+import shutil
 import sys
+from collections.abc import Callable
+from typing import Literal
 
 import jax
+from absl import flags as absl_flags
+from ml_collections import config_flags
 
-from megabyte_jax import flops, matching, windows
+from megabyte_jax import command_line, flops, matching, recipe, windows
 from megabyte_jax.atomic_file import replacing
+from megabyte_jax.checkpoint import Checkpoints
 from megabyte_jax.config import Config, ConfigError
-from megabyte_jax.tables import config_of
+from megabyte_jax.data.sources import open_source
+from megabyte_jax.progress import human
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import eval as evaluation  # noqa: E402
+import train  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +58,8 @@ class Comparison:
 
   Attributes:
     data: the folder of the corpus, with train, validation and test.
-    rows: TABLE:ROW; the first is the reference, whose cost the others are given.
+    rows: TABLE:ROW, perhaps with changes of its recipe; the first is the reference, whose cost the others are given.
+    vary: what gives the other rows its cost, their layers or the bytes that they are trained on.
     methods: by which each row is evaluated besides its own, if they fit its model.
     flags: of train.py, for all rows.
     words: whether word-level perplexity is wanted.
@@ -49,6 +67,7 @@ class Comparison:
 
   data: str
   rows: tuple[str, ...]
+  vary: Literal["layers", "bytes"] = "layers"
   methods: tuple[str, ...] = ()
   flags: tuple[str, ...] = ()
   words: bool = False
@@ -64,16 +83,25 @@ def image_rows(name: str) -> tuple[str, ...]:
   return tuple(f"table5:{name}_{model}" for model in ("megabyte", "transformer", "perceiver_ar"))
 
 
+def recipe_rows(row: str) -> tuple[str, ...]:
+  """The paper's recipe, the modern one, that without each of its changes, and that without dropout."""
+  without = (f"{row}+modern-{change}" for change in recipe.MODERN)
+  return (row, f"{row}+modern", *without, f"{row}+modern+no_dropout")
+
+
+TILES = ("--config.data.image_tiles=512",)  # four times as many images of 256 pixels as centred squares would give
+
 COMPARISONS = {
   "books": Comparison("books", text_rows("books"), methods=("basic", "sliding", "strided", "both"), words=True),
   "code": Comparison("code", text_rows("code")),
   "latex": Comparison("latex", text_rows("arxiv")),
   "image64": Comparison("photos", image_rows("image64"), flags=("--config.data.image_tiles=64",)),
-  "image256": Comparison("photos", image_rows("image256")),
+  "image256": Comparison("photos", image_rows("image256"), flags=TILES),
   "image640": Comparison("photos", image_rows("image640")),
-  "scans": Comparison(
+  "scans": Comparison(  # the patch scans are rows of image256: after that, --rows=raster does
     "photos",
     tuple(f"table16:{m}_{s}_scan" for m in ("megabyte", "perceiver_ar") for s in ("patch", "raster")),
+    flags=TILES,
   ),
   "audio": Comparison("audio", ("table10:audio_megabyte",)),
   "ablations": Comparison(
@@ -82,60 +110,79 @@ COMPARISONS = {
       f"table10:arxiv_{m}" for m in ("megabyte", "without_local", "without_global", "without_cross_patch", "with_cnn")
     ),
   ),
-  "patch_sizes": Comparison("photos", tuple(f"table12:patch{size}" for size in (192, 48, 768))),
+  "patch_sizes": Comparison("photos", tuple(f"table12:patch{size}" for size in (192, 48, 768)), flags=TILES),
   "shares": Comparison(
     "books",
     tuple(f"table13:{row}" for row in ("global760m_local262m", "global350m_local290m", "global1300m_local218m")),
   ),
+  "modern_books": Comparison("books", recipe_rows("table2:books_megabyte"), vary="bytes"),
+  "modern_images": Comparison("photos", recipe_rows("table5:image256_megabyte"), vary="bytes", flags=TILES),
 }
 
 
 @dataclasses.dataclass
 class Run:
-  """One row on its way: its flags of train.py, and the folder where everything of it lies."""
+  """One row on its way.
+
+  Attributes:
+    row: its name.
+    config_file: what makes its config.
+    folder: where everything of it lies.
+    flags: of train.py.
+    cost: of a byte, relative to the reference's, with these flags.
+    matched: what was done to make the costs equal.
+  """
 
   row: str
   config_file: pathlib.Path
   folder: pathlib.Path
   flags: list[str]
+  cost: float = 1.0
+  matched: dict | None = None
 
-  def config(self) -> Config:
-    """Without the flags."""
-    return config_in(self.config_file, self.row)
+  def config(self, *more: str) -> Config:
+    """With the flags, and some more."""
+    return config_in(self.config_file, self.row, [*self.flags, *more])
+
+  def steps(self, train_bytes: float) -> tuple[int, int]:
+    """Training steps for about so many bytes, and the bytes that these predict."""
+    config = self.config()
+    per_step = config.batch_size * flops.predicted_bytes(config.model)
+    steps = max(2, round(train_bytes / per_step))
+    return steps, steps * per_step
 
   def train(self, workdir: pathlib.Path, *more: str) -> None:
-    """Trains to the end, from where it stopped."""
-    call("train.py", f"--config={self.config_file}:{self.row}", f"--workdir={workdir}", *self.flags, *more)
+    """Trains to the end, from where it stopped; what train.py would do.
+
+    Raises:
+      FloatingPointError: the numbers broke down.
+      SystemExit: a signal stopped it.
+    """
+    flags = [*self.flags, *more]
+    print("$ python train.py", f"--config={self.config_file}:{self.row}", f"--workdir={workdir}", *flags, flush=True)
+    config = self.config(*more)
+    train.train(config, str(workdir))
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+      if checkpoints.latest_step() != config.num_steps:
+        raise SystemExit("stopped; give the same command again")
 
   def evaluate(self, workdir: pathlib.Path, *more: str) -> dict:
     """The JSON object that eval.py prints."""
-    return json.loads(call("eval.py", f"--workdir={workdir}", "--no-compressors", *more).splitlines()[-1])
+    arguments = [f"--workdir={workdir}", "--no-compressors", *more]
+    print("$ python eval.py", *arguments, flush=True)
+    return json.loads(evaluation.main(arguments))
 
 
-def call(script: str, *arguments: str) -> str:
-  """Runs one of the project's scripts, showing what it prints."""
-  lines = []
-  print("$ python", script, *arguments, flush=True)
-  with subprocess.Popen(
-    [sys.executable, str(ROOT / script), *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
-  ) as process:
-    for line in process.stdout:
-      print(line, end="", flush=True)
-      lines.append(line)
-  if process.returncode:
-    raise SystemExit(f"{script} failed with exit code {process.returncode}; mend that and give the same command again")
-  return "".join(lines)
+def config_in(file: pathlib.Path, row: str, flags: list[str]) -> Config:
+  """What train.py makes of a config file such as configs/small.py, a row and flags."""
+  arguments = ["train.py", f"--config={file}:{row}", *flags]
+  values = absl_flags.FlagValues()
+  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+  values(arguments)
+  return Config.from_dict(values.config)
 
 
-def config_in(file: pathlib.Path, row: str) -> Config:
-  """What a config file such as configs/small.py makes of a row."""
-  spec = importlib.util.spec_from_file_location(file.stem, file)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return Config.from_dict(module.get_config(row))
-
-
-def once(path: pathlib.Path, make) -> dict:
+def once(path: pathlib.Path, make: Callable[[], dict]) -> dict:
   """What `make` returned when it was first called, kept in `path`."""
   if not path.exists():
     value = make()
@@ -145,40 +192,85 @@ def once(path: pathlib.Path, make) -> dict:
   return json.loads(path.read_text())
 
 
-def matched_layers(row: Config, reference: Config, by: str) -> dict:
-  """The flag that gives `row` the reference's time or FLOPs per byte, and what it costs then."""
-  found = matching.match(row, matching.cost_against(reference, by))
-  return {"flag": found.override, "layers": found.layers, "cost": found.ratio, "by": by}
+def match(run: Run, comparison: Comparison, cost: matching.Cost) -> dict:
+  """What gives a row the reference's cost, and the cost of a byte then."""
+  if comparison.vary == "bytes":
+    return {"flag": "", "cost": cost(run.config())}
+  found = matching.match(run.config(), cost)
+  return {"flag": found.override, "layers": found.layers, "cost": found.ratio}
+
+
+def match_all(runs: list[Run], comparison: Comparison, args: argparse.Namespace) -> None:
+  """Makes the costs of all rows equal to the reference's, before anything is trained."""
+  reference = config_in(runs[0].config_file, comparison.rows[0], runs[0].flags)
+  by = "flops" if args.dry_run and args.match == "time" else args.match
+  cost = functools.cache(lambda: matching.cost_against(reference, by, args.match_rounds))  # by time, it takes memory
+  for run in runs:
+    if by == "none" or run.row == comparison.rows[0]:
+      continue
+
+    def found(run=run):
+      return match(run, comparison, cost()) | {"by": by}
+
+    path = run.folder / "match.json"
+    run.matched = found() if args.dry_run and not path.exists() else once(path, found)
+    run.cost = run.matched["cost"] if comparison.vary == "bytes" else 1.0
+    run.flags += [run.matched["flag"]] if run.matched["flag"] else []
 
 
 def complete(run: Run, comparison: Comparison, args: argparse.Namespace) -> dict:
   """One row, from its learning rates to its results."""
   config = run.config()
-  per_step = config.batch_size * flops.predicted_bytes(config.model)
-  steps = max(2, round(args.train_bytes / per_step))
+  steps, bytes_trained = run.steps(args.train_bytes / run.cost)
   trial_steps = max(2, round(steps * args.trial_share))
-  paper_rate = config_of(run.row).optimizer.learning_rate
+  paper_rate = config.optimizer.learning_rate
   trials = {}
   for factor in args.rates if len(args.rates) > 1 else ():
     workdir = run.folder / f"rate{factor:g}"
 
     def one_trial(factor=factor, workdir=workdir):
-      run.train(workdir, *schedule(paper_rate * factor, trial_steps))
-      return run.evaluate(workdir, "--split=validation", f"--max-bytes={2**20}")
+      try:
+        run.train(workdir, *schedule(paper_rate * factor, trial_steps))
+      except FloatingPointError as error:
+        print(f"learning rate {paper_rate * factor:g} is out: {error}", flush=True)
+        return {"bpb": None, "error": str(error)}
+      result = run.evaluate(workdir, f"--data={args.data / 'validation'}", f"--max-bytes={args.trial_bytes}")
+      shutil.rmtree(workdir / "checkpoints")  # gigabytes
+      return result
 
     trials[factor] = once(run.folder / f"rate{factor:g}.json", one_trial)["bpb"]
-  best = min(trials, key=trials.get) if trials else args.rates[0]
+  finite = {factor: bpb for factor, bpb in trials.items() if bpb is not None}
+  if trials and not finite:
+    raise SystemExit(f"{run.row} broke down at every learning rate; give smaller --rates")
+  best = min(finite, key=finite.get) if trials else args.rates[0]
   workdir = run.folder / "run"
-  result = {"row": run.row, "learning_rate": paper_rate * best, "trials": trials, "bytes_trained": steps * per_step}
+  result = {
+    "row": run.row,
+    "learning_rate": paper_rate * best,
+    "trials": trials,
+    "bytes_trained": bytes_trained,
+    "parameters": flops.parameter_count(config.model),
+    "training_flops": bytes_trained * flops.flops_per_byte(config.model, training=True),
+    "matched": run.matched,
+  }
 
   def whole_run():
     run.train(workdir, *schedule(paper_rate * best, steps))
     methods = dict.fromkeys((config.eval.method, *(m for m in comparison.methods if fits(config, m))))
-    words = ("--words=count",) if comparison.words else ()
-    return {method: run.evaluate(workdir, "--split=test", f"--method={method}", *words) for method in methods}
+    limit = (f"--max-bytes={args.test_bytes}",) if args.test_bytes else ()
+    words = ("--words=count",) if comparison.words and not limit else ()
+    done = {method: run.evaluate(workdir, "--split=test", f"--method={method}", *words, *limit) for method in methods}
+    return done | {"training_seconds": training_seconds(workdir)}
 
   evaluations = once(run.folder / "evaluations.json", whole_run)
-  return result | evaluations[config.eval.method] | {"methods": {m: e["bpb"] for m, e in evaluations.items()}}
+  seconds = {"training_seconds": evaluations.pop("training_seconds", None)}
+  return result | seconds | evaluations[config.eval.method] | {"methods": {m: e["bpb"] for m, e in evaluations.items()}}
+
+
+def training_seconds(workdir: pathlib.Path) -> float:
+  """Of the run so far, compilation included."""
+  lines = (json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines())
+  return [line["seconds"] for line in lines if "seconds" in line][-1]
 
 
 def fits(config: Config, method: str) -> bool:
@@ -197,8 +289,16 @@ def schedule(rate: float, steps: int) -> tuple[str, ...]:
     f"--config.optimizer.learning_rate={rate}",
     f"--config.optimizer.warmup_steps={warmup}",
     f"--config.num_steps={steps}",
-    f"--config.eval.every_steps={max(1, steps // 8)}",
+    "--config.data.validation=",  # scored by eval.py where it is needed
+    "--config.checkpoint.every_steps=0",
+    "--config.checkpoint.every_minutes=5.0",
+    "--config.checkpoint.keep=1",
   )
+
+
+def count(text: str) -> int:
+  """A whole number, also one such as 1e8."""
+  return int(float(text))
 
 
 def main() -> None:
@@ -207,36 +307,47 @@ def main() -> None:
   parser.add_argument("--data", default="corpora", help="the folder that benchmarks/corpora/build.py made")
   parser.add_argument("--workdir", default="runs/comparisons")
   parser.add_argument("--output", default="", help="results are written here; default: WORKDIR/COMPARISON/results.json")
-  parser.add_argument("--train_bytes", type=int, default=2**27, help="of every row")
+  parser.add_argument("--train_bytes", type=count, default=2**27, help="of every row, such as 1e8")
   parser.add_argument("--rates", default="1,3,6", help="times the paper's learning rate")
   parser.add_argument("--trial_share", type=float, default=0.1, help="of the bytes, for each learning rate")
+  parser.add_argument("--trial_bytes", type=count, default=2**20, help="of the validation split, to compare rates on")
+  parser.add_argument("--test_bytes", type=count, default=0, help="score only the first so many of the test split")
   parser.add_argument("--rows", default="", help="some of the rows, by a regular expression; default: all")
   parser.add_argument("--flags", default="", help="more flags of train.py for all rows, separated by spaces")
   parser.add_argument("--match", default="time", choices=["time", "flops", "none"], help="what rows are made equal in")
+  parser.add_argument("--match_rounds", type=int, default=10, help="how often each candidate is timed, one second each")
+  parser.add_argument("--dry_run", action="store_true", help="show what would be trained, matched by FLOPs, and end")
+  parser.add_argument("--compiled", default="", help="folder of compiled programs; default: WORKDIR/compiled")
   parser.add_argument("--config_file", default=str(ROOT / "configs/small.py"), help="what makes configs of rows")
   args = parser.parse_args()
   args.rates = [float(rate) for rate in args.rates.split(",")]
   comparison = COMPARISONS[args.comparison]
   folder = pathlib.Path(args.workdir).resolve() / args.comparison
-  data = pathlib.Path(args.data).resolve() / comparison.data
+  jax.config.update("jax_compilation_cache_dir", args.compiled or str(folder.parent / "compiled"))
+  args.data = pathlib.Path(args.data).resolve() / comparison.data
+  shared = []
   for split in ("train", "validation", "test"):
-    if not (data / split).is_dir():
-      raise SystemExit(f"{data / split} does not exist; make it with: python benchmarks/corpora/build.py {args.data}")
-  shared = [f"--config.data.{split}={data / split}" for split in ("train", "validation", "test")]
+    if not (args.data / split).is_dir():
+      where = args.data.parent
+      raise SystemExit(f"{args.data / split} does not exist; make it with: python benchmarks/corpora/build.py {where}")
+    shared.append(f"--config.data.{split}={args.data / split}")
   shared += [*comparison.flags, *args.flags.split()]
+  config_file = pathlib.Path(args.config_file).resolve()
+  names = [row for row in comparison.rows if re.search(args.rows, row)]
+  runs = [Run(row, config_file, folder / row.replace(":", "."), list(shared)) for row in names]
+  if not runs:
+    raise SystemExit(f"--rows={args.rows} is none of {', '.join(comparison.rows)}")
+  match_all(runs, comparison, args)
+  if args.dry_run:
+    return print_plan(runs, args)
   rows = []
-  for row in comparison.rows:
-    if not re.search(args.rows, row):
-      continue
-    run = Run(row, pathlib.Path(args.config_file).resolve(), folder / row.replace(":", "."), list(shared))
-    if args.match != "none" and row != comparison.rows[0]:
-      configs = run.config(), config_in(run.config_file, comparison.rows[0])
-      match = once(run.folder / "match.json", lambda configs=configs: matched_layers(*configs, args.match))
-      run.flags.append(match["flag"])
+  for run in runs:
     rows.append(complete(run, comparison, args))
     print_results(rows)
   device = jax.devices()[0].device_kind
-  note = f"{pathlib.Path(args.config_file).name}, {args.train_bytes / 1e6:.0f} MB of {comparison.data}, {device}"
+  note = f"{config_file.name}, {args.train_bytes / 1e6:.3g} MB of {comparison.data}, {device}"
+  if args.test_bytes:
+    note += f", first {args.test_bytes / 1e6:g} MB of test"
   results = {
     "command": "python " + " ".join(sys.argv),
     "versions": {"jax": jax.__version__},
@@ -250,13 +361,33 @@ def main() -> None:
   print(f"results: {output}")
 
 
+def print_plan(runs: list[Run], args: argparse.Namespace) -> None:
+  """What each row would train: FLOPs and bytes with the trials of learning rates, epochs of the last run."""
+  print(f"{'row':<44}{'layers':>8}{'parameters':>12}{'FLOP/byte':>11}{'bytes':>9}{'epochs':>8}{'steps':>8}{'FLOPs':>9}")
+  total = 0.0
+  for run in runs:
+    config = run.config()
+    layers = "+".join(str(level.num_layers) for level in getattr(config.model, "levels", (config.model,)))
+    steps, length = run.steps(args.train_bytes / run.cost)
+    trials = args.trial_share * len(args.rates) if len(args.rates) > 1 else 0.0
+    per_byte = flops.flops_per_byte(config.model, training=True)
+    cost = per_byte * length * (1 + trials)
+    total += cost
+    epochs = length / int(open_source(config.data, "train").lengths.sum())
+    print(
+      f"{run.row:<44}{layers:>8}{human(flops.parameter_count(config.model)):>12}{human(per_byte):>11}"
+      f"{human(length):>9}{epochs:>8.1f}{steps:>8}{cost:>9.1e}"
+    )
+  print(f"{total:.1e} FLOPs in all: {total / 1e14 / 60:.0f} minutes at 100 TFLOP/s")
+
+
 def print_results(rows: list[dict]) -> None:
   """What is known so far."""
-  print(f"{'row':<36}{'bpb':>8}{'learning rate':>16}  methods")
+  print(f"{'row':<44}{'bpb':>8}{'learning rate':>16}  methods")
   for row in rows:
     methods = ", ".join(f"{name} {bpb:.4f}" for name, bpb in row["methods"].items())
-    print(f"{row['row']:<36}{row['bpb']:>8.4f}{row['learning_rate']:>16.2g}  {methods}", flush=True)
+    print(f"{row['row']:<44}{row['bpb']:>8.4f}{row['learning_rate']:>16.2g}  {methods}", flush=True)
 
 
 if __name__ == "__main__":
-  main()
+  command_line.run(main)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from megabyte_jax import flops
-from megabyte_jax.config import Config, Level, MegabyteConfig
+from megabyte_jax.config import Config, Level, MegabyteConfig, ModelConfig
 
 
 def matmul_flops(seconds: float = 4.0, size: int = 8192) -> float:
@@ -62,19 +62,21 @@ def least_seconds(config: Config, ceiling: float, bandwidth: float) -> float:
   model = config.model
   parameters = flops.parameter_count(model)
   if isinstance(model, MegabyteConfig):
-    blocks = sum(_block_traffic(level) * model.context // level.patch_size for level in model.levels)
+    blocks = sum(_block_traffic(model, level) * model.context // level.patch_size for level in model.levels)
     predicted = model.context
   else:
     across = 3 * 4 * 2 * model.width * model.context  # the norm and the attention of the prefix, and their gradients
-    blocks, predicted = _block_traffic(model.level) * model.latents + across, model.latents
+    blocks, predicted = _block_traffic(model, model.level) * model.latents + across, model.latents
   traffic = config.batch_size * (blocks + 3 * 4 * model.vocab_size * predicted)  # logits: float32, three times
   traffic += parameters * (32 + 6)  # value, moments and gradient read and written in float32; read, written in bfloat16
   products = flops.flops_per_byte(model, training=True) * config.batch_size * flops.predicted_bytes(model)
   return products / ceiling + traffic / bandwidth
 
 
-def _block_traffic(level: Level) -> int:
+def _block_traffic(model: ModelConfig, level: Level) -> int:
   """Bytes that the blocks of a level move for one slot: bfloat16 arrays of the level's or the hidden width."""
   forward = 2 * 2 + 4  # two norms; q, k, v and what is attended
   backward = 2 * 4 + 7  # of a norm: its input, two gradients added, one written; of attention: with three written
-  return level.num_layers * 2 * ((forward + backward) * level.width + 3 * level.hidden)
+  # Of the activation: its result and two gradients; of a gated one, which is no epilogue, two inputs more, and so on.
+  hidden = 8 if model.gated else 3
+  return level.num_layers * 2 * ((forward + backward) * level.width + hidden * model.hidden(level))

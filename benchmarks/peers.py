@@ -60,7 +60,7 @@ def mblm(config: MegabyteConfig) -> Any:
       attn_use_rot_embs=True,
       use_flash_attn=True,
       pos_emb_type="fixed",
-      ff_multiplier=level.hidden // level.width,
+      ff_multiplier=config.hidden(level) // level.width,
     )
     for level in config.levels
   ]

@@ -6,13 +6,14 @@
 One rule for every row: half the width and half the layers of every level, heads as wide as they were; context, patch
 size, latents, extensions and inference method stay. 65,536 predicted bytes a step (or one sequence, if that is more),
 134 million bytes in all, a tenth of the steps to warm up. The learning rate is the paper's for the full size: try
-others. benchmarks/comparisons.py runs whole tables of these.
+others. benchmarks/comparisons.py runs whole tables of these. `ROW+modern` is the row with the modern recipe of
+megabyte_jax/recipe.py, `ROW+swiglu` and `ROW+modern-swiglu` with one change of it or with all but one.
 """
 
 import dataclasses
 import math
 
-from megabyte_jax import flops
+from megabyte_jax import flops, recipe
 from megabyte_jax.config import EvalConfig, Level, MegabyteConfig, MeshConfig
 from megabyte_jax.tables import config_of
 
@@ -21,11 +22,12 @@ TRAIN_BYTES = 2**27
 
 
 def get_config(name="table2:books_megabyte"):
-  config = config_of(name)
+  row, changes = recipe.split_name(name)
+  config = config_of(row)
   model = shrink_model(config.model)
   batch_size = max(1, BYTES_PER_STEP // flops.predicted_bytes(model))
   num_steps = round(TRAIN_BYTES / (batch_size * flops.predicted_bytes(model)))
-  return dataclasses.replace(
+  small = dataclasses.replace(
     config,
     model=model,
     optimizer=dataclasses.replace(config.optimizer, warmup_steps=max(1, num_steps // 10)),
@@ -33,7 +35,8 @@ def get_config(name="table2:books_megabyte"):
     eval=EvalConfig(every_steps=max(1, num_steps // 8), max_bytes=2**20, method=config.eval.method),
     batch_size=batch_size,
     num_steps=num_steps,
-  ).to_config_dict()
+  )
+  return recipe.with_changes(small, changes).to_config_dict()
 
 
 def shrink_model(model):

@@ -81,22 +81,36 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-  """AdamW with a linear schedule; defaults are the paper's (appendix A.1)."""
+  """How parameters are changed; defaults are the paper's (appendix A.1). See optimizer.py.
 
+  Attributes:
+    name: adamw | muon (the blocks' matrices by Muon, everything else by AdamW).
+    schedule: after a linear warm-up: linear | cosine (to the end of the run) | wsd (constant, and linear over the last
+      `decay_share` of the steps).
+    b1, b2, eps: of AdamW, with either name.
+    momentum: of Muon.
+    weight_decay: of all parameters, times the learning rate.
+  """
+
+  name: Literal["adamw", "muon"] = "adamw"
   learning_rate: float = 2e-4
+  schedule: Literal["linear", "cosine", "wsd"] = "linear"
   warmup_steps: int = 500
   end_learning_rate: float = 0.0
+  decay_share: float = 0.2
   b1: float = 0.9
   b2: float = 0.98
   eps: float = 1e-8
+  momentum: float = 0.95
   weight_decay: float = 0.1
   clip_norm: float = 1.0
 
   def __post_init__(self):
     for name in ("learning_rate", "eps", "clip_norm"):
       require(getattr(self, name) > 0, f"optimizer.{name} is {getattr(self, name)}; it must be positive")
-    for name in ("b1", "b2"):
+    for name in ("b1", "b2", "momentum"):
       require(0 <= getattr(self, name) < 1, f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
+    require(0 < self.decay_share <= 1, f"optimizer.decay_share is {self.decay_share}; it must be in (0, 1]")
     for name in ("warmup_steps", "end_learning_rate", "weight_decay"):
       require(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
 

@@ -86,7 +86,7 @@ def flops_breakdown(
   above = None
   for i, (level, span) in enumerate(zip(config.levels, config.spans, strict=True)):
     size = level.patch_size
-    weights = level.num_layers * _block_weights(level) + _from_above(level, above)
+    weights = level.num_layers * _block_weights(config, level) + _from_above(level, above)
     parts[f"levels[{i}].weights"] = 2 * weights / size
     keys = _visible_keys(level, span // size, config.context // span, attention)
     parts[f"levels[{i}].attention"] = 4 * level.num_layers * keys * _attention_width(level) / size
@@ -153,15 +153,16 @@ def _attention_width(level: Level) -> int:
   return heads * head_dim
 
 
-def _block_weights(level: Level) -> int:
-  """Entries of a block's matrices: queries, keys, values, output, and the two of the feed-forward layer."""
-  return 4 * level.width * _attention_width(level) + 2 * level.width * level.hidden
+def _block_weights(config: BlockOptions, level: Level) -> int:
+  """Entries of a block's matrices: queries, keys, values, output, and the feed-forward layer's 2, or 3 if gated."""
+  return 4 * level.width * _attention_width(level) + (2 + config.gated) * level.width * config.hidden(level)
 
 
 def _block_parameters(config: BlockOptions, level: Level) -> int:
-  """A block's matrices, biases and two norms."""
-  biases = (3 * _attention_width(level) + level.hidden + 2 * level.width) * config.bias
-  return _block_weights(level) + biases + 2 * _norm(config, level.width)
+  """A block's matrices, biases, two norms, and the scales of queries and keys."""
+  biases = (3 * _attention_width(level) + (1 + config.gated) * config.hidden(level) + 2 * level.width) * config.bias
+  scales = 2 * level.heads[1] * config.qk_norm
+  return _block_weights(config, level) + biases + 2 * _norm(config, level.width) + scales
 
 
 def _norm(config: BlockOptions, width: int) -> int:
@@ -193,12 +194,12 @@ def _perceiver_breakdown(config: PerceiverARConfig, attention: Attention) -> dic
   level, context, latents = config.level, config.context, config.latents
   heads = _attention_width(level)
   keys_and_values = 2 * config.width * heads
-  cross = _block_weights(level) + keys_and_values * (context / latents - 1)
+  cross = _block_weights(config, level) + keys_and_values * (context / latents - 1)
   own = latents if attention == "dense" else latents / 2
   return {
     "cross.weights": 2 * cross,
     "cross.attention": 4 * (context - latents + own) * heads,
-    "latents.weights": 2 * config.num_layers * _block_weights(level),
+    "latents.weights": 2 * config.num_layers * _block_weights(config, level),
     "latents.attention": 4 * config.num_layers * own * heads,
     "head": 2 * config.vocab_size * config.width,
   }

@@ -124,8 +124,9 @@ def _memory(devices: list[jax.Device]) -> float:
 
 
 def state_bytes(config: Config, mesh: MeshConfig, step: str) -> float:
-  """What a device holds of the parameters and, in training, of their two moments: float32."""
-  return (12 if step == "train" else 4) * flops.parameter_count(config.model) / (mesh.fsdp * mesh.tensor)
+  """What a device holds of the parameters and, in training, of their moments: float32, two, of Muon's matrices one."""
+  values = {"adamw": 3, "muon": 2}[config.optimizer.name] if step == "train" else 1
+  return 4 * values * flops.parameter_count(config.model) / (mesh.fsdp * mesh.tensor)
 
 
 def estimate(config: Config, devices: list[jax.Device], step: str) -> float:

@@ -13,11 +13,13 @@ import dataclasses
 import jax
 
 from megabyte_jax import flops, hardware
-from megabyte_jax.config import Config, Level, MegabyteConfig
+from megabyte_jax.config import Config, Level, MegabyteConfig, ModelConfig
 
-_OPTIMIZER_BYTES = 32  # per parameter: value, two moments and gradient, float32, each read and written
+# Per parameter: value, gradient and moments (two, of Muon's matrices one), float32, each read and written.
+_OPTIMIZER_BYTES = {"adamw": 32, "muon": 24}
 _WIDTHS = 14  # arrays of a slot's width that a block reads or writes: norms, q, k, v, attended, residuals
 _HIDDENS = 3  # arrays of the feed-forward width: written, read for the activation, read for the product
+_GATED_HIDDENS = 5  # the first two twice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,21 +92,22 @@ def memory_traffic(config: Config, devices: int, tensor: int, step: str) -> floa
   model, count = config.model, passes(config, step)
   parameters = flops.parameter_count(model)
   weights = 2 * parameters / tensor * count * (config.accumulate if step == "train" else 1)
-  optimizer = _OPTIMIZER_BYTES * parameters / devices if step == "train" else 0.0
+  optimizer = _OPTIMIZER_BYTES[config.optimizer.name] * parameters / devices if step == "train" else 0.0
   if isinstance(model, MegabyteConfig):
     levels = zip(model.levels, model.spans, strict=True)
-    per_row = sum(_activations(level, model.context // level.patch_size, span) for level, span in levels)
+    per_row = sum(_activations(model, level, model.context // level.patch_size, span) for level, span in levels)
     per_row += 3 * 4 * model.vocab_size * model.context
   else:
-    per_row = _activations(model.level, model.latents, model.latents) + 3 * 4 * model.vocab_size * model.latents
+    per_row = _activations(model, model.level, model.latents, model.latents)
+    per_row += 3 * 4 * model.vocab_size * model.latents
     keys = (model.context - model.latents / 2) * model.num_heads * 2 * 4
     per_row += model.latents * keys + 4 * 2 * model.width * model.context  # the cross-attention layer
   return weights + optimizer + config.batch_size * per_row * count / devices
 
 
-def _activations(level: Level, slots: int, span: int) -> float:
+def _activations(model: ModelConfig, level: Level, slots: int, span: int) -> float:
   """Bytes that one forward pass of a level's blocks moves for one row."""
-  per_slot = 2 * (_WIDTHS * level.width + _HIDDENS * level.hidden)
+  per_slot = 2 * (_WIDTHS * level.width + (_GATED_HIDDENS if model.gated else _HIDDENS) * model.hidden(level))
   own = span // level.patch_size
   fused = own == slots and own >= 128 and own % 128 == 0  # splash
   if not fused:  # logits are written and read, float32

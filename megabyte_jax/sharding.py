@@ -30,8 +30,10 @@ PARAMETERS = (
   (r"qkv\.kernel", P(None, "fsdp", None, "tensor", None)),  # layers, D, 3, heads, head width
   (r"qkv\.bias", P(None, None, "tensor", None)),
   (r"attention_out\.kernel", P(None, "tensor", None, "fsdp")),  # layers, heads, head width, D
-  (r"ff_in\.kernel", P(None, "fsdp", "tensor")),
-  (r"ff_in\.bias", P(None, "tensor")),
+  (r"blocks\.ff_in\.kernel", P(None, "fsdp", "tensor")),
+  (r"blocks\.ff_in\.kernel", P(None, "fsdp", None, "tensor")),  # gated: layers, D, 2, hidden
+  (r"blocks\.ff_in\.bias", P(None, "tensor")),
+  (r"blocks\.ff_in\.bias", P(None, None, "tensor")),
   (r"ff_out\.kernel", P(None, "tensor", "fsdp")),
   (r"from_parent", P(None, "fsdp")),
   (r"embedder\.(table|positions|pad)", P(None, "fsdp")),  # per byte width, if it divides
@@ -119,7 +121,7 @@ def check_mesh(mesh: Mesh | AbstractMesh, model: ModelConfig, batch_size: int) -
     spread["the number of patches (context / patch size)"] = (patches, mesh.shape["seq"], "mesh.seq")
   for i, level in enumerate(levels):
     spread[f"levels[{i}].num_heads"] = (level.num_heads, mesh.shape["tensor"], "mesh.tensor")
-    spread[f"levels[{i}] feed-forward width"] = (level.hidden, mesh.shape["tensor"], "mesh.tensor")
+    spread[f"levels[{i}] feed-forward width"] = (model.hidden(level), mesh.shape["tensor"], "mesh.tensor")
     spread[f"levels[{i}].width"] = (level.width, mesh.shape["fsdp"], "mesh.fsdp")
   for what, (size, parts, axis) in spread.items():
     if size % parts:

@@ -62,9 +62,21 @@ VARIANTS: dict[str, ModelConfig] = {
     _level(1, 7, head_dim=4, ff_width=9, rotary=True),
     activation="gelu",
   ),
+  "swiglu": _megabyte(24, _level(4, 16), _level(1, 8), activation="swiglu"),
+  "qk_norm": _megabyte(24, _level(4, 16), _level(1, 8), qk_norm=True),
+  "modern": _megabyte(
+    16,
+    _level(4, 16, rotary=True),
+    _level(1, 8, ff_width=12, **_cross(3)),
+    norm="rmsnorm",
+    bias=False,
+    activation="swiglu",
+    qk_norm=True,
+  ),
   "perceiver_ar": _perceiver(20, 8),
   "perceiver_ar_rotary": _perceiver(20, 8, rotary=True, head_dim=6, ff_width=12),
   "perceiver_ar_all_latents": _perceiver(12, 12),
+  "perceiver_ar_modern": _perceiver(20, 8, rotary=True, activation="swiglu", qk_norm=True),
 }
 
 every_variant = list(VARIANTS)
@@ -79,6 +91,8 @@ _COMBINED_ELSEWHERE = (
   "without_global_cross_patch_conv",
   "uneven_window",
   "rmsnorm_without_bias",
+  "swiglu",
+  "qk_norm",
   "perceiver_ar_rotary",
   "perceiver_ar_all_latents",
 )

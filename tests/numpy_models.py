@@ -32,6 +32,9 @@ def norm(x, p, options):
 
 
 def activation(x, options):
+  if options.activation == "swiglu":
+    gate, value = x
+    return gate / (1 + np.exp(-gate)) * value
   if options.activation == "relu":
     return np.maximum(x, 0)
   if options.activation == "silu":
@@ -40,9 +43,14 @@ def activation(x, options):
 
 
 def linear(x, p, options):
-  """One vector times a matrix."""
-  y = x @ p["kernel"]
+  """One vector times a matrix, or times each of the two of a gated layer, [D, 2, F]."""
+  y = np.tensordot(x, p["kernel"], axes=1)
   return y + p["bias"] if options.bias else y
+
+
+def of_unit_size(head, scale):
+  """RMSNorm of one query or key."""
+  return head / math.sqrt((head**2).mean() + 1e-5) * scale
 
 
 def turned(key, distance):
@@ -81,6 +89,11 @@ def decoder(spans, p, level, options):
     queries, keys, values = [], [], []
     for span in spans:
       qkv = [project(norm(x, block["attention_norm"], options), block["qkv"], options) for x in span]
+      if options.qk_norm:
+        for slot in qkv:
+          for h in range(level.heads[0]):
+            slot[0][h] = of_unit_size(slot[0][h], block["q_norm"]["scale"])
+            slot[1][h] = of_unit_size(slot[1][h], block["k_norm"]["scale"])
       for part, out in enumerate((queries, keys, values)):
         out.append([slot[part] for slot in qkv])
     for n, span in enumerate(spans):
@@ -168,7 +181,11 @@ def perceiver_ar(bytes_, p, config):
     query = project(norm(slots[at], cross["query_norm"], config), cross["query"], config)
     heads = []
     for h in range(level.heads[0]):
-      seen = [(j - at, key_values[j][0][h], key_values[j][1][h]) for j in range(at + 1)]
+      keys = [key_values[j][0][h] for j in range(at + 1)]
+      if config.qk_norm:
+        query[h] = of_unit_size(query[h], cross["q_norm"]["scale"])
+        keys = [of_unit_size(key, cross["k_norm"]["scale"]) for key in keys]
+      seen = [(j - at, keys[j], key_values[j][1][h]) for j in range(at + 1)]
       heads.append(attend(query[h], seen, config.rotary))
     x = slots[at] + attention_output(heads, cross["attention_out"], config)
     latents.append(x + feed_forward(x, cross, config))

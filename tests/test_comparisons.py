@@ -29,32 +29,59 @@ def get_config(row):
 """
 
 
-@pytest.mark.slow
-def test_a_small_comparison(tmp_path):
+@pytest.fixture
+def command(tmp_path):
+  """The start of a command on tiny corpora and tiny models; settings and more flags follow."""
   text = (ROOT / "README.md").read_bytes()
   for split in ("train", "validation", "test"):
     (tmp_path / "corpora/books" / split).mkdir(parents=True)
     (tmp_path / "corpora/books" / split / "a.txt").write_bytes(text[:2000])
   (tmp_path / "tiny.py").write_text(TINY.format(root=ROOT))
-  command = [
-    *(sys.executable, str(ROOT / "benchmarks/comparisons.py"), "books", f"--data={tmp_path / 'corpora'}"),
-    *(
-      f"--workdir={tmp_path / 'runs'}",
-      f"--config_file={tmp_path / 'tiny.py'}",
-      f"--output={tmp_path / 'out/books.json'}",
-    ),
-    *("--train_bytes=1024", "--rates=1,3", "--match=flops", "--rows=megabyte|books_transformer"),
+
+  def run(name, *more):
+    start = [sys.executable, str(ROOT / "benchmarks/comparisons.py"), name, f"--data={tmp_path / 'corpora'}"]
+    files = [f"--workdir={tmp_path / 'runs'}", f"--config_file={tmp_path / 'tiny.py'}", "--train_bytes=1024"]
+    files.append(f"--compiled={tmp_path / 'cache'}")
+    return subprocess.run([*start, *files, *more], capture_output=True, text=True, check=True, env=environment())
+
+  return run
+
+
+@pytest.mark.slow
+def test_a_small_comparison(command, tmp_path):
+  flags = [
+    "--rates=1,3",
+    "--match=flops",
+    "--rows=megabyte|books_transformer",
+    f"--output={tmp_path / 'out/books.json'}",
   ]
-  first = subprocess.run(command, capture_output=True, text=True, check=True, env=environment(tmp_path / "cache"))
+  plan = command("books", *flags, "--dry_run")
+  assert "table2:books_transformer" in plan.stdout and not (tmp_path / "runs/books").exists()
+  first = command("books", *flags)
   results = json.loads((tmp_path / "out/books.json").read_text())
   assert [row["row"] for row in results["rows"]] == ["table2:books_megabyte", "table2:books_transformer"]
   for row in results["rows"]:
     assert np.isfinite(row["bpb"]) and row["bytes"] == 2000 and row["word_perplexity"] > 1
-    assert row["bytes_trained"] == 1024
+    assert row["bytes_trained"] == 1024 and row["training_seconds"] > 0
     assert set(row["trials"]) == {"1.0", "3.0"}
+  assert results["rows"][0]["matched"] is None and results["rows"][1]["matched"]["by"] == "flops"
   assert [set(row["methods"]) for row in results["rows"]] == [set(METHODS), {"basic", "sliding"}]
-  again = subprocess.run(command, capture_output=True, text=True, check=True, env=environment(tmp_path / "cache"))
+  again = command("books", *flags)
   assert "$ python train.py" in first.stdout and "$ python" not in again.stdout
   found = measured.from_results(tmp_path / "out", tmp_path)
   assert [entry.row for entry in found] == ["table2:books_megabyte", "table2:books_transformer"]
   assert found[0].numbers["bpb"] == results["rows"][0]["bpb"]
+
+
+@pytest.mark.slow
+def test_recipes_get_bytes_instead_of_layers_and_a_rate_that_breaks_down_is_out(command, tmp_path):
+  flags = ["--rates=1,1e33", "--trial_share=0.5", "--test_bytes=500", r"--rows=megabyte$|modern$"]
+  command("modern_books", *flags, "--match_rounds=2")
+  paper, modern = json.loads((tmp_path / "runs/modern_books/results.json").read_text())["rows"]
+  assert modern["row"] == "table2:books_megabyte+modern"
+  assert modern["trials"]["1e+33"] is None and paper["learning_rate"] == modern["learning_rate"] == 2e-4
+  assert modern["bytes"] == paper["bytes"] == 500 and "first 0.0005 MB of test" in paper["note"]
+  assert modern["matched"]["by"] == "time" and modern["matched"]["flag"] == ""
+  assert modern["bytes_trained"] == max(2, round(1024 / modern["matched"]["cost"] / 128)) * 128
+  config = json.loads((tmp_path / "runs/modern_books/table2.books_megabyte+modern/run/config.json").read_text())
+  assert config["model"]["activation"] == "swiglu" and config["optimizer"]["name"] == "muon"

@@ -100,6 +100,12 @@ def changed(path, value):
     (["model", "dropout"], 1.0, r"model\.dropout is 1\.0; it must be in \[0, 1\)"),
     (["model", "vocab_size"], 257, r"bytes have 1 to 256 values"),
     (["optimizer", "learning_rate"], 0, r"optimizer\.learning_rate is 0\.0; it must be positive"),
+    (["optimizer", "name"], "sgd", r"config\.optimizer\.name is 'sgd'; choose one of 'adamw', 'muon'"),
+    (["optimizer", "schedule"], "step", r"optimizer\.schedule is 'step'; choose one of 'linear', 'cosine', 'wsd'"),
+    (["optimizer", "decay_share"], 0, r"optimizer\.decay_share is 0\.0; it must be in \(0, 1\]"),
+    (["optimizer", "momentum"], 1, r"optimizer\.momentum is 1\.0; it must be in \[0, 1\)"),
+    (["model", "activation"], "geglu", r"config\.model\.activation is 'geglu'; choose one of 'relu', .*'swiglu'"),
+    (["model", "qk_norm"], 1, r"config\.model\.qk_norm must be bool, not 1"),
     (["checkpoint", "keep"], 0, r"checkpoint\.keep is 0; keep at least 1"),
     (["mesh"], {"data": -1, "fsdp": -1}, r"mesh sizes \(-1, -1, 1, 1\) must be at least 1, and at most one of them -1"),
     (["mesh", "seq"], 0, r"mesh sizes"),
@@ -109,6 +115,16 @@ def test_what_cannot_be_is_one_line_that_names_the_key(path, value, message):
   with pytest.raises(ConfigError, match=message) as error:
     Config.from_dict(changed(path, value))
   assert "\n" not in str(error.value)
+
+
+def test_the_usual_width_of_feed_forward_layers():
+  def hidden(width, activation, ff_width=0):
+    level = Level(patch_size=1, width=width, num_layers=1, num_heads=1, ff_width=ff_width)
+    return MegabyteConfig(context=8, levels=(level,), activation=activation).hidden(level)
+
+  assert [hidden(width, "relu") for width in (8, 1024)] == [32, 4096]
+  assert [hidden(width, "swiglu") for width in (1, 8, 384, 512, 1024, 2048)] == [8, 24, 1024, 1408, 2688, 5504]
+  assert hidden(512, "swiglu", ff_width=100) == hidden(512, "relu", ff_width=100) == 100
 
 
 def test_whole_numbers_do_where_fractions_are_meant():

@@ -46,9 +46,15 @@ MODELS = {
     level(8, 512, 2, 3, head_dim=64, ff_width=1024), level(1, 256, 3, 3, head_dim=128)
   ),
   "no biases, RMSNorm, GELU": megabyte(GLOBAL, LOCAL, norm="rmsnorm", bias=False, activation="gelu"),
+  "SwiGLU": megabyte(GLOBAL, LOCAL, activation="swiglu"),
+  "SwiGLU of a given width": megabyte(
+    level(8, 512, 2, ff_width=1024), level(1, 256, 3), activation="swiglu", bias=False
+  ),
+  "QK-norm": megabyte(GLOBAL, LOCAL, qk_norm=True),
   "smaller vocabulary": megabyte(GLOBAL, LOCAL, vocab_size=64),
   "perceiver_ar with a prefix": perceiver(512, 128),
   "perceiver_ar, rotary": perceiver(512, 128, rotary=True),
+  "perceiver_ar, SwiGLU and QK-norm": perceiver(512, 128, activation="swiglu", qk_norm=True),
   "perceiver_ar without a prefix": perceiver(256, 256),
 }
 

@@ -148,6 +148,21 @@ def test_progress_lines_and_evaluations_are_those_of_one_run(folder, config, com
   assert metric_lines(tmp_path / "stopped") == lines
 
 
+def test_muon_resumes_exactly_too(config, compiled, tmp_path):
+  optimizer = OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=2, schedule="wsd", decay_share=0.5)
+  data = dataclasses.replace(config.data, validation="")
+  config = dataclasses.replace(config, optimizer=optimizer, data=data, num_steps=6)
+  train.train(config, str(tmp_path / "whole"))
+  train_with_a_signal(config, tmp_path / "stopped", 4)
+  assert saved_state(tmp_path / "stopped")[0] == 4
+  train.train(config, str(tmp_path / "stopped"))
+  assert metric_lines(tmp_path / "stopped") == metric_lines(tmp_path / "whole")
+  assert_bitwise_equal(saved_state(tmp_path / "stopped"), saved_state(tmp_path / "whole"))
+  adamw = dataclasses.replace(config, optimizer=dataclasses.replace(optimizer, name="adamw"))
+  with pytest.raises(CheckpointError, match=r'optimizer\.name: "muon" -> "adamw"'):
+    train.train(adamw, str(tmp_path / "stopped"))
+
+
 def test_a_signal_during_an_evaluation_breaks_it_off_and_the_next_run_makes_up_for_it(
   folder, config, compiled, tmp_path, capsys
 ):

@@ -31,6 +31,14 @@ MODELS = {
   ),
   "three levels": MegabyteConfig(context=64, levels=(level(8, 64, 1), level(2, 16, 1), level(1, 8, 1)), dropout=0.0),
   "transformer": MegabyteConfig(context=16, levels=(level(1, 16),), dropout=0.0),
+  "modern": MegabyteConfig(
+    context=32,
+    levels=(level(4, 64, rotary=True), level(1, 16, rotary=True)),
+    norm="rmsnorm",
+    activation="swiglu",
+    qk_norm=True,
+    dropout=0.0,
+  ),
   "perceiver ar": PerceiverARConfig(
     context=32, latents=8, width=32, num_layers=2, num_heads=4, rotary=True, dropout=0.0
   ),
@@ -113,6 +121,7 @@ FEW = [
   ("two levels", "fsdp2 seq2 tensor2"),
   ("cross-patch", "fsdp2 seq2 tensor2"),  # with convolutions, which XLA splits wrongly there if they are its own
   ("perceiver ar", "fsdp2 seq2 tensor2"),
+  ("modern", "fsdp2 seq2 tensor2"),
 ]
 ALL_MESHES = [
   "data8",

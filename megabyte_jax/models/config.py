@@ -18,7 +18,7 @@ class Level:
     num_layers: decoder blocks.
     num_heads: attention heads.
     head_dim: width of a head; 0 takes width / num_heads.
-    ff_width: hidden width of the feed-forward layers; 0 takes 4 * width.
+    ff_width: hidden width of the feed-forward layers; 0 takes the usual one, see `BlockOptions.hidden`.
     rotary: rotary relative positions on queries and keys, on top of the learned byte positions.
     cross_patch: r, the slots of the previous span whose keys and values each layer also sees
       (section 2.3.2); needs `rotary` for positions relative to the previous span.
@@ -46,11 +46,6 @@ class Level:
   def heads(self) -> tuple[int, int]:
     """(number of heads, width of one)."""
     return self.num_heads, self.head_dim or self.width // self.num_heads
-
-  @property
-  def hidden(self) -> int:
-    """Width of the feed-forward hidden layer."""
-    return self.ff_width or 4 * self.width
 
   def check(self, where: str, span: int, *, has_previous_span: bool) -> None:
     """Raises ConfigError unless this level works on spans of `span` bytes."""
@@ -105,8 +100,9 @@ class BlockOptions:
 
   Attributes:
     norm: layernorm | rmsnorm, always before attention and feed-forward and once after the last block.
-    activation: relu | gelu | silu.
+    activation: relu | gelu | silu | swiglu (silu of one half of the feed-forward's inner units times the other half).
     bias: biases in norms, projections and feed-forward layers.
+    qk_norm: RMSNorm of every head's queries and keys, with learned scales, before rotary positions.
     dropout: on the output of every attention and feed-forward layer; never on embeddings.
     attention_dropout: on attention probabilities; only the xla attention can do it.
     init_std: standard deviation of the normal (cut at two of them) that parameters are drawn from.
@@ -118,8 +114,9 @@ class BlockOptions:
   """
 
   norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-  activation: Literal["relu", "gelu", "silu"] = "relu"
+  activation: Literal["relu", "gelu", "silu", "swiglu"] = "relu"
   bias: bool = True
+  qk_norm: bool = False
   dropout: float = 0.1
   attention_dropout: float = 0.0
   init_std: float = 0.006
@@ -127,6 +124,22 @@ class BlockOptions:
   scan_layers: Literal["auto", "always", "never"] = "auto"
   compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
   attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+
+  @property
+  def gated(self) -> bool:
+    """Whether the feed-forward layers have two inner halves."""
+    return self.activation == "swiglu"
+
+  def hidden(self, level: Level) -> int:
+    """Width of a level's feed-forward hidden layer, of one half if gated.
+
+    Without `ff_width` 4 * width; if gated 8/3 of the width, for as many parameters in three matrices as the others have
+    in two, to the nearest multiple of 128 (of 8 below a width of 384).
+    """
+    if level.ff_width or not self.gated:
+      return level.ff_width or 4 * level.width
+    unit = 128 if level.width >= 384 else 8
+    return max(1, round(8 * level.width / (3 * unit))) * unit
 
   def check_options(self) -> None:
     """Raises ConfigError for impossible values."""

@@ -59,6 +59,17 @@ def make_linear(
   )
 
 
+def make_ff_in(level: Level, options: BlockOptions, rngs: nnx.Rngs) -> nnx.LinearGeneral:
+  """The feed-forward layer's first product: D to F, or to 2, F if it is gated."""
+  hidden = options.hidden(level)
+  return make_linear((level.width,), (2, hidden) if options.gated else (hidden,), options, rngs)
+
+
+def make_head_norm(level: Level, options: BlockOptions, rngs: nnx.Rngs) -> nnx.RMSNorm:
+  """RMSNorm over a head's width (`qk_norm`); one scale for all heads."""
+  return nnx.RMSNorm(level.heads[1], epsilon=1e-5, dtype=compute_dtype(options), rngs=rngs)
+
+
 @jax.custom_jvp
 def relu(x: jax.Array) -> jax.Array:
   """max(x, 0), whose derivative is taken from the result, so that backward need not keep x."""
@@ -76,6 +87,17 @@ def row_major(x: jax.Array) -> jax.Array:
   if platform() != "gpu":
     return x
   return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+
+def activate(hidden: jax.Array, options: BlockOptions) -> jax.Array:
+  """The feed-forward layer's activation: [.., F] to [.., F], or if gated (SwiGLU; Shazeer, 2020) from [.., 2, F]."""
+  hidden = row_major(hidden)
+  if options.activation == "relu":
+    return relu(hidden)
+  hidden = checkpoint_name(hidden, "hidden")
+  if options.gated:
+    return jax.nn.silu(hidden[..., 0, :]) * hidden[..., 1, :]
+  return getattr(jax.nn, options.activation)(hidden)
 
 
 def rotate(x_BNMHK: jax.Array, slots_M: jax.Array) -> jax.Array:
@@ -102,8 +124,10 @@ class Block(nnx.Module):
     self.qkv = make_linear((level.width,), (3, *heads), options, rngs)
     self.attention_out = make_linear(heads, (level.width,), options, rngs, scale=out_scale)
     self.ff_norm = make_norm(level.width, options, rngs)
-    self.ff_in = make_linear((level.width,), (level.hidden,), options, rngs)
-    self.ff_out = make_linear((level.hidden,), (level.width,), options, rngs, scale=out_scale)
+    self.ff_in = make_ff_in(level, options, rngs)
+    self.ff_out = make_linear((options.hidden(level),), (level.width,), options, rngs, scale=out_scale)
+    if options.qk_norm:
+      self.q_norm, self.k_norm = make_head_norm(level, options, rngs), make_head_norm(level, options, rngs)
 
   def __call__(
     self,
@@ -128,6 +152,8 @@ class Block(nnx.Module):
     level, options = self.level, self.options
     keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
     q, k, v = (checkpoint_name(a, "qkv") for a in self._qkv(self.attention_norm(x_BNMD)))
+    if options.qk_norm:
+      q, k = self.q_norm(q), self.k_norm(k)
     if level.rotary:
       q, k = rotate(q, slots_M), rotate(k, slots_M)
     if past is None and level.cross_patch:
@@ -144,7 +170,7 @@ class Block(nnx.Module):
     )
     attended = checkpoint_name(attended, "attended")
     x_BNMD += dropout(self.attention_out(attended), options.dropout, keys[1])
-    hidden = self._activation(self.ff_in(self.ff_norm(x_BNMD)))
+    hidden = activate(self.ff_in(self.ff_norm(x_BNMD)), options)
     x_BNMD += dropout(self.ff_out(hidden), options.dropout, keys[2])
     return x_BNMD, (k, v)
 
@@ -157,12 +183,6 @@ class Block(nnx.Module):
       bias_3F = self.qkv.bias.reshape(3, H * K).astype(self.qkv.dtype)
       products = [product + bias_3F[i] for i, product in enumerate(products)]
     return tuple(product.reshape(*product.shape[:-1], H, K) for product in products)
-
-  def _activation(self, x_BNMF: jax.Array) -> jax.Array:
-    x_BNMF = row_major(x_BNMF)
-    if self.options.activation == "relu":
-      return relu(x_BNMF)
-    return getattr(jax.nn, self.options.activation)(checkpoint_name(x_BNMF, "hidden"))
 
 
 def past_of_previous_span(k_BNMHK: jax.Array, v_BNMHK: jax.Array, r: int) -> Past:

@@ -17,7 +17,17 @@ from flax import nnx
 from megabyte_jax.models import attention as attention_lib
 from megabyte_jax.models.attention import Past
 from megabyte_jax.models.config import PerceiverARConfig
-from megabyte_jax.models.layers import Cache, Stack, dropout, make_linear, make_norm, rotate
+from megabyte_jax.models.layers import (
+  Cache,
+  Stack,
+  activate,
+  dropout,
+  make_ff_in,
+  make_head_norm,
+  make_linear,
+  make_norm,
+  rotate,
+)
 from megabyte_jax.models.patch_embedder import PatchEmbedder, check_length
 
 
@@ -33,13 +43,17 @@ class CrossAttention(nnx.Module):
     self.key_value = make_linear((level.width,), (2, *level.heads), config, rngs)
     self.attention_out = make_linear(level.heads, (level.width,), config, rngs, scale=out_scale)
     self.ff_norm = make_norm(level.width, config, rngs)
-    self.ff_in = make_linear((level.width,), (level.hidden,), config, rngs)
-    self.ff_out = make_linear((level.hidden,), (level.width,), config, rngs, scale=out_scale)
+    self.ff_in = make_ff_in(level, config, rngs)
+    self.ff_out = make_linear((config.hidden(level),), (level.width,), config, rngs, scale=out_scale)
+    if config.qk_norm:
+      self.q_norm, self.k_norm = make_head_norm(level, config, rngs), make_head_norm(level, config, rngs)
 
   def keys_values(self, context_B1TD: jax.Array, first_slot: jax.Array | int = 0) -> tuple[jax.Array, jax.Array]:
     """Keys and values of context slots `first_slot` .., each [B, 1, T, H, K]."""
     key_value = self.key_value(self.context_norm(context_B1TD))
     k, v = key_value[:, :, :, 0], key_value[:, :, :, 1]
+    if self.config.qk_norm:
+      k = self.k_norm(k)
     if self.config.rotary:
       k = rotate(k, first_slot + jnp.arange(k.shape[2]))
     return k, v
@@ -49,6 +63,8 @@ class CrossAttention(nnx.Module):
     config = self.config
     keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
     q = self.query(self.query_norm(latents_B1ND))
+    if config.qk_norm:
+      q = self.q_norm(q)
     if config.rotary:
       slots_BN = first_slot_B[:, None] + jnp.arange(q.shape[2])
       q = jax.vmap(lambda q, slots: rotate(q[None], slots)[0])(q, slots_BN)
@@ -56,7 +72,7 @@ class CrossAttention(nnx.Module):
       q, *own, past=past, implementation=config.attention, dropout=config.attention_dropout, dropout_key=keys[0]
     )
     x = latents_B1ND + dropout(self.attention_out(attended), config.dropout, keys[1])
-    hidden = getattr(jax.nn, config.activation)(self.ff_in(self.ff_norm(x)))
+    hidden = activate(self.ff_in(self.ff_norm(x)), config)
     return x + dropout(self.ff_out(hidden), config.dropout, keys[2])
 
 
