@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from megabyte_jax import windows
 from megabyte_jax.config_parsing import require
+from megabyte_jax.hardware import platform
 from megabyte_jax.models.build import Model, in_compute_dtype
 from megabyte_jax.models.config import ModelConfig, PerceiverARConfig
 from megabyte_jax.sharding import check_mesh
@@ -104,6 +105,7 @@ def _lay_out(tree):
 def decode_chunk(graph, sampling, size, parameters, state, x_BT, known, offset, patches, keys_B):
   """Decodes `patches` patches, in all at most `size` bytes; bytes before `known` are taken from x instead.
 
+  On a GPU it decodes `size` bytes whatever `patches` is; with fewer of them the state is of no use afterwards.
   Positions count from the window's start, which is byte `offset` of the text.
   """
   model = nnx.merge(graph, parameters)
@@ -120,15 +122,18 @@ def decode_chunk(graph, sampling, size, parameters, state, x_BT, known, offset, 
     given_B = jax.lax.dynamic_index_in_dim(x_BT, jnp.minimum(position, x_BT.shape[1] - 1), 1, keepdims=False)
     return jnp.where(position < known, given_B.astype(jnp.int32), sampled_B)
 
-  def one_patch(i, carry):
+  def one_patch(_, carry):
     state, bytes_BC, nats_BC = carry
+    at = state.position - first
     state, bytes_BS, logits_BSV = model.decode_patch(_lay_out(state), pick)
     log_p_BSV = jax.nn.log_softmax(logits_BSV)
     nats_BS = -jnp.take_along_axis(log_p_BSV, bytes_BS[..., None], axis=-1)[..., 0]
     put = jax.lax.dynamic_update_slice_in_dim
-    return state, put(bytes_BC, bytes_BS, i * S, axis=1), put(nats_BC, nats_BS, i * S, axis=1)
+    return state, put(bytes_BC, bytes_BS, at, axis=1), put(nats_BC, nats_BS, at, axis=1)
 
   empty = (state, jnp.zeros((B, size), jnp.int32), jnp.zeros((B, size), jnp.float32))
+  if platform() == "gpu":  # there the host waits before each round, unless it knows how many there are
+    patches = size // S
   state, bytes_BC, nats_BC = jax.lax.fori_loop(0, patches, one_patch, empty)
   if not jax.sharding.get_abstract_mesh().empty:  # for the host
     bytes_BC, nats_BC = jax.lax.with_sharding_constraint((bytes_BC, nats_BC), PartitionSpec())
@@ -220,17 +225,22 @@ def generate(
       else:
         state = _read_prompt(graph, parameters, x_BT[:, : _prompt_length(known, model)], known)
       at = known // model.alignment * model.alignment  # bytes from here to `known` are decoded as given
-      while at < limit and offset + at < ends.max():
-        patches = min(size // S, (limit - at) // S, -(-(total - offset - at) // S))
-        state, bytes_BC, nats_BC = decode_chunk(
-          graph, sampling, size, parameters, state, x_BT, known, offset, patches, keys_B
-        )
-        first, last = max(offset + at, done), min(offset + at + patches * S, total)
-        shift = offset + at
-        text[:, first:last] = np.asarray(bytes_BC)[:, first - shift : last - shift]
-        nats[:, first:last] = np.asarray(nats_BC)[:, first - shift : last - shift]
+      chunk = None  # the newest: its bytes are looked at only when the device has the next to go on with
+      while chunk or (at < limit and offset + at < ends.max()):
+        before, chunk = chunk, None
+        if at < limit and offset + at < ends.max():
+          patches = min(size // S, (limit - at) // S, -(-(total - offset - at) // S))
+          state, *arrays = decode_chunk(graph, sampling, size, parameters, state, x_BT, known, offset, patches, keys_B)
+          chunk = (offset + at, offset + at + patches * S, arrays)
+          at += patches * S
+        if before is None or before[0] >= ends.max():
+          continue
+        begin, end, (bytes_BC, nats_BC) = before
+        first, last = max(begin, done), min(end, total)
+        text[:, first:last] = np.asarray(bytes_BC)[:, first - begin : last - begin]
+        nats[:, first:last] = np.asarray(nats_BC)[:, first - begin : last - begin]
         check_finite(nats[:, first:last])
-        at, done = at + patches * S, max(last, done)
+        done = max(last, done)
         if stop is not None:
           _find_ends(stop, text, ends, len(prompt), first, done)
         if on_bytes and min(last, ends.max()) > first:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.experimental.layout import Format, Layout
 
+from megabyte_jax.models import few_rows
 from megabyte_jax.models.config import MegabyteConfig, ModelConfig
-from megabyte_jax.models.layers import compute_dtype
+from megabyte_jax.models.layers import compute_dtype, unstacked
 from megabyte_jax.models.megabyte import Megabyte
 from megabyte_jax.models.perceiver_ar import PerceiverAR
 
@@ -36,16 +39,58 @@ def initial_parameters(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
   return nnx.to_pure_dict(nnx.split(make_model(config, nnx.Rngs(key)))[1])
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def in_compute_dtype(config: ModelConfig, parameters: Any) -> Any:
+def in_compute_dtype(config: ModelConfig, parameters: nnx.State) -> nnx.State:
   """Parameters as every step of decoding uses them: cast once, not each time. Those of norms stay float32.
 
-  What is cast here, a step would cast itself before using it.
+  What is cast here, a step would cast itself before using it. For one GPU they also lie as its kernels read them.
   """
+  sharding = jax.tree.leaves(parameters)[0].sharding
+  levels = config.levels if isinstance(config, MegabyteConfig) else [config.level]
+  one_gpu = few_rows.on_one_gpu(compute_dtype(config)) and len(sharding.device_set) == 1
+  if not one_gpu or not all(few_rows.serves(level, config) for level in levels):
+    return _cast(config, parameters)
+  return _prepare(config, sharding)(parameters)
+
+
+@functools.cache
+def _prepare(config: ModelConfig, sharding: jax.sharding.Sharding) -> Callable[[nnx.State], nnx.State]:
+  """The jitted `unstacked_for_decoding` on one device."""
+  prepare = functools.partial(unstacked_for_decoding, config)
+  shapes = jax.eval_shape(lambda: prepare(nnx.split(make_model(config, nnx.Rngs(0)))[1]))
+  return jax.jit(prepare, out_shardings=jax.tree.map(lambda layout: Format(layout, sharding), decoding_layouts(shapes)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _cast(config: ModelConfig, parameters: Any) -> Any:
   dtype = compute_dtype(config)
 
   def cast(path, leaf):
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
-    return leaf if re.search(r"norm\.(scale|bias)", name) else leaf.astype(dtype)
+    return leaf if re.search(r"norm\.(scale|bias)", _name(path)) else leaf.astype(dtype)
 
   return jax.tree_util.tree_map_with_path(cast, parameters)
+
+
+def unstacked_for_decoding(config: ModelConfig, parameters: nnx.State) -> nnx.State:
+  """`_cast`, and each layer's parameters an array of their own."""
+
+  def unstack(path, parameter):
+    return unstacked(parameter) if "decoder.blocks" in _name(path) else parameter
+
+  is_leaf = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+  return jax.tree_util.tree_map_with_path(unstack, _cast(config, parameters), is_leaf=is_leaf)
+
+
+def decoding_layouts(shapes: nnx.State) -> nnx.State:
+  """How such parameters lie in memory: those of products with their input axes last."""
+
+  def layout(path, leaf):
+    axes, inputs = tuple(range(leaf.ndim)), 0
+    if "decoder.blocks" in _name(path) and "kernel" in _name(path):
+      inputs = 2 if "attention_out" in _name(path) else 1
+    return Layout(axes[inputs:] + axes[:inputs])
+
+  return jax.tree_util.tree_map_with_path(layout, shapes)
+
+
+def _name(path: tuple) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -6,6 +6,7 @@ Shapes: B batch, N spans, M slots of a span, D width, H heads, K head width, L l
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from megabyte_jax.hardware import platform
 from megabyte_jax.models import attention as attention_lib
+from megabyte_jax.models import few_rows
 from megabyte_jax.models.attention import Past
 from megabyte_jax.models.config import BlockOptions, Level
 from megabyte_jax.models.dropout import dropout
@@ -113,6 +115,21 @@ def rotate(x_BNMHK: jax.Array, slots_M: jax.Array) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNMHK.dtype)
 
 
+def few_rows_norm(norm: nnx.Module) -> few_rows.Norm:
+  """A norm as the kernels of few_rows.py take it."""
+  shift = getattr(norm, "bias", None)
+  centered = isinstance(norm, nnx.LayerNorm)
+  return few_rows.Norm(norm.scale[...], None if shift is None else shift[...], centered, norm.epsilon)
+
+
+def transposed(linear: nnx.LinearGeneral) -> tuple[jax.Array, jax.Array | None]:
+  """weight_FD and bias_F of a product: no copy where the weights lie as `decoding_layouts` (build.py) puts them."""
+  kernel, inputs = linear.kernel[...], len(linear.in_features)
+  weight = kernel.transpose(*range(inputs, kernel.ndim), *range(inputs))
+  weight_FD = weight.reshape(-1, math.prod(linear.in_features))
+  return weight_FD, None if linear.bias is None else linear.bias[...].reshape(-1)
+
+
 class Block(nnx.Module):
   """Pre-norm decoder block: attention, then feed-forward, each added to its input."""
 
@@ -134,7 +151,7 @@ class Block(nnx.Module):
     x_BNMD: jax.Array,
     *,
     slots_M: jax.Array,
-    past: Past | None = None,
+    past: Past | few_rows.Filled | None = None,
     dropout_key: jax.Array | None = None,
   ) -> tuple[jax.Array, KeyValue]:
     """One layer over M consecutive slots of each span.
@@ -150,6 +167,8 @@ class Block(nnx.Module):
       The new residual stream, and the keys and values of its slots (what a cache keeps).
     """
     level, options = self.level, self.options
+    if isinstance(past, few_rows.Filled):
+      return self._one_slot(x_BNMD, slots_M, past)
     keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
     q, k, v = (checkpoint_name(a, "qkv") for a in self._qkv(self.attention_norm(x_BNMD)))
     if options.qk_norm:
@@ -183,6 +202,27 @@ class Block(nnx.Module):
       bias_3F = self.qkv.bias.reshape(3, H * K).astype(self.qkv.dtype)
       products = [product + bias_3F[i] for i, product in enumerate(products)]
     return tuple(product.reshape(*product.shape[:-1], H, K) for product in products)
+
+  def _one_slot(self, x_B11D: jax.Array, slots_1: jax.Array, past: few_rows.Filled) -> tuple[jax.Array, KeyValue]:
+    """`__call__` for a single slot on a GPU, with the kernels of few_rows.py."""
+    x_BD, options = x_B11D[:, 0, 0], self.options
+    qkv_B113HK = few_rows.product(x_BD, *transposed(self.qkv), norm=few_rows_norm(self.attention_norm)).reshape(
+      *x_B11D.shape[:3], *self.qkv.out_features
+    )
+    q, k, v = (qkv_B113HK[:, :, :, i] for i in range(3))
+    if options.qk_norm:
+      q, k = self.q_norm(q), self.k_norm(k)
+    if self.level.rotary:
+      q, k = rotate(q, slots_1), rotate(k, slots_1)
+    if options.qk_norm or self.level.rotary:
+      qkv_B113HK = jnp.stack([q, k, v], axis=3)
+    attended = few_rows.attend(qkv_B113HK[:, 0, 0], past)
+    x_BD = few_rows.product(attended, *transposed(self.attention_out), added_RF=x_BD)
+    activation = None if options.gated else getattr(jax.nn, options.activation)
+    hidden = few_rows.product(x_BD, *transposed(self.ff_in), norm=few_rows_norm(self.ff_norm), activation=activation)
+    if options.gated:
+      hidden = activate(hidden.reshape(-1, *self.ff_in.out_features), options)
+    return few_rows.product(hidden, *transposed(self.ff_out), added_RF=x_BD).reshape(x_B11D.shape), (k, v)
 
 
 def past_of_previous_span(k_BNMHK: jax.Array, v_BNMHK: jax.Array, r: int) -> Past:
@@ -228,6 +268,7 @@ class Stack(nnx.Module):
     """
     slots_M = jnp.arange(x_BNMD.shape[2])
     graph, layers = nnx.split(self.blocks)
+    layers = stacked(layers)
     keys = None if dropout_key is None else jax.random.split(dropout_key, self.level.num_layers)
 
     def layer(x_BNMD, layer_and_key):
@@ -263,6 +304,15 @@ class Stack(nnx.Module):
     """
     r, window = self.level.cross_patch, self.level.attention_window
     graph, layers = nnx.split(self.blocks)
+    if is_unstacked(layers):
+      new = []
+      first = jnp.maximum(jnp.where(has_previous, 0, r), r + slot - window + 1 if window else 0)
+      seen_2 = jnp.stack([first, r + slot]).astype(jnp.int32)
+      for i in range(self.level.num_layers):
+        past = few_rows.Filled(*(a[:, :, 0] for a in cache), jnp.full(1, i, jnp.int32), seen_2)
+        x_B11D, kv = nnx.merge(graph, layer_of(layers, i))(x_B11D, slots_M=slot[None], past=past)
+        new.append(kv)
+      return self.norm(x_B11D), _written(cache, [jnp.stack(a) for a in zip(*new, strict=True)], r + slot)
     cached = jnp.arange(cache.k_LBNSHK.shape[3]) - r  # the slot that each entry of the cache holds
     visible = (cached < slot) & ((cached >= 0) | has_previous)
     if window:
@@ -274,9 +324,7 @@ class Stack(nnx.Module):
 
     # The scan reads the caches alone: what it wrote to would be copied as a whole, once for every layer.
     x_B11D, new = jax.lax.scan(layer, x_B11D, (layers, *cache))
-    at = (0, 0, 0, r + slot, 0, 0)
-    cache = Cache(*(jax.lax.dynamic_update_slice(a, b, at) for a, b in zip(cache, new, strict=True)))
-    return self.norm(x_B11D), cache
+    return self.norm(x_B11D), _written(cache, new, r + slot)
 
   def next_span(self, cache: Cache) -> Cache:
     """The cache at the start of the next span: the last r slots move to the front, to slots -r .. -1."""
@@ -285,6 +333,49 @@ class Stack(nnx.Module):
     k_tail, v_tail = (a[:, :, :, slots:] for a in cache)
     k_tail = jax.vmap(rotate, in_axes=(0, None))(k_tail, jnp.full((r,), -slots))
     return Cache(cache.k_LBNSHK.at[:, :, :, :r].set(k_tail), cache.v_LBNSHK.at[:, :, :, :r].set(v_tail))
+
+
+def _written(cache: Cache, new_LB11HK, at: jax.Array) -> Cache:
+  """The cache with the keys and values of one slot, of all layers, at its entry `at`."""
+  at = (0, 0, 0, at, 0, 0)
+  return Cache(*(jax.lax.dynamic_update_slice(a, b, at) for a, b in zip(cache, new_LB11HK, strict=True)))
+
+
+# The layers' parameters as a tuple of arrays instead of a stacked one: no step has to cut its layer's out of a stack.
+
+
+def unstacked(parameter: nnx.Variable) -> nnx.Variable:
+  """A parameter of stacked blocks in the form of a tuple."""
+  return parameter.replace(tuple(parameter[...]))
+
+
+def is_unstacked(layers: nnx.State) -> bool:
+  """Whether parameters of blocks are tuples."""
+  return isinstance(_variables(layers)[0].get_value(), tuple)
+
+
+def layer_of(layers: nnx.State, i: int) -> nnx.State:
+  """The parameters of layer i."""
+  return _map_variables(lambda a: a.replace(a.get_value()[i]), layers)
+
+
+def stacked(layers: nnx.State) -> nnx.State:
+  """The parameters of blocks with a first axis of layers, whatever their form."""
+  if not is_unstacked(layers):
+    return layers
+  return _map_variables(lambda a: a.replace(jnp.stack(a.get_value())), layers)
+
+
+def _variables(layers):
+  return jax.tree.leaves(layers, is_leaf=_is_variable)
+
+
+def _map_variables(function, layers):
+  return jax.tree.map(function, layers, is_leaf=_is_variable)
+
+
+def _is_variable(node) -> bool:
+  return isinstance(node, nnx.Variable)
 
 
 def _rematerialised(layer: Callable, remat: str, *, is_in_loop: bool) -> Callable:

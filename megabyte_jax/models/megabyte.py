@@ -226,7 +226,7 @@ class Megabyte(nnx.Module):
     h_B11D, cache, memory = self._step_level(i, slot, byte, parent_B11s, previous_BS, caches[i], memories[i])
     caches = (*caches[:i], cache, *caches[i + 1 :])
     memories = (*memories[:i], memory, *memories[i + 1 :])
-    first = byte - patch_start  # where the slot's bytes lie in the patch of the first level
+    first = byte % bytes_BS.shape[1]  # where the slot's bytes lie in the patch of the first level
     if i == len(self.levels) - 1:
       logits = level.embedder.logits(h_B11D.reshape(B, config.patch_size, -1))
       logits_BSV = jax.lax.dynamic_update_slice_in_dim(logits_BSV, logits, first, axis=1)
