@@ -206,8 +206,7 @@ def measure_peer(config: MegabyteConfig, at_most: int, batches: list[int]) -> li
   for batch in batches:
     try:
       with torch.inference_mode(), torch.autocast("cuda" if on_gpu else "cpu", torch.bfloat16, enabled=on_gpu):
-        seconds(batch, 1)
-        one = seconds(batch, 1)
+        one = min(seconds(batch, 1), PEER_SECONDS)
         generated = max(1, min(at_most, int(PEER_SECONDS / one)))
         row = speeds(PEER, batch, generated, seconds(batch, generated))
     except RuntimeError as error:  # out of memory, or a batch that one of its kernels cannot take

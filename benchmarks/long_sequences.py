@@ -139,6 +139,7 @@ def main() -> None:
   tiny = args.size == "tiny"
   lengths = TINY_LENGTHS if tiny else LENGTHS
   wanted = [(model, length) for model in lengths for length in lengths[model] if length <= args.longest]
+  wanted.sort(key=lambda which: which[1])
   run = {
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "command": " ".join(sys.argv),
