@@ -57,7 +57,7 @@ def make_train_step(config: Config) -> Callable[..., tuple[TrainState, dict[str,
   `length_B` is None where every row is full. Metrics: nats (summed), bytes (counted), grad_norm; float32.
   Dropout and the places of PerceiverAR's latents are functions of the seed and the step.
   """
-  graph, _ = abstract_model(config.model)
+  graph, _ = abstract_model(config.model, training=True)
   optimizer = make_optimizer(config.optimizer, config.num_steps)
   drops = config.model.dropout > 0 or config.model.attention_dropout > 0
   has_latents = isinstance(config.model, PerceiverARConfig)

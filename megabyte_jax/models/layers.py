@@ -18,7 +18,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from megabyte_jax.hardware import platform
 from megabyte_jax.models import attention as attention_lib
-from megabyte_jax.models import few_rows
+from megabyte_jax.models import few_rows, fp8
 from megabyte_jax.models.attention import Past
 from megabyte_jax.models.config import BlockOptions, Level
 from megabyte_jax.models.dropout import dropout
@@ -56,6 +56,7 @@ def make_linear(
     axis=tuple(range(-len(shape_in), 0)),
     use_bias=options.bias,
     kernel_init=init_normal(options, scale),
+    dot_general=fp8.dot_general if options.products == "fp8" else None,
     dtype=compute_dtype(options),
     rngs=rngs,
   )
@@ -197,7 +198,8 @@ class Block(nnx.Module):
     """Queries, keys and values, as three products: slices of one would be copied for the attention kernels."""
     D, _, H, K = self.qkv.kernel.shape
     kernel_D3F, y_BNMD = (a.astype(self.qkv.dtype) for a in (self.qkv.kernel.reshape(D, 3, H * K), y_BNMD))
-    products = [y_BNMD @ kernel_D3F[:, i] for i in range(3)]
+    product = fp8.product if self.options.products == "fp8" else jnp.matmul
+    products = [product(y_BNMD, kernel_D3F[:, i]) for i in range(3)]
     if self.qkv.bias is not None:
       bias_3F = self.qkv.bias.reshape(3, H * K).astype(self.qkv.dtype)
       products = [product + bias_3F[i] for i, product in enumerate(products)]
@@ -382,6 +384,7 @@ def _rematerialised(layer: Callable, remat: str, *, is_in_loop: bool) -> Callabl
   """`layer` with its activations recomputed in the backward pass, as `BlockOptions.remat` says."""
   if remat == "none":
     return layer
-  policy = jax.checkpoint_policies.save_only_these_names("qkv", "attended", "hidden") if remat == "named" else None
+  kept = ("qkv", "attended", "hidden") if remat == "named" else ()
+  policy = jax.checkpoint_policies.save_only_these_names(*kept, "scale")  # of an fp8 product: a number costs nothing
   # Inside a loop nothing can be merged anyway. Outside, XLA may keep what is cheap to keep, unless memory is short.
   return jax.checkpoint(layer, policy=policy, prevent_cse=remat == "full" and not is_in_loop)
