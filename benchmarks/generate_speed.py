@@ -27,6 +27,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # what is left is told at its true size
 
@@ -116,8 +117,14 @@ def speeds(name: str, batch: int, generated: int, seconds: float) -> dict:
   }
 
 
-def measure(size: Size, generated: int, batches: list[int], peer: list[dict]) -> list[dict]:
-  """One row for each model and batch, beside those of the peer; a batch that memory cannot hold has an error."""
+def measure(
+  size: Size, generated: int, batches: list[int], peer: list[dict], keep: Callable[[list[dict]], None]
+) -> list[dict]:
+  """One row for each model and batch, beside those of the peer; a batch that memory cannot hold has an error.
+
+  Args:
+    keep: called with all rows so far, so that a run that is cut off leaves what it measured.
+  """
   bandwidth = copy_bandwidth(size.copy_bytes)
   device = {"device": jax.devices()[0].device_kind, "versions": f"jax {jax.__version__}", "copy_bandwidth": bandwidth}
   print(f"{device['device']}, {device['versions']}, copy bandwidth {bandwidth / 1e9:,.0f} GB/s")
@@ -137,6 +144,7 @@ def measure(size: Size, generated: int, batches: list[int], peer: list[dict]) ->
         row = {"model": name, "batch": batch, "error": "out of memory"}
       rows.append(row | device)
       print_row(rows[-1], rows)
+      keep(rows)
     del made
   return rows
 
@@ -250,15 +258,18 @@ def main() -> None:
   else:
     peer = []
     print(f"{PEER} is not installed")
-  rows = measure(size, generated, batches, peer)
+
+  def keep(rows: list[dict]) -> None:
+    if args.output:
+      with replacing(args.output) as path:
+        path.write_text(json.dumps(results(rows, generated, run), indent=2) + "\n")
+
+  rows = measure(size, generated, batches, peer, keep)
   for row in rows:
     if row["model"] == "MEGABYTE" and "speed_up" in row and row["batch"] == 1:
       print(f"MEGABYTE / Transformer at batch 1: {row['speed_up']:.2f}x; the paper's Table 9: {paper_speed_up():.2f}x")
   for row in rows:
     print(json.dumps(row | run))
-  if args.output:
-    with replacing(args.output) as path:
-      path.write_text(json.dumps(results(rows, generated, run), indent=2) + "\n")
 
 
 if __name__ == "__main__":

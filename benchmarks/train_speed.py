@@ -295,7 +295,7 @@ def main() -> None:
   )
   parser.add_argument("--ahead", type=int, default=0, help="cases compiled at a time, before any is timed; 0: none")
   parser.add_argument("--kernels", type=int, default=0, help="so many of the largest kernels of our cases are shown")
-  parser.add_argument("--output", default="", help="JSON lines are written here, too")
+  parser.add_argument("--output", default="", help="JSON lines are added to this file, too")
   parser.add_argument("--compile_only", action="store_true", help=argparse.SUPPRESS)
   parser.add_argument("--only", default="", help=argparse.SUPPRESS)
   parser.add_argument("--peer", default="", help=argparse.SUPPRESS)
@@ -327,13 +327,12 @@ def main() -> None:
         row["compile s"] = compiled[case, how]
       rows.append(row)
       show(row)
+      if args.output:  # at once: a run that is cut off leaves what it measured
+        with open(args.output, "a") as file:
+          file.write(json.dumps(row) + "\n")
   for package in [package for package, there in installed.items() if beside and not there]:
     print(f"{package} is not installed")
-  lines = [json.dumps(row) for row in rows]
-  print("\n".join(lines))
-  if args.output:
-    with open(args.output, "w") as file:
-      file.write("\n".join(lines) + "\n")
+  print("\n".join(json.dumps(row) for row in rows))
 
 
 if __name__ == "__main__":

@@ -157,7 +157,11 @@ class BlockOptions:
   def check_products(self, where: str, level: Level) -> None:
     """Raises ConfigError if the products of `level` cannot be in eight bits, as asked."""
     heads, head_dim = level.heads
-    for name, width in (("width", level.width), ("ff_width", self.hidden(level)), ("num_heads * head_dim", heads * head_dim)):
+    for name, width in (
+      ("width", level.width),
+      ("ff_width", self.hidden(level)),
+      ("num_heads * head_dim", heads * head_dim),
+    ):
       require(
         self.products != "fp8" or width % 16 == 0,
         f"{where}.{name} is {width}; model.products=fp8 needs a multiple of 16, or set model.products=compute_dtype",
