@@ -10,7 +10,7 @@ import jax
 from etils import epath
 
 from megabyte_jax.atomic_file import replacing
-from megabyte_jax.config import Config, ConfigError
+from megabyte_jax.config import Config, ConfigError, upgraded
 from megabyte_jax.data.sources import same_fingerprint
 
 CONFIG_FILE = "config.json"
@@ -72,7 +72,7 @@ def check_same_run(meta: Mapping[str, Any], config: Mapping[str, Any], fingerpri
   Raises:
     CheckpointError: naming every key that differs, with both values.
   """
-  differences = _differences(meta["config"], config)
+  differences = _differences(upgraded(meta["config"]), config)
   before, now = _flat(meta.get("fingerprint"), "fingerprint"), _flat(_plain(fingerprint), "fingerprint")
   for key in sorted(before.keys() | now.keys()):
     if not same_fingerprint(before.get(key, _ABSENT), now.get(key, _ABSENT)):

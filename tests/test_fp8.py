@@ -122,6 +122,7 @@ def learned(config: Config, steps: int = 200) -> list[float]:
   return losses
 
 
+@pytest.mark.slow
 def test_training_learns_as_in_float32():
   exact, rounded = learned(tiny(init_std=0.1)), learned(tiny(init_std=0.1, products="fp8"))
   assert rounded != exact
@@ -130,8 +131,9 @@ def test_training_learns_as_in_float32():
   np.testing.assert_allclose(np.mean(rounded[-20:]), np.mean(exact[-20:]), rtol=0.05)
 
 
+@pytest.mark.slow
 def test_scan_and_recomputation_change_nothing():
-  kinds = [("none", True), ("named", False), ("full", True)]
+  kinds = [("none", "always"), ("named", "never"), ("full", "always")]
   losses = [learned(tiny(products="fp8", remat=remat, scan_layers=scan), steps=4) for remat, scan in kinds]
   for other in losses[1:]:
     np.testing.assert_allclose(other, losses[0], rtol=1e-3)

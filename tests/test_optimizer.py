@@ -173,6 +173,7 @@ def test_muons_matrices_of_perceiver_ar():
   assert axes["embedder"] == {"pad": None, "positions": None, "table": None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=2, seq=1, tensor=2)])
 def test_muon_is_the_same_on_any_mesh(quick_compile, mesh):
   """A training step, and no device holds all of a momentum."""

@@ -148,6 +148,7 @@ def test_progress_lines_and_evaluations_are_those_of_one_run(folder, config, com
   assert metric_lines(tmp_path / "stopped") == lines
 
 
+@pytest.mark.slow
 def test_muon_resumes_exactly_too(config, compiled, tmp_path):
   optimizer = OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=2, schedule="wsd", decay_share=0.5)
   data = dataclasses.replace(config.data, validation="")
