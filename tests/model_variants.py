@@ -94,6 +94,7 @@ _COMBINED_ELSEWHERE = (
   "swiglu",
   "qk_norm",
   "perceiver_ar_rotary",
+  "perceiver_ar_modern",
   "perceiver_ar_all_latents",
 )
 every_variant_in_time = [

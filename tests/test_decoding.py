@@ -67,7 +67,7 @@ def test_generated_bytes_have_the_nats_of_the_full_forward_pass(name):
     np.testing.assert_allclose(made[known].nats[0], expected[known, known:], atol=1e-4, err_msg=f"{known} bytes known")
 
 
-@pytest.mark.parametrize("name", variants.every_variant)
+@pytest.mark.parametrize("name", variants.every_variant_in_time)
 def test_generation_past_the_context_has_the_nats_of_sliding_evaluation(name):
   model, config = variants.model(name), variants.VARIANTS[name]
   prompt = variants.random_bytes(name, 1, seed=8)[0, :3].astype(np.uint8).tobytes()

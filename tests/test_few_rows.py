@@ -37,7 +37,7 @@ def check(actual, expected, steps=1.5):
   np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=steps / 256, atol=steps / 256)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 5, 16, 33])
+@pytest.mark.parametrize("rows", [1, 5, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (3, 16, 33))])
 @pytest.mark.parametrize("inputs,outputs", [(64, 48), (320, 96), (2304, 16)], ids=str)
 def test_products_are_those_of_the_reference(rows, inputs, outputs):
   x, w, bias = normal(0, rows, inputs), normal(1, outputs, inputs) / inputs**0.5, normal(2, outputs)

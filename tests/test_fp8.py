@@ -145,6 +145,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MODELS)
 def test_every_product_of_a_block_is_in_eight_bits_and_only_in_training(family):
   model = dataclasses.replace(MODELS[family], products="fp8", dropout=0.0)
