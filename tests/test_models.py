@@ -13,7 +13,7 @@ from flax import nnx
 from megabyte_jax.config import Config
 from megabyte_jax.config_parsing import ConfigError
 from megabyte_jax.loss import byte_nats
-from megabyte_jax.models import dropout
+from megabyte_jax.models import dropout, layers
 from megabyte_jax.models.build import abstract_model, initial_parameters
 from megabyte_jax.models.config import Level, MegabyteConfig, PerceiverARConfig
 from megabyte_jax.optimizer import make_optimizer
@@ -148,6 +148,17 @@ def loss_and_gradient(name, **options):
 
   step = jax.jit(jax.value_and_grad(loss))
   return step(parameters, jax.random.key(0)), step.trace(parameters, jax.random.key(0))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_queries_keys_and_values_are_the_same_as_one_product_or_three(monkeypatch, bias):
+  options = dataclasses.replace(variants.VARIANTS["two_levels"], bias=bias)
+  block = layers.Block(options.levels[0], options, nnx.Rngs(0))
+  y_BNMD = jax.random.normal(jax.random.key(1), (2, 1, 5, options.levels[0].width))
+  one = block._qkv(y_BNMD)
+  monkeypatch.setattr(layers, "platform", lambda: "gpu")
+  for a, b in zip(one, block._qkv(y_BNMD), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_remat_and_scan_change_neither_loss_nor_gradients():

@@ -171,7 +171,7 @@ class Block(nnx.Module):
     if isinstance(past, few_rows.Filled):
       return self._one_slot(x_BNMD, slots_M, past)
     keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
-    q, k, v = (checkpoint_name(a, "qkv") for a in self._qkv(self.attention_norm(x_BNMD)))
+    q, k, v = self._qkv(self.attention_norm(x_BNMD))
     if options.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
     if level.rotary:
@@ -195,7 +195,10 @@ class Block(nnx.Module):
     return x_BNMD, (k, v)
 
   def _qkv(self, y_BNMD: jax.Array) -> tuple[jax.Array, ...]:
-    """Queries, keys and values, as three products: slices of one would be copied for the attention kernels."""
+    """Queries, keys and values; on a GPU as three products: slices of one would be copied for its attention kernels."""
+    if platform() != "gpu":
+      qkv_BNM3HK = checkpoint_name(self.qkv(y_BNMD), "qkv")
+      return tuple(qkv_BNM3HK[:, :, :, i] for i in range(3))
     D, _, H, K = self.qkv.kernel.shape
     kernel_D3F, y_BNMD = (a.astype(self.qkv.dtype) for a in (self.qkv.kernel.reshape(D, 3, H * K), y_BNMD))
     product = fp8.product if self.options.products == "fp8" else jnp.matmul
@@ -203,7 +206,7 @@ class Block(nnx.Module):
     if self.qkv.bias is not None:
       bias_3F = self.qkv.bias.reshape(3, H * K).astype(self.qkv.dtype)
       products = [product + bias_3F[i] for i, product in enumerate(products)]
-    return tuple(product.reshape(*product.shape[:-1], H, K) for product in products)
+    return tuple(checkpoint_name(product.reshape(*product.shape[:-1], H, K), "qkv") for product in products)
 
   def _one_slot(self, x_B11D: jax.Array, slots_1: jax.Array, past: few_rows.Filled) -> tuple[jax.Array, KeyValue]:
     """`__call__` for a single slot on a GPU, with the kernels of few_rows.py."""
