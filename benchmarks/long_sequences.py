@@ -25,11 +25,11 @@ import time
 import jax
 import numpy as np
 
-from megabyte_jax import flops, plots
+from megabyte_jax import flops, plan, plots
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.config import Config, Level, MegabyteConfig
 from megabyte_jax.sharding import batch_sharding, make_mesh
-from megabyte_jax.train_state import abstract_state, initial_state, make_train_step
+from megabyte_jax.train_state import initial_state
 
 # Whole patches of 192 and, from the second on, whole tiles of attention kernels.
 LENGTHS = {
@@ -65,10 +65,7 @@ class Program:
     self.model, self.length, self.config = model, length, config(model, length, tiny=tiny)
     self.mesh = make_mesh(self.config.mesh, jax.devices()[:1])
     begin = time.perf_counter()
-    with jax.set_mesh(self.mesh):
-      x_BT = jax.ShapeDtypeStruct((1, length), np.uint8, sharding=batch_sharding(self.mesh))
-      lowered = make_train_step(self.config).lower(abstract_state(self.config, self.mesh), x_BT)
-      self.compiled = lowered.compile()
+    self.compiled = plan.lower(self.config, self.mesh, "train").compile()
     self.compile_seconds = time.perf_counter() - begin
 
   def run(self) -> dict:
@@ -85,7 +82,7 @@ class Program:
       jax.block_until_ready((state, x_BT))
       for _ in range(2):
         begin = time.perf_counter()
-        state, metrics = self.compiled(state, x_BT)
+        state, metrics = self.compiled(state, x_BT, None)  # no row is short
         nats = float(metrics["nats"])  # waits
         row["seconds"] = time.perf_counter() - begin
         if row["seconds"] > AGAIN_SECONDS:

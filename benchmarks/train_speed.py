@@ -150,18 +150,13 @@ def measure(case: str, seconds: float, limit_seconds: float, kernels: int) -> di
 
 def compile_only(case: str) -> dict:
   """Compiles the training step of one of our models for the cache on disk."""
-  import jax  # noqa: PLC0415
-  import numpy as np  # noqa: PLC0415
 
-  from megabyte_jax.sharding import batch_sharding, make_mesh  # noqa: PLC0415
-  from megabyte_jax.train_state import abstract_state, make_train_step  # noqa: PLC0415
+  from megabyte_jax import plan  # noqa: PLC0415
+  from megabyte_jax.sharding import make_mesh  # noqa: PLC0415
 
   config = config_of(case)
-  mesh = make_mesh(config.mesh)
   begin = time.perf_counter()
-  with jax.set_mesh(mesh):
-    x_BT = jax.ShapeDtypeStruct((config.batch_size, config.model.context), np.uint8, sharding=batch_sharding(mesh))
-    make_train_step(config).lower(abstract_state(config, mesh), x_BT).compile()
+  plan.lower(config, make_mesh(config.mesh), "train").compile()
   return {"case": case, "compile s": time.perf_counter() - begin}
 
 

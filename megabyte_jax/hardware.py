@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 # Nominal bfloat16 FLOP/s of dense matrix products, without structured sparsity. Those of v4, v5e, v5p, v6e and TPU7x
 # agree with docs.cloud.google.com/tpu/docs (copies read on 2026-11-23); the other entries were not checked.
@@ -106,6 +107,13 @@ def platform() -> str:
   """What the program at hand is for: cpu, gpu or tpu; that of the mesh set, which need not be of this machine."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device is not None else jax.default_backend()
+
+
+def row_major(x: jax.Array) -> jax.Array:
+  """x, on a GPU in memory in the order of its axes: left to itself, XLA transposes arrays between products there."""
+  if platform() != "gpu":
+    return x
+  return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def memory_in_use(devices: Iterable[jax.Device]) -> int | None:

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megabyte_jax.models import attention, tile_attention
+from megabyte_jax.config import MeshConfig
+from megabyte_jax.models import attention, fused_attention, tile_attention
 from megabyte_jax.models.attention import Past
+from megabyte_jax.sharding import make_mesh
 
 
 def reference(q, k, v, r):
@@ -76,3 +78,11 @@ def test_what_the_kernel_cannot_do_is_said():
   assert "earlier slots" in tile_attention.obstacle(shape((1, 16, 8, 2, 64)), 1)
   assert "head_dim" in tile_attention.obstacle(shape((1, 16, 8, 2, 48)), 0)
   assert "bfloat16" in tile_attention.obstacle(jax.ShapeDtypeStruct((1, 16, 8, 2, 64), jnp.float32), 0)
+
+
+def test_a_span_that_is_spread_over_devices_is_not_for_tiles(monkeypatch):
+  monkeypatch.setattr(fused_attention, "platform", lambda: "gpu")
+  one, many = (jax.ShapeDtypeStruct((8, spans, 32, 8, 64), jnp.bfloat16) for spans in (1, 64))
+  with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=4, seq=2, tensor=1))):
+    assert "spread over devices" in fused_attention.tile_obstacle(one, 0)
+    assert fused_attention.tile_obstacle(many, 0) == ""

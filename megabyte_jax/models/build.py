@@ -14,7 +14,7 @@ from jax.experimental.layout import Format, Layout
 
 from megabyte_jax.models import few_rows
 from megabyte_jax.models.config import MegabyteConfig, ModelConfig
-from megabyte_jax.models.layers import compute_dtype, unstacked
+from megabyte_jax.models.layers import compute_dtype, is_variable, unstacked
 from megabyte_jax.models.megabyte import Megabyte
 from megabyte_jax.models.perceiver_ar import PerceiverAR
 
@@ -80,8 +80,7 @@ def unstacked_for_decoding(config: ModelConfig, parameters: nnx.State) -> nnx.St
   def unstack(path, parameter):
     return unstacked(parameter) if "decoder.blocks" in _name(path) else parameter
 
-  is_leaf = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
-  return jax.tree_util.tree_map_with_path(unstack, _cast(config, parameters), is_leaf=is_leaf)
+  return jax.tree_util.tree_map_with_path(unstack, _cast(config, parameters), is_leaf=is_variable)
 
 
 def decoding_layouts(shapes: nnx.State) -> nnx.State:

@@ -1,7 +1,7 @@
 """Kernels of one decoding step on a GPU, for the few rows of a batch: what counts is how often the chip has to wait.
 
-A step reads every weight once for a handful of rows. Each kernel costs about two microseconds before it reads at full
-speed, so a layer is five of them: the norm is part of the product after it, bias and residual of the product before,
+A step reads every weight once for a handful of rows. Each kernel costs microseconds before it reads at full speed,
+so a layer is five of them: the norm is part of the product after it, bias and residual of the product before,
 and attention reads the filled part of the cache alone. Weights are read along the input axis (`decoding_layouts` in
 build.py puts them so).
 
@@ -21,10 +21,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import triton as plgpu
 
-from megabyte_jax.hardware import platform
+from megabyte_jax.hardware import platform, row_major
 from megabyte_jax.models.config import BlockOptions, Level
 
 _MAX_ROWS = 64  # up to which a program holds all rows; above, cuBLAS does as well
@@ -137,10 +136,7 @@ def _product_of_many(x_RD, weight_FD, bias_F, norm, activation, added_RF, out_dt
     x_RD = x_RD - x_RD.mean(axis=1, keepdims=True) if norm.centered else x_RD
     x_RD *= jax.lax.rsqrt(jnp.mean(x_RD * x_RD, axis=1, keepdims=True) + norm.epsilon) * norm.scale_D
     x_RD = (x_RD if norm.shift_D is None else x_RD + norm.shift_D).astype(dtype)
-  weight_FD = with_layout_constraint(
-    weight_FD, Layout(major_to_minor=(0, 1))
-  )  # or XLA makes a transposed copy of it first
-  y_RF = jnp.einsum("RD,FD->RF", x_RD, weight_FD, preferred_element_type=out_dtype or dtype)
+  y_RF = jnp.einsum("RD,FD->RF", x_RD, row_major(weight_FD), preferred_element_type=out_dtype or dtype)
   y_RF = y_RF if bias_F is None else y_RF + bias_F
   y_RF = y_RF if activation is None else activation(y_RF)
   return y_RF if added_RF is None else y_RF + added_RF

@@ -61,9 +61,7 @@ def _cudnn(q_BNMHK, k_BNMHK, v_BNMHK, window):
 
 def masked_cudnn_obstacle(q_BNMHK: jax.Array) -> str:
   """Why cuDNN cannot attend here to a past as well, or '' if it can."""
-  if q_BNMHK.shape[1] == 1 and _mesh().get("seq", 1) > 1:
-    return "the slots of a span are spread over devices"
-  return cudnn_obstacle(q_BNMHK)
+  return _spread_span(q_BNMHK) or cudnn_obstacle(q_BNMHK)
 
 
 def masked_cudnn(q_BNMHK: jax.Array, k_BNMHK: jax.Array, v_BNMHK: jax.Array, past) -> jax.Array:
@@ -117,7 +115,7 @@ def tile_obstacle(q_BNMHK: jax.Array, earlier: int) -> str:
     return f"the device is {platform()}, not an NVIDIA GPU"
   B, N, M, H, K = q_BNMHK.shape
   on_device = jax.ShapeDtypeStruct((B, N // _mesh().get("seq", 1), M, H, K), q_BNMHK.dtype)
-  return tile_attention.obstacle(on_device, earlier) or _uneven(q_BNMHK)
+  return _spread_span(q_BNMHK) or tile_attention.obstacle(on_device, earlier) or _uneven(q_BNMHK)
 
 
 def tile(q_BNMHK: jax.Array, k_BNMHK: jax.Array, v_BNMHK: jax.Array, past) -> jax.Array:
@@ -214,6 +212,11 @@ def _mesh() -> dict[str, int]:
   """Sizes of the axes of the mesh that is set; empty without one, and on a single device."""
   mesh = jax.sharding.get_abstract_mesh()
   return dict(mesh.shape) if mesh.size > 1 else {}
+
+
+def _spread_span(q_BNMHK: jax.Array) -> str:
+  """Says if no device has the only span as a whole, or ''."""
+  return "the slots of a span are spread over devices" if q_BNMHK.shape[1] == 1 and _mesh().get("seq", 1) > 1 else ""
 
 
 def _uneven(q_BNMHK: jax.Array) -> str:

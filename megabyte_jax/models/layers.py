@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
 
-from megabyte_jax.hardware import platform
+from megabyte_jax.hardware import platform, row_major
 from megabyte_jax.models import attention as attention_lib
 from megabyte_jax.models import few_rows, fp8
 from megabyte_jax.models.attention import Past
@@ -83,13 +82,6 @@ def relu(x: jax.Array) -> jax.Array:
 def _relu_jvp(primals, tangents):
   y = checkpoint_name(relu(*primals), "hidden")
   return y, jnp.where(y > 0, tangents[0], 0)
-
-
-def row_major(x: jax.Array) -> jax.Array:
-  """x, in memory in the order of its axes: left to itself, XLA for GPUs transposes unrolled layers back and forth."""
-  if platform() != "gpu":
-    return x
-  return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def activate(hidden: jax.Array, options: BlockOptions) -> jax.Array:
@@ -372,14 +364,15 @@ def stacked(layers: nnx.State) -> nnx.State:
 
 
 def _variables(layers):
-  return jax.tree.leaves(layers, is_leaf=_is_variable)
+  return jax.tree.leaves(layers, is_leaf=is_variable)
 
 
 def _map_variables(function, layers):
-  return jax.tree.map(function, layers, is_leaf=_is_variable)
+  return jax.tree.map(function, layers, is_leaf=is_variable)
 
 
-def _is_variable(node) -> bool:
+def is_variable(node: Any) -> bool:
+  """Whether a node of a model's state is a whole parameter, be it a tuple."""
   return isinstance(node, nnx.Variable)
 
 

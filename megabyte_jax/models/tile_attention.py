@@ -15,6 +15,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 
 _TILE = 64  # slots of a tile
 _SMALLEST = 16  # rows that a product on the matrix units has at least
@@ -71,10 +73,6 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 def _call(kernel, results, arrays_BNMHK, past, interpret):
   """Runs a kernel over (tiles, heads): `results` outputs like q, and outputs like the past's in the backward pass."""
-  # Imported here: Pallas takes a second, and only programs for GPUs need it.
-  from jax.experimental import pallas as pl  # noqa: PLC0415
-  from jax.experimental.pallas import triton  # noqa: PLC0415
-
   B, N, M, H, K = arrays_BNMHK[0].shape
   row = jax.ShapeDtypeStruct((B * N * M, H, K), arrays_BNMHK[0].dtype)
   tile = pl.BlockSpec((_TILE, None, K), lambda i, h: (i, h, 0))
@@ -98,7 +96,7 @@ def _call(kernel, results, arrays_BNMHK, past, interpret):
     in_specs=in_specs,
     out_specs=out_specs,
     out_shape=out_shapes,
-    compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
+    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
     interpret=interpret,
     name=kernel.__name__.strip("_"),
   )(*inputs)
