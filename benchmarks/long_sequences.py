@@ -64,9 +64,7 @@ class Program:
   def __init__(self, model: str, length: int, *, tiny: bool):
     self.model, self.length, self.config = model, length, config(model, length, tiny=tiny)
     self.mesh = make_mesh(self.config.mesh, jax.devices()[:1])
-    begin = time.perf_counter()
     self.compiled = plan.lower(self.config, self.mesh, "train").compile()
-    self.compile_seconds = time.perf_counter() - begin
 
   def run(self) -> dict:
     """The row of one step: of the second, unless the first takes long."""
@@ -74,7 +72,7 @@ class Program:
     memory = (
       uses.argument_size_in_bytes + uses.temp_size_in_bytes + uses.output_size_in_bytes - uses.alias_size_in_bytes
     )
-    row = {"model": self.model, "bytes": self.length, "compile_seconds": self.compile_seconds, "memory_bytes": memory}
+    row = {"model": self.model, "bytes": self.length, "memory_bytes": memory}
     with jax.set_mesh(self.mesh):
       state = initial_state(self.config, self.mesh)
       x_BT = np.random.default_rng(0).integers(0, 256, (1, self.length), np.uint8)

@@ -96,7 +96,7 @@ def batch_size(length: int, config: ModelConfig, at_most: int) -> int:
 def _walk(model: Model, text: np.ndarray, batch: int, code: Code, on_bytes: Callable[[int], None] | None) -> None:
   """Calls `code` for the next byte of each window, round after round, and puts what it returns into `text`."""
   graph, parameters = nnx.split(model)
-  parameters, step = in_compute_dtype(model.config, parameters), _step()
+  parameters, step = in_compute_dtype(model.config, parameters, batch), _step()
   for rows in _rounds(len(text), model.config, batch):
     state, first = _start(graph, parameters, text, rows, batch)
     previous_B = np.zeros(batch, np.int32)

@@ -213,7 +213,7 @@ def generate(
   nats = np.zeros((rows, total), np.float32)
   ends = np.full(num_samples, total)
   with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-    parameters = in_compute_dtype(config, parameters)
+    parameters = in_compute_dtype(config, parameters, rows)
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(rows))
     while done < ends.max():
       state = None  # the next one needs the memory

@@ -4,7 +4,10 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # cuda: tests/test_accelerator.py
 _flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "xla_force_host_platform_device_count" not in f]
-os.environ["XLA_FLAGS"] = " ".join([*_flags, "--xla_force_host_platform_device_count=8"])
+_flags.append("--xla_force_host_platform_device_count=8")
+if "cuda" in os.environ["JAX_PLATFORMS"]:  # of float32 products in full precision it would try out kernels for minutes
+  _flags.append("--xla_gpu_enable_triton_gemm=false")
+os.environ["XLA_FLAGS"] = " ".join(_flags)
 # A cache of compiled programs would hide what a fresh machine does.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 

@@ -86,11 +86,11 @@ def test_parameters_are_cast_once_to_the_same_results(name):
   """Norms keep theirs in float32; of the others nothing is used but what the cast leaves."""
   config = dataclasses.replace(variants.VARIANTS[name], compute_dtype="bfloat16")
   graph, parameters = abstract_model(config)[0], variants.parameters(name)
-  cast = in_compute_dtype(config, parameters)
+  cast = in_compute_dtype(config, parameters, 1)
   kinds = {jax.tree_util.keystr(path): leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(cast)}
   assert all((dtype == jnp.float32) == ("norm" in path) for path, dtype in kinds.items())
   assert all(
-    leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(in_compute_dtype(variants.VARIANTS[name], parameters))
+    leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(in_compute_dtype(variants.VARIANTS[name], parameters, 1))
   )
   # Rounded here and not by the model, because XLA leaves out roundings within a computation on CPU.
   rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), cast)

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 from jax.experimental.layout import Format, Layout
 
-from megabyte_jax.models import few_rows
+from megabyte_jax.models import cached_attention, stack_kernel
 from megabyte_jax.models.config import MegabyteConfig, ModelConfig
 from megabyte_jax.models.layers import compute_dtype, is_variable, unstacked
 from megabyte_jax.models.megabyte import Megabyte
@@ -43,25 +43,28 @@ def initial_parameters(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
   return nnx.to_pure_dict(nnx.split(make_model(config, nnx.Rngs(key)))[1])
 
 
-def in_compute_dtype(config: ModelConfig, parameters: nnx.State) -> nnx.State:
-  """Parameters as every step of decoding uses them: cast once, not each time. Those of norms stay float32.
+def in_compute_dtype(config: ModelConfig, parameters: nnx.State, rows: int) -> nnx.State:
+  """Parameters as every step of decoding `rows` rows uses them: cast once, not each time. Those of norms stay float32.
 
-  What is cast here, a step would cast itself before using it. For one GPU they also lie as its kernels read them.
+  What is cast here, a step would cast itself before using it. For one GPU they also lie as its kernels read them, and
+  layers that no single kernel takes together (stack_kernel.py) become arrays of their own.
   """
   sharding = jax.tree.leaves(parameters)[0].sharding
   levels = config.levels if isinstance(config, MegabyteConfig) else [config.level]
-  one_gpu = few_rows.on_one_gpu(compute_dtype(config)) and len(sharding.device_set) == 1
-  if not one_gpu or not all(few_rows.serves(level, config) for level in levels):
+  one_gpu = cached_attention.on_one_gpu(compute_dtype(config)) and len(sharding.device_set) == 1
+  if not one_gpu or not all(cached_attention.serves(level) for level in levels):
     return _cast(config, parameters)
-  return _prepare(config, sharding)(parameters)
+  stacked = all(stack_kernel.serves(level, config, rows) for level in levels)
+  return _prepare(config, sharding, stacked)(parameters)
 
 
 @functools.cache
-def _prepare(config: ModelConfig, sharding: jax.sharding.Sharding) -> Callable[[nnx.State], nnx.State]:
-  """The jitted `unstacked_for_decoding` on one device."""
-  prepare = functools.partial(unstacked_for_decoding, config)
+def _prepare(config: ModelConfig, sharding: jax.sharding.Sharding, stacked: bool) -> Callable[[nnx.State], nnx.State]:
+  """The jitted `prepared_for_decoding` on one device."""
+  prepare = functools.partial(prepared_for_decoding, config, stacked=stacked)
   shapes = jax.eval_shape(lambda: prepare(nnx.split(make_model(config, nnx.Rngs(0)))[1]))
-  return jax.jit(prepare, out_shardings=jax.tree.map(lambda layout: Format(layout, sharding), decoding_layouts(shapes)))
+  layouts = decoding_layouts(shapes, stacked=stacked)
+  return jax.jit(prepare, out_shardings=jax.tree.map(lambda layout: Format(layout, sharding), layouts))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -74,23 +77,24 @@ def _cast(config: ModelConfig, parameters: Any) -> Any:
   return jax.tree_util.tree_map_with_path(cast, parameters)
 
 
-def unstacked_for_decoding(config: ModelConfig, parameters: nnx.State) -> nnx.State:
-  """`_cast`, and each layer's parameters an array of their own."""
+def prepared_for_decoding(config: ModelConfig, parameters: nnx.State, *, stacked: bool) -> nnx.State:
+  """`_cast`, and unless they stay stacked, each layer's parameters an array of their own."""
 
   def unstack(path, parameter):
-    return unstacked(parameter) if "decoder.blocks" in _name(path) else parameter
+    return unstacked(parameter) if "decoder.blocks" in _name(path) and not stacked else parameter
 
   return jax.tree_util.tree_map_with_path(unstack, _cast(config, parameters), is_leaf=is_variable)
 
 
-def decoding_layouts(shapes: nnx.State) -> nnx.State:
+def decoding_layouts(shapes: nnx.State, *, stacked: bool) -> nnx.State:
   """How such parameters lie in memory: those of products with their input axes last."""
 
   def layout(path, leaf):
-    axes, inputs = tuple(range(leaf.ndim)), 0
-    if "decoder.blocks" in _name(path) and "kernel" in _name(path):
-      inputs = 2 if "attention_out" in _name(path) else 1
-    return Layout(axes[inputs:] + axes[:inputs])
+    name, axes = _name(path), tuple(range(leaf.ndim))
+    if "decoder.blocks" not in name or "kernel" not in name:
+      return Layout(axes)
+    layers, inputs = int(stacked), 2 if "attention_out" in name else 1
+    return Layout((*axes[:layers], *axes[layers + inputs :], *axes[layers : layers + inputs]))
 
   return jax.tree_util.tree_map_with_path(layout, shapes)
 

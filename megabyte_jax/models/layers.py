@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from megabyte_jax.hardware import platform, row_major
 from megabyte_jax.models import attention as attention_lib
-from megabyte_jax.models import few_rows, fp8
+from megabyte_jax.models import cached_attention, fp8, stack_kernel
 from megabyte_jax.models.attention import Past
 from megabyte_jax.models.config import BlockOptions, Level
 from megabyte_jax.models.dropout import dropout
@@ -108,19 +108,37 @@ def rotate(x_BNMHK: jax.Array, slots_M: jax.Array) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNMHK.dtype)
 
 
-def few_rows_norm(norm: nnx.Module) -> few_rows.Norm:
-  """A norm as the kernels of few_rows.py take it."""
-  shift = getattr(norm, "bias", None)
-  centered = isinstance(norm, nnx.LayerNorm)
-  return few_rows.Norm(norm.scale[...], None if shift is None else shift[...], centered, norm.epsilon)
+def product_with_transposed(linear: nnx.LinearGeneral, x: jax.Array) -> jax.Array:
+  """linear(x), whose weights lie with their input axes last: XLA alone would transpose them in memory."""
+  kernel, axes = linear.kernel[...], len(linear.in_features)
+  weight = kernel.transpose(*range(axes, kernel.ndim), *range(axes))
+  weight_FD = row_major(weight.reshape(-1, math.prod(linear.in_features)))
+  y_RF = jnp.einsum("RD,FD->RF", x.reshape(-1, weight_FD.shape[1]).astype(weight_FD.dtype), weight_FD)
+  y_RF = y_RF if linear.bias is None else y_RF + linear.bias[...].reshape(-1)
+  return y_RF.reshape(*x.shape[: x.ndim - axes], *linear.out_features)
 
 
-def transposed(linear: nnx.LinearGeneral) -> tuple[jax.Array, jax.Array | None]:
-  """weight_FD and bias_F of a product: no copy where the weights lie as `decoding_layouts` (build.py) puts them."""
-  kernel, inputs = linear.kernel[...], len(linear.in_features)
-  weight = kernel.transpose(*range(inputs, kernel.ndim), *range(inputs))
-  weight_FD = weight.reshape(-1, math.prod(linear.in_features))
-  return weight_FD, None if linear.bias is None else linear.bias[...].reshape(-1)
+def stack_weights(stack: Stack) -> stack_kernel.Weights:
+  """The stacked parameters as stack_kernel.py takes them: no copies where they lie as build.py puts them."""
+  blocks, level = stack.blocks, stack.level
+  (heads, width), L, D = level.heads, level.num_layers, level.width
+  qkv_LD3HK, out_LHKD = blocks.qkv.kernel[...], blocks.attention_out.kernel[...]
+  bias = blocks.qkv.bias is not None
+  shift = getattr(blocks.attention_norm, "bias", None) is not None
+  return stack_kernel.Weights(
+    qkv_LD3HK.transpose(0, 2, 3, 4, 1).reshape(L, 3, heads, 2, width // 2, D),
+    blocks.qkv.bias[...].reshape(L, 3, heads, 2, width // 2) if bias else None,
+    out_LHKD.transpose(0, 3, 1, 2).reshape(L, D, heads * width),
+    blocks.attention_out.bias[...] if bias else None,
+    blocks.ff_in.kernel[...].reshape(L, D, -1).transpose(0, 2, 1),
+    blocks.ff_in.bias[...].reshape(L, -1) if bias else None,
+    blocks.ff_out.kernel[...].transpose(0, 2, 1),
+    blocks.ff_out.bias[...] if bias else None,
+    blocks.attention_norm.scale[...],
+    blocks.attention_norm.bias[...] if shift else None,
+    blocks.ff_norm.scale[...],
+    blocks.ff_norm.bias[...] if shift else None,
+  )
 
 
 class Block(nnx.Module):
@@ -144,7 +162,7 @@ class Block(nnx.Module):
     x_BNMD: jax.Array,
     *,
     slots_M: jax.Array,
-    past: Past | few_rows.Filled | None = None,
+    past: Past | cached_attention.Filled | None = None,
     dropout_key: jax.Array | None = None,
   ) -> tuple[jax.Array, KeyValue]:
     """One layer over M consecutive slots of each span.
@@ -160,9 +178,9 @@ class Block(nnx.Module):
       The new residual stream, and the keys and values of its slots (what a cache keeps).
     """
     level, options = self.level, self.options
-    if isinstance(past, few_rows.Filled):
-      return self._one_slot(x_BNMD, slots_M, past)
     keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+    if isinstance(past, cached_attention.Filled):
+      return self._one_slot(x_BNMD, slots_M, past)
     q, k, v = self._qkv(self.attention_norm(x_BNMD))
     if options.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
@@ -200,26 +218,22 @@ class Block(nnx.Module):
       products = [product + bias_3F[i] for i, product in enumerate(products)]
     return tuple(checkpoint_name(product.reshape(*product.shape[:-1], H, K), "qkv") for product in products)
 
-  def _one_slot(self, x_B11D: jax.Array, slots_1: jax.Array, past: few_rows.Filled) -> tuple[jax.Array, KeyValue]:
-    """`__call__` for a single slot on a GPU, with the kernels of few_rows.py."""
-    x_BD, options = x_B11D[:, 0, 0], self.options
-    qkv_B113HK = few_rows.product(x_BD, *transposed(self.qkv), norm=few_rows_norm(self.attention_norm)).reshape(
-      *x_B11D.shape[:3], *self.qkv.out_features
-    )
+  def _one_slot(
+    self, x_B11D: jax.Array, slots_1: jax.Array, past: cached_attention.Filled
+  ) -> tuple[jax.Array, KeyValue]:
+    """`__call__` for a single slot on one GPU: attention by a kernel, weights as build.py lays them out for it."""
+    qkv_B113HK = product_with_transposed(self.qkv, self.attention_norm(x_B11D))
     q, k, v = (qkv_B113HK[:, :, :, i] for i in range(3))
-    if options.qk_norm:
+    if self.options.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
     if self.level.rotary:
       q, k = rotate(q, slots_1), rotate(k, slots_1)
-    if options.qk_norm or self.level.rotary:
+    if self.options.qk_norm or self.level.rotary:
       qkv_B113HK = jnp.stack([q, k, v], axis=3)
-    attended = few_rows.attend(qkv_B113HK[:, 0, 0], past)
-    x_BD = few_rows.product(attended, *transposed(self.attention_out), added_RF=x_BD)
-    activation = None if options.gated else getattr(jax.nn, options.activation)
-    hidden = few_rows.product(x_BD, *transposed(self.ff_in), norm=few_rows_norm(self.ff_norm), activation=activation)
-    if options.gated:
-      hidden = activate(hidden.reshape(-1, *self.ff_in.out_features), options)
-    return few_rows.product(hidden, *transposed(self.ff_out), added_RF=x_BD).reshape(x_B11D.shape), (k, v)
+    attended_B11HK = cached_attention.attend(qkv_B113HK[:, 0, 0], past)[:, None, None]
+    x_B11D += product_with_transposed(self.attention_out, attended_B11HK)
+    hidden = activate(product_with_transposed(self.ff_in, self.ff_norm(x_B11D)), self.options)
+    return x_B11D + product_with_transposed(self.ff_out, hidden), (k, v)
 
 
 def past_of_previous_span(k_BNMHK: jax.Array, v_BNMHK: jax.Array, r: int) -> Past:
@@ -300,13 +314,26 @@ class Stack(nnx.Module):
       has_previous: whether a span lies before this one (used with cross-patch attention only).
     """
     r, window = self.level.cross_patch, self.level.attention_window
+    first = jnp.maximum(jnp.where(has_previous, 0, r), r + slot - window + 1 if window else 0)  # entry that is seen
+    if self._in_one_kernel(x_B11D.shape[0]):
+      x_D, *kv = stack_kernel.step(
+        x_B11D[0, 0, 0],
+        stack_weights(self),
+        *(a[:, 0, 0] for a in cache),
+        first=first,
+        at=r + slot,
+        slot=slot,
+        level=self.level,
+        options=self.options,
+        epsilon=self.norm.epsilon,
+      )
+      return self.norm(x_D[None, None, None]), Cache(*(a[:, None, None] for a in kv))
     graph, layers = nnx.split(self.blocks)
     if is_unstacked(layers):
       new = []
-      first = jnp.maximum(jnp.where(has_previous, 0, r), r + slot - window + 1 if window else 0)
       seen_2 = jnp.stack([first, r + slot]).astype(jnp.int32)
       for i in range(self.level.num_layers):
-        past = few_rows.Filled(*(a[:, :, 0] for a in cache), jnp.full(1, i, jnp.int32), seen_2)
+        past = cached_attention.Filled(*(a[:, :, 0] for a in cache), jnp.full(1, i, jnp.int32), seen_2)
         x_B11D, kv = nnx.merge(graph, layer_of(layers, i))(x_B11D, slots_M=slot[None], past=past)
         new.append(kv)
       return self.norm(x_B11D), _written(cache, [jnp.stack(a) for a in zip(*new, strict=True)], r + slot)
@@ -322,6 +349,16 @@ class Stack(nnx.Module):
     # The scan reads the caches alone: what it wrote to would be copied as a whole, once for every layer.
     x_B11D, new = jax.lax.scan(layer, x_B11D, (layers, *cache))
     return self.norm(x_B11D), _written(cache, new, r + slot)
+
+  def _in_one_kernel(self, rows: int) -> bool:
+    """Whether a step is one kernel: `in_compute_dtype` (build.py) has left the layers stacked for it."""
+    parameter = self.blocks.qkv.kernel.get_value()
+    return (
+      not isinstance(parameter, tuple)
+      and parameter.dtype == compute_dtype(self.options)
+      and cached_attention.on_one_gpu(parameter.dtype)
+      and stack_kernel.serves(self.level, self.options, rows)
+    )
 
   def next_span(self, cache: Cache) -> Cache:
     """The cache at the start of the next span: the last r slots move to the front, to slots -r .. -1."""
