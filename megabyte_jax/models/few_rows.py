@@ -98,14 +98,14 @@ def product(
   if isinstance(x_RD, jax.Array) and x_RD.shape[0] > _MAX_ROWS:
     return _product_of_many(x_RD, weight_FD, bias_F, norm, activation, added_RF, out_dtype)
   F, D = weight_FD.shape
-  operands = _operands(x_RD) | dict(
+  given = _operands(x_RD) | dict(
     w=weight_FD,
     bias=bias_F,
     scale=norm and norm.scale_D,
     shift=norm and norm.shift_D,
     added=added_RF,
   )
-  operands = {name: a for name, a in operands.items() if a is not None}
+  operands = {name: a for name, a in given.items() if a is not None}
   R = operands["x"].shape[1 if isinstance(x_RD, Parts) else 0]
   sums = R <= _SUM_ROWS
   columns, chunk, warps, stages = _sum_tiles(F, D) if sums else _dot_tiles(R, F, D)
@@ -335,6 +335,7 @@ def attend(qkv_R3HK: jax.Array, past: Filled) -> jax.Array | Parts | Short:
     for ref in log_sum_ref:
       ref[to] = jnp.broadcast_to(largest + jnp.log(total), (K,))
 
+  out_shape: jax.ShapeDtypeStruct | list[jax.ShapeDtypeStruct]
   if parts > 1:
     out_shape = [jax.ShapeDtypeStruct((parts, R, H * K), jnp.float32)] * 2
   else:
@@ -363,6 +364,6 @@ def _attend_short(refs, r):
     values.append(v_HK)
   largest_H = functools.reduce(jnp.maximum, logits)
   weights = [jnp.exp((a - largest_H) * q_HK.shape[1] ** -0.5) for a in logits]
-  total_H = sum(weights)
+  total_H = functools.reduce(jnp.add, weights)
   out_HK = sum(w_H[:, None] * v_HK for w_H, v_HK in zip(weights, values, strict=True)) / total_H[:, None]
   return out_HK.astype(refs["w"].dtype).astype(jnp.float32).reshape(-1)

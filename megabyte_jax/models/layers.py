@@ -37,9 +37,9 @@ def init_normal(options: BlockOptions, scale: float = 1.0) -> Callable:
   return nnx.initializers.truncated_normal(stddev=options.init_std * scale, lower=-2.0, upper=2.0)
 
 
-def make_norm(width: int, options: BlockOptions, rngs: nnx.Rngs) -> nnx.Module:
+def make_norm(width: int, options: BlockOptions, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:
   """LayerNorm or RMSNorm; statistics in float32, result in the compute dtype."""
-  arguments = dict(num_features=width, epsilon=1e-5, dtype=compute_dtype(options), rngs=rngs)
+  arguments: dict[str, Any] = dict(num_features=width, epsilon=1e-5, dtype=compute_dtype(options), rngs=rngs)
   if options.norm == "rmsnorm":
     return nnx.RMSNorm(**arguments)
   return nnx.LayerNorm(use_bias=options.bias, **arguments)
@@ -108,11 +108,12 @@ def rotate(x_BNMHK: jax.Array, slots_M: jax.Array) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNMHK.dtype)
 
 
-def few_rows_norm(norm: nnx.Module) -> few_rows.Norm:
+def few_rows_norm(norm: nnx.LayerNorm | nnx.RMSNorm) -> few_rows.Norm:
   """A norm as the kernels of few_rows.py take it."""
   shift = getattr(norm, "bias", None)
   centered = isinstance(norm, nnx.LayerNorm)
-  return few_rows.Norm(norm.scale[...], None if shift is None else shift[...], centered, norm.epsilon)
+  scale = norm.scale[...]  # type: ignore[index]  # `make_norm` gives all a scale
+  return few_rows.Norm(scale, None if shift is None else shift[...], centered, norm.epsilon)
 
 
 def transposed(linear: nnx.LinearGeneral) -> tuple[jax.Array, jax.Array | None]:
@@ -306,7 +307,8 @@ class Stack(nnx.Module):
       first = jnp.maximum(jnp.where(has_previous, 0, r), r + slot - window + 1 if window else 0)
       seen_2 = jnp.stack([first, r + slot]).astype(jnp.int32)
       for i in range(self.level.num_layers):
-        past = few_rows.Filled(*(a[:, :, 0] for a in cache), jnp.full(1, i, jnp.int32), seen_2)
+        k_LBSHK, v_LBSHK = (a[:, :, 0] for a in cache)
+        past = few_rows.Filled(k_LBSHK, v_LBSHK, jnp.full(1, i, jnp.int32), seen_2)
         x_B11D, kv = nnx.merge(graph, layer_of(layers, i))(x_B11D, slots_M=slot[None], past=past)
         new.append(kv)
       return self.norm(x_B11D), _written(cache, [jnp.stack(a) for a in zip(*new, strict=True)], r + slot)
@@ -316,8 +318,8 @@ class Stack(nnx.Module):
       visible &= slot - cached < window
 
     def layer(x_B11D, parameters_and_cache):
-      parameters, *kv = parameters_and_cache
-      return nnx.merge(graph, parameters)(x_B11D, slots_M=slot[None], past=Past(*kv, visible))
+      parameters, k_BNSHK, v_BNSHK = parameters_and_cache
+      return nnx.merge(graph, parameters)(x_B11D, slots_M=slot[None], past=Past(k_BNSHK, v_BNSHK, visible))
 
     # The scan reads the caches alone: what it wrote to would be copied as a whole, once for every layer.
     x_B11D, new = jax.lax.scan(layer, x_B11D, (layers, *cache))
@@ -334,8 +336,8 @@ class Stack(nnx.Module):
 
 def _written(cache: Cache, new_LB11HK, at: jax.Array) -> Cache:
   """The cache with the keys and values of one slot, of all layers, at its entry `at`."""
-  at = (0, 0, 0, at, 0, 0)
-  return Cache(*(jax.lax.dynamic_update_slice(a, b, at) for a, b in zip(cache, new_LB11HK, strict=True)))
+  start = (0, 0, 0, at, 0, 0)
+  return Cache(*(jax.lax.dynamic_update_slice(a, b, start) for a, b in zip(cache, new_LB11HK, strict=True)))
 
 
 # The layers' parameters as a tuple of arrays instead of a stacked one: no step has to cut its layer's out of a stack.
