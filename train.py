@@ -45,7 +45,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
   check_mesh(mesh, config.model, config.batch_size // config.accumulate)
   source = open_source(config.data, "train")
   validation = open_source(config.data, "validation") if config.data.validation else None
-  windows = {
+  windows: dict[str, Any] = {
     "context": config.model.context,
     "seed": config.seed,
     "documents": config.data.documents,
@@ -79,17 +79,22 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
       )
     )
     train_step, eval_step = make_train_step(config), make_eval_step(config)
-    evaluation = {"method": config.eval.method, "max_bytes": config.eval.max_bytes, "on_progress": stop.check}
+    evaluation: dict[str, Any] = {
+      "method": config.eval.method,
+      "max_bytes": config.eval.max_bytes,
+      "on_progress": stop.check,
+    }
     schedule = learning_rate(config.optimizer, config.num_steps)
     may_be_short = config.data.documents == "whole" or not source.joinable
-    waiting = collections.deque()  # (step, its metrics): read one step late, while the devices are busy with the next
+    # (step, its metrics): read one step late, while the devices are busy with the next.
+    waiting: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
     nats, count = meta["since_logged"]  # sums since the last progress line
 
     def read_metrics(leave: int) -> None:
       nonlocal nats, count
       while len(waiting) > leave:
-        step, values = waiting.popleft()
-        values = {name: float(value) for name, value in values.items()}
+        step, arrays = waiting.popleft()
+        values = {name: float(array) for name, array in arrays.items()}
         check_finite(step, values, checkpoints, workdir)
         if step == first_step + 1:
           metrics.start(step)  # speed is measured from here on: compilation is over

@@ -41,7 +41,7 @@ from ml_collections import config_flags
 from megabyte_jax import command_line, flops, matching, recipe, windows
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.checkpoint import Checkpoints
-from megabyte_jax.config import Config, ConfigError
+from megabyte_jax.config import Config, ConfigError, PerceiverARConfig
 from megabyte_jax.data.sources import open_source
 from megabyte_jax.progress import human
 
@@ -242,7 +242,7 @@ def complete(run: Run, comparison: Comparison, args: argparse.Namespace) -> dict
   finite = {factor: bpb for factor, bpb in trials.items() if bpb is not None}
   if trials and not finite:
     raise SystemExit(f"{run.row} broke down at every learning rate; give smaller --rates")
-  best = min(finite, key=finite.get) if trials else args.rates[0]
+  best = min(finite, key=finite.__getitem__) if trials else args.rates[0]
   workdir = run.folder / "run"
   result = {
     "row": run.row,
@@ -367,7 +367,8 @@ def print_plan(runs: list[Run], args: argparse.Namespace) -> None:
   total = 0.0
   for run in runs:
     config = run.config()
-    layers = "+".join(str(level.num_layers) for level in getattr(config.model, "levels", (config.model,)))
+    levels = [config.model.level] if isinstance(config.model, PerceiverARConfig) else config.model.levels
+    layers = "+".join(str(level.num_layers) for level in levels)
     steps, length = run.steps(args.train_bytes / run.cost)
     trials = args.trial_share * len(args.rates) if len(args.rates) > 1 else 0.0
     per_byte = flops.flops_per_byte(config.model, training=True)

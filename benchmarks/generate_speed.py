@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # what is left is told at its true size
 
@@ -172,7 +173,7 @@ def print_row(row: dict, rows: list[dict]) -> None:
 
 def paper_speed_up() -> float:
   """Of MEGABYTE over the Transformer in Table 9."""
-  seconds = {row.config: row.paper["seconds_to_generate"] for row in TABLES["9"].rows}
+  seconds: dict[str, Any] = {row.config: row.paper["seconds_to_generate"] for row in TABLES["9"].rows}
   return seconds[ROWS["Transformer"]] / seconds[ROWS["MEGABYTE"]]
 
 

@@ -18,7 +18,8 @@ def kernel_times(folder: str, times: int) -> list[tuple[str, str, float, int]]:
   Kernels whose names differ in a number only are one. The kind is product, attention, copy or other.
   """
   file = max(pathlib.Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-  milliseconds, launches = collections.Counter(), collections.Counter()
+  milliseconds: dict[str, float] = collections.defaultdict(float)
+  launches: dict[str, int] = collections.defaultdict(int)
   for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
     if not plane.name.startswith("/device:GPU"):
       continue
@@ -29,7 +30,11 @@ def kernel_times(folder: str, times: int) -> list[tuple[str, str, float, int]]:
         name = re.sub(r"[_.]?\d+$", "", event.name)
         milliseconds[name] += event.duration_ns / 1e6 / times
         launches[name] += 1
-  return [(_kind(name), name, ms, round(launches[name] / times)) for name, ms in milliseconds.most_common()]
+  return [(_kind(name), name, ms, round(launches[name] / times)) for name, ms in _largest_first(milliseconds)]
+
+
+def _largest_first(sums: dict[str, float]) -> list[tuple[str, float]]:
+  return sorted(sums.items(), key=lambda item: item[1], reverse=True)
 
 
 def _kind(name: str) -> str:
@@ -45,10 +50,10 @@ def summary(kernels: list[tuple[str, str, float, int]], largest: int = 10) -> st
   if not kernels:
     return "the trace has no kernels of a GPU"
   total = sum(ms for _, _, ms, _ in kernels)
-  kinds = collections.Counter()
+  kinds: dict[str, float] = collections.defaultdict(float)
   for kind, _, ms, _ in kernels:
     kinds[kind] += ms
-  shares = ", ".join(f"{kind} {ms:.1f} ms ({ms / total:.0%})" for kind, ms in kinds.most_common())
+  shares = ", ".join(f"{kind} {ms:.1f} ms ({ms / total:.0%})" for kind, ms in _largest_first(kinds))
   lines = [f"kernels {total:.1f} ms, {sum(n for *_, n in kernels)} launches: {shares}"]
   lines += [f"  {ms:9.2f} ms {n:6d} x  {kind:<9} {name[:100]}" for kind, name, ms, n in kernels[:largest]]
   return "\n".join(lines)

@@ -21,6 +21,7 @@ import json
 import math
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,8 +51,8 @@ def config(model: str, length: int, *, tiny: bool = False) -> Config:
       for size, width, n in zip((192, 1), shape, layers, strict=True)
     ]
   else:
-    width, layers = (32, 2) if tiny else (768, 20)
-    levels = [Level(patch_size=1, width=width, num_layers=layers, num_heads=max(1, width // 64))]
+    width, num_layers = (32, 2) if tiny else (768, 20)
+    levels = [Level(patch_size=1, width=width, num_layers=num_layers, num_heads=max(1, width // 64))]
   made = MegabyteConfig(context=length, levels=tuple(levels))
   groups = max(1, length // 192 // PATCHES_OF_A_GROUP) if model == "MEGABYTE" else 1
   made = dataclasses.replace(made, dropout=0.0, remat="full", scan_layers="always", patch_groups=groups)
@@ -68,7 +69,7 @@ class Program:
 
   def run(self) -> dict:
     """The row of one step: of the second, unless the first takes long."""
-    uses = self.compiled.memory_analysis()
+    uses: Any = self.compiled.memory_analysis()
     memory = (
       uses.argument_size_in_bytes + uses.temp_size_in_bytes + uses.output_size_in_bytes - uses.alias_size_in_bytes
     )

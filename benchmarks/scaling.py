@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 from train_speed import cases, cells
 
@@ -50,7 +51,7 @@ def config_of(case: str, mesh: dict[str, int], *, reference: bool):
 
   config = cases()["text24" if case == "tiny" else case]
   if case == "tiny":
-    level = {"num_layers": 2, "num_heads": 8}
+    level: dict[str, Any] = {"num_layers": 2, "num_heads": 8}
     levels = (Level(patch_size=8, width=128, **level), Level(patch_size=1, width=64, **level))
     config = dataclasses.replace(
       config, model=MegabyteConfig(context=1024, levels=levels, dropout=0.0, init_std=0.02), batch_size=2
@@ -118,7 +119,7 @@ def measure(case: str, mesh: dict[str, int], reference: bool, seconds: float, wo
       jax.block_until_ready(values)
       count += 1
     taken = (time.perf_counter() - begin) / count
-  sent = sum(c.wire_bytes for c in collectives(compiled.as_text()))
+  sent = sum(c.wire_bytes for c in collectives(compiled.as_text() or ""))
   peak = hardware.memory_in_use(jax.devices())
   predicted = config.batch_size * flops.predicted_bytes(config.model)
   return result | {"seconds": taken, "bytes/s": predicted / taken, "sent": sent, "peak": peak}

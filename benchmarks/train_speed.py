@@ -275,7 +275,7 @@ def ahead(wanted: list[tuple[str, str]], at_once: int, patience: float) -> dict[
   wanted = [(case, how) for case, how in wanted if not how.endswith("shipped")]  # that is not compiled
   with concurrent.futures.ThreadPoolExecutor(at_once) as ours, concurrent.futures.ThreadPoolExecutor(2) as peers_:
     done = {which: (peers_ if which[1] else ours).submit(once, which) for which in wanted}
-  return {which: seconds.result() for which, seconds in done.items() if seconds.result() is not None}
+  return {which: seconds for which, future in done.items() if (seconds := future.result()) is not None}
 
 
 def main() -> None:

@@ -70,7 +70,7 @@ def collectives(hlo: str) -> list[Collective]:
       continue
     sent = _BETWEEN_SLICES.search(line)
     if sent:
-      found[len(found)] = _between_slices(*sent.groups(), times[computation])
+      found[len(found)] = _between_slices(sent[1], sent[2], sent[3], times[computation])
     match = _OPERATION.search(line)
     if not match:
       continue
@@ -146,7 +146,8 @@ def _trips(line: str, definitions: dict[str, dict[str, str]]) -> int:
   noted = _TRIPS.search(line)
   if noted:
     return int(noted[1])
-  condition, body = (definitions[re.search(rf"{key}=%?([\w.\-]+)", line)[1]] for key in ("condition", "body"))
+  called = [re.search(rf"{key}=%?([\w.\-]+)", line) for key in ("condition", "body")]
+  condition, body = (definitions[name[1]] for name in called if name)
   test = re.search(r" compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", condition.get("ROOT", ""))
   if not test or test[2] not in condition:
     return 1

@@ -10,6 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -23,7 +24,7 @@ from megabyte_jax.data.sources import DataError
 USER_ERRORS = (ConfigError, CheckpointError, DataError, FloatingPointError, OSError)
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], object]) -> None:
   """Calls main(); an error that the user can put right becomes one line on stderr and exit code 1."""
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
@@ -55,10 +56,10 @@ def parse_config_flags(arguments: Sequence[str]) -> list[str]:
   """absl's flag parsing, where a wrong flag or `--config.key` is one line that names it."""
   with _wrong_flags(arguments):
     rest = flags.FLAGS(arguments)
-    if "config" in flags.FLAGS and not hasattr(flags.FLAGS["config"].value, "items"):  # raises where there is no file
-      raise flags.Error(
-        f"get_config() of {flags.FLAGS['config'].config_filename} must return Config(...).to_config_dict()"
-      )
+    if "config" in flags.FLAGS:
+      config: Any = flags.FLAGS["config"]
+      if not hasattr(config.value, "items"):  # raises where there is no file
+        raise flags.Error(f"get_config() of {config.config_filename} must return Config(...).to_config_dict()")
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # libraries tell a lot at INFO
     return rest
@@ -115,7 +116,7 @@ def _one_line(error: Exception, arguments: Sequence[str]) -> str:
   elif isinstance(error, OSError):  # the last of several messages in one
     text = re.sub(r".*\[Errno \d+\] ", "", text, flags=re.DOTALL)
   else:  # an override of what is not there
-    key = re.search(r"\w+", text)[0]
+    key, *_ = re.findall(r"\w+", text)
     close = re.search('Did you mean "(.*?)"', text)
     overrides = [argument for argument in arguments if re.match(r"--?\w+\.", argument)]
     named = [argument for argument in overrides if re.search(rf"[.]{key}\b", argument)] or overrides

@@ -137,7 +137,7 @@ def _circumstances(model: Model) -> dict[str, Any]:
   device = jax.devices()[0]
   cores = 0
   if device.platform == "cpu":  # how many share a matrix product can decide the order of its sums
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
   return {
     "model": fingerprint(model),
     "dtype": compute_dtype(model.config).name,
@@ -150,11 +150,10 @@ def _circumstances(model: Model) -> dict[str, Any]:
 
 
 def _processor() -> str:
-  try:
-    with open("/proc/cpuinfo") as file:
-      return re.search(r"model name\s*: (.*)", file.read())[1]
-  except (OSError, TypeError):  # no Linux, or no x86
-    return platform.processor() or platform.machine()
+  with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:  # of Linux
+    if found := re.search(r"model name\s*: (.*)", file.read()):  # of x86
+      return found[1]
+  return platform.processor() or platform.machine()
 
 
 def fingerprint(model: Model) -> str:

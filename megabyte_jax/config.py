@@ -32,6 +32,9 @@ __all__ = [
   "PerceiverARConfig",
 ]
 
+Scan = Literal["patch", "raster"]
+Method = Literal["basic", "sliding", "strided", "both"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -65,7 +68,7 @@ class DataConfig:
   image_size: int = 64
   image_tiles: int = 0
   convert_images: bool = False
-  scan: Literal["patch", "raster"] = "patch"
+  scan: Scan = "patch"
   scan_patch: int = 12
   sample_rate: int = 0
   encoding: Literal["pcm16", "mulaw8"] = "pcm16"
@@ -170,7 +173,7 @@ class EvalConfig:
   every_steps: int = 0
   max_bytes: int = 0
   batch_size: int = 0
-  method: Literal["basic", "sliding", "strided", "both"] = "basic"
+  method: Method = "basic"
 
   def __post_init__(self):
     for name in ("every_steps", "max_bytes", "batch_size"):
@@ -236,7 +239,7 @@ class Config:
 
 def upgraded(values: Mapping[str, Any]) -> Mapping[str, Any]:
   """A config as earlier versions saved it, in today's words; others as they are."""
-  model = values.get("model") if hasattr(values, "get") else None
+  model: Any = values.get("model") if hasattr(values, "get") else None
   if not hasattr(model, "get") or not isinstance(model.get("scan_layers"), bool):
     return values
   scan_layers = "always" if model["scan_layers"] else "never"

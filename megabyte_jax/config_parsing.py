@@ -7,9 +7,12 @@ import difflib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+  from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 class ConfigError(ValueError):
@@ -56,7 +59,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
   if origin is tuple:
     require(isinstance(value, Sequence) and not isinstance(value, str), f"{where} must be a tuple, not {value!r}")
     return tuple(_convert(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
-  if dataclasses.is_dataclass(hint):
+  if isinstance(hint, type) and dataclasses.is_dataclass(hint):
     return dataclass_from_mapping(hint, value, where)
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)

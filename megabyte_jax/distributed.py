@@ -12,6 +12,7 @@ Where none of them speaks of several processes, the run has one.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import os
 import re
@@ -20,8 +21,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from typing import Any, NamedTuple, NoReturn, TextIO
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn, TextIO
 
 import jax
 
@@ -33,7 +34,8 @@ _COUNTS = ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 _NUMBERS = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JOB_COMPLETION_INDEX")
 
 
-class Place(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Place:
   """Which process this is; `devices` are the local ones it may use, None leaves that to JAX, () takes all."""
 
   coordinator: str
@@ -174,10 +176,10 @@ def given_place(
     return None
   count = num_processes or _first_number(environment, _COUNTS)
   process = process_id if process_id >= 0 else _first_number(environment, _NUMBERS)
-  require(
-    count is not None and process is not None,
-    f"--coordinator={coordinator} needs --num_processes and --process_id, too (or JAX_NUM_PROCESSES, JAX_PROCESS_ID)",
-  )
+  if count is None or process is None:
+    raise ConfigError(
+      f"--coordinator={coordinator} needs --num_processes and --process_id, too (or JAX_NUM_PROCESSES, JAX_PROCESS_ID)"
+    )
   require(
     0 <= process < count,
     f"process_id is {process} of {count} processes; they are counted from 0 to num_processes - 1",
@@ -201,7 +203,7 @@ def detected_place(environment: Mapping[str, str], timeout: float) -> Place | No
   # JAX offers its detection only together with connecting; this is its first half.
   from jax._src.clusters import ClusterEnv  # noqa: PLC0415
 
-  devices = _shared_node_devices(environment)
+  devices: Sequence[int] | None = _shared_node_devices(environment)
   try:
     coordinator, count, process, devices = ClusterEnv.auto_detect_unset_distributed_params(
       None, None, None, devices, None, int(timeout)

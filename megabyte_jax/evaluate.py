@@ -101,12 +101,17 @@ def evaluate(
   context = config.model.context
   patch = config.model.alignment if isinstance(config.model, MegabyteConfig) else 1
   lengths = np.asarray(source.lengths, np.int64)
-  require(lengths.sum() > 0, "there is not a single byte to evaluate")
+  require(bool(lengths.sum() > 0), "there is not a single byte to evaluate")
   total = int(lengths.sum()) if not max_bytes else min(int(lengths.sum()), max_bytes)
   result = Evaluation(
     method,
     windows.cost_factor(method, config.model, stride),
-    *(np.zeros(size) for size in (len(lengths), len(lengths), context, context, patch, patch)),
+    document_nats=np.zeros(len(lengths)),
+    document_bytes=np.zeros(len(lengths)),
+    context_nats=np.zeros(context),
+    context_bytes=np.zeros(context),
+    patch_nats=np.zeros(patch),
+    patch_bytes=np.zeros(patch),
   )
   batch_size = config.eval.batch_size or config.batch_size
   share = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -126,7 +131,7 @@ def evaluate(
       if b in own_rows:
         x_BT[b, : window.length] = next(contents)
     arrays = (x_BT, length_B, start_B) if with_latents else (x_BT, length_B)
-    placed = (jax.make_array_from_callback(a.shape, sharding, lambda index, a=a: a[index]) for a in arrays)
+    placed = (jax.make_array_from_callback(a.shape, sharding, a.__getitem__) for a in arrays)
     with jax.set_mesh(mesh):
       nats = eval_step(parameters, *placed)
     nats_BT = np.asarray(multihost_utils.process_allgather(nats, tiled=True) if jax.process_count() > 1 else nats)

@@ -9,4 +9,4 @@ if __name__ == "__main__":
 else:  # an import binds what stands here to megabyte_jax.generate, which otherwise would no longer be the function
   from megabyte_jax.sampling import generate
 
-  sys.modules[__name__] = generate
+  sys.modules[__name__] = generate  # type: ignore[assignment]  # a function in place of a module

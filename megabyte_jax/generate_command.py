@@ -122,5 +122,5 @@ class Output:
       self._put(self.decoder.decode(b"", final=True) + "\n")
 
   def _put(self, data: str | bytes) -> None:
-    sys.stdout.buffer.write(data.encode(sys.stdout.encoding, "replace") if self.text else data)
+    sys.stdout.buffer.write(data if isinstance(data, bytes) else data.encode(sys.stdout.encoding, "replace"))
     sys.stdout.flush()

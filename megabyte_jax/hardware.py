@@ -92,15 +92,19 @@ def peak_flops(device: jax.Device) -> float | None:
   return next((peak for name, peak in _GPU if re.search(rf"\b{name}\b", kind)), None)
 
 
-def tpu_chip(device: jax.Device) -> TpuChip | None:
-  """The chip that `device` is, or is one of two cores of; None if it is no TPU that is known here."""
-  return _TPU_CHIP.get(device.device_kind)
+def is_known_tpu(device: jax.Device) -> bool:
+  """Whether `tpu_chip` knows the device."""
+  return device.device_kind in _TPU_CHIP
+
+
+def tpu_chip(device: jax.Device) -> TpuChip:
+  """The chip that `device` is, or is one of two cores of."""
+  return _TPU_CHIP[device.device_kind]
 
 
 def devices_per_chip(device: jax.Device) -> int:
   """How many devices a chip shows: two for v4 (as planned for) and tpu7x, one for the others."""
-  chip = tpu_chip(device)
-  return chip.cores // getattr(device, "num_cores", 1) if chip else 1
+  return tpu_chip(device).cores // getattr(device, "num_cores", 1) if is_known_tpu(device) else 1
 
 
 def platform() -> str:

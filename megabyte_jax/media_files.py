@@ -12,6 +12,7 @@ from megabyte_jax.config import DataConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.data import audio, images
 from megabyte_jax.data.image_source import ImageFiles, Images
+from megabyte_jax.data.sources import Source
 
 _AUDIO_SECONDS = 2  # generated where nobody says how long
 
@@ -47,6 +48,7 @@ def read_prompt(path: str, data: DataConfig, keep: float | None = None) -> Promp
   """
   require(keep is None or 0 <= keep <= 1, f"the share to keep is {keep}; it must be between 0 and 1")
   unit, rate, name = 1, 0, path.lower()
+  source: Source | None = None
   if data.form == "image" and name.endswith(images.SUFFIXES):
     whole_square = dataclasses.replace(data, image_tiles=0, skip_bad=False, convert_images=True)
     source = Images(ImageFiles([path], [path]), whole_square)
@@ -54,8 +56,6 @@ def read_prompt(path: str, data: DataConfig, keep: float | None = None) -> Promp
   elif data.form == "audio" and name.endswith(audio.SUFFIXES):
     source = audio.AudioFiles([path], [path], dataclasses.replace(data, skip_bad=False))
     unit, rate = source.unit, data.sample_rate or audio.read_head(path).rate
-  else:
-    source = None
   whole = source.read(0, 0, int(source.lengths[0])) if source else np.fromfile(path, np.uint8)
   kept = whole if keep is None else whole[: int(keep * whole.size) // unit * unit]
   return Prompt(kept, whole, rate)

@@ -58,7 +58,8 @@ class Metrics:
     """
     self._devices = list(jax.devices() if devices is None else devices)
     peaks = [peak_flops(device) for device in self._devices]
-    self._peak = sum(peaks) if all(peaks) else None
+    known = [peak for peak in peaks if peak]
+    self._peak = sum(known) if len(known) == len(peaks) else None
     self._num_steps, self._bytes_per_step, self._flops_per_byte = num_steps, bytes_per_step, flops_per_byte
     self._seconds_before, self._opened = seconds, time.monotonic()
     self._seconds_per_step: float | None = None  # smoothed, for the time left
@@ -67,9 +68,8 @@ class Metrics:
     self._path = epath.Path(workdir) / METRICS_FILE
     self._file = self._board = None
     if self._writes:
-      lines = _keep_until(self._path, start_step)
-      self._lines = None if _can_append(self._path) else lines
-      self._file = self._path.open("a") if self._lines is None else None
+      self._lines = _keep_until(self._path, start_step)  # for `_rewrite`
+      self._file = self._path.open("a") if _can_append(self._path) else None
       self._flushed = time.monotonic()
       if tensorboard:
         from tensorboardX import SummaryWriter  # noqa: PLC0415  (half a second that evaluation need not wait)
@@ -138,7 +138,7 @@ class Metrics:
 
   def close(self) -> None:
     """Writes what is left and closes the files."""
-    if self._writes and self._lines is not None:
+    if self._writes and self._file is None:
       self._rewrite()
     for file in (self._file, self._board):
       if file is not None:
@@ -180,7 +180,7 @@ class Metrics:
     # JSON knows no NaN and no infinity.
     plain = {name: value if value is not None and math.isfinite(value) else None for name, value in record.items()}
     line = json.dumps(plain) + "\n"
-    if self._lines is None:
+    if self._file is not None:
       self._file.write(line)
       self._file.flush()  # another program may look on, and a killed run loses no more than a line
     else:

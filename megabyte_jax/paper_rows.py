@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import ml_collections
 
@@ -19,9 +20,11 @@ from megabyte_jax.config import (
   Level,
   MegabyteConfig,
   MeshConfig,
+  Method,
   ModelConfig,
   OptimizerConfig,
   PerceiverARConfig,
+  Scan,
 )
 from megabyte_jax.config_parsing import require
 
@@ -33,7 +36,7 @@ BYTES = 80_000_000_000  # trained on in the controlled comparisons (section 5)
 LONG_BYTES = 400_000_000_000  # Tables 3, 11 and 17
 IMAGENET64_BYTES = 1_400_000_000_000  # Table 4
 
-TRAINING = {"dropout": 0.1, "remat": "full"}
+TRAINING: dict[str, Any] = {"dropout": 0.1, "remat": "full"}
 
 
 def level(patch_size: int, shape: Shape, **options) -> Level:
@@ -97,7 +100,7 @@ def run(
   batch_size: int,
   learning_rate: float = 2e-4,
   train_bytes: int = BYTES,
-  method: str = "basic",
+  method: Method = "basic",
 ) -> Config:
   """A whole run: appendix A.1's optimizer, and as many steps as `train_bytes` predicted bytes take."""
   num_steps = round(train_bytes / (batch_size * flops.predicted_bytes(model)))
@@ -112,7 +115,7 @@ def run(
   )
 
 
-def with_method(config: Config, method: str) -> Config:
+def with_method(config: Config, method: Method) -> Config:
   """The same run evaluated by another method (Table 11)."""
   return dataclasses.replace(config, eval=dataclasses.replace(config.eval, method=method))
 
@@ -152,7 +155,7 @@ def image64(scan_patch: int = 12) -> DataConfig:
   )
 
 
-def imagenet(size: int, scan_patch: int = 192, scan: str = "patch") -> DataConfig:
+def imagenet(size: int, scan_patch: int = 192, scan: Scan = "patch") -> DataConfig:
   """ImageNet (ILSVRC 2012), scaled and cropped to size x size; TFDS needs its archives downloaded by hand."""
   return DataConfig(
     train="tfds:imagenet2012:train",
@@ -203,7 +206,7 @@ def text_megabyte(
   *,
   context: int = 8192,
   train_bytes: int = BYTES,
-  method: str = "basic",
+  method: Method = "basic",
   **model,
 ) -> Config:
   """Text, MEGABYTE: 758M + 262M unless said otherwise. Longer contexts keep the bytes of a batch."""
@@ -221,7 +224,7 @@ def image256_megabyte(
   local_shape: Shape | None = (768, 12),
   *,
   patch_size: int = 192,
-  scan: str = "patch",
+  scan: Scan = "patch",
   **model,
 ) -> Config:
   """Image256, MEGABYTE: 125M + 125M unless said otherwise."""
@@ -232,7 +235,7 @@ def image256_megabyte(
   )
 
 
-def image256_perceiver_ar(scan: str = "patch") -> Config:
+def image256_perceiver_ar(scan: Scan = "patch") -> Config:
   """Image256, PerceiverAR 62M."""
   return run(perceiver_ar((768, 6), 8192, 768), imagenet(256, scan=scan), batch_size=256)
 

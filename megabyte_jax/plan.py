@@ -19,8 +19,8 @@ import os
 import pickle
 import re
 import time
-from collections import Counter
-from typing import Any
+from collections import Counter, defaultdict
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ from megabyte_jax.command_line import parse_mesh
 from megabyte_jax.config import Config, ConfigError, PerceiverARConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.models.build import abstract_model
+from megabyte_jax.models.config import Remat
 from megabyte_jax.progress import duration, human
 from megabyte_jax.sharding import batch_sharding, check_mesh, make_mesh
 from megabyte_jax.train_state import abstract_state, make_eval_step, make_train_step
@@ -43,7 +44,7 @@ from megabyte_jax.train_state import abstract_state, make_eval_step, make_train_
 STEPS = ("train", "eval", "generate")
 _GIB = 2**30
 _BETWEEN = " between slices"
-_QUICK = {"exec_time_optimization_effort": -1.0}
+_QUICK: dict[str, Any] = {"exec_time_optimization_effort": -1.0}  # Any: JAX declares texts and booleans alone
 
 
 @dataclasses.dataclass
@@ -100,12 +101,13 @@ def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
   from jax.experimental import topologies  # noqa: PLC0415
 
   more = {"num_slices": slices} if slices > 1 else {}
+  devices: list[jax.Device]
   try:
     devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices)
   except Exception as error:
     text = " ".join(str(error).split())[:300]
     raise ConfigError(f"libtpu has no topology {topology!r} ({text}); try v5p:4x4x4, v5e:16x16 or v6e:4x4") from None
-  require(hardware.tpu_chip(devices[0]) is not None, f"hardware.py does not know {devices[0].device_kind}")
+  require(hardware.is_known_tpu(devices[0]), f"hardware.py does not know {devices[0].device_kind}")
   return devices
 
 
@@ -191,14 +193,15 @@ def make_plan(
   plan.seconds = time.perf_counter() - started
   found: list[Collective] = []
   if executable is not None:
-    memory = executable.memory_analysis()
+    memory: Any = executable.memory_analysis()
     plan.arguments, plan.temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     plan.output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     plan.total = plan.arguments + plan.output + plan.temporaries
     plan.fits = plan.total <= plan.memory
     plan.reason = "" if plan.fits else "the compiler used more than the device has"
-    found = collectives(executable.as_text())
-    counts, sent = Counter(), Counter()
+    found = collectives(executable.as_text() or "")
+    counts: Counter[str] = Counter()
+    sent: dict[str, float] = defaultdict(float)
     for one in found:
       kind = one.kind + _BETWEEN * one.between_slices
       counts[kind] += one.times
@@ -261,7 +264,7 @@ def describe(plan: Plan) -> str:
 
 def to_json(plan: Plan) -> str:
   """The plan as one JSON object on one line."""
-  values = dataclasses.asdict(dataclasses.replace(plan, config=None))
+  values = dataclasses.asdict(plan)
   values["config"] = plan.config.to_dict()
   values["parameters"] = flops.parameter_count(plan.config.model)
   values["days"] = plan.days
@@ -282,7 +285,9 @@ def save(executable: jax.stages.Compiled, path: str | os.PathLike) -> None:
     file.write_bytes(pickle.dumps(serialize(executable)))
 
 
-def changed(config: Config, *, batch_size: int = 0, accumulate: int = 0, remat: str = "", mesh: str = "") -> Config:
+def changed(
+  config: Config, *, batch_size: int = 0, accumulate: int = 0, remat: Remat | Literal[""] = "", mesh: str = ""
+) -> Config:
   """The config with what the flags change; a batch of another size keeps the bytes to train on."""
   if batch_size:
     steps = max(1, round(config.num_steps * config.batch_size / batch_size))

@@ -19,10 +19,11 @@ from jax.sharding import AbstractMesh
 
 from megabyte_jax import flops, hardware, roofline
 from megabyte_jax.config import Config, ConfigError, MegabyteConfig, MeshConfig
+from megabyte_jax.models.config import Remat
 from megabyte_jax.plan import Plan, changed, for_tpu, make_plan
 from megabyte_jax.sharding import check_mesh
 
-_REMAT = ("none", "named", "full")  # from the fastest to the smallest
+_REMAT: tuple[Remat, ...] = ("none", "named", "full")  # from the fastest to the smallest
 _MOST_PARTS = 64
 _DOUBLINGS = 4
 _WORTH_DOUBLING = 1.1  # a batch twice as large, of half as many steps, should save a tenth of the time

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _GREY = "#8a8a8a"
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
-_STYLE = {
+_STYLE: dict[Any, Any] = {  # Any: matplotlib declares a type of all its keys
   "axes.axisbelow": True,
   "axes.edgecolor": "#b0b0b0",
   "axes.grid": True,
@@ -120,18 +120,18 @@ def loss_by_position(
     PlotError: a curve has no finite value.
   """
   several = isinstance(values_by_position, Mapping)
-  curves = values_by_position if several else {"": values_by_position}
-  curves = {name: np.asarray(values, np.float64) for name, values in curves.items()}
+  given = values_by_position if isinstance(values_by_position, Mapping) else {"": values_by_position}
+  curves = {name: np.asarray(values, np.float64) for name, values in given.items()}
   for name, values in curves.items():
     if not np.isfinite(values).any():
       raise PlotError(f"no position of {name or 'the curve'} has a loss to draw in {out_png}")
   with _axes(out_png, title, xlabel, ylabel) as axes:
     for (name, values), color in zip(curves.items(), _cycle(_COLORS), strict=False):
       x = np.arange(len(values)) * bin_width + (bin_width - 1) / 2
-      marker = {"marker": "o", "markersize": 6, "markeredgecolor": "white"} if len(values) <= 64 else {}
+      marker: dict[str, Any] = {"marker": "o", "markersize": 6, "markeredgecolor": "white"} if len(values) <= 64 else {}
       axes.plot(x, values, color=color, linewidth=2, label=name, **marker)
       if not several:
-        mean = np.nanmean(values)
+        mean = float(np.nanmean(values))
         axes.axhline(mean, color=_GREY, linewidth=1, linestyle=_DASHES[1], zorder=1)
         axes.annotate(
           f"mean {mean:.3f}",
@@ -173,7 +173,7 @@ def flops_per_byte(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], 
     axes.set_yscale("log")
     for (family, names), color in zip(families.items(), _cycle(_COLORS), strict=False):
       for i, name in enumerate(names):
-        line = {"color": color, "linestyle": _DASHES[i % len(_DASHES)], "linewidth": 2}
+        line: dict[str, Any] = {"color": color, "linestyle": _DASHES[i % len(_DASHES)], "linewidth": 2}
         axes.plot(*curves[name], label=family if i == 0 else None, **line)
     lengths = sorted({length for xs, _ in curves.values() for length in xs})
     ticks = lengths if len(lengths) <= 7 else lengths[:: -(-len(lengths) // 7)]
@@ -225,10 +225,10 @@ def _axes(out_png: epath.PathLike, title: str, xlabel: str, ylabel: str, width: 
   """Axes to draw on, saved as `out_png` when the block ends well."""
   import matplotlib as mpl  # noqa: PLC0415  (slow, and few commands draw)
   from matplotlib.figure import Figure  # noqa: PLC0415
+  from matplotlib.layout_engine import ConstrainedLayoutEngine  # noqa: PLC0415
 
   with mpl.rc_context(_STYLE):
-    figure = Figure(figsize=(width, 4.2), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    figure = Figure(figsize=(width, 4.2), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     axes = figure.add_subplot()
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     yield axes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Literal
 
 import jax
 from flax import nnx
@@ -14,7 +15,9 @@ from megabyte_jax.models.build import Model, abstract_model
 from megabyte_jax.sharding import make_mesh, shard_abstract
 
 
-def load(workdir: str, step: int | str | None = None, mesh: Mesh | None = None) -> tuple[Model, Config, int]:
+def load(
+  workdir: str, step: int | Literal["best"] | None = None, mesh: Mesh | None = None
+) -> tuple[Model, Config, int]:
   """The model of a train.py run, with the parameters of one of its checkpoints.
 
   Args:
@@ -33,8 +36,8 @@ def load(workdir: str, step: int | str | None = None, mesh: Mesh | None = None) 
   mesh = mesh or make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
   graph, abstract = abstract_model(config.model)
   with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
-    step = checkpoints.best_step() if step == "best" else step
-    restored = checkpoints.restore_params(shard_abstract(abstract, mesh), step)
+    number = checkpoints.best_step() if step == "best" else step
+    restored = checkpoints.restore_params(shard_abstract(abstract, mesh), number)
   return nnx.merge(graph, restored.params), config, restored.step
 
 
@@ -46,6 +49,6 @@ def evaluation_mesh(config: MeshConfig) -> Mesh:
     return make_mesh(MeshConfig(data=1, fsdp=-1))
 
 
-def step_argument(text: str) -> int | str:
+def step_argument(text: str) -> int | Literal["best"]:
   """The value of a command's --step: a number, or best."""
-  return text if text == "best" else int(text)
+  return "best" if text == "best" else int(text)

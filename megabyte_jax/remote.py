@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-_T, _R = TypeVar("_T"), TypeVar("_R")
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 _REQUESTS = 32  # at once; each waits some tens of milliseconds for its answer
 _SCHEMES = ("gs://", "s3://", "az://", "hf://")  # those of etils.epath
 # What the packages that are missing call themselves in their ImportErrors, and what installs them.

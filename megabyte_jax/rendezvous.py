@@ -84,10 +84,9 @@ def _receive(coordinator: str, port: int, count: int, end: float, tell: Callable
         for key, _ in sorted(ready, key=lambda event: event[0].fileobj is listener):  # who left, then who comes
           if key.fileobj is listener:
             _welcome(listener.accept()[0], count, present, selector)
-          elif not _is_alive(key.fileobj):  # it gave up or was killed: it may call again
+          elif not _is_alive(present[key.data]):  # it gave up or was killed: it may call again
             selector.unregister(key.fileobj)
-            key.fileobj.close()
-            present.pop(key.data, None)
+            present.pop(key.data).close()
         missing = [i for i in range(1, count) if i not in present]
         if not missing:
           break
@@ -97,11 +96,11 @@ def _receive(coordinator: str, port: int, count: int, end: float, tell: Callable
             _say(line, missing=missing)
         tell(f"{_names(missing)} to call {coordinator}")
         if time.monotonic() >= end:
-          error = f"{_names(missing)} of {count} did not start in time; look at their output, and whether they reach "
-          error += f"{coordinator}"
+          absent = f"{_names(missing)} of {count} did not start in time; look at their output, and whether they reach "
+          absent += f"{coordinator}"
           for line in present.values():
-            _say(line, error=error)
-          raise ConfigError(error)
+            _say(line, error=absent)
+          raise ConfigError(absent)
       for line in present.values():
         _say(line, go=True)
     finally:

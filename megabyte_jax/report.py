@@ -67,8 +67,9 @@ def evaluate_and_print(
   compressors = {}
   if with_compressors and total <= _COMPRESSED_BYTES and jax.process_index() == 0:
     text = read_all(source)
-    primed = primer and primer.joinable and total + int(np.sum(primer.lengths)) <= _COMPRESSED_BYTES
-    compressors = compress_all(text, read_all(primer) if primed else None)
+    if primer and not (primer.joinable and total + int(np.sum(primer.lengths)) <= _COMPRESSED_BYTES):
+      primer = None
+    compressors = compress_all(text, read_all(primer) if primer else None)
   if jax.process_index() == 0:
     print(results_table(config, result, compressors), flush=True)
   return result

@@ -75,8 +75,11 @@ def bounds(
     wire_bytes, network_bytes: that each device sends in one step, within its slice and to other slices.
   """
   chip, per_chip = hardware.tpu_chip(device), hardware.devices_per_chip(device)
+  peak = hardware.peak_flops(device)
+  if peak is None:
+    raise ValueError(f"hardware.py does not know the peak of {device.device_kind}")
   predicted = config.batch_size * flops.predicted_bytes(config.model)
-  forward = flops.flops_per_byte(config.model) * predicted / devices / hardware.peak_flops(device)
+  forward = flops.flops_per_byte(config.model) * predicted / devices / peak
   traffic = memory_traffic(config, devices, tensor, step)
   return Bounds(
     compute=forward * passes(config, step),

@@ -225,7 +225,8 @@ def generate(
       else:
         state = _read_prompt(graph, parameters, x_BT[:, : _prompt_length(known, model)], known)
       at = known // model.alignment * model.alignment  # bytes from here to `known` are decoded as given
-      chunk = None  # the newest: its bytes are looked at only when the device has the next to go on with
+      # The newest: its bytes are looked at only when the device has the next to go on with.
+      chunk: tuple[int, int, list[jax.Array]] | None = None
       while chunk or (at < limit and offset + at < ends.max()):
         before, chunk = chunk, None
         if at < limit and offset + at < ends.max():
@@ -271,4 +272,5 @@ def _find_ends(stop: Stop, text: np.ndarray, ends: np.ndarray, start: int, first
 def _mesh_of(parameters) -> Mesh | None:
   """The mesh that the parameters are spread over, None where they lie on one device."""
   sharding = jax.tree.leaves(parameters)[0].sharding
-  return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
+  mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+  return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None

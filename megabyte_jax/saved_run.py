@@ -102,7 +102,7 @@ def _matters(key: str) -> bool:
   return key.replace("[", ".").split(".")[0] in _DECISIVE and key not in _FREE
 
 
-def _with_defaults(saved: dict, current: dict) -> dict:
+def _with_defaults(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Mapping[str, Any]:
   """`saved`, where keys that only `current` has are added with their default values."""
   try:  # leaving those keys out of `current` lets the dataclasses fill them in
     defaults = Config.from_dict(_common(current, saved)).to_dict()

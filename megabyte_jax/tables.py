@@ -13,9 +13,9 @@ ours, with where ours came from. Our runs are far smaller unless their source sa
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import pathlib
+import runpy
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -39,10 +39,7 @@ def rows_of_file(table: str) -> dict[str, Config]:
   """All rows of configs/paper/TABLE.py by name; raises ConfigError where the package lies outside a clone."""
   path = CONFIGS / f"{table}.py"
   require(path.exists(), f"{path} does not exist; run megabyte_jax.tables from a clone of the repository")
-  spec = importlib.util.spec_from_file_location(f"paper_{table}", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.ROWS
+  return runpy.run_path(str(path))["ROWS"]
 
 
 def config_of(reference: str) -> Config:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +34,8 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
   check_mesh(mesh, config.model, config.batch_size // config.accumulate)
   _, parameters = abstract_model(config.model)
   opt_state = jax.eval_shape(make_optimizer(config.optimizer, config.num_steps).init, parameters)
-  return shard_abstract(TrainState(jax.ShapeDtypeStruct((), jnp.int32), parameters, opt_state), mesh)
+  step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+  return shard_abstract(TrainState(step, parameters, opt_state), mesh)
 
 
 def initial_state(config: Config, mesh: Mesh) -> TrainState:
@@ -51,7 +51,7 @@ def initial_state(config: Config, mesh: Mesh) -> TrainState:
   return jax.jit(make, out_shardings=shardings)(jax.random.key(config.seed))
 
 
-def make_train_step(config: Config) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+def make_train_step(config: Config) -> jax.stages.Wrapped:
   """The jitted step (state, x_BT, length_B) -> (state, metrics); the old state's memory is reused.
 
   `length_B` is None where every row is full. Metrics: nats (summed), bytes (counted), grad_norm; float32.
@@ -60,13 +60,13 @@ def make_train_step(config: Config) -> Callable[..., tuple[TrainState, dict[str,
   graph, _ = abstract_model(config.model, training=True)
   optimizer = make_optimizer(config.optimizer, config.num_steps)
   drops = config.model.dropout > 0 or config.model.attention_dropout > 0
-  has_latents = isinstance(config.model, PerceiverARConfig)
+  latents = config.model.latents if isinstance(config.model, PerceiverARConfig) else 0
   parts = config.accumulate
 
   def summed_nats(parameters, x_BT, length_B, key):
     start_B = None  # PerceiverAR's latents: the last bytes of each row
-    if has_latents and length_B is None:
-      start_B = random_latent_starts(key, x_BT.shape, config.model.latents)
+    if latents and length_B is None:
+      start_B = random_latent_starts(key, x_BT.shape, latents)
     dropout_key = jax.random.fold_in(key, 1) if drops else None
     return sum_of_nats(nnx.merge(graph, parameters), x_BT, length_B=length_B, start_B=start_B, dropout_key=dropout_key)
 
@@ -113,7 +113,7 @@ def random_latent_starts(key: jax.Array, shape: tuple[int, int], latents: int) -
   return jnp.where(is_short_B, anywhere_B, latest)
 
 
-def make_eval_step(config: Config) -> Callable[..., jax.Array]:
+def make_eval_step(config: Config) -> jax.stages.Wrapped:
   """The jitted (parameters, x_BT, length_B, start_B) -> nats_BT; see `byte_nats`. `start_B` is for PerceiverAR."""
   graph, _ = abstract_model(config.model)
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from megabyte_jax.config_parsing import require
-from megabyte_jax.models.config import ModelConfig, PerceiverARConfig
+from megabyte_jax.models.config import MegabyteConfig, ModelConfig, PerceiverARConfig
 
 METHODS = ("basic", "sliding", "strided", "both")
 
@@ -81,14 +81,17 @@ def check_method(config: ModelConfig, method: str, stride: int = 0) -> None:
   require(method in METHODS, f"method is {method!r}; choose one of {', '.join(METHODS)}")
   perceiver = isinstance(config, PerceiverARConfig)
   require(
-    method in ("basic", "sliding") or (not perceiver and config.levels[0].patch_size > 1),
+    method in ("basic", "sliding") or (isinstance(config, MegabyteConfig) and config.levels[0].patch_size > 1),
     f"method={method} shifts patches, but this model's first level reads single bytes; take basic or sliding",
   )
   require(
     stride == 0 or perceiver or method in ("sliding", "both"),
     f"stride is {stride}, but method={method} does not slide; leave it 0 or take method=sliding or both",
   )
-  limit, name = (config.latents, "model.latents") if perceiver else (config.context, "model.context")
+  if isinstance(config, PerceiverARConfig):
+    limit, name = config.latents, "model.latents"
+  else:
+    limit, name = config.context, "model.context"
   require(0 <= stride <= limit, f"stride is {stride}; it must be between 1 and {name} ({limit}), or 0 for half of it")
 
 

@@ -78,10 +78,10 @@ def files(package: pathlib.Path, patterns: Iterable[str]) -> Iterator[tuple[str,
     return any(fnmatch.fnmatchcase(name.removeprefix("./"), pattern) for pattern in patterns)
 
   if package.suffix == ".whl":
-    with zipfile.ZipFile(package) as archive:
-      for name in archive.namelist():
+    with zipfile.ZipFile(package) as wheel:
+      for name in wheel.namelist():
         if wanted(name):
-          yield name, archive.read(name)
+          yield name, wheel.read(name)
     return
   if package.suffix == ".deb":
     unpacker = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE)
@@ -96,8 +96,8 @@ def files(package: pathlib.Path, patterns: Iterable[str]) -> Iterator[tuple[str,
 
 def _tar_files(archive: tarfile.TarFile, wanted) -> Iterator[tuple[str, bytes]]:
   for member in archive:
-    if member.isfile() and wanted(member.name):
-      yield member.name.removeprefix("./"), archive.extractfile(member).read()
+    if member.isfile() and wanted(member.name) and (file := archive.extractfile(member)):
+      yield member.name.removeprefix("./"), file.read()
 
 
 def sha256(path: pathlib.Path) -> str:

@@ -121,8 +121,9 @@ def linux(
   with tarfile.open(fileobj=io.BytesIO(archive), mode="r|xz") as sources:
     for member in sources:
       path = member.name.partition("/")[2]
-      if member.isfile() and path.endswith(".c") and path.split("/")[0] in folders:
-        yield path, sources.extractfile(member).read()
+      is_wanted = member.isfile() and path.endswith(".c") and path.split("/")[0] in folders
+      if is_wanted and (file := sources.extractfile(member)):
+        yield path, file.read()
 
 
 def _unzipped(name: str, contents: bytes) -> bytes:

@@ -13,20 +13,21 @@ Names are DATA_MODEL. The paper's numbers:
 DATA_windowed_transformer is not in the paper: the strong rival that later work found.
 """
 
+from collections.abc import Callable
+
 from megabyte_jax import paper_rows
+from megabyte_jax.config import Config
 
 DATA = ("pg19", "stories", "books", "arxiv", "code")
 
-ROWS = {
-  f"{data}_{model}": make(data)
-  for data in DATA
-  for model, make in {
-    "transformer": paper_rows.text_transformer,
-    "windowed_transformer": paper_rows.text_windowed_transformer,
-    "perceiver_ar": paper_rows.text_perceiver_ar,
-    "megabyte": paper_rows.text_megabyte,
-  }.items()
+MODELS: dict[str, Callable[[str], Config]] = {
+  "transformer": paper_rows.text_transformer,
+  "windowed_transformer": paper_rows.text_windowed_transformer,
+  "perceiver_ar": paper_rows.text_perceiver_ar,
+  "megabyte": paper_rows.text_megabyte,
 }
+
+ROWS = {f"{data}_{model}": make(data) for data in DATA for model, make in MODELS.items()}
 
 
 def get_config(name=""):

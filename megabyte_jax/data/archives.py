@@ -5,6 +5,7 @@ Every regular file is read that is not hidden, a hard link as the file that it l
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import lzma
@@ -13,14 +14,14 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from typing import IO
+from typing import IO, Protocol
 
 from megabyte_jax.data.decompression import Decompressed
 from megabyte_jax.data.files import fingerprint_files, sizes_of
 from megabyte_jax.data.sources import DataError
 
 _TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-_SINGLE: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
+_SINGLE: dict[str, Callable[[IO[bytes]], _Readable]] = {
   ".gz": lambda file: gzip.GzipFile(fileobj=file),
   ".bz2": lambda file: io.BufferedReader(Decompressed(file, "bz2"), _BLOCK),
   ".xz": lambda file: io.BufferedReader(Decompressed(file, "xz"), _BLOCK),
@@ -88,7 +89,11 @@ def documents(
     raise DataError(f"{path} is damaged or cut short at {name} ({error})") from error
 
 
-Opened = Callable[[], IO[bytes]]
+class _Readable(Protocol):
+  def read(self, size: int, /) -> bytes: ...
+
+
+Opened = Callable[[], _Readable]
 
 
 def _members(path: str, file: IO[bytes]) -> Iterator[tuple[str, int, Opened]]:
@@ -101,7 +106,7 @@ def _members(path: str, file: IO[bytes]) -> Iterator[tuple[str, int, Opened]]:
       if member.isfile() and not _hidden(member.name):
         yield member.name, member.size, opened
       elif member.islnk() and not _hidden(member.name):
-        yield member.name, -1, lambda member=member: _linked(path, member)
+        yield member.name, -1, functools.partial(_linked, path, member)
   else:
     stem, suffix = os.path.splitext(os.path.basename(path))
     stream = _SINGLE[suffix.lower()](file)
@@ -115,7 +120,7 @@ def _zip_members(path: str, file: IO[bytes]) -> Iterator[tuple[str, int, Opened]
       if entry.is_dir() or _hidden(entry.filename):
         archive.open(entry).close()  # compares the name with the one at the file: it may be left out by damage
       else:
-        yield entry.filename, entry.file_size, lambda entry=entry: archive.open(entry)
+        yield entry.filename, entry.file_size, functools.partial(archive.open, entry)
 
 
 def _check_count(path: str, found: int) -> None:
@@ -129,7 +134,7 @@ def _check_count(path: str, found: int) -> None:
     raise ValueError(f"{found} of {promised} entries are in its directory")
 
 
-def _open_tar(path: str, file: IO[bytes]) -> IO[bytes]:
+def _open_tar(path: str, file: IO[bytes]) -> _Readable:
   lower = path.lower()
   return next((opener(file) for suffix, opener in _SINGLE.items() if lower.endswith((suffix, f".t{suffix[1:]}"))), file)
 
@@ -141,16 +146,24 @@ def _tar_members(path: str, file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, 
   while block:
     stream.put_back(block)
     # Reads of one record: so it stops where an archive ends, and does not take the beginning of the next one along.
-    with tarfile.open(fileobj=stream, mode="r|", bufsize=_RECORD) as archive:
+    # Typeshed wants a whole file, of which tarfile needs no more than read().
+    with tarfile.open(fileobj=stream, mode="r|", bufsize=_RECORD) as archive:  # type: ignore[call-overload]
       for member in archive:
-        yield member, lambda member=member, archive=archive: archive.extractfile(member)
+        yield member, functools.partial(_extracted, archive, member)
     block = bytes(_RECORD)
     while block == bytes(_RECORD):
       block = stream.read(_RECORD)
   stream.check_end()
 
 
-def _linked(path: str, link: tarfile.TarInfo) -> IO[bytes]:
+def _extracted(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+  file = archive.extractfile(member)
+  if file is None:
+    raise ValueError(f"{member.name} is no regular file")
+  return file
+
+
+def _linked(path: str, link: tarfile.TarInfo) -> _Readable:
   """The file of a hard link, which lies before it in the archive: found by reading that once more."""
   file = open(path, "rb")  # noqa: SIM115  (closed with the last reference, as what reads from it is)
   for member, opened in _tar_members(path, file):
@@ -162,7 +175,7 @@ def _linked(path: str, link: tarfile.TarInfo) -> IO[bytes]:
 class _Watched:
   """A stream that knows how it ended: tarfile takes an archive cut between files, or mid-stream, for a whole one."""
 
-  def __init__(self, file: IO[bytes]):
+  def __init__(self, file: _Readable):
     self._file, self._tail, self._again = file, b"", b""
 
   def read(self, size: int) -> bytes:

@@ -109,7 +109,7 @@ class AudioFiles:
     if not kept:
       raise DataError(f"none of {self.skipped} recordings can be read, {names[0]} for one")
     self.paths, self.names = [self.paths[i] for i in kept], [self.names[i] for i in kept]
-    self.lengths = np.array([heads[i].resampled(rate) * self.unit for i in kept], np.int64)
+    self.lengths = np.array([head.resampled(rate) * self.unit for head in heads if head is not None], np.int64)
     self._bytes = functools.lru_cache(maxsize=_DECODED)(self._encode)
 
   @functools.cached_property

@@ -189,7 +189,7 @@ def batches(
 def rows_of_this_process(sharding: jax.sharding.Sharding, batch_size: int, context: int) -> np.ndarray:
   """The rows of a [batch_size, context] array of which this process's devices hold a part, in order."""
   indices = sharding.addressable_devices_indices_map((batch_size, context)).values()
-  return np.unique(np.concatenate([np.arange(batch_size)[index[0]] for index in indices]))
+  return np.unique(np.concatenate([np.arange(batch_size)[index[0]] for index in indices if index is not None]))
 
 
 def host_batches(
@@ -224,7 +224,7 @@ def _to_devices(
   lengths_sharding = _rows_sharding(sharding)
   place = {int(row): i for i, row in enumerate(rows)}
 
-  def globally(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+  def globally(array: np.ndarray | jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
     def part(index):
       first, last, _ = index[0].indices(batch_size)
       i = place[first]

@@ -109,7 +109,7 @@ def _read_into(file: io.FileIO, start: int, out: np.ndarray) -> int:
   Not through a memory map: one of a file that has been cut short kills the process when it is touched.
   """
   done = 0
-  while done < len(out) and (count := os.preadv(file.fileno(), [out[done:]], start + done)):
+  while done < len(out) and (count := os.preadv(file.fileno(), [out[done:].data], start + done)):
     done += count
   return done
 

@@ -22,8 +22,15 @@ _DECODED = 16  # decoded images kept at hand: an evaluation reads the windows of
 class EncodedImages(Protocol):
   """Where encoded images come from: files, or records of a data set."""
 
-  names: Sequence[str]
-  fingerprint: str
+  @property
+  def names(self) -> Sequence[str]:
+    """One name per image."""
+    ...
+
+  @property
+  def fingerprint(self) -> str:
+    """See `Source.fingerprint`."""
+    ...
 
   def load(self, i: int) -> bytes:
     """The encoded image number i."""
@@ -76,14 +83,14 @@ class Images:
     self.encoded, self.data, self.convert = encoded, data, "all" if data.convert_images else convert
     self.skipped = 0
     self._decoded = functools.lru_cache(maxsize=_DECODED)(self._decode)
-    good = self._good_images() if data.skip_bad else np.arange(len(encoded.names))
+    good = self._good_images() if data.skip_bad else range(len(encoded.names))
+    self._image: Sequence[int] = good  # of each document
+    self._places: list[tuple[int, int]] = []  # (top, left) of each document where tiles are cut
+    self.names = encoded.names
     if data.image_tiles:
       self._place_tiles(good)
-    else:
-      self._places = None
-      self._image = good
-      everything = len(good) == len(encoded.names)
-      self.names = encoded.names if everything else [encoded.names[i] for i in good]
+    elif len(good) < len(encoded.names):
+      self.names = [encoded.names[i] for i in good]
     self.lengths = np.full(len(self.names), data.image_size**2 * 3, np.int64)
 
   @functools.cached_property
@@ -96,8 +103,8 @@ class Images:
   def read(self, document: int, start: int, stop: int) -> np.ndarray:
     """See `Source.read`. Raises DataError naming an image that cannot be decoded."""
     check_range(self, document, start, stop)
-    image = self._decoded(int(self._image[document]))
-    if self._places is not None:
+    image = self._decoded(self._image[document])
+    if self._places:
       (top, left), n = self._places[document], self.data.image_size
       image = images.image_to_bytes(image[top : top + n, left : left + n], self.data.scan, self.data.scan_patch)
     return image[start:stop].copy()
@@ -110,11 +117,12 @@ class Images:
     square = images.square_image(image, self.data.image_size)
     return images.image_to_bytes(square, self.data.scan, self.data.scan_patch)
 
-  def _good_images(self) -> np.ndarray:
+  def _good_images(self) -> list[int]:
+    count = len(self.encoded.names)
     with ThreadPoolExecutor() as pool:
-      good = np.flatnonzero(list(pool.map(self._is_good, range(len(self.encoded.names)))))
-    self.skipped = len(self.encoded.names) - len(good)
-    if not len(good):
+      good = [i for i, is_good in enumerate(pool.map(self._is_good, range(count))) if is_good]
+    self.skipped = count - len(good)
+    if not good:
       raise DataError(f"none of {self.skipped} images can be read, {self.encoded.names[0]} for one")
     return good
 
@@ -125,15 +133,16 @@ class Images:
       return False
     return True
 
-  def _place_tiles(self, good: np.ndarray) -> None:
+  def _place_tiles(self, good: Sequence[int]) -> None:
     n = self.data.image_size
-    self._image, self._places, self.names = [], [], []
+    numbers, names = [], []
     for i in good:
-      width, height = images.scaled_size(_size(self.encoded.load(int(i)), self.encoded.names[i]), self.data.image_tiles)
+      width, height = images.scaled_size(_size(self.encoded.load(i), self.encoded.names[i]), self.data.image_tiles)
       for row, column in np.ndindex(height // n, width // n):
-        self._image.append(i)
+        numbers.append(i)
         self._places.append((row * n, column * n))
-        self.names.append(f"{self.encoded.names[i]}[{row},{column}]")
+        names.append(f"{self.encoded.names[i]}[{row},{column}]")
+    self._image, self.names = numbers, names
 
 
 def _size(data: bytes, name: str) -> tuple[int, int]:

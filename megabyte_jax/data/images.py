@@ -129,7 +129,8 @@ def open_image(data: bytes, name: str, convert: str = ""):
     how += "" if animated else ", or make them RGB with --config.data.convert_images=True"
     raise DataError(f"{name} is {odd}, not an 8-bit RGB image; {how}")
   if image.mode in ("I;16", "I;16B", "I;16L", "I"):  # grey of 16 bits
-    image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    upper = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(upper).convert("RGB")
   return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -208,7 +209,9 @@ def scaled_image(image, short_side: int) -> np.ndarray:
 
 def scaled_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
   """(width, height) after scaling the short side to `short_side` pixels."""
-  return tuple(short_side if s == min(size) else max(short_side, round(s * short_side / min(size))) for s in size)
+  short = min(size)
+  width, height = (short_side if s == short else max(short_side, round(s * short_side / short)) for s in size)
+  return width, height
 
 
 def write_png(path: epath.PathLike, image_HWC: np.ndarray) -> None:

@@ -51,7 +51,8 @@ class PackWriter:
         what = "holds other data" if done is None else f"was packed from {done}, not {self.request}"
         raise DataError(f"{path} exists and {what}; remove it or name another folder")
       _remove(self.path)
-    self._new = {"request": self.request, "items": 0, "documents": 0, "bytes": 0, "names": 0, "skipped": 0}
+    counts = {"items": 0, "documents": 0, "bytes": 0, "names": 0, "skipped": 0}
+    self._new: dict[str, Any] = {"request": self.request, **counts}
     self._state = self._new if self.complete else self._load_state()
 
   @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import IO
+from typing import IO, Literal
 
 _UNKNOWN = 0xFFFFFFFF  # the size of a chunk whose size is elsewhere, or that was not known when its head was written
 _FIRST, _LAST = 2, 4  # flags of an OGG page
@@ -16,7 +16,7 @@ def wav_problem(file: IO[bytes]) -> str:
   head = file.read(12)
   if head[:4] not in (b"RIFF", b"RIFX", b"RF64") or head[8:] != b"WAVE":
     return ""
-  order = "big" if head[:4] == b"RIFX" else "little"
+  order: Literal["big", "little"] = "big" if head[:4] == b"RIFX" else "little"
   promised, long_size = int.from_bytes(head[4:8], order) + 8, None
   if head[:4] != b"RF64" and promised - 8 not in (0, _UNKNOWN) and total < promised:
     return f"is cut short: {total:,} bytes of {promised:,}"
@@ -40,7 +40,8 @@ def ogg_problem(data: bytes) -> str:
 
   Pages must follow each other without a gap, be counted without one, and each stream must end with a page that says so.
   """
-  place, next_page, ended = 0, {}, set()
+  place, ended = 0, set()
+  next_page: dict[bytes, int] = {}
   while place < len(data):
     head = data[place : place + 27]
     sizes = data[place + 27 : place + 27 + head[26]] if len(head) == 27 else b""

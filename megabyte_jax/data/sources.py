@@ -33,23 +33,29 @@ class Source(Protocol):
   """Documents with random access. All methods may be called from several threads at once.
 
   Attributes:
-    names: one name per document.
     lengths: int64 array, bytes per document.
     joinable: whether a window may run from one document into the next (an image's bytes mean nothing
       without its first pixel's place, so images may not be joined).
     unit: bytes that belong together, such as the two of a 16-bit sample; windows start at multiples of it.
     slow: whether reading takes work or waiting (decoding, a network), so that threads help.
     skipped: items that were left out because they could not be read (see DataConfig.skip_bad).
-    fingerprint: short string; differs when the data, or how they are turned into bytes, differ (`pair_fingerprints`).
   """
 
-  names: Sequence[str]
   lengths: np.ndarray
   joinable: bool
   unit: int
   slow: bool
   skipped: int
-  fingerprint: str
+
+  @property
+  def names(self) -> Sequence[str]:
+    """One name per document."""
+    ...
+
+  @property
+  def fingerprint(self) -> str:
+    """A short string; differs when the data, or how they are turned into bytes, differ (`pair_fingerprints`)."""
+    ...
 
   def read(self, document: int, start: int, stop: int) -> np.ndarray:
     """Bytes [start, stop) of a document, uint8, 0 <= start <= stop <= lengths[document]."""

@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 
 from megabyte_jax import remote
-from megabyte_jax.config import DataConfig
+from megabyte_jax.config import ConfigError, DataConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.data.files import fingerprint_files, sizes_of
 from megabyte_jax.data.image_source import Images
@@ -42,7 +42,8 @@ class Spec(NamedTuple):
 def parse_spec(spec: str) -> Spec:
   """Raises ConfigError where `spec` is no `tfds:NAME:SPLIT`."""
   match = _SPEC.fullmatch(spec)
-  require(match is not None, f"data source {spec!r} names no split; write it like tfds:pg19:validation")
+  if match is None:
+    raise ConfigError(f"data source {spec!r} names no split; write it like tfds:pg19:validation")
   return Spec(match["name"], match["split"], match["feature"] or "")
 
 
@@ -249,7 +250,7 @@ class Texts:
     return np.frombuffer(self._text(int(self._kept[document])), np.uint8)[start:stop].copy()
 
 
-class _Numbered(Sequence):
+class _Numbered(Sequence[str]):
   """spec[0], spec[1], ... without a list of millions of strings."""
 
   def __init__(self, spec: str, count: int):

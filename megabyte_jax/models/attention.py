@@ -7,6 +7,7 @@ Batch and spans are never merged, so that spans can lie on different devices wit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from megabyte_jax.hardware import platform
 from megabyte_jax.models import dropout as dropout_lib
 from megabyte_jax.models import fused_attention
 
-_FUSED = {"cudnn": fused_attention.cudnn, "splash": fused_attention.splash}
+_FUSED: dict[str, Callable[..., jax.Array]] = {"cudnn": fused_attention.cudnn, "splash": fused_attention.splash}
 _FUSED_MIN_SLOTS = 64  # below, the matrix products of a span are too small for a fused kernel to help
 _SHORT_SPAN = 16  # slots, up to which sums of products beat matrix products on a GPU
 

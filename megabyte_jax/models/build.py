@@ -23,7 +23,7 @@ Model = Megabyte | PerceiverAR
 
 def make_model(config: ModelConfig, rngs: nnx.Rngs) -> Model:
   """A model with freshly drawn parameters."""
-  return (Megabyte if isinstance(config, MegabyteConfig) else PerceiverAR)(config, rngs)
+  return Megabyte(config, rngs) if isinstance(config, MegabyteConfig) else PerceiverAR(config, rngs)
 
 
 def abstract_model(config: ModelConfig, *, training: bool = False) -> tuple[nnx.GraphDef, dict[str, Any]]:

@@ -65,7 +65,8 @@ def attend(qkv_R3HK: jax.Array, past: Filled) -> jax.Array:
       inside_S = start + jnp.arange(slots) < end
       mask_SK = jnp.broadcast_to(inside_S[:, None], (slots, K))
       cached = (ref.at[layer, row, pl.ds(start, slots), head] for ref in (k_cache, v_cache))
-      return softmax_step(carry, q_K, *(plgpu.load(ref, mask=mask_SK, other=0) for ref in cached), inside_S)
+      k_SK, v_SK = (plgpu.load(ref, mask=mask_SK, other=0) for ref in cached)
+      return softmax_step(carry, q_K, k_SK, v_SK, inside_S)
 
     own = jnp.sum(q_K * k_K), jnp.float32(1), v_K  # the slot itself
     _, total, out_K = jax.lax.fori_loop(0, pl.cdiv(jnp.maximum(end - first, 0), slots), add, own)

@@ -7,6 +7,8 @@ from typing import Literal
 
 from megabyte_jax.config_parsing import require
 
+Remat = Literal["none", "full", "named"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Level:
@@ -122,7 +124,7 @@ class BlockOptions:
   dropout: float = 0.1
   attention_dropout: float = 0.0
   init_std: float = 0.006
-  remat: Literal["none", "full", "named"] = "none"
+  remat: Remat = "none"
   scan_layers: Literal["auto", "always", "never"] = "auto"
   compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
   attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"

@@ -22,12 +22,13 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 _FORWARD, _BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2
 _LEAST, _MOST = 2.0**-100, 2.0**100  # of a scale: neither it nor its inverse may leave float32
 
 
-def quantise(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+def quantise(x: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
   """x / scale in the float8 `dtype`, and the scale, a power of two (float32, no axes). Values not finite become NaN."""
   largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
   _, exponent = jnp.frexp(jnp.clip(largest / float(jnp.finfo(dtype).max), _LEAST, _MOST))

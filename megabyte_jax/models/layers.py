@@ -37,9 +37,9 @@ def init_normal(options: BlockOptions, scale: float = 1.0) -> Callable:
   return nnx.initializers.truncated_normal(stddev=options.init_std * scale, lower=-2.0, upper=2.0)
 
 
-def make_norm(width: int, options: BlockOptions, rngs: nnx.Rngs) -> nnx.Module:
+def make_norm(width: int, options: BlockOptions, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:
   """LayerNorm or RMSNorm; statistics in float32, result in the compute dtype."""
-  arguments = dict(num_features=width, epsilon=1e-5, dtype=compute_dtype(options), rngs=rngs)
+  arguments: dict[str, Any] = dict(num_features=width, epsilon=1e-5, dtype=compute_dtype(options), rngs=rngs)
   if options.norm == "rmsnorm":
     return nnx.RMSNorm(**arguments)
   return nnx.LayerNorm(use_bias=options.bias, **arguments)
@@ -333,7 +333,8 @@ class Stack(nnx.Module):
       new = []
       seen_2 = jnp.stack([first, r + slot]).astype(jnp.int32)
       for i in range(self.level.num_layers):
-        past = cached_attention.Filled(*(a[:, :, 0] for a in cache), jnp.full(1, i, jnp.int32), seen_2)
+        k_LBSHK, v_LBSHK = (a[:, :, 0] for a in cache)
+        past = cached_attention.Filled(k_LBSHK, v_LBSHK, jnp.full(1, i, jnp.int32), seen_2)
         x_B11D, kv = nnx.merge(graph, layer_of(layers, i))(x_B11D, slots_M=slot[None], past=past)
         new.append(kv)
       return self.norm(x_B11D), _written(cache, [jnp.stack(a) for a in zip(*new, strict=True)], r + slot)
@@ -343,8 +344,8 @@ class Stack(nnx.Module):
       visible &= slot - cached < window
 
     def layer(x_B11D, parameters_and_cache):
-      parameters, *kv = parameters_and_cache
-      return nnx.merge(graph, parameters)(x_B11D, slots_M=slot[None], past=Past(*kv, visible))
+      parameters, k_BNSHK, v_BNSHK = parameters_and_cache
+      return nnx.merge(graph, parameters)(x_B11D, slots_M=slot[None], past=Past(k_BNSHK, v_BNSHK, visible))
 
     # The scan reads the caches alone: what it wrote to would be copied as a whole, once for every layer.
     x_B11D, new = jax.lax.scan(layer, x_B11D, (layers, *cache))
@@ -371,8 +372,8 @@ class Stack(nnx.Module):
 
 def _written(cache: Cache, new_LB11HK, at: jax.Array) -> Cache:
   """The cache with the keys and values of one slot, of all layers, at its entry `at`."""
-  at = (0, 0, 0, at, 0, 0)
-  return Cache(*(jax.lax.dynamic_update_slice(a, b, at) for a, b in zip(cache, new_LB11HK, strict=True)))
+  start = (0, 0, 0, at, 0, 0)
+  return Cache(*(jax.lax.dynamic_update_slice(a, b, start) for a, b in zip(cache, new_LB11HK, strict=True)))
 
 
 # The layers' parameters as a tuple of arrays instead of a stacked one: no step has to cut its layer's out of a stack.

@@ -303,18 +303,18 @@ class Megabyte(nnx.Module):
       caches, memories = self._begin_first(position % self.config.spans[0], caches, memories)
     for i in range(first_level + 1, len(self.levels)):  # below a new slot begins a new span
       caches, memories = self._begin_span(i, caches, memories)
-    caches, memories, outputs = list(caches), list(memories), list(outputs)
+    cache_of, memory_of, output_of = list(caches), list(memories), list(outputs)
     for i in range(first_level, len(self.levels)):
       size, span, part_B11s = self.config.levels[i].patch_size, self.config.spans[i], None
       if i > 0:
-        parts_BMs = outputs[i - 1].reshape(B, span // size, -1)
+        parts_BMs = output_of[i - 1].reshape(B, span // size, -1)
         part_B11s = jax.lax.dynamic_slice_in_dim(parts_BMs, position % span // size, 1, axis=1)[:, None]
       previous_BS = jax.lax.dynamic_slice_in_dim(patch_BS, (position - size) % patch, size, axis=1)
-      outputs[i], caches[i], memories[i] = self._step_level(
-        i, position % span // size, position, part_B11s, previous_BS, caches[i], memories[i]
+      output_of[i], cache_of[i], memory_of[i] = self._step_level(
+        i, position % span // size, position, part_B11s, previous_BS, cache_of[i], memory_of[i]
       )
     size = self.config.levels[-1].patch_size
-    h_BSd = outputs[-1].reshape(B, size, -1)
+    h_BSd = output_of[-1].reshape(B, size, -1)
     logits_B1V = self.levels[-1].embedder.logits(jax.lax.dynamic_slice_in_dim(h_BSd, position % size, 1, axis=1))
-    decoded = DecodeState(tuple(caches), tuple(memories), patch_BS, position + 1)
-    return ByteState(decoded, tuple(outputs)), logits_B1V[:, 0]
+    decoded = DecodeState(tuple(cache_of), tuple(memory_of), patch_BS, position + 1)
+    return ByteState(decoded, tuple(output_of)), logits_B1V[:, 0]

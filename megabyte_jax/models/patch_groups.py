@@ -24,8 +24,12 @@ def grouped_nats(model: Megabyte, nats: Nats, x_BT: jax.Array) -> jax.Array:
   """Nats of every byte, [B, T], without dropout; only those of a group have their logits in memory at a time."""
   B, T = x_BT.shape
   h_BKD = model.first_level(x_BT)
-  groups = _groups(model, h_BKD, x_BT)
-  nats_gBGP = jax.lax.map(lambda group: nats(_logits(model.levels, *group, None), group[1]), groups)
+
+  def group_nats(group):
+    h_BGD, x_BGP = group
+    return nats(_logits(model.levels, h_BGD, x_BGP, None), x_BGP)
+
+  nats_gBGP = jax.lax.map(group_nats, _groups(model, h_BKD, x_BT))
   return jnp.moveaxis(nats_gBGP, 0, 2).reshape(B, -1)[:, :T]
 
 

@@ -27,11 +27,10 @@ def receptive_field(config: ModelConfig) -> np.ndarray:
     N = config.latents
     latents = _compose(np.tri(T, dtype=bool)[T - N :], _input_slots(config.level, T, T))
     return _through_layers(latents, np.tri(N, dtype=bool), config.num_layers)
-  outputs = None
+  outputs = np.zeros((1, T), bool)  # of the parent; the first level has none
   for level, span in zip(config.levels, config.spans, strict=True):
     slots = _input_slots(level, span, T)
-    if outputs is not None:  # each slot is given its slice of the parent's output
-      slots |= np.repeat(outputs, len(slots) // len(outputs), axis=0)
+    slots |= np.repeat(outputs, len(slots) // len(outputs), axis=0)  # each is given its slice of the parent's output
     outputs = _through_layers(slots, _visible_slots(level, span, T), level.num_layers)
   return np.repeat(outputs, config.levels[-1].patch_size, axis=0)
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -240,20 +240,19 @@ class _Call:
     heads, head_width = self.level.heads
     own, half = heads * head_width // 2 // self.programs, head_width // 2
     columns = min(_power_of_two_in(own), half, max(1, _PIECE // 2 // self.chunk(self.level.width)))
-    places = []
+    wanted = []
     for first in range(0, own, columns):
-      place = pl.program_id(0) * own + first
-      places.append((place // half, slice(None), pl.ds(place % half, columns)))
-    wanted = [(i, *place) for place in places for i in range(3)]
+      begin = pl.program_id(0) * own + first
+      wanted += [(i, begin // half, slice(None), pl.ds(begin % half, columns)) for i in range(3)]
     biases = self.biases(refs, "qkv", layer, wanted)
     at, slot = refs["places"][1], refs["places"][2]
     inputs = self.normed(refs, "attention", "x", layer)
     products = self.products(refs["qkv_LD"], layer, wanted, self.level.width, wait, inputs)
-    for (i, *place), y_2C, bias_2C in zip(wanted, products, biases, strict=True):
+    for (i, head, both, where), y_2C, bias_2C in zip(wanted, products, biases, strict=True):
       y_2C = (y_2C + bias_2C).astype(refs["q"].dtype)
       if self.level.rotary and i < 2:
-        y_2C = rotated(y_2C.astype(jnp.float32), slot, place[2].start, half).astype(y_2C.dtype)
-      to = refs["q"].at[*place] if i == 0 else refs["qkv"[i]].at[layer, at, *place]
+        y_2C = rotated(y_2C.astype(jnp.float32), slot, where.start, half).astype(y_2C.dtype)
+      to = refs["q"].at[head, both, where] if i == 0 else refs["qkv"[i]].at[layer, at, head, both, where]
       to[...] = y_2C
 
   def attend(self, refs: Refs, layer, wait):
@@ -273,7 +272,8 @@ class _Call:
         inside_S = start + jnp.arange(_SLOTS) < stop
         mask_S2K = jnp.broadcast_to(inside_S[:, None, None], (_SLOTS, *q_2K.shape))
         cached = (refs[name].at[layer, pl.ds(start, _SLOTS), head] for name in "kv")
-        return softmax_step(carry, q_2K, *(plgpu.load(ref, mask=mask_S2K, other=0) for ref in cached), inside_S)
+        k_S2K, v_S2K = (plgpu.load(ref, mask=mask_S2K, other=0) for ref in cached)
+        return softmax_step(carry, q_2K, k_S2K, v_S2K, inside_S)
 
       nothing = jnp.float32(LOWEST), jnp.float32(0), jnp.zeros_like(q_2K)
       rounds = pl.cdiv(jnp.maximum(stop - begin, 0), _SLOTS)
@@ -332,9 +332,9 @@ class _Call:
     def inputs():
       x = [fresh(refs[source], where) for where in chunks]
       if self.options.norm == "layernorm":
-        mean = sum(jnp.sum(a) for a in x) / D
+        mean = added(jnp.sum(a) for a in x) / D
         x = [a - mean for a in x]
-      factor = jax.lax.rsqrt(sum(jnp.sum(a * a) for a in x) / D + self.epsilon)
+      factor = jax.lax.rsqrt(added(jnp.sum(a * a) for a in x) / D + self.epsilon)
       x = [a * factor * scale + shift for a, scale, shift in zip(x, scales, shifts, strict=True)]
       return [a.astype(refs["q"].dtype).astype(jnp.float32) for a in x]
 
@@ -353,8 +353,8 @@ class _Call:
       values.append(v_H2K)
     largest_H = functools.reduce(jnp.maximum, logits)
     weights = [jnp.exp((a - largest_H) * head_width**-0.5) for a in logits]
-    total_H = sum(weights)
-    return sum(w_H[:, None, None] * v for w_H, v in zip(weights, values, strict=True)) / total_H[:, None, None]
+    total_H = added(weights)
+    return added(w_H[:, None, None] * v for w_H, v in zip(weights, values, strict=True)) / total_H[:, None, None]
 
   def added_up(self, refs: Refs, layer, which) -> jax.Array:
     """The attended values of some heads from those of parts of the cache."""
@@ -362,8 +362,8 @@ class _Call:
     log_sums = [fresh(refs["log_sum"], p, which) for p in range(self.parts)]
     largest_H = functools.reduce(jnp.maximum, log_sums)
     weights = [jnp.exp(a - largest_H) for a in log_sums]
-    out_HK = sum(w_H[:, None] * fresh(refs["out"], p, which) for p, w_H in enumerate(weights))
-    return out_HK / sum(weights)[:, None]
+    out_HK = added(w_H[:, None] * fresh(refs["out"], p, which) for p, w_H in enumerate(weights))
+    return out_HK / added(weights)[:, None]
 
   # --- Products. ---
 
@@ -371,7 +371,7 @@ class _Call:
     """Inputs that are taken at once."""
     return min(_power_of_two_in(inputs), _CHUNK)
 
-  def places(self, outputs: int, inputs: int) -> list[pl.Slice]:
+  def places(self, outputs: int, inputs: int) -> list[Any]:
     """The columns of this program, in pieces."""
     own = outputs // self.programs
     columns = min(_power_of_two_in(own), max(1, _PIECE // self.chunk(inputs)))
@@ -425,11 +425,15 @@ class _Call:
 
 def fresh(ref, *place) -> jax.Array:
   """What other programs wrote: read past the multiprocessor's own cache, which may have what was there before."""
-  place = (jnp.int32(i) if isinstance(i, int) else i for i in place)
-  return plgpu.load(ref.at[*place], volatile=True)
+  return plgpu.load(ref.at[*(jnp.int32(i) if isinstance(i, int) else i for i in place)], volatile=True)
 
 
-def rotated(y_2C: jax.Array, slot: jax.Array, first: jax.Array, half: int) -> jax.Array:
+def added(arrays: Iterable[jax.Array]) -> jax.Array:
+  """Their sum."""
+  return functools.reduce(jnp.add, arrays)
+
+
+def rotated(y_2C: jax.Array, slot: jax.Array, first: jax.Array | int, half: int) -> jax.Array:
   """Rotary positions of the columns `first`.. of both halves of a head (see `rotate` in layers.py)."""
   columns = y_2C.shape[1]
   frequency_C = jnp.exp((first + jnp.arange(columns)).astype(jnp.float32) * (-math.log(10_000.0) / half))
@@ -437,8 +441,9 @@ def rotated(y_2C: jax.Array, slot: jax.Array, first: jax.Array, half: int) -> ja
   is_first_2C = jnp.broadcast_to(jnp.arange(2)[:, None] == 0, y_2C.shape)
   a_C, b_C = (jnp.sum(jnp.where(which, y_2C, 0.0), axis=0) for which in (is_first_2C, ~is_first_2C))
   sin_C, cos_C = jnp.sin(angle_C), jnp.cos(angle_C)
-  turned = [(a_C * cos_C - b_C * sin_C)[None], (b_C * cos_C + a_C * sin_C)[None]]
-  return jnp.where(is_first_2C, *(jnp.broadcast_to(a, y_2C.shape) for a in turned))
+  a_C, b_C = a_C * cos_C - b_C * sin_C, b_C * cos_C + a_C * sin_C
+  a_2C, b_2C = (jnp.broadcast_to(half_C[None], y_2C.shape) for half_C in (a_C, b_C))
+  return jnp.where(is_first_2C, a_2C, b_2C)
 
 
 def _power_of_two_in(n: int) -> int:

@@ -22,7 +22,7 @@ _TILE = 64  # slots of a tile
 _SMALLEST = 16  # rows that a product on the matrix units has at least
 
 
-def obstacle(q_BNMHK: jax.Array, earlier: int) -> str:
+def obstacle(q_BNMHK: jax.Array | jax.ShapeDtypeStruct, earlier: int) -> str:
   """Why the kernel cannot attend here, whatever the device, or '' if it can; `earlier` is r, 0 without a past."""
   _, N, M, _, K = q_BNMHK.shape
   if M > _TILE or _TILE % M or N * M % _TILE:
