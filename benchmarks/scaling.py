@@ -3,7 +3,8 @@
   python benchmarks/scaling.py                                  all GPUs: 24 x 2048 + 15 x 1024 and Image640
   python benchmarks/scaling.py --devices=8 --cases=tiny         eight virtual devices of a CPU
 
-Each mesh and its one-device reference run in processes of their own, one after the other.
+Each mesh and each one-device reference run in processes of their own: the meshes one after the other, then the
+references, a device each. All programs are compiled first, --ahead at a time.
 
 - data, fsdp, tensor: weak scaling. N devices take N times the rows of one.
 - seq: one sequence is spread over N devices, and one device takes it whole: strong scaling.
@@ -20,10 +21,12 @@ On a CPU the virtual devices share its cores, so speeds mean nothing there; loss
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import json
 import os
 import pathlib
+import queue
 import subprocess
 import sys
 import tempfile
@@ -68,98 +71,155 @@ def config_of(case: str, mesh: dict[str, int], *, reference: bool):
   )
 
 
-def measure(case: str, mesh: dict[str, int], reference: bool, seconds: float, workdir: str, resume: bool) -> dict:
-  """One run: its first losses, its speed, what it sends. JAX is imported here, where the devices are chosen."""
-  import jax  # noqa: PLC0415
-  import numpy as np  # noqa: PLC0415
+def measure(args: argparse.Namespace) -> dict:
+  """One run: its first losses, its speed, what it sends; a reference also goes on from the meshes' checkpoints.
 
-  from megabyte_jax import flops, hardware  # noqa: PLC0415
+  JAX is imported here, where the devices are chosen.
+  """
+  import jax  # noqa: PLC0415
+
+  from megabyte_jax import flops, hardware, plan  # noqa: PLC0415
   from megabyte_jax.checkpoint import Checkpoints  # noqa: PLC0415
   from megabyte_jax.collectives import collectives  # noqa: PLC0415
-  from megabyte_jax.config import DataConfig  # noqa: PLC0415
-  from megabyte_jax.data.batches import batches  # noqa: PLC0415
-  from megabyte_jax.data.sources import open_source  # noqa: PLC0415
-  from megabyte_jax.sharding import batch_sharding, make_mesh  # noqa: PLC0415
-  from megabyte_jax.train_state import TrainState, abstract_state, initial_state, make_train_step  # noqa: PLC0415
+  from megabyte_jax.sharding import make_mesh  # noqa: PLC0415
+  from megabyte_jax.train_state import initial_state  # noqa: PLC0415
 
-  config = config_of(case, mesh, reference=reference)
-  made = make_mesh(config.mesh, jax.devices()[:1] if reference else None)
-  source = open_source(DataConfig(), "train")
-  step, losses = make_train_step(config), []
-  with Checkpoints(workdir, config.checkpoint) as checkpoints, jax.set_mesh(made):
-    if resume:
-      abstract = abstract_state(config, made)
-      restored = checkpoints.restore(abstract.parameters, abstract.opt_state)
-      number = jax.device_put(np.int32(restored.step), abstract.step.sharding)
-      state = TrainState(number, restored.params, restored.opt_state)
-    else:
-      state = initial_state(config, made)
-    stream = batches(
-      source,
-      batch_size=config.batch_size,
-      context=config.model.context,
-      seed=0,
-      first_step=STEPS if resume else 0,
-      num_steps=STEPS + 1,
-      sharding=batch_sharding(made),
-    )
-    for number, batch in stream:
-      if number == STEPS and not (resume or reference):
-        checkpoints.save(STEPS, state.parameters, state.opt_state, {}, force=True)
-        checkpoints.wait()
+  config = config_of(args.only, json.loads(args.mesh), reference=args.reference)
+  made = make_mesh(config.mesh, jax.devices()[:1] if args.reference else None)
+  if args.compile_only:
+    plan.lower(config, made, "train").compile()
+    return {}
+  losses: list[float] = []
+  step = plan.lower(config, made, "train").compile()
+  result = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "losses": losses}
+  with jax.set_mesh(made):
+    state = initial_state(config, made)
+    for number, batch in stream(config, made, 0):
+      if number == STEPS and not args.reference:
+        with Checkpoints(args.workdir, config.checkpoint) as checkpoints:
+          checkpoints.save(STEPS, state.parameters, state.opt_state, {}, force=True)
       state, values = step(state, batch.x_BT, None)
       losses.append(float(values["nats"]) / float(values["bytes"]))
-    result = {"losses": losses, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    if resume:
-      return result
-    compiled = step.lower(state, batch.x_BT, None).compile()
     begin, count = time.perf_counter(), 0
-    while time.perf_counter() - begin < seconds:
+    while time.perf_counter() - begin < args.seconds:
       state, values = step(state, batch.x_BT, None)
       jax.block_until_ready(values)
       count += 1
     taken = (time.perf_counter() - begin) / count
-  sent = sum(c.wire_bytes for c in collectives(compiled.as_text() or ""))
-  peak = hardware.memory_in_use(jax.devices())
+    result["peak"] = hardware.memory_in_use(jax.devices())
+    del state
+    result["resumed"] = [resumed_loss(config, made, step, workdir) for workdir in args.resume.split(",") if workdir]
   predicted = config.batch_size * flops.predicted_bytes(config.model)
-  return result | {"seconds": taken, "bytes/s": predicted / taken, "sent": sent, "peak": peak}
+  sent = sum(c.wire_bytes for c in collectives(step.as_text() or ""))
+  return result | {"seconds": taken, "bytes/s": predicted / taken, "sent": sent}
 
 
-def in_own_process(arguments: list[str], devices: int) -> dict:
-  """What `measure` returns in a process that sees `devices` devices."""
-  environment = dict(os.environ)
+def stream(config, mesh, first_step: int):
+  """Batches of the project's own text, from step `first_step` to step `STEPS`."""
+  from megabyte_jax.config import DataConfig  # noqa: PLC0415
+  from megabyte_jax.data.batches import batches  # noqa: PLC0415
+  from megabyte_jax.data.sources import open_source  # noqa: PLC0415
+  from megabyte_jax.sharding import batch_sharding  # noqa: PLC0415
+
+  return batches(
+    open_source(DataConfig(), "train"),
+    batch_size=config.batch_size,
+    context=config.model.context,
+    seed=0,
+    first_step=first_step,
+    num_steps=STEPS + 1,
+    sharding=batch_sharding(mesh),
+  )
+
+
+def resumed_loss(config, mesh, step, workdir: str) -> float:
+  """The loss of step `STEPS` from the checkpoint in `workdir`."""
+  import jax  # noqa: PLC0415
+  import numpy as np  # noqa: PLC0415
+
+  from megabyte_jax.checkpoint import Checkpoints  # noqa: PLC0415
+  from megabyte_jax.train_state import TrainState, abstract_state  # noqa: PLC0415
+
+  abstract = abstract_state(config, mesh)
+  with Checkpoints(workdir, config.checkpoint) as checkpoints:
+    restored = checkpoints.restore(abstract.parameters, abstract.opt_state)
+  number = jax.device_put(np.int32(restored.step), abstract.step.sharding)
+  [(_, batch)] = stream(config, mesh, restored.step)
+  _, values = step(TrainState(number, restored.params, restored.opt_state), batch.x_BT, None)
+  return float(values["nats"]) / float(values["bytes"])
+
+
+def in_own_process(arguments: list[str], devices: list[int]) -> dict:
+  """What `measure` returns in a process that sees these devices."""
+  environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": str("--compile_only" not in arguments).lower()}
   if environment.get("JAX_PLATFORMS", "") == "cpu":
     others = [f for f in environment.get("XLA_FLAGS", "").split() if "device_count" not in f]
-    environment["XLA_FLAGS"] = " ".join([*others, f"--xla_force_host_platform_device_count={devices}"])
+    environment["XLA_FLAGS"] = " ".join([*others, f"--xla_force_host_platform_device_count={len(devices)}"])
   else:
-    environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(devices)))
+    environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+  begin = time.perf_counter()
   command = [sys.executable, __file__, *arguments]
   done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+  print(f"{time.perf_counter() - begin:6.0f} s  {' '.join(arguments)}", file=sys.stderr, flush=True)
   if done.returncode:
     return {"error": next((x for x in done.stderr.splitlines()[::-1] if "rror" in x or "EXHAUSTED" in x), "failed")}
   return json.loads(done.stdout.splitlines()[-1])
 
 
-def row(case: str, mesh: dict[str, int], devices: int, seconds: float) -> dict:
-  """One mesh against one device."""
-  with tempfile.TemporaryDirectory() as workdir:
-    common = [f"--only={case}", f"--mesh={json.dumps(mesh)}", f"--seconds={seconds}", f"--workdir={workdir}"]
-    many = in_own_process(common, devices)
-    one = in_own_process([*common, "--reference", f"--workdir={workdir}/reference"], 1)
-    resumed = in_own_process([*common, "--reference", "--resume"], 1) if "error" not in many else many
-  found = {"case": case, "mesh": mesh, "devices": devices, "many": many, "one": one, "resumed": resumed}
-  if any("error" in part for part in (many, one, resumed)):
-    return found | {"error": "; ".join(part["error"] for part in (many, one, resumed) if "error" in part)}
+def run(wanted: list[tuple[str, dict[str, int]]], devices: int, args: argparse.Namespace) -> list[dict]:
+  """The rows of cases on meshes."""
+  on_cpu = os.environ.get("JAX_PLATFORMS", "") == "cpu"
+  every = list(range(devices))
+  many = [[f"--only={case}", f"--mesh={json.dumps(mesh)}", f"--seconds={args.seconds}"] for case, mesh in wanted]
+  # Meshes whose steps take the same rows are compared with the same run of one device.
+  rows = [(case, config_of(case, mesh, reference=True).batch_size) for case, mesh in wanted]
+  groups = {key: [i for i, other in enumerate(rows) if other == key] for key in rows}
+  with tempfile.TemporaryDirectory() as folder:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/compiled"
+    workdirs = [f"{folder}/{i}" for i in range(len(wanted))]
+    references = {key: [*many[own[0]], "--reference"] for key, own in groups.items()}
+    if args.ahead:
+      with concurrent.futures.ThreadPoolExecutor(args.ahead) as pool:
+        jobs = [(each, every) for each in many] + [(each, every[:1]) for each in references.values()]
+        list(pool.map(lambda job: in_own_process([*job[0], "--compile_only"], job[1]), jobs))
+    made = [in_own_process([*each, f"--workdir={w}"], every) for each, w in zip(many, workdirs, strict=True)]
+    free: queue.Queue[int] = queue.Queue()
+    for device in every[:1] if on_cpu else every:
+      free.put(device)
+
+    def one_device(key):
+      saved = ",".join(workdirs[i] for i in groups[key] if "error" not in made[i])
+      device = free.get()
+      found = in_own_process([*references[key], f"--resume={saved}"], [device])
+      free.put(device)
+      return key, found
+
+    with concurrent.futures.ThreadPoolExecutor(devices) as pool:
+      ones = dict(pool.map(one_device, groups))
+  found = []
+  for i, (case, mesh) in enumerate(wanted):
+    one = ones[rows[i]]
+    resumed = [j for j in groups[rows[i]] if "error" not in made[j]]
+    loss = one["resumed"][resumed.index(i)] if "error" not in one and i in resumed else None
+    found.append({"case": case, "mesh": mesh, "devices": devices} | compared(made[i], one, loss, devices))
+  return found
+
+
+def compared(many: dict, one: dict, resumed_loss: float | None, devices: int) -> dict:
+  """The columns of a mesh, from its run and that of one device, and the loss of one device that took over."""
+  found = {"many": many, "one": one}
+  if "error" in many or "error" in one:
+    return found | {"error": "; ".join(part["error"] for part in (many, one) if "error" in part)}
   ideal = devices * one["bytes/s"]
-  differ = max(abs(a - b) / b for a, b in zip(many["losses"], one["losses"], strict=True))
+  assert resumed_loss is not None
   return found | {
     "bytes/s": many["bytes/s"],
     "of ideal": many["bytes/s"] / ideal,
     "s beyond": many["seconds"] * (1 - many["bytes/s"] / ideal),
     "GiB": many["peak"] / 2**30 if many["peak"] else None,
     "MB sent": many["sent"] / 1e6,
-    "loss differs": differ,
-    "resumed differs": abs(resumed["losses"][0] - many["losses"][-1]) / many["losses"][-1],
+    "loss differs": max(abs(a / b - 1) for a, b in zip(many["losses"], one["losses"], strict=True)),
+    "resumed differs": abs(resumed_loss - many["losses"][-1]) / many["losses"][-1],
   }
 
 
@@ -185,26 +245,26 @@ def main() -> None:
   parser.add_argument("--axes", default="data,fsdp,seq,tensor")
   parser.add_argument("--seconds", type=float, default=8.0, help="of steps that are timed")
   parser.add_argument("--output", default="", help="the rows, as JSON")
-  for hidden in ("only", "mesh", "workdir"):
+  parser.add_argument("--ahead", type=int, default=0, help="programs compiled at a time before any runs; 0: none")
+  for hidden in ("only", "mesh", "workdir", "resume"):
     parser.add_argument(f"--{hidden}", default="", help=argparse.SUPPRESS)
-  for hidden in ("reference", "resume"):
+  for hidden in ("reference", "compile_only"):
     parser.add_argument(f"--{hidden}", action="store_true", help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.only:
-    mesh = json.loads(args.mesh)
-    print(json.dumps(measure(args.only, mesh, args.reference, args.seconds, args.workdir, args.resume)))
+    print(json.dumps(measure(args)))
     return
   on_cpu = os.environ.get("JAX_PLATFORMS", "") == "cpu"
   devices = args.devices or (8 if on_cpu else count_gpus())
   if devices < 2:
     raise SystemExit(f"found {devices} GPUs; scaling needs several (JAX_PLATFORMS=cpu tries it on virtual devices)")
-  rows = []
+  cases_ = (args.cases or ("tiny" if on_cpu else "text24,image640")).split(",")
+  axes = args.axes.split(",")  # one sequence of Image640 has nothing to give to data; fsdp and tensor save it little
+  wanted = [(case, {axis: devices}) for case in cases_ for axis in axes if case != "image640" or axis == "seq"]
+  rows = run(wanted, devices, args)
   print(" " * 28, *(f"{column:>15}" for column in COLUMNS))
-  for case in (args.cases or ("tiny" if on_cpu else "text24,image640")).split(","):
-    for axis in args.axes.split(","):
-      if case != "image640" or axis in ("seq", "fsdp"):
-        rows.append(row(case, {axis: devices}, devices, args.seconds))
-        show(rows[-1])
+  for found in rows:
+    show(found)
   print(f"{time.strftime('%Y-%m-%d')}, python {' '.join(sys.argv)}")
   if args.output:
     pathlib.Path(args.output).write_text(json.dumps(rows, indent=1) + "\n")

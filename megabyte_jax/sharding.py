@@ -134,7 +134,7 @@ def check_mesh(mesh: Mesh | AbstractMesh, model: ModelConfig, batch_size: int) -
       )
 
 
-def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
   """The partition spec of a parameter or moment; an axis that does not divide its dimension is left out."""
   for pattern, spec in PARAMETERS:
     if re.search(pattern + "$", name) and len(spec) == len(shape):
@@ -149,6 +149,19 @@ def shard_abstract(tree: Any, mesh: Mesh) -> Any:
     name = jax.tree_util.keystr(path, simple=True, separator=".")
     sharding = NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh))
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def constrain_state(tree: Any) -> Any:
+  """Lays parameters or moments out by the table: XLA may choose otherwise, and the next step be compiled again."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return tree
+
+  def place(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    return jax.lax.with_sharding_constraint(leaf, parameter_spec(name, leaf.shape, mesh))
 
   return jax.tree_util.tree_map_with_path(place, tree)
 

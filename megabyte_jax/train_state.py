@@ -14,7 +14,7 @@ from megabyte_jax.config import Config, PerceiverARConfig
 from megabyte_jax.loss import byte_nats, sum_of_nats
 from megabyte_jax.models.build import abstract_model, initial_parameters
 from megabyte_jax.optimizer import make_optimizer
-from megabyte_jax.sharding import check_mesh, shard_abstract
+from megabyte_jax.sharding import check_mesh, constrain_state, shard_abstract
 
 
 class TrainState(NamedTuple):
@@ -91,7 +91,7 @@ def make_train_step(config: Config) -> jax.stages.Wrapped:
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.parameters)
     parameters = optax.apply_updates(state.parameters, updates)
     metrics = {"nats": nats, "bytes": count.astype(jnp.float32), "grad_norm": optax.tree.norm(gradient)}
-    return TrainState(state.step + 1, parameters, opt_state), metrics
+    return TrainState(state.step + 1, *constrain_state((parameters, opt_state))), metrics
 
   return jax.jit(train_step, donate_argnums=0)
 

@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from megabyte_jax import plan
 from megabyte_jax.collectives import collectives
 from megabyte_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig
 from megabyte_jax.data.batches import batches
@@ -22,7 +23,7 @@ from megabyte_jax.loss import byte_nats
 from megabyte_jax.models.build import abstract_model
 from megabyte_jax.models.config import Level, MegabyteConfig
 from megabyte_jax.sharding import batch_sharding, make_mesh, shard_abstract
-from megabyte_jax.train_state import initial_state, make_train_step
+from megabyte_jax.train_state import abstract_state, initial_state, make_train_step
 
 DEVICES = 8
 LAYERS = 2
@@ -130,6 +131,18 @@ def test_backward_adds_transposes_and_the_parameters_all_reduce():
   summed = sum(size * one.times for one in both if one.kind == "all-reduce" for size in one.arrays)
   keys_and_values = 2 * LAYERS * PATCHES * GLOBAL["width"] * 4
   assert summed == pytest.approx(keys_and_values + sum(4 * p.size for p in parameters), rel=0.15)
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_a_training_step_leaves_the_state_where_it_was():
+  """Otherwise the second step is compiled again, for other shardings."""
+  config = Config(model=model(), batch_size=1, num_steps=2, mesh=MeshConfig(data=1, seq=DEVICES))
+  mesh = seq_mesh()
+  compiled_step = plan.lower(config, mesh, "train").compile()
+  after, _ = compiled_step.output_shardings
+  before = abstract_state(config, mesh)
+  for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
+    assert a.is_equivalent_to(b.sharding, b.ndim), (a, b.sharding)
 
 
 def test_parse_collectives():
