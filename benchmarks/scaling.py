@@ -48,16 +48,17 @@ COLUMNS = {  # and how their numbers are shown
 }
 
 
-def config_of(case: str, mesh: dict[str, int], *, reference: bool):
+def config_of(case: str, mesh: dict[str, int], *, reference: bool, batch_size: int = 0):
   """The config of a case on a mesh, or of one device that takes the same rows in as many parts as there are devices."""
   from megabyte_jax.config import CheckpointConfig, Level, MegabyteConfig, MeshConfig  # noqa: PLC0415
 
   config = cases()["text24" if case == "tiny" else case]
+  config = dataclasses.replace(config, batch_size=batch_size or config.batch_size)
   if case == "tiny":
     level: dict[str, Any] = {"num_layers": 2, "num_heads": 8}
     levels = (Level(patch_size=8, width=128, **level), Level(patch_size=1, width=64, **level))
     config = dataclasses.replace(
-      config, model=MegabyteConfig(context=1024, levels=levels, dropout=0.0, init_std=0.02), batch_size=2
+      config, model=MegabyteConfig(context=1024, levels=levels, dropout=0.0, init_std=0.02), batch_size=batch_size or 2
     )
   replicas = mesh.get("data", 1) * mesh.get("fsdp", 1)
   rows = config.batch_size * (replicas if mesh.get("seq", 1) == 1 else 1) * mesh.get("tensor", 1)
@@ -84,7 +85,7 @@ def measure(args: argparse.Namespace) -> dict:
   from megabyte_jax.sharding import make_mesh  # noqa: PLC0415
   from megabyte_jax.train_state import initial_state  # noqa: PLC0415
 
-  config = config_of(args.only, json.loads(args.mesh), reference=args.reference)
+  config = config_of(args.only, json.loads(args.mesh), reference=args.reference, batch_size=args.batch_size)
   made = make_mesh(config.mesh, jax.devices()[:1] if args.reference else None)
   if args.compile_only:
     plan.lower(config, made, "train").compile()
@@ -170,7 +171,8 @@ def run(wanted: list[tuple[str, dict[str, int]]], devices: int, args: argparse.N
   """The rows of cases on meshes."""
   on_cpu = os.environ.get("JAX_PLATFORMS", "") == "cpu"
   every = list(range(devices))
-  many = [[f"--only={case}", f"--mesh={json.dumps(mesh)}", f"--seconds={args.seconds}"] for case, mesh in wanted]
+  common = [f"--seconds={args.seconds}", f"--batch_size={args.batch_size}"]
+  many = [[f"--only={case}", f"--mesh={json.dumps(mesh)}", *common] for case, mesh in wanted]
   # Meshes whose steps take the same rows are compared with the same run of one device.
   rows = [(case, config_of(case, mesh, reference=True).batch_size) for case, mesh in wanted]
   groups = {key: [i for i, other in enumerate(rows) if other == key] for key in rows}
@@ -244,6 +246,7 @@ def main() -> None:
   parser.add_argument("--cases", default="", help=f"of {', '.join(CASES)}; default: text24,image640, on a CPU tiny")
   parser.add_argument("--axes", default="data,fsdp,seq,tensor")
   parser.add_argument("--seconds", type=float, default=8.0, help="of steps that are timed")
+  parser.add_argument("--batch_size", type=int, default=0, help="rows of one device; default: as train_speed.py has it")
   parser.add_argument("--output", default="", help="the rows, as JSON")
   parser.add_argument("--ahead", type=int, default=0, help="programs compiled at a time before any runs; 0: none")
   for hidden in ("only", "mesh", "workdir", "resume"):
