@@ -116,7 +116,6 @@ MODELS = {
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (("levels", 5), ("window", 1), ("levels", 65))),
   ],
 )
-@pytest.mark.usefixtures("quick_compile")
 def test_a_step_with_kernels_gives_the_logits_of_the_full_forward_pass(monkeypatch, name, rows):
   """In bfloat16, no further from float32 than the full forward pass is: by the kernels, and above 64 rows without."""
   monkeypatch.setattr(few_rows, "on_one_gpu", lambda dtype: True)
