@@ -67,9 +67,8 @@ def finish(process):
 
 @contextlib.contextmanager
 def compiling_once(folder):
-  """Within, equal programs are compiled once, also over several runs in this process, and with little effort."""
+  """Within, equal programs are compiled once, also over several runs in this process."""
   settings = {
-    "jax_disable_most_optimizations": True,
     "jax_enable_compilation_cache": True,
     "jax_compilation_cache_dir": str(folder),
     "jax_persistent_cache_min_compile_time_secs": 0,

@@ -1,25 +1,55 @@
-"""Eight virtual CPU devices for every test, asked for before JAX starts."""
+"""Eight virtual CPU devices for every test, and programs compiled with little effort, asked for before JAX starts."""
 
 import os
+
+# A tiny model spends its time in the compiler, not in the run; without these a program compiles in half the time. What
+# starts train.py and the like as a person does compiles as it does for a person (`commands.environment`).
+EMITTERS = "xla_cpu_use_fusion_emitters"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # cuda: tests/test_accelerator.py
 _flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "xla_force_host_platform_device_count" not in f]
 _flags.append("--xla_force_host_platform_device_count=8")
+_quick = os.environ["JAX_PLATFORMS"] == "cpu"
+if _quick and not any(EMITTERS in flag for flag in _flags):
+  _flags.append(f"--{EMITTERS}=false")
 if "cuda" in os.environ["JAX_PLATFORMS"]:  # of float32 products in full precision it would try out kernels for minutes
   _flags.append("--xla_gpu_enable_triton_gemm=false")
 os.environ["XLA_FLAGS"] = " ".join(_flags)
 # A cache of compiled programs would hide what a fresh machine does.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# Each of the tests' processes has a core; threads of NumPy's that wait for another core spin.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
+
+jax.config.update("jax_disable_most_optimizations", _quick)
 
 
 @pytest.fixture
-def quick_compile():
-  """Compiles without most optimisations: a tiny model spends its time in the compiler, not in the run."""
-  import jax  # noqa: PLC0415
-
+def full_compile():
+  """Compiles with every optimisation; holds the options that `Lowered.compile` needs for that beside."""
   before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield {EMITTERS: True} if _quick else {}
   jax.config.update("jax_disable_most_optimizations", before)
+
+
+# The files that take longest, longest first, so that no process is left alone with one of them at the end.
+LONG = (
+  "multiprocess",
+  "resume",
+  "decoding",
+  "compress",
+  "decoding_kernels",
+  "train",
+  "generation",
+  "models",
+  "sharding",
+  "patch_groups",
+)
+
+
+def pytest_collection_modifyitems(items):
+  place = {f"test_{name}": i for i, name in enumerate(LONG)}
+  items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))

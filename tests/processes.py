@@ -36,7 +36,8 @@ class Processes:
     self.count, self.arguments, self.timeout = count, [str(argument) for argument in arguments], timeout
     self.environment = os.environ | {
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+      # The last of two equal flags counts. The others are the tests' own: equal programs give equal bits.
+      "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
       "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",  # a tiny model spends its time in the compiler
       "PYTHONUNBUFFERED": "1",
     }

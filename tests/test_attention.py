@@ -9,8 +9,6 @@ from megabyte_jax.config_parsing import ConfigError
 from megabyte_jax.models import attention as lib
 from megabyte_jax.models.attention import Past, attention
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 B, N, M, H, K = 2, 3, 8, 2, 4
 
 

@@ -39,7 +39,7 @@ def test_there_is_one_of_every_format():
   assert [path.name for path in SAVED] == [f"format_{i}.tar.gz" for i in range(1, checkpoint.FORMAT + 1)]
 
 
-def test_an_old_checkpoint_predicts_what_it_did(workdir, quick_compile):
+def test_an_old_checkpoint_predicts_what_it_did(workdir):
   model, config, step = load(workdir)
   parameters = nnx.to_pure_dict(nnx.state(model))
   x_BT = open_source(config.data, "train").read(0, 0, 16)[None]
@@ -48,7 +48,7 @@ def test_an_old_checkpoint_predicts_what_it_did(workdir, quick_compile):
   np.testing.assert_allclose((float(optax.tree.norm(parameters)), nats), NUMBERS[workdir.name][:2], rtol=1e-5)
 
 
-def test_an_old_run_goes_on(workdir, quick_compile):
+def test_an_old_run_goes_on(workdir):
   """The same config continues it, with its optimizer's state."""
   _, config, _ = load(workdir)
   mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])

@@ -22,8 +22,6 @@ from megabyte_jax.data.sources import SAMPLE_FOLDER, DataError, open_path
 from megabyte_jax.models.build import abstract_model
 from megabyte_jax.models.config import Level, MegabyteConfig, PerceiverARConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 P = 4
 MEGABYTE = MegabyteConfig(
   context=24,

@@ -15,8 +15,6 @@ from megabyte_jax import windows
 from megabyte_jax.models.build import abstract_model
 from megabyte_jax.sampling import Sampling, generate, gumbel_noise, pick_byte
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def nats_of(logits_BTV, x_BT):
   """float64 -ln p of each byte."""

@@ -67,7 +67,6 @@ CROSS = dataclasses.replace(WIDE, rotary=True, cross_patch=4)
   ],
   ids=str,
 )
-@pytest.mark.usefixtures("quick_compile")
 def test_all_layers_in_one_kernel_are_those_of_a_step(level, options, slots, at, first):
   """In float32, with the caches: phase by phase, as several programs would do it."""
   coarse = (dataclasses.replace(WIDE, patch_size=64, width=64),) if level.cross_patch else ()
@@ -123,7 +122,6 @@ MODELS = {
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (("cross_patch", 1), ("cross_patch", 3), ("window", 1))),
   ],
 )
-@pytest.mark.usefixtures("quick_compile")
 def test_a_step_with_kernels_gives_the_logits_of_the_full_forward_pass(monkeypatch, name, rows):
   """In bfloat16, no further from float32 than the full forward pass is: in one kernel, or by XLA's products."""
   monkeypatch.setattr(cached_attention, "on_one_gpu", lambda dtype: True)

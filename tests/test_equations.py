@@ -7,8 +7,6 @@ import numpy as np
 import numpy_models as reference
 import pytest
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 P, K = 4, 6  # of the two-level model below: patches of 4 bytes, 6 of them
 
 

@@ -167,7 +167,7 @@ def steps():
 
 
 @pytest.mark.parametrize(("model", "method"), OWN)
-def test_bits_per_byte_by_hand(quick_compile, steps, model, method):
+def test_bits_per_byte_by_hand(steps, model, method):
   config = config_for(model)
   parameters = draw_parameters(model)
   source = random_documents(30, 5, 0, 12, 13)
@@ -180,7 +180,7 @@ def test_bits_per_byte_by_hand(quick_compile, steps, model, method):
   assert alone.nats == pytest.approx(result.document_nats[0], rel=1e-6)
 
 
-def test_batch_size_and_devices_do_not_change_the_result(quick_compile):
+def test_batch_size_and_devices_do_not_change_the_result():
   parameters = draw_parameters(TWO_LEVELS)
   source = random_documents(100, 31, 7)
   results = []

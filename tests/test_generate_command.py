@@ -17,8 +17,6 @@ from megabyte_jax.config import Config, ConfigError, DataConfig, Level, Megabyte
 from megabyte_jax.data import images
 from megabyte_jax.data.sources import DataError
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SIZE = 8 * 8 * 3
 LEVELS = (
   Level(patch_size=12, width=24, num_layers=1, num_heads=2),

@@ -20,8 +20,6 @@ from megabyte_jax.models.build import abstract_model, in_compute_dtype, make_mod
 from megabyte_jax.sampling import generate
 from megabyte_jax.sharding import make_mesh, shard_abstract
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 COARSE = Level(patch_size=8, width=32, num_layers=3, num_heads=2)
 CACHES = {
   "levels": MegabyteConfig(context=512, levels=(COARSE, Level(patch_size=1, width=8, num_layers=2, num_heads=2))),
@@ -143,12 +141,11 @@ def test_decoding_on_a_mesh_moves_activations_and_no_parameters():
   [("levels", {"data": 1}), ("cross_patch", {"data": 2, "fsdp": 2, "tensor": 2}), ("perceiver_ar", {"data": 1})],
   ids=str,
 )
-def test_decoding_copies_no_cache_as_a_whole(name, axes):
+def test_decoding_copies_no_cache_as_a_whole(full_compile, name, axes):
   """Each step reads all of a cache and writes one slot of it; a copy would cost more than both."""
   config = Config(model=CACHES[name], batch_size=4, num_steps=1, mesh=MeshConfig(**axes))
   devices = jax.devices()[: math.prod(axes.values())]
-  jax.config.update("jax_disable_most_optimizations", False)
-  program = plan.lower(config, make_mesh(config.mesh, devices), "generate").compile().as_text()
+  program = plan.lower(config, make_mesh(config.mesh, devices), "generate").compile(full_compile).as_text()
   inside, kept = re.split(r"^ENTRY ", program, flags=re.MULTILINE)
   kept = set(re.findall(r" = (\w+\[\d+,\d+,1,\d+,\d+,\d+\])\S* parameter\(", kept))  # of the program: the caches
   assert kept and all(shape in inside for shape in kept)

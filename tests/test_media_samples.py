@@ -23,7 +23,6 @@ def parameters(config):
   return initial_state(config, make_mesh(config.mesh)).parameters
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_a_grid_of_real_completed_and_sampled_images(tmp_path):
   data = DataConfig(
     train="sample:images/train", validation="sample:images/validation", form="image", image_size=8, image_tiles=32
@@ -41,7 +40,6 @@ def test_a_grid_of_real_completed_and_sampled_images(tmp_path):
   assert write_samples(config(DataConfig(), sample_bytes=9), None, source, str(tmp_path)) == []
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_recordings_real_completed_and_sampled(tmp_path):
   soundfile = pytest.importorskip("soundfile")
   data = DataConfig(

@@ -19,8 +19,6 @@ from megabyte_jax.models.config import Level, MegabyteConfig, PerceiverARConfig
 from megabyte_jax.optimizer import make_optimizer
 from megabyte_jax.train_state import TrainState, make_train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def named(tree):
   """(dotted name, array) of every parameter."""

@@ -87,7 +87,7 @@ def assert_close(curve, expected):
   np.testing.assert_allclose([*curve.values()], [*expected.values()], rtol=TOLERANCE)
 
 
-def test_two_processes_lose_as_one(two, quick_compile):
+def test_two_processes_lose_as_one(two):
   assert_close(losses(two[0]), loss_curve_here(config_of(two[0]), 8))
 
 
@@ -107,7 +107,7 @@ def test_each_reads_its_rows_alone(two):
   assert sorted(first + second) == list(range(12 * 8))
 
 
-def test_evaluation_totals_are_exact(two, quick_compile):
+def test_evaluation_totals_are_exact(two):
   config = config_of(two[0])
   mesh = make_mesh(config.mesh)
   best = json.loads((two[0] / "checkpoints" / "validation_bpb.json").read_text())
@@ -198,7 +198,7 @@ def test_four_processes_take_over_from_two(two, folder):
 
 
 @pytest.mark.slow
-def test_four_processes_lose_as_one(folder, quick_compile):
+def test_four_processes_lose_as_one(folder):
   run(4, 2, "train.py", *flags(folder, "four-alone"))
   assert_close(losses(folder / "four-alone"), loss_curve_here(config_of(folder / "four-alone"), 8))
 

@@ -15,8 +15,6 @@ from flax import nnx
 
 from megabyte_jax.models.build import abstract_model
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 LENGTH = 10  # ends within a patch of 3, 4 and 8 bytes, and within a span
 VOCAB = 2
 

@@ -175,7 +175,7 @@ def test_muons_matrices_of_perceiver_ar():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=2, seq=1, tensor=2)])
-def test_muon_is_the_same_on_any_mesh(quick_compile, mesh):
+def test_muon_is_the_same_on_any_mesh(mesh):
   """A training step, and no device holds all of a momentum."""
   levels = (
     Level(patch_size=4, width=64, num_layers=2, num_heads=4),

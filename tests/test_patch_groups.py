@@ -13,8 +13,6 @@ from megabyte_jax.models import patch_embedder
 from megabyte_jax.models.build import abstract_model
 from megabyte_jax.sharding import batch_sharding, make_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def level(patch_size, width, **options):
   return Level(patch_size=patch_size, width=width, num_layers=1, num_heads=2, **options)

@@ -21,6 +21,7 @@ needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason='compiling for TPUs needs libtpu: pip install "jax[tpu]"'
 )
 TOPOLOGY = "v5e:2x2"
+pytestmark = pytest.mark.usefixtures("full_compile")
 
 
 def level(patch_size, width, **options):

@@ -10,8 +10,6 @@ from flax import nnx
 from megabyte_jax.models.build import abstract_model
 from megabyte_jax.models.receptive_field import receptive_field
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def rows_of(declared):
   """Each row as the list of bytes it depends on."""

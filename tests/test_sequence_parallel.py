@@ -133,7 +133,6 @@ def test_backward_adds_transposes_and_the_parameters_all_reduce():
   assert summed == pytest.approx(keys_and_values + sum(4 * p.size for p in parameters), rel=0.15)
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_a_training_step_leaves_the_state_where_it_was():
   """Otherwise the second step is compiled again, for other shardings."""
   config = Config(model=model(), batch_size=1, num_steps=2, mesh=MeshConfig(data=1, seq=DEVICES))

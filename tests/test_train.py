@@ -56,7 +56,7 @@ IF_THE_CHANGE_WAS_MEANT = (
 )
 
 
-def test_golden_steps(quick_compile):
+def test_golden_steps():
   config = dataclasses.replace(TINY, num_steps=500)
   state, step = initial_state(config, MESH), make_train_step(config)
   source = open_source(config.data, "train")
