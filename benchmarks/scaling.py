@@ -4,7 +4,7 @@
   python benchmarks/scaling.py --devices=8 --cases=tiny         eight virtual devices of a CPU
 
 Each mesh and each one-device reference run in processes of their own: the meshes one after the other, then the
-references, a device each. All programs are compiled first, --ahead at a time.
+references, a device each. With --ahead=N all programs are compiled before, N at a time.
 
 - data, fsdp, tensor: weak scaling. N devices take N times the rows of one.
 - seq: one sequence is spread over N devices, and one device takes it whole: strong scaling.
@@ -87,11 +87,10 @@ def measure(args: argparse.Namespace) -> dict:
 
   config = config_of(args.only, json.loads(args.mesh), reference=args.reference, batch_size=args.batch_size)
   made = make_mesh(config.mesh, jax.devices()[:1] if args.reference else None)
+  step = plan.lower(config, made, "train").compile()
   if args.compile_only:
-    plan.lower(config, made, "train").compile()
     return {}
   losses: list[float] = []
-  step = plan.lower(config, made, "train").compile()
   result = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "losses": losses}
   with jax.set_mesh(made):
     state = initial_state(config, made)

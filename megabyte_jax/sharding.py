@@ -11,6 +11,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -142,28 +143,29 @@ def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh)
   return P()
 
 
+def _with_specs(place: Callable[[Any, P], Any], tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+  """place(leaf, its spec by the table) of every parameter or moment of the tree."""
+
+  def place_named(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    return place(leaf, parameter_spec(name, leaf.shape, mesh))
+
+  return jax.tree_util.tree_map_with_path(place_named, tree)
+
+
 def shard_abstract(tree: Any, mesh: Mesh) -> Any:
   """The same tree of ShapeDtypeStructs, each with its NamedSharding from the table."""
 
-  def place(path, leaf):
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
-    sharding = NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh))
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+  def place(leaf, spec):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-  return jax.tree_util.tree_map_with_path(place, tree)
+  return _with_specs(place, tree, mesh)
 
 
 def constrain_state(tree: Any) -> Any:
   """Lays parameters or moments out by the table: XLA may choose otherwise, and the next step be compiled again."""
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return tree
-
-  def place(path, leaf):
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
-    return jax.lax.with_sharding_constraint(leaf, parameter_spec(name, leaf.shape, mesh))
-
-  return jax.tree_util.tree_map_with_path(place, tree)
+  return tree if mesh.empty else _with_specs(jax.lax.with_sharding_constraint, tree, mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from megabyte_jax.config import Level, MegabyteConfig
-from megabyte_jax.models import build, cached_attention, layers, stack_kernel
+from megabyte_jax.models import build, cached_attention, stack_kernel
+from megabyte_jax.models.stack import Cache, Stack, stack_weights
 
 
 def normal(seed, *shape, dtype=jnp.bfloat16):
@@ -74,14 +75,14 @@ def test_all_layers_in_one_kernel_are_those_of_a_step(level, options, slots, at,
     context=4096, levels=(*coarse, level), dropout=0.0, init_std=0.2, compute_dtype="float32", **options
   )
   assert stack_kernel.serves(level, config, 1)
-  stack = layers.Stack(level, config, nnx.Rngs(0))
+  stack = Stack(level, config, nnx.Rngs(0))
   x, r = normal(0, 1, 1, 1, level.width, dtype=jnp.float32), level.cross_patch
   shape = (level.num_layers, 1, 1, slots, *level.heads)
-  cache = layers.Cache(*(normal(i, *shape, dtype=jnp.float32) for i in (1, 2)))
+  cache = Cache(*(normal(i, *shape, dtype=jnp.float32) for i in (1, 2)))
   expected, expected_cache = jax.jit(stack.step)(x, cache, jnp.int32(at - r), first < r)
   made, *new = stack_kernel.step(
     x[0, 0, 0],
-    layers.stack_weights(stack),
+    stack_weights(stack),
     *(a[:, 0, 0] for a in cache),
     first=jnp.int32(first),
     at=jnp.int32(at),

@@ -33,7 +33,7 @@ LOCAL = {"patch_size": 1, "width": 16, "num_layers": LAYERS, "num_heads": 2}
 GATHERS = {("all-gather", PATCHES * 32 * 4): 2 * LAYERS}  # k and v of the whole sequence, float32, in each layer
 PATCH_SHIFT = {("collective-permute", 32 * 4): 1}
 
-pytestmark = pytest.mark.usefixtures("devices")
+pytestmark = pytest.mark.usefixtures("devices", "full_compile")
 
 
 @pytest.fixture

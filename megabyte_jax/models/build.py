@@ -14,9 +14,10 @@ from jax.experimental.layout import Format, Layout
 
 from megabyte_jax.models import cached_attention, stack_kernel
 from megabyte_jax.models.config import MegabyteConfig, ModelConfig
-from megabyte_jax.models.layers import compute_dtype, is_variable, unstacked
+from megabyte_jax.models.layers import compute_dtype
 from megabyte_jax.models.megabyte import Megabyte
 from megabyte_jax.models.perceiver_ar import PerceiverAR
+from megabyte_jax.models.stack import is_variable, unstacked
 
 Model = Megabyte | PerceiverAR
 

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from megabyte_jax.models.config import Level, MegabyteConfig
-from megabyte_jax.models.layers import Cache, Stack, compute_dtype, init_normal
+from megabyte_jax.models.layers import compute_dtype, init_normal
 from megabyte_jax.models.patch_embedder import PatchEmbedder, check_length
+from megabyte_jax.models.stack import Cache, Stack
 from megabyte_jax.sharding import constrain
 
 

@@ -18,8 +18,6 @@ from megabyte_jax.models import attention as attention_lib
 from megabyte_jax.models.attention import Past
 from megabyte_jax.models.config import PerceiverARConfig
 from megabyte_jax.models.layers import (
-  Cache,
-  Stack,
   activate,
   dropout,
   make_ff_in,
@@ -29,6 +27,7 @@ from megabyte_jax.models.layers import (
   rotate,
 )
 from megabyte_jax.models.patch_embedder import PatchEmbedder, check_length
+from megabyte_jax.models.stack import Cache, Stack
 
 
 class CrossAttention(nnx.Module):

@@ -332,9 +332,9 @@ class _Call:
     def inputs():
       x = [fresh(refs[source], where) for where in chunks]
       if self.options.norm == "layernorm":
-        mean = added(jnp.sum(a) for a in x) / D
+        mean = sum_of(jnp.sum(a) for a in x) / D
         x = [a - mean for a in x]
-      factor = jax.lax.rsqrt(added(jnp.sum(a * a) for a in x) / D + self.epsilon)
+      factor = jax.lax.rsqrt(sum_of(jnp.sum(a * a) for a in x) / D + self.epsilon)
       x = [a * factor * scale + shift for a, scale, shift in zip(x, scales, shifts, strict=True)]
       return [a.astype(refs["q"].dtype).astype(jnp.float32) for a in x]
 
@@ -353,8 +353,8 @@ class _Call:
       values.append(v_H2K)
     largest_H = functools.reduce(jnp.maximum, logits)
     weights = [jnp.exp((a - largest_H) * head_width**-0.5) for a in logits]
-    total_H = added(weights)
-    return added(w_H[:, None, None] * v for w_H, v in zip(weights, values, strict=True)) / total_H[:, None, None]
+    total_H = sum_of(weights)
+    return sum_of(w_H[:, None, None] * v for w_H, v in zip(weights, values, strict=True)) / total_H[:, None, None]
 
   def added_up(self, refs: Refs, layer, which) -> jax.Array:
     """The attended values of some heads from those of parts of the cache."""
@@ -362,8 +362,8 @@ class _Call:
     log_sums = [fresh(refs["log_sum"], p, which) for p in range(self.parts)]
     largest_H = functools.reduce(jnp.maximum, log_sums)
     weights = [jnp.exp(a - largest_H) for a in log_sums]
-    out_HK = added(w_H[:, None] * fresh(refs["out"], p, which) for p, w_H in enumerate(weights))
-    return out_HK / added(weights)[:, None]
+    out_HK = sum_of(w_H[:, None] * fresh(refs["out"], p, which) for p, w_H in enumerate(weights))
+    return out_HK / sum_of(weights)[:, None]
 
   # --- Products. ---
 
@@ -428,7 +428,7 @@ def fresh(ref, *place) -> jax.Array:
   return plgpu.load(ref.at[*(jnp.int32(i) if isinstance(i, int) else i for i in place)], volatile=True)
 
 
-def added(arrays: Iterable[jax.Array]) -> jax.Array:
+def sum_of(arrays: Iterable[jax.Array]) -> jax.Array:
   """Their sum."""
   return functools.reduce(jnp.add, arrays)
 

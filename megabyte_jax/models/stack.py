@@ -1,0 +1,223 @@
+"""Stacks of decoder blocks, whole spans at once or slot by slot with a cache.
+
+Shapes: B batch, N spans, M slots of a span, S slots of a cache, D width, H heads, K head width, L layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from megabyte_jax.hardware import platform, row_major
+from megabyte_jax.models import cached_attention, stack_kernel
+from megabyte_jax.models.attention import Past
+from megabyte_jax.models.config import BlockOptions, Level
+from megabyte_jax.models.layers import Block, compute_dtype, make_norm, rotate
+
+
+class Cache(NamedTuple):
+  """Keys and values of a stack for one span: the last r slots of the previous span, then this span's slots."""
+
+  k_LBNSHK: jax.Array
+  v_LBNSHK: jax.Array
+
+
+class Stack(nnx.Module):
+  """The decoder blocks of one level, their parameters stacked along a first axis, and a last norm."""
+
+  def __init__(self, level: Level, options: BlockOptions, rngs: nnx.Rngs):
+    self.level, self.options = level, options
+
+    @nnx.split_rngs(splits=level.num_layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make_blocks(rngs):
+      return Block(level, options, rngs)
+
+    self.blocks = make_blocks(rngs)
+    self.norm = make_norm(level.width, options, rngs)
+
+  def __call__(
+    self,
+    x_BNMD: jax.Array,
+    *,
+    dropout_key: jax.Array | None = None,
+    keep: Callable[[jax.Array, jax.Array], Any] = lambda k, v: None,
+  ) -> tuple[jax.Array, Any]:
+    """Whole spans (or their first M slots) at once.
+
+    Returns:
+      The normed output [B, N, M, D], and `keep(k_BNMHK, v_BNMHK)` of every layer, stacked.
+    """
+    slots_M = jnp.arange(x_BNMD.shape[2])
+    graph, layers = nnx.split(self.blocks)
+    layers = stacked(layers)
+    keys = None if dropout_key is None else jax.random.split(dropout_key, self.level.num_layers)
+
+    def layer(x_BNMD, layer_and_key):
+      parameters, key = layer_and_key
+      x_BNMD = row_major(x_BNMD)
+      x_BNMD, kv = nnx.merge(graph, parameters)(x_BNMD, slots_M=slots_M, dropout_key=key)
+      return x_BNMD, keep(*kv)
+
+    options = self.options
+    scans = options.scan_layers == "always" or (options.scan_layers == "auto" and platform() != "gpu")
+    layer = _rematerialised(layer, options.remat, is_in_loop=scans)
+    unroll = 1 if scans else self.level.num_layers
+    x_BNMD, kept = jax.lax.scan(layer, x_BNMD, (layers, keys), unroll=unroll)
+    return self.norm(x_BNMD), kept
+
+  def empty_cache(self, batch: int, slots: int) -> Cache:
+    """A cache for a span of `slots` slots."""
+    heads, width = self.level.heads
+    shape = (self.level.num_layers, batch, 1, self.level.cross_patch + slots, heads, width)
+    zeros = functools.partial(jnp.zeros, shape, compute_dtype(self.options))
+    return Cache(zeros(), zeros())
+
+  def step(
+    self, x_B11D: jax.Array, cache: Cache, slot: jax.Array, has_previous: jax.Array | bool
+  ) -> tuple[jax.Array, Cache]:
+    """One slot, given the cache of the earlier ones; the same block function as in training.
+
+    Args:
+      x_B11D: the slot's input.
+      cache: as left by the slots before.
+      slot: its number within the span.
+      has_previous: whether a span lies before this one (used with cross-patch attention only).
+    """
+    r, window = self.level.cross_patch, self.level.attention_window
+    first = jnp.maximum(jnp.where(has_previous, 0, r), r + slot - window + 1 if window else 0)  # entry that is seen
+    if self._in_one_kernel(x_B11D.shape[0]):
+      x_D, *kv = stack_kernel.step(
+        x_B11D[0, 0, 0],
+        stack_weights(self),
+        *(a[:, 0, 0] for a in cache),
+        first=first,
+        at=r + slot,
+        slot=slot,
+        level=self.level,
+        options=self.options,
+        epsilon=self.norm.epsilon,
+      )
+      return self.norm(x_D[None, None, None]), Cache(*(a[:, None, None] for a in kv))
+    graph, layers = nnx.split(self.blocks)
+    if is_unstacked(layers):
+      new = []
+      seen_2 = jnp.stack([first, r + slot]).astype(jnp.int32)
+      for i in range(self.level.num_layers):
+        k_LBSHK, v_LBSHK = (a[:, :, 0] for a in cache)
+        past = cached_attention.Filled(k_LBSHK, v_LBSHK, jnp.full(1, i, jnp.int32), seen_2)
+        x_B11D, kv = nnx.merge(graph, layer_of(layers, i))(x_B11D, slots_M=slot[None], past=past)
+        new.append(kv)
+      return self.norm(x_B11D), _written(cache, [jnp.stack(a) for a in zip(*new, strict=True)], r + slot)
+    cached = jnp.arange(cache.k_LBNSHK.shape[3]) - r  # the slot that each entry of the cache holds
+    visible = (cached < slot) & ((cached >= 0) | has_previous)
+    if window:
+      visible &= slot - cached < window
+
+    def layer(x_B11D, parameters_and_cache):
+      parameters, k_BNSHK, v_BNSHK = parameters_and_cache
+      return nnx.merge(graph, parameters)(x_B11D, slots_M=slot[None], past=Past(k_BNSHK, v_BNSHK, visible))
+
+    # The scan reads the caches alone: what it wrote to would be copied as a whole, once for every layer.
+    x_B11D, new = jax.lax.scan(layer, x_B11D, (layers, *cache))
+    return self.norm(x_B11D), _written(cache, new, r + slot)
+
+  def _in_one_kernel(self, rows: int) -> bool:
+    """Whether a step is one kernel: `in_compute_dtype` (build.py) has left the layers stacked for it."""
+    parameter = self.blocks.qkv.kernel.get_value()
+    return (
+      not isinstance(parameter, tuple)
+      and parameter.dtype == compute_dtype(self.options)
+      and cached_attention.on_one_gpu(parameter.dtype)
+      and stack_kernel.serves(self.level, self.options, rows)
+    )
+
+  def next_span(self, cache: Cache) -> Cache:
+    """The cache at the start of the next span: the last r slots move to the front, to slots -r .. -1."""
+    r = self.level.cross_patch
+    slots = cache.k_LBNSHK.shape[3] - r
+    k_tail, v_tail = (a[:, :, :, slots:] for a in cache)
+    k_tail = jax.vmap(rotate, in_axes=(0, None))(k_tail, jnp.full((r,), -slots))
+    return Cache(cache.k_LBNSHK.at[:, :, :, :r].set(k_tail), cache.v_LBNSHK.at[:, :, :, :r].set(v_tail))
+
+
+def _written(cache: Cache, new_LB11HK, at: jax.Array) -> Cache:
+  """The cache with the keys and values of one slot, of all layers, at its entry `at`."""
+  start = (0, 0, 0, at, 0, 0)
+  return Cache(*(jax.lax.dynamic_update_slice(a, b, start) for a, b in zip(cache, new_LB11HK, strict=True)))
+
+
+def stack_weights(stack: Stack) -> stack_kernel.Weights:
+  """The stacked parameters as stack_kernel.py takes them: no copies where they lie as build.py puts them."""
+  blocks, level = stack.blocks, stack.level
+  (heads, width), L, D = level.heads, level.num_layers, level.width
+  qkv_LD3HK, out_LHKD = blocks.qkv.kernel[...], blocks.attention_out.kernel[...]
+  bias = blocks.qkv.bias is not None
+  shift = getattr(blocks.attention_norm, "bias", None) is not None
+  return stack_kernel.Weights(
+    qkv_LD3HK.transpose(0, 2, 3, 4, 1).reshape(L, 3, heads, 2, width // 2, D),
+    blocks.qkv.bias[...].reshape(L, 3, heads, 2, width // 2) if bias else None,
+    out_LHKD.transpose(0, 3, 1, 2).reshape(L, D, heads * width),
+    blocks.attention_out.bias[...] if bias else None,
+    blocks.ff_in.kernel[...].reshape(L, D, -1).transpose(0, 2, 1),
+    blocks.ff_in.bias[...].reshape(L, -1) if bias else None,
+    blocks.ff_out.kernel[...].transpose(0, 2, 1),
+    blocks.ff_out.bias[...] if bias else None,
+    blocks.attention_norm.scale[...],
+    blocks.attention_norm.bias[...] if shift else None,
+    blocks.ff_norm.scale[...],
+    blocks.ff_norm.bias[...] if shift else None,
+  )
+
+
+# The layers' parameters as a tuple of arrays instead of a stacked one: no step has to cut its layer's out of a stack.
+
+
+def unstacked(parameter: nnx.Variable) -> nnx.Variable:
+  """A parameter of stacked blocks in the form of a tuple."""
+  return parameter.replace(tuple(parameter[...]))
+
+
+def is_unstacked(layers: nnx.State) -> bool:
+  """Whether parameters of blocks are tuples."""
+  return isinstance(_variables(layers)[0].get_value(), tuple)
+
+
+def layer_of(layers: nnx.State, i: int) -> nnx.State:
+  """The parameters of layer i."""
+  return _map_variables(lambda a: a.replace(a.get_value()[i]), layers)
+
+
+def stacked(layers: nnx.State) -> nnx.State:
+  """The parameters of blocks with a first axis of layers, whatever their form."""
+  if not is_unstacked(layers):
+    return layers
+  return _map_variables(lambda a: a.replace(jnp.stack(a.get_value())), layers)
+
+
+def _variables(layers):
+  return jax.tree.leaves(layers, is_leaf=is_variable)
+
+
+def _map_variables(function, layers):
+  return jax.tree.map(function, layers, is_leaf=is_variable)
+
+
+def is_variable(node: Any) -> bool:
+  """Whether a node of a model's state is a whole parameter, be it a tuple."""
+  return isinstance(node, nnx.Variable)
+
+
+def _rematerialised(layer: Callable, remat: str, *, is_in_loop: bool) -> Callable:
+  """`layer` with its activations recomputed in the backward pass, as `BlockOptions.remat` says."""
+  if remat == "none":
+    return layer
+  kept = ("qkv", "attended", "hidden") if remat == "named" else ()
+  policy = jax.checkpoint_policies.save_only_these_names(*kept, "scale")  # of an fp8 product: a number costs nothing
+  # Inside a loop nothing can be merged anyway. Outside, XLA may keep what is cheap to keep, unless memory is short.
+  return jax.checkpoint(layer, policy=policy, prevent_cse=remat == "full" and not is_in_loop)
