@@ -1,6 +1,7 @@
 """How time and memory grow with the length of a sequence: one training step on one sequence, from 8 kB to 100 MB.
 
   python benchmarks/long_sequences.py --output=docs/results/long_sequences    one GPU, about five minutes
+  python benchmarks/long_sequences.py --shortest=1e8                          the longest alone: three minutes
   python benchmarks/long_sequences.py --size=tiny                             a smoke test on a CPU
 
 MEGABYTE is the Image640 model of Table 5 (12 x 768 global and 8 x 768 local, P = 192, no cross-patch attention), the
@@ -129,12 +130,14 @@ def draw(rows: list[dict], device: str, output: str) -> None:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--size", default="full", choices=("full", "tiny"))
+  parser.add_argument("--shortest", type=float, default=0, help="leave out sequences of fewer bytes")
   parser.add_argument("--longest", type=float, default=math.inf, help="leave out sequences of more bytes")
   parser.add_argument("--output", default="", help="OUTPUT.json, OUTPUT_time.png and OUTPUT_memory.png are written")
   args = parser.parse_args()
   tiny = args.size == "tiny"
   lengths = TINY_LENGTHS if tiny else LENGTHS
-  wanted = [(model, length) for model in lengths for length in lengths[model] if length <= args.longest]
+  wanted = [(model, length) for model in lengths for length in lengths[model]]
+  wanted = [(model, length) for model, length in wanted if args.shortest <= length <= args.longest]
   wanted.sort(key=lambda which: which[1])
   run = {
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

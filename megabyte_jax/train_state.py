@@ -57,7 +57,7 @@ def make_train_step(config: Config) -> jax.stages.Wrapped:
   `length_B` is None where every row is full. Metrics: nats (summed), bytes (counted), grad_norm; float32.
   Dropout and the places of PerceiverAR's latents are functions of the seed and the step.
   """
-  graph, _ = abstract_model(config.model, training=True)
+  graph, _ = abstract_model(config.model)
   optimizer = make_optimizer(config.optimizer, config.num_steps)
   drops = config.model.dropout > 0 or config.model.attention_dropout > 0
   latents = config.model.latents if isinstance(config.model, PerceiverARConfig) else 0

@@ -59,6 +59,60 @@ def start(*arguments, cache=None, **options):
   )
 
 
+# Imports the package once, then runs each command in a process of its own that begins there.
+_DRIVER = """
+import json, os, runpy, sys
+from megabyte_jax import checkpoint, command_line, evaluate, metrics, report
+from megabyte_jax.data import batches, files
+sys.path.insert(0, os.getcwd())
+for name, (arguments, variables) in json.load(sys.stdin).items():
+  child = os.fork()
+  if child == 0:
+    output = os.open(os.path.join(sys.argv[1], name), os.O_CREAT | os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(variables)
+    module = arguments[0] == "-m"
+    sys.argv = arguments[module:]
+    try:
+      if module:
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+      else:
+        runpy.run_path(arguments[0], run_name="__main__")
+      code = 0
+    except SystemExit as exit:
+      code = exit.code or 0
+    except BaseException:
+      import traceback
+      traceback.print_exc()
+      code = 99
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def run_each(commands, outputs, cache=None):
+  """Runs `python ARGUMENTS` for each {name: arguments} or {name: (arguments, environment variables)}, in order.
+
+  Returns {name: (exit code, what was printed)}; `outputs` is a new folder, `cache` as in `environment`.
+  """
+  outputs.mkdir()
+  given = {name: c if isinstance(c, tuple) else (c, {}) for name, c in commands.items()}
+  driver = subprocess.run(
+    [sys.executable, "-c", _DRIVER, str(outputs)],
+    input=json.dumps(given),
+    cwd=ROOT,
+    env=environment(cache),
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  codes = {name: int(code) for name, code in (line.rsplit(" ", 1) for line in driver.stdout.splitlines())}
+  return {name: (codes[name], (outputs / name).read_text(errors="replace")) for name in commands}
+
+
 def finish(process):
   """What the command still prints, and its exit code."""
   output, _ = process.communicate(timeout=300)

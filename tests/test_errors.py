@@ -1,41 +1,12 @@
 """What the commands say when something is wrong: one line, no traceback, and an exit code other than 0."""
 
-import json
 import os
 import re
 import subprocess
 import sys
 
 import pytest
-from commands import ROOT, environment
-
-# Imports the package once, then runs each command in a process of its own that begins there.
-DRIVER = """
-import json, os, runpy, sys
-from megabyte_jax import checkpoint, command_line, evaluate, metrics, report
-from megabyte_jax.data import batches, files
-sys.path.insert(0, os.getcwd())
-for name, arguments in json.load(sys.stdin).items():
-  child = os.fork()
-  if child == 0:
-    output = os.open(os.path.join(sys.argv[1], name), os.O_CREAT | os.O_WRONLY)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.argv = arguments
-    try:
-      runpy.run_path(arguments[0], run_name="__main__")
-      code = 0
-    except SystemExit as exit:
-      code = exit.code or 0
-    except BaseException:
-      import traceback
-      traceback.print_exc()
-      code = 99
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-  print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
+from commands import ROOT, environment, run_each
 
 TINY = "--config=tests/tiny_config.py"
 DATA = "--config.data.train"
@@ -130,25 +101,13 @@ def said(folder):
   from megabyte_jax.saved_run import save_config  # noqa: PLC0415
 
   save_config(folder / "run", Config.from_dict(tiny_config.get_config()))
-  outputs = folder / "outputs"
-  outputs.mkdir()
   workdir = f"--workdir={folder / 'new'}"
   commands = {}
   for name, (arguments, *_) in CASES.items():
     arguments = [argument.replace("FOLDER", str(folder)) for argument in arguments]
     has_workdir = any(argument.startswith("--workdir") for argument in arguments)
     commands[name] = arguments + ([workdir] if arguments[0] == "train.py" and not has_workdir else [])
-  driver = subprocess.run(
-    [sys.executable, "-c", DRIVER, str(outputs)],
-    input=json.dumps(commands),
-    cwd=ROOT,
-    env=environment(),
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  codes = {name: int(code) for name, code in (line.rsplit(" ", 1) for line in driver.stdout.splitlines())}
-  return {name: (codes[name], (outputs / name).read_text()) for name in commands}
+  return run_each(commands, folder / "outputs")
 
 
 @pytest.mark.parametrize("name", CASES)

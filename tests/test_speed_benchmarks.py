@@ -148,3 +148,20 @@ def test_the_smallest_size_runs_on_a_cpu(name, tmp_path):
     return
   rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
   assert rows and all(row["date"] and row["command"] and "error" not in row for row in rows)
+
+
+@pytest.mark.slow
+def test_how_fast_data_are_read():
+  command = [sys.executable, "benchmarks/input_pipeline.py", "--seconds=0.1"]
+  done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True, timeout=600)
+  assert all(row["MB/s"] > 0 for row in json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.slow
+def test_several_devices_learn_as_one(tmp_path):
+  command = [sys.executable, "benchmarks/scaling.py", "--devices=2", "--seconds=0.1", f"--output={tmp_path / 'rows'}"]
+  here = environment() | {"JAX_PLATFORMS": "cpu"}
+  subprocess.run(command, cwd=ROOT, env=here, capture_output=True, text=True, check=True, timeout=900)
+  rows = json.loads((tmp_path / "rows").read_text())
+  assert [row["mesh"] for row in rows] == [{axis: 2} for axis in ("data", "fsdp", "seq", "tensor")]
+  assert all(row["loss differs"] < 1e-4 and row["resumed differs"] < 1e-5 and row["sent"] > 0 for row in rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 from collections.abc import Callable
@@ -27,14 +26,11 @@ def make_model(config: ModelConfig, rngs: nnx.Rngs) -> Model:
   return Megabyte(config, rngs) if isinstance(config, MegabyteConfig) else PerceiverAR(config, rngs)
 
 
-def abstract_model(config: ModelConfig, *, training: bool = False) -> tuple[nnx.GraphDef, dict[str, Any]]:
+def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
   """The model without memory: its graph, and its parameters as nested dicts of ShapeDtypeStructs.
 
-  `nnx.merge(graph, parameters)` with real parameters is the model again. Only the one for `training` has products in
-  eight bits: their scales depend on all bytes at once, as probabilities and decoding must not.
+  `nnx.merge(graph, parameters)` with real parameters is the model again.
   """
-  if not training:
-    config = dataclasses.replace(config, products="compute_dtype")
   graph, state = nnx.split(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0))))
   return graph, nnx.to_pure_dict(state)
 

@@ -113,8 +113,6 @@ class BlockOptions:
     scan_layers: always | never | auto: whether one compiled block serves all layers of a level, or each is compiled by
       itself, which is faster but, with remat=named, keeps more activations; auto is never on a GPU, always elsewhere.
     attention: auto | xla | cudnn | splash, see models/attention.py.
-    products: compute_dtype | fp8: the blocks' matrix products in eight bits while training, for GPUs that have
-      float8, see models/fp8.py. Evaluation and generation use the compute dtype whatever this says.
   """
 
   norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -128,7 +126,6 @@ class BlockOptions:
   scan_layers: Literal["auto", "always", "never"] = "auto"
   compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
   attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-  products: Literal["compute_dtype", "fp8"] = "compute_dtype"
 
   @property
   def gated(self) -> bool:
@@ -155,19 +152,6 @@ class BlockOptions:
       self.attention_dropout == 0 or self.attention in ("auto", "xla"),
       f"model.attention_dropout needs model.attention=xla, not {self.attention}",
     )
-
-  def check_products(self, where: str, level: Level) -> None:
-    """Raises ConfigError if the products of `level` cannot be in eight bits, as asked."""
-    heads, head_dim = level.heads
-    for name, width in (
-      ("width", level.width),
-      ("ff_width", self.hidden(level)),
-      ("num_heads * head_dim", heads * head_dim),
-    ):
-      require(
-        self.products != "fp8" or width % 16 == 0,
-        f"{where}.{name} is {width}; model.products=fp8 needs a multiple of 16, or set model.products=compute_dtype",
-      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,7 +209,6 @@ class MegabyteConfig(BlockOptions):
     )
     for i, (level, span) in enumerate(zip(self.levels, self.spans, strict=True)):
       level.check(f"model.levels[{i}]", span, has_previous_span=span < self.context)
-      self.check_products(f"model.levels[{i}]", level)
       require(
         i == 0 or level.patch_size < span,
         f"model.levels[{i}].patch_size {level.patch_size} must be smaller than the {span} of the level above",
@@ -269,7 +252,6 @@ class PerceiverARConfig(BlockOptions):
     )
     require(1 <= self.vocab_size <= 256, f"model.vocab_size is {self.vocab_size}; bytes have 1 to 256 values")
     self.level.check("model", self.context, has_previous_span=False)
-    self.check_products("model", self.level)
 
 
 ModelConfig = MegabyteConfig | PerceiverARConfig

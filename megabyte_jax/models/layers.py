@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from megabyte_jax.hardware import platform, row_major
 from megabyte_jax.models import attention as attention_lib
-from megabyte_jax.models import cached_attention, fp8
+from megabyte_jax.models import cached_attention
 from megabyte_jax.models.attention import Past
 from megabyte_jax.models.config import BlockOptions, Level
 from megabyte_jax.models.dropout import dropout
@@ -54,7 +54,6 @@ def make_linear(
     axis=tuple(range(-len(shape_in), 0)),
     use_bias=options.bias,
     kernel_init=init_normal(options, scale),
-    dot_general=fp8.dot_general if options.products == "fp8" else None,
     dtype=compute_dtype(options),
     rngs=rngs,
   )
@@ -187,8 +186,7 @@ class Block(nnx.Module):
       return tuple(qkv_BNM3HK[:, :, :, i] for i in range(3))
     D, _, H, K = self.qkv.kernel.shape
     kernel_D3F, y_BNMD = (a.astype(self.qkv.dtype) for a in (self.qkv.kernel.reshape(D, 3, H * K), y_BNMD))
-    product = fp8.product if self.options.products == "fp8" else jnp.matmul
-    products = [product(y_BNMD, kernel_D3F[:, i]) for i in range(3)]
+    products = [y_BNMD @ kernel_D3F[:, i] for i in range(3)]
     if self.qkv.bias is not None:
       bias_3F = self.qkv.bias.reshape(3, H * K).astype(self.qkv.dtype)
       products = [product + bias_3F[i] for i, product in enumerate(products)]

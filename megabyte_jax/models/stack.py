@@ -218,6 +218,6 @@ def _rematerialised(layer: Callable, remat: str, *, is_in_loop: bool) -> Callabl
   if remat == "none":
     return layer
   kept = ("qkv", "attended", "hidden") if remat == "named" else ()
-  policy = jax.checkpoint_policies.save_only_these_names(*kept, "scale")  # of an fp8 product: a number costs nothing
+  policy = jax.checkpoint_policies.save_only_these_names(*kept)
   # Inside a loop nothing can be merged anyway. Outside, XLA may keep what is cheap to keep, unless memory is short.
   return jax.checkpoint(layer, policy=policy, prevent_cse=remat == "full" and not is_in_loop)
