@@ -18,7 +18,7 @@ the paper's recipe as megabyte_jax/recipe.py says, all at once and all but one. 
 All is done in one process, by the functions behind the commands that are printed. What is done is kept in the work
 directory; the same command goes on from there (with other settings take another). The results hold bits per byte, the
 command, the device, what was matched, learning rates and seconds; `python -m megabyte_jax.tables` shows them beside the
-paper's.
+paper's. Beside them are learning curves and losses by position, also as pictures (comparison_files.py).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import sys
 from collections.abc import Callable
 from typing import Literal
 
+import comparison_files
 import jax
 from absl import flags as absl_flags
 from ml_collections import config_flags
@@ -167,10 +168,11 @@ class Run:
         raise SystemExit("stopped; give the same command again")
 
   def evaluate(self, workdir: pathlib.Path, *more: str) -> dict:
-    """The JSON object that eval.py prints."""
+    """The JSON object that eval.py prints, and bits per byte by position."""
     arguments = [f"--workdir={workdir}", "--no-compressors", *more]
     print("$ python eval.py", *arguments, flush=True)
-    return json.loads(evaluation.main(arguments))
+    positions = workdir / "eval_positions.json"
+    return json.loads(evaluation.main(arguments)) | {"positions": json.loads(positions.read_text())}
 
 
 def config_in(file: pathlib.Path, row: str, flags: list[str]) -> Config:
@@ -218,8 +220,8 @@ def match_all(runs: list[Run], comparison: Comparison, args: argparse.Namespace)
     run.flags += [run.matched["flag"]] if run.matched["flag"] else []
 
 
-def complete(run: Run, comparison: Comparison, args: argparse.Namespace) -> dict:
-  """One row, from its learning rates to its results."""
+def complete(run: Run, comparison: Comparison, args: argparse.Namespace) -> tuple[dict, dict]:
+  """One row, from its learning rates to its results; and what is kept of its run (comparison_files.py)."""
   config = run.config()
   steps, bytes_trained = run.steps(args.train_bytes / run.cost)
   trial_steps = max(2, round(steps * args.trial_share))
@@ -260,11 +262,12 @@ def complete(run: Run, comparison: Comparison, args: argparse.Namespace) -> dict
     limit = (f"--max-bytes={args.test_bytes}",) if args.test_bytes else ()
     words = ("--words=count",) if comparison.words and not limit else ()
     done = {method: run.evaluate(workdir, "--split=test", f"--method={method}", *words, *limit) for method in methods}
-    return done | {"training_seconds": training_seconds(workdir)}
+    return comparison_files.kept(workdir, done) | {"training_seconds": training_seconds(workdir)}
 
-  evaluations = once(run.folder / "evaluations.json", whole_run)
-  seconds = {"training_seconds": evaluations.pop("training_seconds", None)}
-  return result | seconds | evaluations[config.eval.method] | {"methods": {m: e["bpb"] for m, e in evaluations.items()}}
+  kept = once(run.folder / "run.json", whole_run)
+  methods = {method: found["bpb"] for method, found in kept["results"].items()}
+  result |= {"training_seconds": kept["training_seconds"], "methods": methods}
+  return result | kept["results"][kept["method"]], kept
 
 
 def training_seconds(workdir: pathlib.Path) -> float:
@@ -340,9 +343,10 @@ def main() -> None:
   match_all(runs, comparison, args)
   if args.dry_run:
     return print_plan(runs, args)
-  rows = []
+  rows, kept = [], {}
   for run in runs:
-    rows.append(complete(run, comparison, args))
+    row, kept[run.row] = complete(run, comparison, args)
+    rows.append(row)
     print_results(rows)
   device = jax.devices()[0].device_kind
   note = f"{config_file.name}, {args.train_bytes / 1e6:.3g} MB of {comparison.data}, {device}"
@@ -358,7 +362,8 @@ def main() -> None:
   output.parent.mkdir(parents=True, exist_ok=True)
   with replacing(str(output)) as temporary:
     temporary.write_text(json.dumps(results, indent=1) + "\n")
-  print(f"results: {output}")
+  comparison_files.write(output, kept)
+  print(f"results: {output}, and in and beside {output.with_suffix('')} each run's curve and pictures of all")
 
 
 def print_plan(runs: list[Run], args: argparse.Namespace) -> None:

@@ -121,10 +121,11 @@ def draw(rows: list[dict], device: str, output: str) -> None:
     return {name: ([row["bytes"] for row in of], [value(row) for row in of]) for name, of in series.items()}
 
   title = f"Training on one sequence, {device}"
-  plots.growth(
-    curves(lambda row: 1e9 * row["seconds"] / row["bytes"]), title, "nanoseconds a byte", output + "_time.png"
-  )
-  plots.growth(curves(lambda row: row["memory_bytes"] / 2**30), title, "memory (GiB)", output + "_memory.png")
+  for name, ylabel, value in (
+    ("time", "nanoseconds a byte", lambda row: 1e9 * row["seconds"] / row["bytes"]),
+    ("memory", "memory (GiB)", lambda row: row["memory_bytes"] / 2**30),
+  ):
+    plots.lines(curves(value), title, "sequence length (bytes)", ylabel, f"{output}_{name}.png", log=True)
 
 
 def main() -> None:

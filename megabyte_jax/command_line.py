@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import config_flags
 
-from megabyte_jax import distributed, remote
+from megabyte_jax import distributed, hardware, remote
 from megabyte_jax.checkpoint import CheckpointError
 from megabyte_jax.config import ConfigError, MeshConfig
 from megabyte_jax.config_parsing import require
@@ -38,6 +38,11 @@ def run(main: Callable[[], object]) -> None:
     distributed.end(1)
   except ImportError as error:
     if not (line := remote.missing_package(error)):
+      raise
+    print(f"error: {line}", file=sys.stderr)
+    distributed.end(1)
+  except (RuntimeError, AssertionError, MemoryError) as error:  # some of them are JAX's for devices that fail
+    if not (line := hardware.what_to_do(error)):
       raise
     print(f"error: {line}", file=sys.stderr)
     distributed.end(1)

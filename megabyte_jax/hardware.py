@@ -1,4 +1,4 @@
-"""What the devices can do and how much of their memory was used."""
+"""What the devices can do, how much of their memory was used, and what to do where they fail."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import re
 import resource
 import sys
+import traceback
 from collections.abc import Iterable
 
 import jax
@@ -135,3 +136,21 @@ def memory_in_use(devices: Iterable[jax.Device]) -> int | None:
     else:
       peaks.append((device.memory_stats() or {}).get("peak_bytes_in_use", 0))
   return max(peaks, default=0) or None
+
+
+def what_to_do(error: Exception) -> str:
+  """One line for the user about an error of the devices: no memory, or none of the kind wanted; else nothing."""
+  text = " ".join(str(error).split())
+  if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+    return (
+      f"too little memory ({text.removeprefix('RESOURCE_EXHAUSTED: ')[:120]}); to train, raise --config.accumulate, "
+      "take --config.model.remat=full, a smaller --config.batch_size or more devices (--config.mesh.fsdp=-1); to "
+      "evaluate, compress or generate, a smaller --batch-size or fewer --num-samples"
+    )
+  wanted = jax.config.jax_platforms
+  if wanted and traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
+    return (
+      f"JAX finds no device of JAX_PLATFORMS={wanted}{text and f' ({text[:200]})'}; install the JAX that has them "
+      f'(pip install -U "jax[cuda13]" or "jax[tpu]"), or leave JAX_PLATFORMS unset'
+    )
+  return ""

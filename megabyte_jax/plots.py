@@ -184,26 +184,44 @@ def flops_per_byte(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], 
     axes.legend(loc="upper left")
 
 
-def growth(
-  curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], title: str, ylabel: str, out_png: epath.PathLike
+def lines(
+  curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+  title: str,
+  xlabel: str,
+  ylabel: str,
+  out_png: epath.PathLike,
+  *,
+  log: bool = False,
+  training: bool = False,
 ) -> None:
-  """What grows with the length of a sequence, both axes logarithmic.
+  """Some curves in one picture.
 
   Args:
-    curves: {name: (sequence lengths in bytes, values)}.
-    title, ylabel: of the picture.
+    curves: {name: (x, y)}.
+    title, xlabel, ylabel: of the picture.
     out_png: where the picture goes.
+    log: makes both axes logarithmic and marks every point.
+    training: smooths the curves; their first losses, a tenth of all points, may lie above the picture.
 
   Raises:
     PlotError: there is no curve.
   """
   if not curves:
     raise PlotError(f"no curve to draw in {out_png}")
-  with _axes(out_png, title, "sequence length (bytes)", ylabel) as axes:
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    for (name, (lengths, values)), color in zip(curves.items(), _cycle(_COLORS), strict=False):
-      axes.plot(lengths, values, color=color, linewidth=2, marker="o", markersize=5, label=name)
+  with _axes(out_png, title, xlabel, ylabel) as axes:
+    for (name, (x, y)), color in zip(curves.items(), _cycle(_COLORS), strict=False):
+      marker: dict[str, Any] = {"marker": "o", "markersize": 5} if log else {}
+      y = np.asarray(y, np.float64)
+      axes.plot(
+        x, _smooth(y) if training and len(y) > _WHOLE_CURVE else y, color=color, linewidth=2, label=name, **marker
+      )
+    if log:
+      axes.set_xscale("log")
+      axes.set_yscale("log")
+    if training:
+      every = np.concatenate([np.asarray(y, np.float64) for _, y in curves.values()])
+      low, high = every.min(), np.quantile(every, 0.9)
+      axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-6)
     axes.legend()
 
 

@@ -66,6 +66,13 @@ def test_a_small_comparison(command, tmp_path):
     assert set(row["trials"]) == {"1.0", "3.0"}
   assert results["rows"][0]["matched"] is None and results["rows"][1]["matched"]["by"] == "flops"
   assert [set(row["methods"]) for row in results["rows"]] == [set(METHODS), {"basic", "sliding"}]
+  for name in ("training", "by_context", "by_patch"):
+    assert (tmp_path / f"out/books_{name}.png").read_bytes().startswith(b"\x89PNG")
+  kept = json.loads((tmp_path / "out/books/table2.books_megabyte.json").read_text())
+  assert kept["seed"] == 0 and kept["config"]["batch_size"] == 2 and len(kept["curve"]) > 0
+  for method, positions in kept["positions"].items():
+    assert np.isclose(kept["results"][method]["bpb"], results["rows"][0]["methods"][method])
+    assert len(positions["patch"]) == 8 and len(positions["context"]) == 64
   again = command("books", *flags)
   assert "$ python train.py" in first.stdout and "$ python" not in again.stdout
   found = measured.from_results(tmp_path / "out", tmp_path)

@@ -1,0 +1,103 @@
+"""What a comparison leaves beside NAME.json: a small file for each row, and pictures of all rows together.
+
+- NAME/ROW.json: config and seed, the learning curve, and bits per byte by position under each method of evaluation.
+- NAME_training.png: bits per byte of training against the bytes read.
+- NAME_by_context.png: bits per byte by position in the window, of each row under its own method (Fig. 4 of the paper).
+- NAME_by_patch.png: by position in the patch, of the first row with patches, under each method (Fig. 5).
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from megabyte_jax import flops, plots
+from megabyte_jax.atomic_file import replacing
+from megabyte_jax.config import Config
+
+_BINS = 64  # of a context, in files and pictures
+
+
+def kept(workdir: pathlib.Path, evaluations: dict[str, dict]) -> dict[str, Any]:
+  """What is kept of a trained row in `workdir`; `evaluations` are eval.py's results by method, with `positions`."""
+  config = json.loads((workdir / "config.json").read_text())
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  curve = [[line["step"], round(line["bpb"], 4)] for line in lines if "bpb" in line]
+  results = {
+    method: {name: value for name, value in result.items() if name not in ("positions", "workdir", "data")}
+    for method, result in evaluations.items()
+  }
+  positions = {method: coarse(result["positions"]) for method, result in evaluations.items()}
+  model, batch_size = Config.from_dict(config).model, config["batch_size"]
+  return {
+    "seed": config["seed"],
+    "config": config,
+    "bytes_per_step": batch_size * flops.predicted_bytes(model),
+    "curve": curve,  # [step, bits per byte]
+    "method": config["eval"]["method"],
+    "results": results,
+    "positions": positions,
+  }
+
+
+def coarse(positions: dict[str, Any]) -> dict[str, Any]:
+  """eval_positions.json with at most 64 bins of the context, rounded."""
+  bits, counts = (np.array(positions[name], np.float64) for name in ("context", "context_bytes"))
+  per_bin = -(-len(counts) // _BINS)
+  starts = np.arange(0, len(counts), per_bin)
+  summed, counts = np.add.reduceat(np.nan_to_num(bits) * counts, starts), np.add.reduceat(counts, starts)
+
+  def rounded(values: Any) -> list[float | None]:
+    return [round(float(v), 4) if v is not None and np.isfinite(v) else None for v in values]
+
+  with np.errstate(invalid="ignore"):
+    return {
+      "patch": rounded(positions["patch"]),
+      "context_bin_width": per_bin * positions["context_bin_width"],
+      "context": rounded(summed / counts),
+    }
+
+
+def write(output: pathlib.Path, rows: dict[str, dict[str, Any]]) -> None:
+  """The files and pictures beside `output`.
+
+  Args:
+    rows: by name what `kept` gave.
+  """
+  folder = output.with_suffix("")
+  folder.mkdir(parents=True, exist_ok=True)
+  for name, row in rows.items():
+    with replacing(str(folder / f"{name.replace(':', '.')}.json")) as path:
+      path.write_text(json.dumps(row) + "\n")
+  short = {name: name.partition(":")[2] for name in rows}
+
+  def picture(kind: str) -> str:
+    return f"{folder}_{kind}.png"
+
+  curves = {
+    short[name]: ([step * row["bytes_per_step"] / 1e6 for step, _ in row["curve"]], [bpb for _, bpb in row["curve"]])
+    for name, row in rows.items()
+  }
+  plots.lines(curves, "Training", "million bytes read", "bits per byte", picture("training"), training=True)
+  own = {short[name]: row["positions"][row["method"]] for name, row in rows.items()}
+  contexts = {name: (bin_middles(p), floats(p["context"])) for name, p in own.items()}
+  plots.lines(contexts, "Loss by position", "byte in context", "bits per byte", picture("by_context"))
+  for name, row in rows.items():
+    patches = {m: floats(p["patch"]) for m, p in row["positions"].items() if len(p["patch"]) > 1}
+    if patches:
+      plots.loss_by_position(patches, picture("by_patch"), f"Loss by position, {short[name]}", "byte in patch")
+      break
+
+
+def floats(values: list[float | None]) -> list[float]:
+  """NaN for None."""
+  return [np.nan if v is None else v for v in values]
+
+
+def bin_middles(positions: dict[str, Any]) -> list[float]:
+  """The middle of each bin of the context, in bytes."""
+  width = positions["context_bin_width"]
+  return [width * (i + 0.5) for i in range(len(positions["context"]))]
