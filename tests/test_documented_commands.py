@@ -18,6 +18,7 @@ DOCUMENTS = (
   "README.md",
   "CONTRIBUTING.md",
   "launch/README.md",
+  "benchmarks/README.md",
   *(f"docs/{n}.md" for n in ("data", "running", "scaling")),
 )
 COMMAND = re.compile(r"(?:\w+=\S+ )*(?:python|pytest|pip|ruff|mypy|\.ci/)\b.*")
@@ -98,6 +99,8 @@ RUN_BY = {
   "python -m megabyte_jax.plan": ("tests/test_plan.py", "def test_search_over_two_slices_ends_with_the_real_program"),
   "python -m megabyte_jax.matching": ("tests/test_matching.py", "def test_command_line"),
   "python benchmarks/comparisons.py": ("tests/test_comparisons.py", "def test_a_small_comparison"),
+  "python benchmarks/": ("tests/test_speed_benchmarks.py", 'f"benchmarks/{name}.py"'),
+  "python benchmarks/scaling.py": ("tests/test_speed_benchmarks.py", "benchmarks/scaling.py"),
   "python benchmarks/input_pipeline.py": ("tests/test_speed_benchmarks.py", "benchmarks/input_pipeline.py"),
   "python benchmarks/corpora/build.py": ("tests/test_data_corpora.py", ""),
   "python -m megabyte_jax.data.prepare build": (
