@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
     source = open_path(args.data, config.data, skip_empty=True)  # they have no byte that could be scored
   else:
     source = open_source(config.data, args.split)
+  words = number_of_words(args.words, args.split if not args.data else "", source) if args.words else 0
   model, _, step = load(args.workdir, args.step, mesh)
   parameters = nnx.to_pure_dict(nnx.state(model))
   print(f"step {step} of {args.workdir}, {report.count_documents(source)} of {args.data or args.split}")
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
       parameters,
       source,
       mesh,
-      primer=training_data(config) if compare else None,
+      primer=functools.partial(training_data, config) if compare else None,
       with_compressors=compare,
       method=args.method or config.eval.method,
       stride=args.stride,
@@ -74,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> str:
     more["split"] = args.split
   if source.skipped:
     more["skipped"] = source.skipped
-  if args.words:
-    more["words"] = number_of_words(args.words, args.split if not args.data else "", source)
+  if words:
+    more["words"] = words
     more["word_perplexity"] = perplexity.word_perplexity(result.nats, more["words"])
     print(f"word-level perplexity {more['word_perplexity']:.2f} ({more['words']:,} words)")
   if jax.process_index() == 0:
@@ -151,7 +153,7 @@ def number_of_words(words: str, split: str, source: Source) -> int:
     raise ConfigError("--words=pg19 with --data: which split is it? Take pg19-train, pg19-validation or pg19-test")
   if words in ("pg19", *(f"pg19-{name}" for name in perplexity.PG19)):
     return perplexity.PG19[words.partition("-")[2] or split].words
-  if not words.isdigit():
+  if not words.isdigit() or not int(words):
     raise ConfigError(f"--words={words} is neither a number nor count nor pg19 nor pg19-{{train,validation,test}}")
   return int(words)
 

@@ -18,12 +18,12 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from megabyte_jax import command_line, distributed, plots, report
+from megabyte_jax import command_line, distributed, plots, report, windows
 from megabyte_jax.checkpoint import Checkpoints, check_same_run, save_config
 from megabyte_jax.config import Config, ConfigError
 from megabyte_jax.data.batches import batches, open_windows
 from megabyte_jax.data.sources import open_source
-from megabyte_jax.evaluate import evaluate
+from megabyte_jax.evaluate import Evaluation, evaluate
 from megabyte_jax.fine_tune import parameters_from
 from megabyte_jax.flops import flops_per_byte, predicted_bytes
 from megabyte_jax.media_samples import write_samples
@@ -43,15 +43,16 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
   """Trains until `config.num_steps`, from the newest checkpoint in `workdir` if there is one."""
   mesh = make_mesh(config.mesh)
   check_mesh(mesh, config.model, config.batch_size // config.accumulate)
+  windows.check_method(config.model, config.eval.method)
   source = open_source(config.data, "train")
   validation = open_source(config.data, "validation") if config.data.validation else None
-  windows: dict[str, Any] = {
+  cutting: dict[str, Any] = {
     "context": config.model.context,
     "seed": config.seed,
     "documents": config.data.documents,
     "latents": getattr(config.model, "latents", 0),
   }
-  open_windows(source, **windows)  # what is wrong with the data is said before anything is written
+  open_windows(source, **cutting)  # what is wrong with the data is said before anything is written
   with contextlib.ExitStack() as closing:  # whatever happens, what is being written is finished
     stop = closing.enter_context(StopSignal())
     checkpoints = closing.enter_context(Checkpoints(workdir, config.checkpoint))
@@ -62,7 +63,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
       first_step=first_step,
       num_steps=config.num_steps,
       sharding=batch_sharding(mesh),
-      **windows,
+      **cutting,
     )
     state, meta = restore_or_start(config, mesh, checkpoints, source.fingerprint, workdir, init_from)
     origin = init_from or meta.get("init_from", "")
@@ -110,6 +111,10 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
       meta |= {"seconds": metrics.seconds, "since_logged": [nats, count]}
       checkpoints.save(step, state.parameters, state.opt_state, meta, force=True)
 
+    def note(step: int, result: Evaluation) -> None:
+      metrics.write(step, {"validation_bpb": result.bpb})
+      checkpoints.record(step, result.bpb)
+
     def say_stopped(step: int) -> None:
       checkpoints.wait()
       print(f"stopped at step {step}, which is saved in {workdir}; the same command goes on from there")
@@ -126,8 +131,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
           except Interrupted:
             save(number)
             return say_stopped(number)
-          metrics.write(number, {"validation_bpb": result.bpb})
-          checkpoints.record(number, result.bpb)
+          note(number, result)
           print(f"step {number}: validation bpb {result.bpb:.4f} ({result.bytes:,} bytes)", flush=True)
         step = number + 1
         trace.before(step)
@@ -147,11 +151,18 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
     stop.all_is_saved(workdir)
     if validation:
       result = report.evaluate_and_print(
-        config, state.parameters, validation, mesh, eval_step=eval_step, primer=source, method=config.eval.method
+        config,
+        state.parameters,
+        validation,
+        mesh,
+        eval_step=eval_step,
+        primer=lambda: source,
+        method=config.eval.method,
       )
-      metrics.write(config.num_steps, {"validation_bpb": result.bpb})
-      if not config.eval.max_bytes:  # else another part of the data was scored
-        checkpoints.record(config.num_steps, result.bpb)
+      if config.eval.max_bytes and config.eval.every_steps:  # earlier steps were scored on a part: the last one is, too
+        del evaluation["on_progress"]  # all is saved
+        result = evaluate(config, state.parameters, validation, mesh=mesh, eval_step=eval_step, **evaluation)
+      note(config.num_steps, result)
   picture = os.path.join(workdir, "loss.png")
   if jax.process_index() == 0:
     plots.loss_curve(os.path.join(workdir, "metrics.jsonl"), picture)

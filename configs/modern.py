@@ -12,4 +12,5 @@ from megabyte_jax.tables import config_of
 
 
 def get_config(name="table2:books_megabyte"):
-  return recipe.with_changes(config_of(name), recipe.MODERN).to_config_dict()
+  row, changes = recipe.split_name(name)
+  return recipe.with_changes(config_of(row), changes or recipe.MODERN).to_config_dict()

@@ -16,8 +16,13 @@ while kill -0 "$train" 2>/dev/null; do # a signal ended the wait, not the run
 done
 ((code == 0)) || exit "$code"
 
-for argument in "$@"; do
-  [[ $argument != --workdir=* ]] || workdir=${argument#--workdir=}
+workdir=runs/quickstart # train.py's own default
+while (($#)); do
+  case $1 in
+    --workdir=* | -workdir=*) workdir=${1#*=} ;;
+    --workdir | -workdir) workdir=${2-} ;;
+  esac
+  shift
 done
 python - "$workdir" <<'PYTHON' || { echo "not finished: exit code 75, so that it is started again" && exit 75; }
 import json, sys

@@ -1,8 +1,9 @@
 """Checkpoints: saved in the background, whole or not at all, and never restored in part.
 
 A checkpoint of step n is the folder `WORKDIR/checkpoints/n` with three Orbax items: `params` and `opt_state`, each one
-flat dict of arrays (`levels.0.attention.query`: array), and `meta`, a JSON object. Orbax commits it by renaming;
-`files.json` in it holds the checksum of every file. What lies there half-written or damaged is named and passed over.
+flat dict of arrays (`levels.0.decoder.blocks.qkv.kernel`: array), and `meta`, a JSON object. Orbax commits it by
+renaming; `files.json` in it holds the checksum of every file. What lies there half-written or damaged is named and
+passed over.
 """
 
 from __future__ import annotations

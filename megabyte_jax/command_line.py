@@ -7,7 +7,9 @@ import dataclasses
 import io
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -29,6 +31,7 @@ def run(main: Callable[[], object]) -> None:
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
+  sys.unraisablehook = _interrupt_again
   try:
     main()
   except BrokenPipeError:  # the reader of our output, head for instance, has seen enough
@@ -49,6 +52,13 @@ def run(main: Callable[[], object]) -> None:
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     distributed.end(130, at_once=True)
+
+
+def _interrupt_again(unraisable: Any) -> None:
+  """A Ctrl-C that fell into a callback of the garbage collector, JAX's for instance, where Python forgets it."""
+  if unraisable.exc_type is not KeyboardInterrupt:
+    return sys.__unraisablehook__(unraisable)
+  threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
 
 
 def define_config(default: str, help_string: str) -> flags.FlagHolder:

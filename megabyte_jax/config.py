@@ -166,7 +166,7 @@ class EvalConfig:
   Attributes:
     every_steps: evaluate the validation split during training every so many steps; 0 only at the end.
     max_bytes: during training, score only the first so many bytes; 0 scores all.
-    batch_size: windows scored at once; 0 takes the training batch size.
+    batch_size: windows scored at once; 0 takes what training takes at once, batch_size / accumulate.
     method: basic | sliding | strided | both (section 2.3.3 and Table 11); during training, too.
   """
 
@@ -217,6 +217,10 @@ class Config:
     )
     require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be between 0 and {2**32 - 1}")
     require(self.sample_bytes >= 0, f"sample_bytes is {self.sample_bytes}; it must not be negative")
+    require(
+      not self.sample_bytes or self.data.form != "audio" or self.data.sample_rate > 0,
+      "sample_bytes of audio needs data.sample_rate, such as 16000: the sampled recordings have no rate of their own",
+    )
     steps = self.profile_steps
     require(
       steps == () or (len(steps) == 2 and 1 <= steps[0] <= steps[1]),

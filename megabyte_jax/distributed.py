@@ -12,6 +12,7 @@ Where none of them speaks of several processes, the run has one.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -94,14 +95,17 @@ def end(code: int, *, at_once: bool = False) -> NoReturn:
   of a step.
 
   Args:
-    at_once: give the others no time to say what they have to say.
+    at_once: wait for nobody, be it the other processes with what they have to say, or this one's own threads, under
+      which Python's usual end crashes while they compile.
   """
-  if not jax.distributed.is_initialized() or jax.process_count() == 1:
+  several = jax.distributed.is_initialized() and jax.process_count() > 1
+  if not (several or at_once):
     sys.exit(code)
-  if jax.process_index() == 0 and not at_once:
+  if several and jax.process_index() == 0 and not at_once:
     time.sleep(2)  # the others lose their coordinator with it; those with the same error may say so first
-  sys.stdout.flush()
-  sys.stderr.flush()
+  with contextlib.suppress(OSError):  # nobody reads any more
+    sys.stdout.flush()
+    sys.stderr.flush()
   os._exit(code)
 
 

@@ -32,9 +32,8 @@ def parameters_from(workdir: str, fresh: Any, mesh: Mesh) -> Any:
     raise CheckpointError(
       f"the model of {workdir} does not fit this config; different: {', '.join(sorted(differ)[:8])}"
     )
-  checkpoints = Checkpoints(workdir, read_only=True)
-  restored = checkpoints.restore_params(shard_abstract(abstract, mesh)).params
-  checkpoints.close()
+  with Checkpoints(workdir, read_only=True) as checkpoints:
+    restored = checkpoints.restore_params(shard_abstract(abstract, mesh)).params
 
   def fit(new: jax.Array, old: jax.Array) -> jax.Array:
     rows = min(len(old), len(new)) if new.ndim else 0

@@ -144,10 +144,10 @@ def what_to_do(error: Exception) -> str:
   if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
     return (
       f"too little memory ({text.removeprefix('RESOURCE_EXHAUSTED: ')[:120]}); to train, raise --config.accumulate, "
-      "take --config.model.remat=full, a smaller --config.batch_size or more devices (--config.mesh.fsdp=-1); to "
-      "evaluate, compress or generate, a smaller --batch-size or fewer --num-samples"
+      "take --config.model.remat=full, a smaller --config.batch_size or --config.eval.batch_size, or more devices "
+      "(--config.mesh.fsdp=-1); to evaluate, compress or generate, a smaller --batch-size or fewer --num-samples"
     )
-  wanted = jax.config.jax_platforms
+  wanted = jax.config.values["jax_platforms"]
   if wanted and traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
     return (
       f"JAX finds no device of JAX_PLATFORMS={wanted}{text and f' ({text[:200]})'}; install the JAX that has them "

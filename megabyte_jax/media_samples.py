@@ -32,7 +32,7 @@ def write_samples(config: Config, parameters: Any, source: Source, workdir: str)
   """
   if not config.sample_bytes or config.data.form == "bytes" or jax.process_count() > 1:
     return []
-  config = dataclasses.replace(config, seed=config.seed % (1 << 31))  # training takes more of them than generation
+  config = dataclasses.replace(config, seed=config.seed % (1 << 31))  # room for one per picture
   graph, _ = abstract_model(config.model)
   model = nnx.merge(graph, parameters)
   if config.data.form == "image":

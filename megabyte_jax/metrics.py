@@ -14,9 +14,7 @@ from etils import epath
 
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.hardware import memory_in_use, peak_flops
-from megabyte_jax.progress import Progress, duration, human
-
-__all__ = ["METRICS_FILE", "Metrics", "Progress", "duration", "human", "memory_in_use", "peak_flops"]
+from megabyte_jax.progress import duration, human
 
 METRICS_FILE = "metrics.jsonl"
 _REMOTE_SECONDS = 30.0  # object stores cannot append: there the file is written anew so often

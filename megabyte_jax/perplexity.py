@@ -39,16 +39,6 @@ def word_perplexity(nats: float, words: int) -> float:
   return math.exp(nats / words)
 
 
-def nats_of(bits_per_byte: float, num_bytes: int) -> float:
-  """Total nats of `num_bytes` bytes at `bits_per_byte`."""
-  return bits_per_byte * num_bytes * math.log(2)
-
-
-def bits_per_byte_of(perplexity: float, words: int, num_bytes: int) -> float:
-  """The bits per byte behind a word-level perplexity."""
-  return math.log2(perplexity) * words / num_bytes
-
-
 def count_words(text: bytes | np.ndarray) -> int:
   """Runs of bytes that are not ASCII white space; `text` may be a memory-mapped uint8 array of any size."""
   data = np.frombuffer(text, np.uint8) if isinstance(text, bytes | bytearray | memoryview) else text

@@ -13,6 +13,7 @@ v5e:4x4 ... 16x16, v5p:2x2x1 ..., v6e:4x4 ... 16x16, tpu7x:2x2x1 ... . Devices o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -35,10 +36,10 @@ from megabyte_jax.collectives import Collective, collectives
 from megabyte_jax.command_line import parse_mesh
 from megabyte_jax.config import Config, ConfigError, PerceiverARConfig
 from megabyte_jax.config_parsing import require
-from megabyte_jax.models.build import abstract_model
+from megabyte_jax.models.build import abstract_model, cast_for_decoding
 from megabyte_jax.models.config import Remat
 from megabyte_jax.progress import duration, human
-from megabyte_jax.sharding import batch_sharding, check_mesh, make_mesh
+from megabyte_jax.sharding import batch_sharding, check_mesh, make_mesh, shard_abstract
 from megabyte_jax.train_state import abstract_state, make_eval_step, make_train_step
 
 STEPS = ("train", "eval", "generate")
@@ -121,20 +122,21 @@ def for_tpu(config: Config) -> Config:
 def lower(config: Config, mesh: Mesh, step: str) -> jax.stages.Lowered:
   """The step for abstract arguments laid out as in a real run: nothing is allocated."""
   is_perceiver = isinstance(config.model, PerceiverARConfig)
-  batch, context = config.batch_size, config.model.context
-  may_be_short = config.data.documents == "whole"
+  may_be_short = config.data.documents == "whole" or config.data.form == "image"
 
   def rows(shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
 
-  state = abstract_state(config, mesh)
-  x_BT, length_B = rows((batch, context), jnp.uint8), rows((batch,), jnp.int32)
+  x_BT, length_B = rows((config.batch_size, config.model.context), jnp.uint8), rows((config.batch_size,), jnp.int32)
   with jax.set_mesh(mesh):
     if step == "train":
-      return make_train_step(config).lower(state, x_BT, length_B if may_be_short else None)
+      return make_train_step(config).lower(abstract_state(config, mesh), x_BT, length_B if may_be_short else None)
+    _, parameters = abstract_model(config.model)
     if step == "eval":
-      return make_eval_step(config).lower(state.parameters, x_BT, length_B, *([length_B] if is_perceiver else []))
-    return _lower_generate(config, mesh, state.parameters)
+      parameters = shard_abstract(parameters, mesh)
+      return make_eval_step(config).lower(parameters, x_BT, length_B, *([length_B] if is_perceiver else []))
+    parameters = jax.eval_shape(functools.partial(cast_for_decoding, config.model), parameters)
+    return _lower_generate(config, mesh, shard_abstract(parameters, mesh))
 
 
 def _lower_generate(config: Config, mesh: Mesh, parameters: Any) -> jax.stages.Lowered:
@@ -168,6 +170,9 @@ def make_plan(
     ConfigError: the mesh does not suit the topology, the model or the batch.
   """
   config = for_tpu(config)
+  if step != "train":
+    at_once = config.eval.batch_size or config.batch_size // config.accumulate if step == "eval" else config.batch_size
+    config = dataclasses.replace(config, batch_size=at_once, accumulate=1)
   mesh = make_mesh(config.mesh, devices)
   per_chip, chip = hardware.devices_per_chip(devices[0]), hardware.tpu_chip(devices[0])
   plan = Plan(
@@ -181,7 +186,7 @@ def make_plan(
     memory=int(chip.memory / per_chip),
     quick=quick,
   )
-  check_mesh(mesh, config.model, config.batch_size // (config.accumulate if step == "train" else 1))
+  check_mesh(mesh, config.model, config.batch_size // config.accumulate)
   started = time.perf_counter()
   executable = None
   try:

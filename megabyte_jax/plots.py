@@ -210,11 +210,11 @@ def lines(
     raise PlotError(f"no curve to draw in {out_png}")
   with _axes(out_png, title, xlabel, ylabel) as axes:
     for (name, (x, y)), color in zip(curves.items(), _cycle(_COLORS), strict=False):
-      marker: dict[str, Any] = {"marker": "o", "markersize": 5} if log else {}
-      y = np.asarray(y, np.float64)
-      axes.plot(
-        x, _smooth(y) if training and len(y) > _WHOLE_CURVE else y, color=color, linewidth=2, label=name, **marker
-      )
+      line: dict[str, Any] = {"color": color, "linewidth": 2, "label": name}
+      if log:
+        line |= {"marker": "o", "markersize": 5}
+      values = np.asarray(y, np.float64)
+      axes.plot(x, _smooth(values) if training and len(values) > _WHOLE_CURVE else values, **line)
     if log:
       axes.set_xscale("log")
       axes.set_yscale("log")

@@ -97,9 +97,9 @@ class Progress:
     """Counts `amount` more as done."""
     self.update(self.done + amount)
 
-  def update(self, done: float) -> None:
-    """Sets how much is done."""
-    self.done = done
+  def update(self, done: float, total: float | None = None) -> None:
+    """Sets how much is done and, if given, of how much."""
+    self.done, self._total = done, total or self._total
     now = time.monotonic()
     if self._live and now - self._shown >= self._every:
       self._shown = now

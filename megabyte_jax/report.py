@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,27 +50,30 @@ def evaluate_and_print(
   source: Source,
   mesh: Mesh,
   *,
-  primer: Source | None = None,
+  primer: Callable[[], Source | None] | None = None,
   with_compressors: bool = True,
   **options: Any,
 ) -> Evaluation:
   """Evaluates with a progress line and prints the table of bits per byte, compressors included.
 
   Args:
-    primer: the training data, for the compressors' primed figures.
+    primer: opens the training data, for the compressors' primed figures; called only if they are wanted.
     options: further arguments of `evaluate`.
   """
   total = int(np.sum(source.lengths))
   with Progress("scoring", total=total, enabled=jax.process_index() == 0) as progress:
-    result = evaluate(
-      config, parameters, source, mesh=mesh, on_progress=lambda done, _: progress.update(done), **options
-    )
+
+    def show(done: int, of: int) -> None:
+      progress.update(done, of)  # fewer than there are under --max-bytes
+
+    result = evaluate(config, parameters, source, mesh=mesh, on_progress=show, **options)
   compressors = {}
   if with_compressors and total <= _COMPRESSED_BYTES and jax.process_index() == 0:
     text = read_all(source)
-    if primer and not (primer.joinable and total + int(np.sum(primer.lengths)) <= _COMPRESSED_BYTES):
-      primer = None
-    compressors = compress_all(text, read_all(primer) if primer else None)
+    before = primer() if primer else None
+    if before and not (before.joinable and total + int(np.sum(before.lengths)) <= _COMPRESSED_BYTES):
+      before = None
+    compressors = compress_all(text, read_all(before) if before else None)
   if jax.process_index() == 0:
     print(results_table(config, result, compressors), flush=True)
   return result

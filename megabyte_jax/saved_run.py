@@ -17,7 +17,14 @@ CONFIG_FILE = "config.json"
 
 # A run continues exactly only where these agree; the rest is about where it runs, what it prints and when it saves.
 _DECISIVE = ("model", "data", "optimizer", "batch_size", "accumulate", "num_steps", "seed")
-_FREE = ("model.attention", "model.remat")  # other ways to compute the same numbers
+_FREE = (  # other ways to compute the same numbers, and where data lie whose contents the fingerprint knows
+  "model.attention",
+  "model.remat",
+  "model.scan_layers",
+  "data.train",
+  "data.test",
+  "data.tfds_dir",
+)
 
 _ABSENT = object()
 

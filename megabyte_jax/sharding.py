@@ -26,7 +26,7 @@ from megabyte_jax.config_parsing import require
 BATCH = ("data", "fsdp")
 
 # Parameters by the end of their name; optimizer moments bear the names of their parameters. The first axis of
-# everything in `blocks` counts layers. What matches no line is replicated (norms and biases of width D).
+# everything in `blocks` counts layers. What matches no line is replicated (norms, biases of width D, convolutions).
 PARAMETERS = (
   (r"qkv\.kernel", P(None, "fsdp", None, "tensor", None)),  # layers, D, 3, heads, head width
   (r"qkv\.bias", P(None, None, "tensor", None)),
@@ -36,6 +36,16 @@ PARAMETERS = (
   (r"blocks\.ff_in\.bias", P(None, "tensor")),
   (r"blocks\.ff_in\.bias", P(None, None, "tensor")),
   (r"ff_out\.kernel", P(None, "tensor", "fsdp")),
+  (r"cross\.query\.kernel", P("fsdp", "tensor", None)),  # PerceiverAR's single layer: D, heads, head width
+  (r"cross\.query\.bias", P("tensor", None)),
+  (r"cross\.key_value\.kernel", P("fsdp", None, "tensor", None)),
+  (r"cross\.key_value\.bias", P(None, "tensor", None)),
+  (r"cross\.attention_out\.kernel", P("tensor", None, "fsdp")),
+  (r"cross\.ff_in\.kernel", P("fsdp", "tensor")),
+  (r"cross\.ff_in\.kernel", P("fsdp", None, "tensor")),  # gated
+  (r"cross\.ff_in\.bias", P("tensor")),
+  (r"cross\.ff_in\.bias", P(None, "tensor")),
+  (r"cross\.ff_out\.kernel", P("tensor", "fsdp")),
   (r"from_parent", P(None, "fsdp")),
   (r"embedder\.(table|positions|pad)", P(None, "fsdp")),  # per byte width, if it divides
 )

@@ -16,7 +16,6 @@ import functools
 import json
 import pathlib
 import runpy
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from absl import app, flags
 
 from megabyte_jax import flops, measured
 from megabyte_jax.config import Config, ModelConfig, PerceiverARConfig
-from megabyte_jax.config_parsing import ConfigError, require
+from megabyte_jax.config_parsing import require
 from megabyte_jax.paper_numbers import REPEATED, TABLES, Row
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -38,14 +37,18 @@ MODEL_COLUMNS = ["parameters, nominal", "true", "training MFLOPs/byte", "context
 def rows_of_file(table: str) -> dict[str, Config]:
   """All rows of configs/paper/TABLE.py by name; raises ConfigError where the package lies outside a clone."""
   path = CONFIGS / f"{table}.py"
-  require(path.exists(), f"{path} does not exist; run megabyte_jax.tables from a clone of the repository")
+  require(CONFIGS.is_dir(), f"{CONFIGS} does not exist; run megabyte_jax.tables from a clone of the repository")
+  files = sorted(file.stem for file in CONFIGS.glob("*.py"))
+  require(path.exists(), f"there is no table {table!r} in configs/paper; take one of {', '.join(files)}")
   return runpy.run_path(str(path))["ROWS"]
 
 
 def config_of(reference: str) -> Config:
   """The config that `table5:image640_megabyte` names."""
-  table, name = reference.split(":")
-  return rows_of_file(table)[name]
+  table, _, name = reference.partition(":")
+  rows = rows_of_file(table)
+  require(name in rows, f"no row {name!r} in {table}; take one of {', '.join(rows)}")
+  return rows[name]
 
 
 def all_rows() -> dict[str, Config]:
@@ -225,19 +228,18 @@ _PLOT = flags.DEFINE_string("plot", "", "figure3: also draw it into this PNG fil
 def main(argv: Sequence[str]) -> None:
   """Prints the tables named on the command line."""
   names = [name.lower().removeprefix("table") for name in argv[1:]] or sorted([*TABLES, *REPEATED], key=_order)
-  try:
-    require(not _PLOT.value or names == [FIGURE_3], f"--plot goes with {FIGURE_3} only")
-    found = measured.from_results(RESULTS, ROOT)
-    if _RUNS.value:
-      found += measured.from_runs(pathlib.Path(_RUNS.value), all_rows())
-    print(render(names, _FORMAT.value, found))
-    if _PLOT.value:
-      from megabyte_jax import plots  # noqa: PLC0415 - matplotlib is slow to import
+  require(not _PLOT.value or names == [FIGURE_3], f"--plot goes with {FIGURE_3} only")
+  found = measured.from_results(RESULTS, ROOT)
+  if _RUNS.value:
+    found += measured.from_runs(pathlib.Path(_RUNS.value), all_rows())
+  print(render(names, _FORMAT.value, found))
+  if _PLOT.value:
+    from megabyte_jax import plots  # noqa: PLC0415 - matplotlib is slow to import
 
-      plots.flops_per_byte(flops.figure3_curves(), _PLOT.value)
-  except ConfigError as error:
-    sys.exit(f"error: {error}")
+    plots.flops_per_byte(flops.figure3_curves(), _PLOT.value)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  from megabyte_jax import command_line
+
+  command_line.run(lambda: app.run(main, flags_parser=command_line.parse_config_flags))

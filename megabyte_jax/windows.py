@@ -103,16 +103,14 @@ def default_stride(config: ModelConfig) -> int:
   return config.context // 2 // unit * unit or max(1, config.context // 2)
 
 
-def cost_factor(method: str, config: ModelConfig | None = None, stride: int = 0) -> float:
-  """Compute relative to reading each byte once: 1, 2, 2, 4 (Table 11), or as `stride` has it when a config is given.
+def cost_factor(method: str, config: ModelConfig, stride: int = 0) -> float:
+  """Compute relative to reading each byte once: 1, 2, 2, 4 (Table 11) at the default stride.
 
   Nominal: documents are taken to be much longer than the context. One that fits into it is read once, whatever the
   stride.
 
   For PerceiverAR that is latents computed per byte scored: 2 at its default stride.
   """
-  if config is None:
-    return {"basic": 1.0, "sliding": 2.0, "strided": 2.0, "both": 4.0}[method]
   check_method(config, method, stride)
   if isinstance(config, PerceiverARConfig):
     return config.latents / (stride or default_stride(config))

@@ -5,8 +5,11 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 from commands import ROOT, environment, run_each
+
+from megabyte_jax import command_line
 
 TINY = "--config=tests/tiny_config.py"
 DATA = "--config.data.train"
@@ -44,6 +47,26 @@ CASES = {
     r"No such file or directory: 'nothing\.py'",
   ),
   "no row": (["train.py", "--config=configs/paper/table2.py:x"], 2, r"no row 'x' in this file; take one of pg19_"),
+  "no row of the small ones": (
+    ["train.py", "--config=configs/small.py:table2:books_megabite"],
+    2,
+    r"no row 'books_megabite' in table2; take one of pg19_",
+  ),
+  "a row without its table": (
+    ["train.py", "--config=configs/small.py:books_megabyte"],
+    2,
+    r"there is no table 'books_megabyte' in configs/paper; take one of audio, table10",
+  ),
+  "a method that does not fit": (
+    ["train.py", "--config=configs/small.py:table2:books_transformer", "--config.eval.method=strided"],
+    1,
+    r"strided",
+  ),
+  "recordings without a rate": (
+    ["train.py", "--config=configs/quickstart_audio.py", "--config.data.sample_rate=0"],
+    1,
+    r"sample_bytes of audio needs data\.sample_rate",
+  ),
   "config without return": (
     ["train.py", "--config=FOLDER/no_return.py"],
     2,
@@ -124,6 +147,52 @@ def test_one_clear_line(said, folder, name):
 def test_nothing_is_left_in_the_work_directory(said, folder):
   left = [path for path in (folder / "new").rglob("*") if path.is_file()] if (folder / "new").exists() else []
   assert left == []
+
+
+@pytest.mark.parametrize("wanted", ["cuda", "tpu"])
+def test_a_device_that_is_not_there(wanted, tmp_path):
+  here = environment() | {"JAX_PLATFORMS": wanted, "TPU_SKIP_MDS_QUERY": "1"}
+  command = [sys.executable, "train.py", TINY, f"--workdir={tmp_path}"]
+  result = subprocess.run(command, cwd=ROOT, env=here, capture_output=True, text=True, check=False)
+  if result.returncode == 0:
+    pytest.skip(f"this machine has a {wanted}")
+  assert result.returncode == 1 and "Traceback" not in result.stderr
+  assert f"error: JAX finds no device of JAX_PLATFORMS={wanted}" in result.stderr
+
+
+def test_too_little_memory(monkeypatch, capsys):
+  def main():
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
+
+  monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back afterwards
+  with pytest.raises(SystemExit) as end:
+    command_line.run(main)
+  assert end.value.code == 1
+  assert "error: too little memory (Out of memory allocating 5 bytes.); to train, raise" in capsys.readouterr().err
+
+
+def test_an_interrupt_that_python_would_forget():
+  """Ctrl-C within a callback of the garbage collector: Python prints it and goes on."""
+  program = """
+import gc, signal, time
+from megabyte_jax import command_line
+
+def interrupt(phase, info):
+  gc.callbacks.remove(interrupt)
+  signal.raise_signal(signal.SIGINT)
+
+def main():
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+  gc.callbacks.append(interrupt)
+  gc.collect()
+  time.sleep(20)
+
+command_line.run(main)
+"""
+  result = subprocess.run(
+    [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+  )
+  assert (result.returncode, result.stderr) == (130, "interrupted\n")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to the superuser")

@@ -101,15 +101,20 @@ def test_the_run_of_a_tpu_pod_outlives_the_connection(tmp_path):
     assert anew.stdout.read().split() == [TRAIN[-1], "trained"]
 
 
+@pytest.mark.parametrize("form", ["--workdir={}", "--workdir {}", ""])
 @pytest.mark.parametrize(("steps", "code", "expected"), [(4, 0, 75), (8, 0, 0), (8, 1, 1)])
-def test_until_finished(tmp_path, steps, code, expected):
+def test_until_finished(tmp_path, steps, code, expected, form):
   """The stand-in ends when it is told to, as train.py does, with `steps` steps of 8 saved."""
-  workdir = tmp_path / "run of 8"
+  home = tmp_path / "home"
+  (home / "launch").mkdir(parents=True)
+  script = home / "launch" / "until_finished.sh"
+  script.write_text((LAUNCH / "until_finished.sh").read_text())
+  workdir = tmp_path / "run of 8" if form else home / "runs" / "quickstart"
   train = f"trap \"mkdir -p '{workdir}/checkpoints/{steps}'; exit {code}\" TERM; echo started; sleep 60 & wait"
   put_program(tmp_path, "python", f'if [[ $1 == - ]]; then exec {sys.executable} "$@"; fi\n{train}')
-  workdir.mkdir()
+  workdir.mkdir(parents=True)
   (workdir / "config.json").write_text('{"num_steps": 8}')
-  command = ["bash", LAUNCH / "until_finished.sh", "--config=a b.py", f"--workdir={workdir}"]
+  command = ["bash", script, "--config=a b.py", *(part.format(workdir) for part in form.split(" ") if part)]
   environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
   with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
     assert process.stdout.readline() == "started\n"

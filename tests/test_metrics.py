@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from megabyte_jax import metrics as metrics_module
-from megabyte_jax.metrics import Metrics, Progress, duration, human, memory_in_use, peak_flops
+from megabyte_jax.hardware import memory_in_use, peak_flops
+from megabyte_jax.metrics import Metrics
+from megabyte_jax.progress import Progress, duration, human
 
 
 def lines_of(workdir):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.serialize_executable import deserialize_and_load
@@ -227,6 +228,20 @@ def test_too_large_is_an_answer():
   assert not found.fits and executable is None
   assert found.total > found.memory
   assert "fits        no" in plan.describe(found)
+
+
+def test_decoding_has_the_parameters_as_generation_casts_them():
+  model = dataclasses.replace(SMALL.model, compute_dtype="bfloat16")
+  lowered = plan.lower(
+    dataclasses.replace(SMALL, model=model), make_mesh(MeshConfig(data=1), jax.devices()[:1]), "generate"
+  )
+  parameters, *_ = lowered.args_info[0]
+  wide = [
+    jax.tree_util.keystr(path, simple=True, separator=".")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)
+    if leaf.dtype == jnp.float32
+  ]
+  assert wide and all("norm" in name for name in wide)
 
 
 def test_flags_are_the_documented_ones():

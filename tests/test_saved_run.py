@@ -46,7 +46,8 @@ def test_folders_without_a_readable_config(tmp_path):
   [
     {"mesh": MeshConfig(fsdp=2)},
     {"log_every": 1, "sample_bytes": 9, "profile_steps": (1, 2)},
-    {"model": {"attention": "xla", "remat": "full"}},
+    {"model": {"attention": "xla", "remat": "full", "scan_layers": "always"}},
+    {"data": DataConfig(train="the same files elsewhere", test="x", tfds_dir="y")},
   ],
 )
 def test_what_does_not_matter_for_continuing(change):
@@ -62,9 +63,9 @@ def test_what_matters_for_continuing():
     num_steps=7,
     seed=1,
     optimizer=OptimizerConfig(learning_rate=1.0),
-    data=DataConfig(train="x"),
+    data=DataConfig(validation="x"),
   )
-  keys = ["accumulate", "batch_size", "data.train", "model.dropout", "model.levels[1].conv_filters"]
+  keys = ["accumulate", "batch_size", "data.validation", "model.dropout", "model.levels[1].conv_filters"]
   keys += ["model.levels[1].num_layers", "num_steps", "optimizer.learning_rate", "seed"]
   assert changed_keys(saved_by_json(CONFIG), other.to_dict()) == keys
 

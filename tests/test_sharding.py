@@ -92,6 +92,18 @@ def test_initial_parameters_are_the_same_on_any_mesh(full_compile, model, mesh):
   )
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_every_matrix_is_spread(name):
+  _, abstract = abstract_model(MODELS[name])
+  spread = 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(shard_abstract(abstract, mesh_of("fsdp4 tensor2"))):
+    where = jax.tree_util.keystr(path, simple=True, separator=".")
+    if where.endswith("kernel") and "conv" not in where:
+      spread += 1
+      assert 8 * np.prod(leaf.sharding.shard_shape(leaf.shape)) == leaf.size, where
+  assert spread >= 4
+
+
 @pytest.mark.parametrize("mesh", ["fsdp8", "fsdp4 tensor2"])
 def test_no_device_holds_a_whole_sharded_array(mesh):
   state = state_on(mesh)

@@ -1,6 +1,7 @@
 """train.py end to end on tiny models: a golden step, what a run leaves behind, every family of models."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -9,12 +10,13 @@ import tiny_config
 from commands import MESH, assert_bitwise_equal, compiling_once, evaluate_command, metric_lines, saved_state, write_data
 
 import train
-from megabyte_jax.checkpoint import CheckpointError
+from megabyte_jax.checkpoint import CheckpointError, Checkpoints
 from megabyte_jax.config import (
   CheckpointConfig,
   Config,
   ConfigError,
   DataConfig,
+  EvalConfig,
   Level,
   MegabyteConfig,
   PerceiverARConfig,
@@ -202,3 +204,17 @@ def test_fine_tuning_from_what_does_not_fit(one_level, trained, tmp_path):
     train.train(perceiver, str(tmp_path / "new"), init_from=str(trained))
   with pytest.raises(ConfigError, match=r"holds a run already, which did not start from x; take another --workdir"):
     train.train(dataclasses.replace(config, num_steps=15), str(trained), init_from="x")
+
+
+def test_the_last_step_can_be_the_best_of_partial_evaluations(config, tmp_path):
+  """Those during training score the first bytes alone; that of the last step which they are compared with does, too."""
+  limits = EvalConfig(every_steps=2, max_bytes=100)
+  config = dataclasses.replace(config, eval=limits, checkpoint=CheckpointConfig(every_steps=0, keep_best=1))
+  train.train(config, str(tmp_path))
+  bits = {
+    int(step): bpb for step, bpb in json.loads((tmp_path / "checkpoints/validation_bpb.json").read_text()).items()
+  }
+  logged = {line["step"]: line["validation_bpb"] for line in metric_lines(tmp_path) if "validation_bpb" in line}
+  assert bits == logged and set(bits) == {2, 4}
+  with Checkpoints(tmp_path, read_only=True) as checkpoints:
+    assert checkpoints.best_step() == min(bits, key=bits.__getitem__)

@@ -146,14 +146,13 @@ def test_default_strides():
 
 
 def test_cost_factors():
-  assert [windows.cost_factor(m) for m in windows.METHODS] == [1, 2, 2, 4]
   config = megabyte(64, 8, 1)
   assert [windows.cost_factor(m, config) for m in windows.METHODS] == [1, 2, 2, 4]
   assert windows.cost_factor("both", config, stride=16) == 8
   assert windows.cost_factor("basic", perceiver(64, 16)) == 2
   for method in windows.METHODS:
     read = sum(w.length for w in windows.plan(64 * 200, config, method)) / (64 * 200)
-    assert read == pytest.approx(windows.cost_factor(method), rel=0.05)
+    assert read == pytest.approx(windows.cost_factor(method, config), rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ _EMPTY = "is empty"
 def _length(path: str) -> tuple[int, str]:
   """(bytes, what is wrong with the file)."""
   try:
-    length = epath.Path(path).stat().length if is_remote(path) else os.stat(path).st_size
+    length = _size_of(path)
   except OSError as error:
     return 0, f"cannot be read ({error.strerror or error})"
   if length and not is_remote(path) and not os.access(path, os.R_OK):
@@ -131,9 +131,13 @@ def _length(path: str) -> tuple[int, str]:
 def _size(path: str) -> int:
   """Bytes of a file; -1 where there is none."""
   try:
-    return epath.Path(path).stat().length if is_remote(path) else os.stat(path).st_size
+    return _size_of(path)
   except OSError:
     return -1
+
+
+def _size_of(path: str) -> int:
+  return epath.Path(path).stat().length if is_remote(path) else os.stat(path).st_size
 
 
 def read_block(path: str, start: int, stop: int) -> bytes:

@@ -50,7 +50,7 @@ def in_compute_dtype(config: ModelConfig, parameters: nnx.State, rows: int) -> n
   levels = config.levels if isinstance(config, MegabyteConfig) else [config.level]
   one_gpu = cached_attention.on_one_gpu(compute_dtype(config)) and len(sharding.device_set) == 1
   if not one_gpu or not all(cached_attention.serves(level) for level in levels):
-    return _cast(config, parameters)
+    return cast_for_decoding(config, parameters)
   stacked = all(stack_kernel.serves(level, config, rows) for level in levels)
   return _prepare(config, sharding, stacked)(parameters)
 
@@ -65,7 +65,8 @@ def _prepare(config: ModelConfig, sharding: jax.sharding.Sharding, stacked: bool
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _cast(config: ModelConfig, parameters: Any) -> Any:
+def cast_for_decoding(config: ModelConfig, parameters: Any) -> Any:
+  """The parameters in the compute dtype, but for those of norms."""
   dtype = compute_dtype(config)
 
   def cast(path, leaf):
@@ -75,12 +76,12 @@ def _cast(config: ModelConfig, parameters: Any) -> Any:
 
 
 def prepared_for_decoding(config: ModelConfig, parameters: nnx.State, *, stacked: bool) -> nnx.State:
-  """`_cast`, and unless they stay stacked, each layer's parameters an array of their own."""
+  """`cast_for_decoding`, and unless they stay stacked, each layer's parameters an array of their own."""
 
   def unstack(path, parameter):
     return unstacked(parameter) if "decoder.blocks" in _name(path) and not stacked else parameter
 
-  return jax.tree_util.tree_map_with_path(unstack, _cast(config, parameters), is_leaf=is_variable)
+  return jax.tree_util.tree_map_with_path(unstack, cast_for_decoding(config, parameters), is_leaf=is_variable)
 
 
 def decoding_layouts(shapes: nnx.State, *, stacked: bool) -> nnx.State:

@@ -108,7 +108,8 @@ class BlockOptions:
     dropout: on the output of every attention and feed-forward layer; never on embeddings.
     attention_dropout: on attention probabilities; only the xla attention can do it.
     init_std: standard deviation of the normal (cut at two of them) that parameters are drawn from.
-    remat: what backward recomputes: none | full (each block) | named (all but the matrix products' outputs).
+    remat: what backward recomputes: none | full (each block) | named (all but q, k and v, what attention gives, and the
+      hidden layer).
     compute_dtype: auto | bfloat16 | float32; auto is float32 on CPU and bfloat16 elsewhere.
     scan_layers: always | never | auto: whether one compiled block serves all layers of a level, or each is compiled by
       itself, which is faster but, with remat=named, keeps more activations; auto is never on a GPU, always elsewhere.

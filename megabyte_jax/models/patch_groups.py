@@ -41,7 +41,9 @@ def grouped_sum_of_nats(
   h_gBGD, x_gBGP = _groups(model, h_BKD, x_BT)
   (scored_gBGP,) = _groups(model, None, scored_BT)
   graph, levels = nnx.split(nnx.List(model.levels[1:]))
-  keys = None if dropout_key is None else jax.random.split(jax.random.fold_in(dropout_key, 0), len(x_gBGP))
+  keys = None
+  if dropout_key is not None:  # numbers 0, 1, ... are those of the levels
+    keys = jax.random.split(jax.random.fold_in(dropout_key, len(model.levels)), len(x_gBGP))
 
   def group_sum(levels, h_BGD, x_BGP, scored_BGP, key):
     logits = _logits([None, *nnx.merge(graph, levels)], h_BGD, x_BGP, key)

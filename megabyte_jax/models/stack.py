@@ -81,7 +81,7 @@ class Stack(nnx.Module):
   def step(
     self, x_B11D: jax.Array, cache: Cache, slot: jax.Array, has_previous: jax.Array | bool
   ) -> tuple[jax.Array, Cache]:
-    """One slot, given the cache of the earlier ones; the same block function as in training.
+    """One slot, given the cache of the earlier ones: by the block of training or, on one GPU, by its twins.
 
     Args:
       x_B11D: the slot's input.
