@@ -60,6 +60,8 @@ def start(
   Raises:
     ConfigError: what was given does not fit together, or somebody stayed away.
   """
+  if jax.distributed.is_initialized():  # one command called by another, as benchmarks/comparisons.py does
+    return
   place = given_place(os.environ, coordinator, num_processes, process_id) or detected_place(os.environ, start_timeout)
   if place is None:
     return

@@ -132,7 +132,8 @@ class PatchEmbedder(nnx.Module):
   def slots(self, bytes_BNL: jax.Array) -> jax.Array:
     """Eq. (2): slot 0 is the pad, slot j the concatenated embeddings of the S bytes of patch j - 1; [B, N, M, D].
 
-    L must be a multiple of S. The last patch is not used.
+    L must be a multiple of S. The last patch is not used. Of the local model (eq. 4), too, whose learned positions the
+    paper leaves out of its equation: see Decisions in docs/design.md.
     """
     h_BNLd = self.embed(bytes_BNL)
     for convolution in self.convolutions:  # section 2.3.1, before chunking
