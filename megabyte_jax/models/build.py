@@ -36,7 +36,7 @@ def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
 
 
 def initial_parameters(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
-  """Freshly drawn parameters as nested dicts; the same for the same key on any mesh."""
+  """Freshly drawn parameters as nested dicts; the same for the same key on any mesh, but for roundings."""
   return nnx.to_pure_dict(nnx.split(make_model(config, nnx.Rngs(key)))[1])
 
 
