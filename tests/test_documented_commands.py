@@ -176,16 +176,27 @@ def said(tmp_path_factory):
   (folder / "runs/photos").mkdir(parents=True)
   images = pathlib.Path("megabyte_jax/data/sample/images/train")
   (folder / "runs/photos/china.jpg").write_bytes((ROOT / images / "china.jpg").read_bytes())
+  [program] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+  program = program.replace("8192", "64").replace("runs/", f"{folder}/runs/")
+  (folder / "readme.py").write_text(program)
   names = {command: str(number) for number, command in enumerate(RUN_HERE)}
   commands = {names[command]: small(command, more, folder) for command, more in RUN_HERE.items()}
+  commands["python"] = [str(folder / "readme.py")]
   done = run_each(commands, folder / "outputs", cache=folder / "compiled")
-  return {command: done[name] for command, name in names.items()} | {"folder": folder}
+  return {command: done[name] for command, name in names.items()} | {"folder": folder, "python": done["python"]}
 
 
 @pytest.mark.parametrize("command", RUN_HERE)
 def test_it_runs(said, command):
   code, output = said[command]
   assert code == 0, output
+
+
+def test_the_program_of_the_readme(said):
+  code, output = said["python"]
+  assert code == 0, output
+  bits, sample = output.splitlines()
+  assert 7 < float(bits) < 9 and sample.startswith("b")
 
 
 def test_they_do_what_the_text_says(said):
