@@ -164,4 +164,4 @@ def test_several_devices_learn_as_one(tmp_path):
   subprocess.run(command, cwd=ROOT, env=here, capture_output=True, text=True, check=True, timeout=900)
   rows = json.loads((tmp_path / "rows").read_text())
   assert [row["mesh"] for row in rows] == [{axis: 2} for axis in ("data", "fsdp", "seq", "tensor")]
-  assert all(row["loss differs"] < 1e-4 and row["resumed differs"] < 1e-5 and row["sent"] > 0 for row in rows)
+  assert all(row["loss differs"] < 1e-4 and row["resumed differs"] < 1e-5 and row["MB sent"] > 0 for row in rows)
