@@ -80,11 +80,8 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
       )
     )
     train_step, eval_step = make_train_step(config), make_eval_step(config)
-    evaluation: dict[str, Any] = {
-      "method": config.eval.method,
-      "max_bytes": config.eval.max_bytes,
-      "on_progress": stop.check,
-    }
+    scoring: dict[str, Any] = {"mesh": mesh, "eval_step": eval_step, "method": config.eval.method}
+    most = config.eval.max_bytes  # during training
     schedule = learning_rate(config.optimizer, config.num_steps)
     may_be_short = config.data.documents == "whole" or not source.joinable
     # (step, its metrics): read one step late, while the devices are busy with the next.
@@ -127,7 +124,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
           read_metrics(leave=0)
           try:
             with metrics.paused():
-              result = evaluate(config, state.parameters, validation, mesh=mesh, eval_step=eval_step, **evaluation)
+              result = evaluate(config, state.parameters, validation, max_bytes=most, on_progress=stop.check, **scoring)
           except Interrupted:
             save(number)
             return say_stopped(number)
@@ -150,18 +147,9 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
     checkpoints.wait()
     stop.all_is_saved(workdir)
     if validation:
-      result = report.evaluate_and_print(
-        config,
-        state.parameters,
-        validation,
-        mesh,
-        eval_step=eval_step,
-        primer=lambda: source,
-        method=config.eval.method,
-      )
-      if config.eval.max_bytes and config.eval.every_steps:  # earlier steps were scored on a part: the last one is, too
-        del evaluation["on_progress"]  # all is saved
-        result = evaluate(config, state.parameters, validation, mesh=mesh, eval_step=eval_step, **evaluation)
+      result = report.evaluate_and_print(config, state.parameters, validation, primer=lambda: source, **scoring)
+      if most and config.eval.every_steps:  # earlier steps were scored on a part: the last one is, too
+        result = evaluate(config, state.parameters, validation, max_bytes=most, **scoring)
       note(config.num_steps, result)
   picture = os.path.join(workdir, "loss.png")
   if jax.process_index() == 0:

@@ -32,6 +32,8 @@ def kept(workdir: pathlib.Path, evaluations: dict[str, dict]) -> dict[str, Any]:
   }
   positions = {method: coarse(result["positions"]) for method, result in evaluations.items()}
   model, batch_size = Config.from_dict(config).model, config["batch_size"]
+  for split in ("train", "validation", "test"):  # not where they lay on some machine
+    config["data"][split] = "/".join(pathlib.Path(config["data"][split]).parts[-2:])
   return {
     "seed": config["seed"],
     "config": config,

@@ -171,11 +171,10 @@ class Run:
         raise SystemExit("stopped; give the same command again")
 
   def evaluate(self, workdir: pathlib.Path, *more: str) -> dict:
-    """The JSON object that eval.py prints, and bits per byte by position."""
+    """The JSON object that eval.py prints."""
     arguments = [f"--workdir={workdir}", "--no-compressors", *more]
     print("$ python eval.py", *arguments, flush=True)
-    positions = workdir / "eval_positions.json"
-    return json.loads(evaluation.main(arguments)) | {"positions": json.loads(positions.read_text())}
+    return json.loads(evaluation.main(arguments))
 
 
 def config_in(file: pathlib.Path, row: str, flags: list[str]) -> Config:
@@ -264,7 +263,10 @@ def complete(run: Run, comparison: Comparison, args: argparse.Namespace) -> tupl
     methods = dict.fromkeys((config.eval.method, *(m for m in comparison.methods if fits(config, m))))
     limit = (f"--max-bytes={args.test_bytes}",) if args.test_bytes else ()
     words = ("--words=count",) if comparison.words and not limit else ()
-    done = {method: run.evaluate(workdir, "--split=test", f"--method={method}", *words, *limit) for method in methods}
+    done = {}
+    for method in methods:
+      done[method] = run.evaluate(workdir, "--split=test", f"--method={method}", *words, *limit)
+      done[method]["positions"] = json.loads((workdir / "eval_positions.json").read_text())
     return comparison_files.kept(workdir, done) | {"training_seconds": training_seconds(workdir)}
 
   kept = once(run.folder / "run.json", whole_run)

@@ -1,6 +1,6 @@
 """How time and memory grow with the length of a sequence: one training step on one sequence, from 8 kB to 100 MB.
 
-  python benchmarks/long_sequences.py --output=docs/results/long_sequences    one GPU, about six minutes
+  python benchmarks/long_sequences.py --output=docs/results/long_sequences    one GPU
   python benchmarks/long_sequences.py --shortest=1e8                          the longest alone: three minutes
   python benchmarks/long_sequences.py --size=tiny                             a smoke test on a CPU
 

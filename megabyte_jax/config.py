@@ -227,6 +227,11 @@ class Config:
       f"profile_steps is {steps}; give (first, last), counted from 1",
     )
 
+  @property
+  def scored_at_once(self) -> int:
+    """Windows that an evaluation takes at once."""
+    return self.eval.batch_size or self.batch_size // self.accumulate
+
   @classmethod
   def from_dict(cls, values: Mapping[str, Any]) -> Config:
     """The typed form of a ConfigDict or a saved config; raises ConfigError naming the key at fault."""

@@ -113,7 +113,7 @@ def evaluate(
     patch_nats=np.zeros(patch),
     patch_bytes=np.zeros(patch),
   )
-  batch_size = config.eval.batch_size or config.batch_size // config.accumulate
+  batch_size = config.scored_at_once
   share = mesh.shape["data"] * mesh.shape["fsdp"]
   batch_size += -batch_size % share
   sharding = batch_sharding(mesh)

@@ -171,8 +171,8 @@ def make_plan(
   """
   config = for_tpu(config)
   if step != "train":
-    at_once = config.eval.batch_size or config.batch_size // config.accumulate if step == "eval" else config.batch_size
-    config = dataclasses.replace(config, batch_size=at_once, accumulate=1)
+    rows = config.scored_at_once if step == "eval" else config.batch_size
+    config = dataclasses.replace(config, batch_size=rows, accumulate=1)
   mesh = make_mesh(config.mesh, devices)
   per_chip, chip = hardware.devices_per_chip(devices[0]), hardware.tpu_chip(devices[0])
   plan = Plan(

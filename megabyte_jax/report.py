@@ -61,12 +61,8 @@ def evaluate_and_print(
     options: further arguments of `evaluate`.
   """
   total = int(np.sum(source.lengths))
-  with Progress("scoring", total=total, enabled=jax.process_index() == 0) as progress:
-
-    def show(done: int, of: int) -> None:
-      progress.update(done, of)  # fewer than there are under --max-bytes
-
-    result = evaluate(config, parameters, source, mesh=mesh, on_progress=show, **options)
+  with Progress("scoring", enabled=jax.process_index() == 0) as progress:
+    result = evaluate(config, parameters, source, mesh=mesh, on_progress=progress.update, **options)
   compressors = {}
   if with_compressors and total <= _COMPRESSED_BYTES and jax.process_index() == 0:
     text = read_all(source)

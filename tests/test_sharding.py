@@ -75,17 +75,20 @@ def state_on(mesh):
     ),
   ],
 )
-def test_initial_parameters_are_the_same_on_any_mesh(model, mesh):
-  """But for roundings: XLA may compute the end of a part of an array otherwise than the middle of the whole."""
+def test_initial_parameters_are_the_same_on_any_mesh(full_compile, model, mesh):
+  """To the bit, as a run compiles them, until jaxlib 0.11.0; then but for roundings: XLA for CPUs may since compute the
+  end of a part of an array otherwise than the middle of the whole.
+  """
 
   def parameters_on(name):
-    return initial_state(config_for(model), mesh_of(name)).parameters
+    program = jax.jit(lambda: initial_state(config_for(model), mesh_of(name)).parameters)
+    return program.lower().compile(full_compile)()
 
   spread, whole = parameters_on(mesh), parameters_on("1")
   assert len(jax.tree.leaves(spread)[0].sharding.device_set) == 8
   drawn = jax.tree.leaves(whole)
   for part, one in zip(jax.tree.leaves(spread), drawn, strict=True):
-    np.testing.assert_allclose(part, one, rtol=0, atol=1e-6 * config_for(model).model.init_std)
+    np.testing.assert_allclose(part, one, rtol=0, atol=0 if full_compile else 1e-6 * model.init_std)
   assert len({float(leaf.ravel()[0]) for leaf in drawn if leaf.std() > 0}) == sum(
     bool(leaf.std() > 0) for leaf in drawn
   )
