@@ -5,7 +5,8 @@
   python eval.py --workdir=runs/quickstart --method=both                  four passes, the best estimate (Table 11)
 
 The last line is one JSON object with bpb, bytes, nats, seconds and more. It is also kept in the work directory as
-eval.json and, where a whole split was scored, as eval_SPLIT_METHOD.json, which `python -m megabyte_jax.tables` reads.
+eval.json and, where a whole split was scored, as eval_SPLIT_METHOD.json (eval_SPLIT_METHOD_strideN.json with --stride),
+which `python -m megabyte_jax.tables` reads.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -76,10 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> str:
     more["split"] = args.split
   if source.skipped:
     more["skipped"] = source.skipped
+  if args.stride:
+    more["stride"] = args.stride
   if words:
     more["words"] = words
-    more["word_perplexity"] = perplexity.word_perplexity(result.nats, more["words"])
-    print(f"word-level perplexity {more['word_perplexity']:.2f} ({more['words']:,} words)")
+    per_word = perplexity.word_perplexity(result.nats, words)
+    more["word_perplexity"] = per_word if math.isfinite(per_word) else None  # JSON has no infinity
+    print(f"word-level perplexity {per_word:.2f} ({words:,} words)")
   if jax.process_index() == 0:
     images = summarize_images(config, source, result)
     if images:
@@ -92,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
         print("pictures:", *image_report.write_best_and_worst(images, source, config.data, args.workdir))
       names = ["eval.json"]
       if not (args.data or args.max_bytes):
-        names.append(f"eval_{args.split}_{result.method}.json")
+        names.append(f"eval_{args.split}_{result.method}{f'_stride{args.stride}' if args.stride else ''}.json")
       for name in names:
         with replacing(os.path.join(args.workdir, name)) as path:
           path.write_text(line + "\n")

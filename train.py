@@ -63,9 +63,11 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
       first_step=first_step,
       num_steps=config.num_steps,
       sharding=batch_sharding(mesh),
+      vocab_size=config.model.vocab_size,
       **cutting,
     )
-    state, meta = restore_or_start(config, mesh, checkpoints, source.fingerprint, workdir, init_from)
+    fingerprints = source.fingerprint, validation.fingerprint if validation else ""
+    state, meta = restore_or_start(config, mesh, checkpoints, fingerprints, workdir, init_from)
     origin = init_from or meta.get("init_from", "")
     save_config(workdir, config)
     print(report.describe_run(config, mesh, source, first_step), flush=True)
@@ -104,7 +106,8 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
 
     def save(step: int) -> None:
       check_finite(step, {"parameter_norm": float(norm(state.parameters))}, checkpoints, workdir)
-      meta = {"config": config.to_dict(), "fingerprint": source.fingerprint, "init_from": origin}
+      meta = {"config": config.to_dict(), "init_from": origin}
+      meta |= {"fingerprint": fingerprints[0], "validation_fingerprint": fingerprints[1]}
       meta |= {"seconds": metrics.seconds, "since_logged": [nats, count]}
       checkpoints.save(step, state.parameters, state.opt_state, meta, force=True)
 
@@ -160,19 +163,19 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
   print(report.what_next(workdir, picture, config.data.form))
 
 
-def restore_or_start(config, mesh, checkpoints, fingerprint, workdir, init_from) -> tuple[TrainState, dict]:
+def restore_or_start(config, mesh, checkpoints, fingerprints, workdir, init_from) -> tuple[TrainState, dict]:
   """The state to train from, and what its checkpoint says of the run so far."""
   if checkpoints.latest_step() is None:
     state = initial_state(config, mesh)
     if init_from:
-      state = state._replace(parameters=parameters_from(init_from, state.parameters, mesh))
+      state = state._replace(parameters=parameters_from(init_from, state.parameters, config, mesh))
     return state, {"seconds": 0.0, "since_logged": (0.0, 0.0)}
   meta = checkpoints.meta()
   if init_from and init_from != meta.get("init_from"):
     raise ConfigError(
       f"{workdir} holds a run already, which did not start from {init_from}; take another --workdir, or drop the flag"
     )
-  check_same_run(meta, config.to_dict(), fingerprint)
+  check_same_run(meta, config.to_dict(), *fingerprints)
   abstract = abstract_state(config, mesh)
   restored = checkpoints.restore(abstract.parameters, abstract.opt_state)
   step = jax.device_put(np.int32(restored.step), abstract.step.sharding)

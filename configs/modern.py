@@ -8,7 +8,7 @@ benchmarks/comparisons.py modern_books and modern_images measure what it is wort
 """
 
 from megabyte_jax import recipe
-from megabyte_jax.tables import config_of
+from megabyte_jax.paper_configs import config_of
 
 
 def get_config(name="table2:books_megabyte"):

@@ -17,7 +17,7 @@ import math
 
 from megabyte_jax import flops, recipe
 from megabyte_jax.config import EvalConfig, Level, MegabyteConfig, MeshConfig
-from megabyte_jax.tables import config_of
+from megabyte_jax.paper_configs import config_of
 
 BYTES_PER_STEP = 2**16
 TRAIN_BYTES = 2**27

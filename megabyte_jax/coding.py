@@ -21,11 +21,11 @@ from flax import nnx
 
 from megabyte_jax import windows
 from megabyte_jax.config_parsing import ConfigError
-from megabyte_jax.data.sources import DataError
+from megabyte_jax.data.sources import DataError, check_bytes
 from megabyte_jax.hardware import platform
 from megabyte_jax.models.build import Model, in_compute_dtype
 from megabyte_jax.models.config import ModelConfig, PerceiverARConfig
-from megabyte_jax.sampling import check_bytes, check_finite
+from megabyte_jax.sampling import check_finite
 from megabyte_jax.windows import Window
 
 Code = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (bytes, or anything when decoding; probabilities) -> bytes
@@ -42,7 +42,7 @@ def encode(model: Model, text: np.ndarray, batch: int, on_bytes: Callable[[int],
     ConfigError: the model does not know all of the bytes.
     FloatingPointError: the model's probabilities are not finite.
   """
-  check_bytes(text, model.config)
+  check_bytes(text, model.config.vocab_size)
   encoder, family = constriction().stream.queue.RangeEncoder(), _family()
 
   def code(bytes_: np.ndarray, p_BV: np.ndarray) -> np.ndarray:

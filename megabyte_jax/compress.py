@@ -23,6 +23,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import flax
 import jax
 import jaxlib
 import numpy as np
@@ -38,7 +39,7 @@ from megabyte_jax.models.layers import compute_dtype
 from megabyte_jax.pretrained import load, step_argument
 from megabyte_jax.progress import Progress, duration, human
 
-FORMAT = 1  # raised when older code could no longer read what this code writes
+FORMAT = 2  # raised when older code could no longer read what this code writes
 BATCH = 64  # windows side by side; more make no file smaller
 _MAGIC = b"MBJAX\0\r\n"  # the line end shows that a transfer as text has changed the file
 _DIGEST = 16  # bytes of SHA-256, over the whole file before it
@@ -53,7 +54,8 @@ class Header:
     step: of the checkpoint.
     batch: windows side by side.
     model: digest of the model's config and parameters.
-    dtype, device, cores, jax, jaxlib, constriction: what else decides the last bit of a probability, or its code.
+    dtype, device, cores, xla_flags, jax, jaxlib, flax, constriction: what else decides the last bit of a probability,
+      or its code.
   """
 
   length: int
@@ -64,8 +66,10 @@ class Header:
   dtype: str
   device: str
   cores: int
+  xla_flags: str
   jax: str
   jaxlib: str
+  flax: str
   constriction: str
 
 
@@ -99,7 +103,7 @@ def decompress(model: Model, packed: bytes, *, on_bytes=None) -> bytes:
   """
   header, words = read(packed)
   here = _circumstances(model)
-  other = [f"{key} {was} (here {here[key]})" for key, was in _shown(header, here) if was != here[key]]
+  other = [f"{key} {_word(was)} (here {_word(here[key])})" for key, was in _shown(header, here) if was != here[key]]
   if other:
     at = f", step {header.step} of its run" if any(text.startswith("model") for text in other) else ""
     raise ConfigError(f"it was compressed with another {', '.join(other)}{at}; it can be decompressed with these alone")
@@ -132,6 +136,10 @@ def _shown(header: Header, here: dict[str, Any]) -> list[tuple[str, Any]]:
   return [(key, getattr(header, key)) for key in here]
 
 
+def _word(value: Any) -> str:
+  return "none" if value == "" else str(value)
+
+
 def _circumstances(model: Model) -> dict[str, Any]:
   """The fields of `Header` that the machine and the model decide."""
   device = jax.devices()[0]
@@ -143,8 +151,10 @@ def _circumstances(model: Model) -> dict[str, Any]:
     "dtype": compute_dtype(model.config).name,
     "device": _processor() if device.platform == "cpu" else device.device_kind,
     "cores": cores,
+    "xla_flags": " ".join(sorted(os.environ.get("XLA_FLAGS", "").split())),
     "jax": jax.__version__,
     "jaxlib": jaxlib.__version__,
+    "flax": flax.__version__,
     "constriction": importlib.metadata.version("constriction"),
   }
 

@@ -90,7 +90,10 @@ class OptimizerConfig:
     name: adamw | muon (the blocks' matrices by Muon, everything else by AdamW).
     schedule: after a linear warm-up: linear | cosine (to the end of the run) | wsd (constant, and linear over the last
       `decay_share` of the steps).
-    b1, b2, eps: of AdamW, with either name.
+    warmup_steps: the learning rate grows from 0, which the first step has, for so many steps, or for all of a shorter
+      run.
+    b1, b2: of AdamW, with either name.
+    eps: of AdamW, and of the normalisation in Muon.
     momentum: of Muon.
     weight_decay: of all parameters, times the learning rate.
   """
@@ -220,6 +223,10 @@ class Config:
     require(
       not self.sample_bytes or self.data.form != "audio" or self.data.sample_rate > 0,
       "sample_bytes of audio needs data.sample_rate, such as 16000: the sampled recordings have no rate of their own",
+    )
+    require(
+      not self.checkpoint.keep_best or bool(self.eval.every_steps and self.data.validation),
+      "checkpoint.keep_best needs evaluations during training to choose from: set eval.every_steps and data.validation",
     )
     steps = self.profile_steps
     require(

@@ -18,7 +18,7 @@ from megabyte_jax.config import Config, MegabyteConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.data.batches import rows_of_this_process
 from megabyte_jax.data.read_ahead import read_ahead
-from megabyte_jax.data.sources import Source
+from megabyte_jax.data.sources import Source, check_bytes
 from megabyte_jax.loss import bits_per_byte
 from megabyte_jax.sharding import batch_sharding
 from megabyte_jax.train_state import make_eval_step
@@ -93,7 +93,7 @@ def evaluate(
     on_progress: called with (bytes scored, bytes to score).
 
   Raises:
-    ConfigError: the method does not fit the model.
+    ConfigError: the method does not fit the model, or the model does not know one of the bytes.
   """
   begin = time.perf_counter()
   windows.check_method(config.model, method, stride)
@@ -130,6 +130,7 @@ def evaluate(
       length_B[b], start_B[b] = window.length, window.latent_start
       if b in own_rows:
         x_BT[b, : window.length] = next(contents)
+    check_bytes(x_BT, config.model.vocab_size)
     arrays = (x_BT, length_B, start_B) if with_latents else (x_BT, length_B)
     placed = (jax.make_array_from_callback(a.shape, sharding, a.__getitem__) for a in arrays)
     with jax.set_mesh(mesh):

@@ -7,12 +7,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from megabyte_jax.checkpoint import CheckpointError, Checkpoints, load_config
+from megabyte_jax.checkpoint import CheckpointError, Checkpoints, changed_keys, load_config
+from megabyte_jax.config import Config
 from megabyte_jax.models.build import abstract_model
 from megabyte_jax.sharding import shard_abstract
 
 
-def parameters_from(workdir: str, fresh: Any, mesh: Mesh) -> Any:
+def parameters_from(workdir: str, fresh: Any, config: Config, mesh: Mesh) -> Any:
   """The newest parameters of the run in `workdir`, for the model that `fresh` belongs to.
 
   All arrays must have the new model's shapes, but for byte positions: where the new context (or span) is
@@ -21,11 +22,15 @@ def parameters_from(workdir: str, fresh: Any, mesh: Mesh) -> Any:
 
   Args:
     fresh: the new model's initial parameters, laid out on `mesh`.
+    config: of the new run; settings of the model that differ, such as the activation, are printed.
 
   Raises:
-    CheckpointError: there is no such run, or its model is another one; names the arrays that differ.
+    CheckpointError: there is no such run, or its model has other arrays; names those that differ.
   """
-  _, abstract = abstract_model(load_config(workdir).model)
+  before = load_config(workdir)
+  if other := [key for key in changed_keys(before.to_dict(), config.to_dict()) if key.startswith("model.")]:
+    print(f"settings of the model that are not those of {workdir}: {', '.join(other)}")
+  _, abstract = abstract_model(before.model)
   old, new = _shapes(abstract), _shapes(fresh)
   differ = [name for name in old.keys() | new.keys() if old.get(name) != new.get(name)]
   if differ:

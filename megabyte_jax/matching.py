@@ -159,22 +159,27 @@ def _layers(config: Config) -> str:
   return "+".join(str(level.num_layers) for level in levels)
 
 
-_REFERENCE = config_flags.DEFINE_config_file("reference", help_string="config whose cost is to be matched")
-_CANDIDATE = config_flags.DEFINE_config_file("candidate", help_string="config whose layers are solved for")
-_BY = flags.DEFINE_enum("by", "flops", ["flops", "time"], "what to match: analytic FLOPs or measured time")
-_LEVEL = flags.DEFINE_integer("level", -1, "level of the candidate whose layers vary, from 0; -1 is the finest")
-_ROUNDS = flags.DEFINE_integer("rounds", 10, "with --by=time, how often both are timed for each count", lower_bound=1)
+def define_flags() -> None:
+  """Those of this command."""
+  config_flags.DEFINE_config_file("reference", help_string="config whose cost is to be matched")
+  config_flags.DEFINE_config_file("candidate", help_string="config whose layers are solved for")
+  flags.DEFINE_enum("by", "flops", ["flops", "time"], "what to match: analytic FLOPs or measured time")
+  flags.DEFINE_integer("level", -1, "level of the candidate whose layers vary, from 0; -1 is the finest")
+  rounds = "with --by=time, how often both are timed for each count"
+  flags.DEFINE_integer("rounds", 10, rounds, lower_bound=1)
 
 
 def main(argv: Sequence[str]) -> None:
   """Prints the solution."""
+  options = flags.FLAGS
   require(len(argv) == 1, f"{' '.join(argv[1:])!r} is no flag; give --reference=CONFIG and --candidate=CONFIG")
-  for name, value in (("reference", _REFERENCE.value), ("candidate", _CANDIDATE.value)):
+  for name, value in (("reference", options.reference), ("candidate", options.candidate)):
     require(value is not None, f"--{name} is missing; give a config, such as configs/paper/table2.py:pg19_megabyte")
-  reference, candidate = Config.from_dict(_REFERENCE.value), Config.from_dict(_CANDIDATE.value)
-  found = match(candidate, cost_against(reference, _BY.value, _ROUNDS.value), _LEVEL.value)
-  print(report(found, reference, f"{_BY.value} per predicted byte"))
+  reference, candidate = Config.from_dict(options.reference), Config.from_dict(options.candidate)
+  found = match(candidate, cost_against(reference, options.by, options.rounds), options.level)
+  print(report(found, reference, f"{options.by} per predicted byte"))
 
 
 if __name__ == "__main__":
-  app.run(lambda argv: command_line.run(lambda: main(argv)), flags_parser=command_line.parse_config_flags)
+  define_flags()
+  command_line.run(lambda: app.run(main, flags_parser=command_line.parse_config_flags))

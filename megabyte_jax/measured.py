@@ -3,21 +3,24 @@
 A results file is JSON with a list `rows`, each an object with `row` (such as `table5:image640_megabyte`), any of
 the numbers that eval.py reports, and optionally `note` (what was smaller than in the paper, on what device).
 A run directory has config.json and an eval_SPLIT_METHOD.json for each whole split that eval.py scored. It counts for a
-row whose method that is, if its path ends in TABLE/ROW or if its model and data are the row's.
+row whose method that is, if its path ends in TABLE/ROW or if its model and data are the row's; what else is not as in
+the row stands beside its name.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from megabyte_jax import flops
+from megabyte_jax import flops, windows
 from megabyte_jax.config import Config
 from megabyte_jax.config_parsing import ConfigError, require
 from megabyte_jax.progress import human
+from megabyte_jax.saved_run import changed_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +61,8 @@ def from_runs(folder: pathlib.Path, rows: Mapping[str, Config]) -> list[Measured
       raise ConfigError(f"{config_path} does not fit this version of megabyte_jax: {error}") from error
     name = _row_of(path.parent, config, content.get("method"), rows)
     if name:
-      smaller = _what_is_smaller(config, content.get("step"), rows[name])
-      found.append(Measured(name, _numbers(content), f"{path}{smaller}", content.get("split", "")))
+      other = _what_differs(config, content, rows[name])
+      found.append(Measured(name, _numbers(content), f"{path}{other}", content.get("split", "")))
   return found
 
 
@@ -71,14 +74,20 @@ def _row_of(run: pathlib.Path, config: Config, method: str | None, rows: Mapping
   return next((name for name in same if rows[name].eval.method == method), None)
 
 
-def _what_is_smaller(config: Config, step: int | None, row: Config) -> str:
-  """In brackets, how a run falls short of its row: another model, fewer bytes to train on."""
-  less = [f"{flops.parameter_count(config.model) / 1e6:.3g}M parameters"] if config.model != row.model else []
-  trained = (step or 0) * config.batch_size * flops.predicted_bytes(config.model)
+def _what_differs(config: Config, evaluation: Mapping[str, Any], row: Config) -> str:
+  """In brackets, what is not the row's: model size, bytes trained on, settings, the cost of the evaluation."""
+  is_same = config.model == row.model
+  other = [] if is_same else [f"{flops.parameter_count(config.model) / 1e6:.3g}M parameters"]
+  trained = (evaluation.get("step") or 0) * config.batch_size * flops.predicted_bytes(config.model)
   planned = row.num_steps * row.batch_size * flops.predicted_bytes(row.model)
-  if trained < 0.99 * planned:
-    less.append(f"trained on {human(trained, 'B')} of {human(planned, 'B')}")
-  return f" ({', '.join(less)})" if less else ""
+  if not 0.99 * planned <= trained <= 1.01 * planned:
+    other.append(f"trained on {human(trained, 'B')} of {human(planned, 'B')}")
+  keys = changed_keys(row.to_dict(), config.to_dict())
+  other += [f"other {key}" for key in keys if key.startswith(("optimizer", "batch_size") + ("data",) * is_same)]
+  cost, usual = evaluation.get("cost"), windows.cost_factor(row.eval.method, config.model)
+  if cost is not None and not math.isclose(cost, usual):
+    other.append(f"evaluated at {cost:g}x instead of {usual:g}x")
+  return f" ({', '.join(other)})" if other else ""
 
 
 def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:

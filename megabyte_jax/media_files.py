@@ -39,15 +39,21 @@ def read_prompt(path: str, data: DataConfig, keep: float | None = None) -> Promp
   not 8-bit RGB made so.
 
   Args:
-    path: JPEG, PNG or WebP for a model of images, WAV, FLAC or OGG for one of audio; others are taken as raw bytes.
+    path: JPEG, PNG or WebP for a model of images, WAV, FLAC or OGG for one of audio, or .bin: raw bytes in the order
+      that it was trained on; any file for a model of bytes.
     keep: the share of the bytes that is kept; None takes the upper half of an image, and all of anything else.
 
   Raises:
     DataError: the file cannot be decoded.
-    ConfigError: `keep` is no share.
+    ConfigError: `keep` is no share, or the file's name ends otherwise.
   """
   require(keep is None or 0 <= keep <= 1, f"the share to keep is {keep}; it must be between 0 and 1")
   unit, rate, name = 1, 0, path.lower()
+  decodable = {"image": images.SUFFIXES, "audio": audio.SUFFIXES, "bytes": ("",)}[data.form]
+  require(
+    name.endswith((*decodable, ".bin")),
+    f"{path} is no {data.form} file that can be decoded ({', '.join(decodable)}); raw bytes are taken from NAME.bin",
+  )
   source: Source | None = None
   if data.form == "image" and name.endswith(images.SUFFIXES):
     whole_square = dataclasses.replace(data, image_tiles=0, skip_bad=False, convert_images=True)

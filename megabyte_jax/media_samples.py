@@ -8,12 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from megabyte_jax.config import Config
 from megabyte_jax.data import audio, images
 from megabyte_jax.data.sources import Source
-from megabyte_jax.models.build import abstract_model
+from megabyte_jax.models.build import trained_model
 from megabyte_jax.sampling import Sampling, generate
 
 
@@ -33,8 +32,7 @@ def write_samples(config: Config, parameters: Any, source: Source, workdir: str)
   if not config.sample_bytes or config.data.form == "bytes" or jax.process_count() > 1:
     return []
   config = dataclasses.replace(config, seed=config.seed % (1 << 31))  # room for one per picture
-  graph, _ = abstract_model(config.model)
-  model = nnx.merge(graph, parameters)
+  model = trained_model(config.model, parameters)
   if config.data.form == "image":
     return [_image_grid(config, model, source, workdir)]
   return _recordings(config, model, source, workdir)

@@ -34,9 +34,12 @@ PG19 = {
 
 
 def word_perplexity(nats: float, words: int) -> float:
-  """Perplexity per word of a text that costs `nats` in total; raises ConfigError without words."""
+  """Perplexity per word of a text that costs `nats` in total, perhaps inf; raises ConfigError without words."""
   require(words > 0, f"words is {words}; word-level perplexity needs the number of words of the text scored")
-  return math.exp(nats / words)
+  try:
+    return math.exp(nats / words)
+  except OverflowError:
+    return math.inf
 
 
 def count_words(text: bytes | np.ndarray) -> int:

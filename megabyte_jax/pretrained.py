@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 from typing import Literal
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from megabyte_jax.checkpoint import Checkpoints, load_config
 from megabyte_jax.config import Config, ConfigError, MeshConfig
-from megabyte_jax.models.build import Model, abstract_model
+from megabyte_jax.models.build import Model, abstract_model, trained_model
 from megabyte_jax.sharding import make_mesh, shard_abstract
 
 
@@ -27,18 +27,18 @@ def load(
     mesh: where the parameters go; None puts all of them on the first device.
 
   Returns:
-    The model, the run's config, and the step.
+    The model (`trained_model`), the run's config, and the step.
 
   Raises:
     CheckpointError: there is no run, no such checkpoint, or it is damaged.
   """
   config = load_config(workdir)
   mesh = mesh or make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
-  graph, abstract = abstract_model(config.model)
+  _, abstract = abstract_model(config.model)
   with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
     number = checkpoints.best_step() if step == "best" else step
     restored = checkpoints.restore_params(shard_abstract(abstract, mesh), number)
-  return nnx.merge(graph, restored.params), config, restored.step
+  return trained_model(config.model, restored.params), config, restored.step
 
 
 def evaluation_mesh(config: MeshConfig) -> Mesh:
@@ -51,4 +51,9 @@ def evaluation_mesh(config: MeshConfig) -> Mesh:
 
 def step_argument(text: str) -> int | Literal["best"]:
   """The value of a command's --step: a number, or best."""
-  return "best" if text == "best" else int(text)
+  if text == "best":
+    return "best"
+  try:
+    return int(text)
+  except ValueError as error:
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor best") from error

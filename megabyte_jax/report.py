@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from megabyte_jax.compressors import Compressed, compress_all
@@ -16,7 +15,7 @@ from megabyte_jax.config import Config
 from megabyte_jax.data.sources import Source
 from megabyte_jax.evaluate import Evaluation, evaluate
 from megabyte_jax.flops import flops_per_byte, parameter_count
-from megabyte_jax.models.build import abstract_model
+from megabyte_jax.models.build import trained_model
 from megabyte_jax.progress import Progress, duration, human
 from megabyte_jax.sampling import Sampling, generate
 
@@ -103,11 +102,12 @@ def print_sample(config: Config, parameters: Any, source: Source) -> None:
   """
   if not config.sample_bytes or config.data.form != "bytes" or jax.process_count() > 1:
     return
-  graph, _ = abstract_model(config.model)
   prompt_bytes = min(64, config.model.context // 2, int(source.lengths[-1]))
   prompt = source.read(len(source.lengths) - 1, 0, prompt_bytes).tobytes()
   print(f"\na sample (temperature 0.7) that continues {prompt.decode(errors='replace')!r}:\n")
-  made = generate(nnx.merge(graph, parameters), prompt, config.sample_bytes, sampling=Sampling(temperature=0.7))
+  made = generate(
+    trained_model(config.model, parameters), prompt, config.sample_bytes, sampling=Sampling(temperature=0.7)
+  )
   print(made.bytes_[0].tobytes().decode(errors="replace"), "\n")
 
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from megabyte_jax import windows
 from megabyte_jax.config_parsing import require
+from megabyte_jax.data.sources import check_bytes
 from megabyte_jax.hardware import platform
 from megabyte_jax.models.build import Model, in_compute_dtype
 from megabyte_jax.models.config import ModelConfig, PerceiverARConfig
@@ -75,11 +76,6 @@ def check_finite(values: np.ndarray) -> None:
   """Raises FloatingPointError where one of a model's probabilities, or a logarithm of one, is not a finite number."""
   if not np.isfinite(values).all():
     raise FloatingPointError("the model's probabilities are not finite numbers; take another checkpoint")
-
-
-def check_bytes(x: np.ndarray, config: ModelConfig) -> None:
-  """Raises ConfigError where a byte of x is not among those that the model knows."""
-  require(not x.size or int(x.max()) < config.vocab_size, f"the model knows only bytes below {config.vocab_size}")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -209,7 +205,7 @@ def generate(
   done, total = len(prompt), len(prompt) + num_bytes
   text = np.zeros((rows, total + S + context), np.uint8)  # room for a last patch and a last window
   text[:, :done] = np.frombuffer(prompt, np.uint8)
-  check_bytes(text[:, :done], config)
+  check_bytes(text[:, :done], config.vocab_size)
   nats = np.zeros((rows, total), np.float32)
   ends = np.full(num_samples, total)
   with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():

@@ -68,13 +68,16 @@ def changed_keys(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
   return sorted(_differences(saved, current))
 
 
-def check_same_run(meta: Mapping[str, Any], config: Mapping[str, Any], fingerprint: Any) -> None:
+def check_same_run(
+  meta: Mapping[str, Any], config: Mapping[str, Any], fingerprint: Any, validation_fingerprint: str = ""
+) -> None:
   """Checks that a checkpoint can be continued exactly under `config` on the data of `fingerprint`.
 
   Args:
-    meta: `Checkpoints.meta()`, with the keys `config` and `fingerprint`.
+    meta: `Checkpoints.meta()`, with the keys `config`, `fingerprint` and, but in old ones, `validation_fingerprint`.
     config: `Config.to_dict()` of what is asked for now.
     fingerprint: of the training data, anything that JSON can hold.
+    validation_fingerprint: of the validation data; '' where there are none.
 
   Raises:
     CheckpointError: naming every key that differs, with both values.
@@ -84,6 +87,11 @@ def check_same_run(meta: Mapping[str, Any], config: Mapping[str, Any], fingerpri
   for key in sorted(before.keys() | now.keys()):
     if not same_fingerprint(before.get(key, _ABSENT), now.get(key, _ABSENT)):
       differences[f"data {key}"] = before.get(key, _ABSENT), now.get(key, _ABSENT)
+  if saved := meta.get("validation_fingerprint"):  # then it does not matter where they lie
+    if same_fingerprint(saved, validation_fingerprint):
+      differences.pop("data.validation", None)
+    elif validation_fingerprint:
+      differences["data of validation"] = saved, validation_fingerprint
   if differences:
     lines = [f"  {key}: {_show(was)} -> {_show(given)}" for key, (was, given) in sorted(differences.items())]
     raise CheckpointError(

@@ -130,6 +130,8 @@ def check_mesh(mesh: Mesh | AbstractMesh, model: ModelConfig, batch_size: int) -
   if isinstance(model, MegabyteConfig):
     patches = model.context // max(model.levels[0].patch_size, model.span)
     spread["the number of patches (context / patch size)"] = (patches, mesh.shape["seq"], "mesh.seq")
+  elif mesh.shape["seq"] > 1:
+    raise ConfigError(f"mesh.seq is {mesh.shape['seq']}, but PerceiverAR's sequences are not spread; set it to 1")
   for i, level in enumerate(levels):
     spread[f"levels[{i}].num_heads"] = (level.num_heads, mesh.shape["tensor"], "mesh.tensor")
     spread[f"levels[{i}] feed-forward width"] = (model.hidden(level), mesh.shape["tensor"], "mesh.tensor")

@@ -12,10 +12,8 @@ ours, with where ours came from. Our runs are far smaller unless their source sa
 
 from __future__ import annotations
 
-import functools
 import json
 import pathlib
-import runpy
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,37 +22,12 @@ from absl import app, flags
 from megabyte_jax import flops, measured
 from megabyte_jax.config import Config, ModelConfig, PerceiverARConfig
 from megabyte_jax.config_parsing import require
+from megabyte_jax.paper_configs import CONFIGS, ROOT, all_rows, config_of, rows_of_file
 from megabyte_jax.paper_numbers import REPEATED, TABLES, Row
 
-ROOT = pathlib.Path(__file__).parents[1]
-CONFIGS = ROOT / "configs" / "paper"
 RESULTS = ROOT / "docs" / "results"
 FIGURE_3 = "figure3"
 MODEL_COLUMNS = ["parameters, nominal", "true", "training MFLOPs/byte", "context"]
-
-
-@functools.cache
-def rows_of_file(table: str) -> dict[str, Config]:
-  """All rows of configs/paper/TABLE.py by name; raises ConfigError where the package lies outside a clone."""
-  path = CONFIGS / f"{table}.py"
-  require(CONFIGS.is_dir(), f"{CONFIGS} does not exist; run megabyte_jax.tables from a clone of the repository")
-  files = sorted(file.stem for file in CONFIGS.glob("*.py"))
-  require(path.exists(), f"there is no table {table!r} in configs/paper; take one of {', '.join(files)}")
-  return runpy.run_path(str(path))["ROWS"]
-
-
-def config_of(reference: str) -> Config:
-  """The config that `table5:image640_megabyte` names."""
-  table, _, name = reference.partition(":")
-  rows = rows_of_file(table)
-  require(name in rows, f"no row {name!r} in {table}; take one of {', '.join(rows)}")
-  return rows[name]
-
-
-def all_rows() -> dict[str, Config]:
-  """Every row that can be run, by its reference: those of the paper and a few beside them."""
-  files = sorted(path.stem for path in CONFIGS.glob("*.py"))
-  return {f"{file}:{name}": config for file in files for name, config in rows_of_file(file).items()}
 
 
 def describe(name: str, found: Sequence[measured.Measured] = ()) -> dict[str, Any]:
@@ -96,6 +69,8 @@ def _describe_row(
       "cut": cut(config.model),
     }
     same = [m for m in found if m.row == row.config or _same_settings(m.row, config)]
+  of_test = [m for m in same if m.split in ("", "test")]  # splits are never averaged: test, where it was scored
+  same = of_test or [m for m in same if m.split == "validation"]
   ours = [{"source": m.source} | {k: m.numbers[k] for k in metrics if k in m.numbers} for m in same]
   described["ours"] = [entry for entry in ours if len(entry) > 1]
   described["paper"] = dict(row.paper)
@@ -220,26 +195,30 @@ def render(names: Sequence[str], form: str, found: Sequence[measured.Measured] =
   return "\n\n".join((as_text if form == "text" else as_markdown)(table) for table in tables)
 
 
-_FORMAT = flags.DEFINE_enum("format", "text", ["text", "markdown", "json"], "how to print")
-_RUNS = flags.DEFINE_string("runs", "", "folder with run directories of train.py, evaluated by eval.py")
-_PLOT = flags.DEFINE_string("plot", "", "figure3: also draw it into this PNG file")
+def define_flags() -> None:
+  """Those of this command."""
+  flags.DEFINE_enum("format", "text", ["text", "markdown", "json"], "how to print")
+  flags.DEFINE_string("runs", "", "folder with run directories of train.py, evaluated by eval.py")
+  flags.DEFINE_string("plot", "", f"{FIGURE_3}: also draw it into this PNG file")
 
 
 def main(argv: Sequence[str]) -> None:
   """Prints the tables named on the command line."""
+  options = flags.FLAGS
   names = [name.lower().removeprefix("table") for name in argv[1:]] or sorted([*TABLES, *REPEATED], key=_order)
-  require(not _PLOT.value or names == [FIGURE_3], f"--plot goes with {FIGURE_3} only")
+  require(not options.plot or names == [FIGURE_3], f"--plot goes with {FIGURE_3} only")
   found = measured.from_results(RESULTS, ROOT)
-  if _RUNS.value:
-    found += measured.from_runs(pathlib.Path(_RUNS.value), all_rows())
-  print(render(names, _FORMAT.value, found))
-  if _PLOT.value:
+  if options.runs:
+    found += measured.from_runs(pathlib.Path(options.runs), all_rows())
+  print(render(names, options.format, found))
+  if options.plot:
     from megabyte_jax import plots  # noqa: PLC0415 - matplotlib is slow to import
 
-    plots.flops_per_byte(flops.figure3_curves(), _PLOT.value)
+    plots.flops_per_byte(flops.figure3_curves(), options.plot)
 
 
 if __name__ == "__main__":
   from megabyte_jax import command_line
 
+  define_flags()
   command_line.run(lambda: app.run(main, flags_parser=command_line.parse_config_flags))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from megabyte_jax.config import Config, PerceiverARConfig
 from megabyte_jax.loss import byte_nats, sum_of_nats
-from megabyte_jax.models.build import abstract_model, initial_parameters
+from megabyte_jax.models.build import abstract_model, initial_parameters, trained_model
 from megabyte_jax.optimizer import make_optimizer
 from megabyte_jax.sharding import check_mesh, constrain_state, shard_abstract
 
@@ -115,10 +115,9 @@ def random_latent_starts(key: jax.Array, shape: tuple[int, int], latents: int) -
 
 def make_eval_step(config: Config) -> jax.stages.Wrapped:
   """The jitted (parameters, x_BT, length_B, start_B) -> nats_BT; see `byte_nats`. `start_B` is for PerceiverAR."""
-  graph, _ = abstract_model(config.model)
 
   @jax.jit
   def eval_step(parameters, x_BT, length_B, start_B=None):
-    return byte_nats(nnx.merge(graph, parameters), x_BT, length_B=length_B, start_B=start_B)[0]
+    return byte_nats(trained_model(config.model, parameters), x_BT, length_B=length_B, start_B=start_B)[0]
 
   return eval_step

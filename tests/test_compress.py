@@ -126,6 +126,8 @@ def test_other_models_and_circumstances_are_named(model):
     compress.decompress(model_of(MEGABYTE, seed=1), packed)
   with pytest.raises(ConfigError, match="another model"):
     compress.decompress(model_of(dataclasses.replace(MEGABYTE, activation="gelu")), packed)
+  with pytest.raises(ConfigError, match=r"another xla_flags --xla_a --xla_b \(here .*; it can be decompressed"):
+    compress.decompress(model, repacked(packed, xla_flags="--xla_a --xla_b"))
   for key, value in {"dtype": "bfloat16", "device": "TPU v5", "cores": 0, "jax": "0.1", "constriction": "9"}.items():
     with pytest.raises(ConfigError, match=rf"another {key} {value} \(here"):
       compress.decompress(model, repacked(packed, **{key: value}))

@@ -106,6 +106,11 @@ def changed(path, value):
     (["optimizer", "momentum"], 1, r"optimizer\.momentum is 1\.0; it must be in \[0, 1\)"),
     (["model", "activation"], "geglu", r"config\.model\.activation is 'geglu'; choose one of 'relu', .*'swiglu'"),
     (["model", "qk_norm"], 1, r"config\.model\.qk_norm must be bool, not 1"),
+    (
+      ["checkpoint", "keep_best"],
+      1,
+      r"checkpoint\.keep_best needs evaluations .*: set eval\.every_steps and data\.val",
+    ),
     (["checkpoint", "keep"], 0, r"checkpoint\.keep is 0; keep at least 1"),
     (["mesh"], {"data": -1, "fsdp": -1}, r"mesh sizes \(-1, -1, 1, 1\) must be at least 1, and at most one of them -1"),
     (["mesh", "seq"], 0, r"mesh sizes"),

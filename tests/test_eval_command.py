@@ -62,6 +62,16 @@ def test_the_command_itself(workdir):
   assert len(positions["context"]) == 32 and len(positions["patch"]) == 4
 
 
+def test_a_run_trained_with_an_attention_that_cannot_serve_here(workdir, monkeypatch, tmp_path):
+  shutil.copytree(workdir, tmp_path / "run")
+  saved = json.loads((tmp_path / "run/config.json").read_text())
+  saved["model"]["attention"] = "cudnn"
+  (tmp_path / "run/config.json").write_text(json.dumps(saved))
+  _, there = evaluate_command(monkeypatch, "--workdir", tmp_path / "run", "--no-compressors")
+  _, here = evaluate_command(monkeypatch, "--workdir", workdir, "--no-compressors")
+  assert there["nats"] == here["nats"]
+
+
 def test_per_byte_nats_sum_up(workdir, folder, tmp_path, monkeypatch):
   file = tmp_path / "nats.npy"
   _, result = evaluate_command(monkeypatch, "--workdir", workdir, "--per-byte-out", file)
@@ -107,6 +117,8 @@ def test_words(workdir, folder, monkeypatch):
   assert counted["word_perplexity"] == pytest.approx(math.exp(counted["nats"] / words))
   _, given = evaluate_command(monkeypatch, "--workdir", workdir, "--words=100")
   assert given["word_perplexity"] == pytest.approx(math.exp(given["nats"] / 100))
+  lines, one = evaluate_command(monkeypatch, "--workdir", workdir, "--words=1")  # e to the power of some thousands
+  assert one["word_perplexity"] is None and any("word-level perplexity inf" in line for line in lines)
   monkeypatch.setattr(command.report, "evaluate_and_print", lambda *_, **__: pytest.fail("that may have taken hours"))
   for words in ("some", "pg19-dev", "pg19validation", "0"):
     with pytest.raises(ConfigError, match=f"--words={words} is neither"):
@@ -128,12 +140,14 @@ def test_evaluations_of_a_split_are_kept_by_split_and_method(workdir, monkeypatc
   for arguments in (
     (),
     ("--method=sliding",),
+    ("--method=sliding", "--stride=4"),
     ("--split=train", "--max-bytes=64"),
     ("--data", workdir / "config.json"),
   ):
     evaluate_command(monkeypatch, "--workdir", workdir, "--no-compressors", *arguments)
   kept = {path.name: json.loads(path.read_text()) for path in workdir.glob("eval_*_*.json")}
-  assert kept.keys() == {"eval_validation_basic.json", "eval_validation_sliding.json"}
+  assert kept.keys() == {f"eval_validation_{name}.json" for name in ("basic", "sliding", "sliding_stride4")}
+  assert kept["eval_validation_sliding_stride4.json"]["stride"] == 4
   assert kept["eval_validation_sliding.json"]["bpb"] < kept["eval_validation_basic.json"]["bpb"]
 
 

@@ -44,6 +44,15 @@ def test_nor_does_training_bring_tensorflow_or_torch():
   assert not imported("train") & {"tensorflow", "tensorflow_datasets", "torch"}
 
 
+def test_importing_a_command_defines_no_flags():
+  """So that it can be used from programs that have flags of their own."""
+  code = "import megabyte_jax.tables, megabyte_jax.matching, megabyte_jax.plan\n"
+  code += "from absl import flags\n"
+  code += "own = [name for name in flags.FLAGS.flags_by_module_dict() if name.startswith('megabyte_jax')]\n"
+  code += "assert not own, own"
+  subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_public_names_exist_and_are_explained():
   for name in megabyte_jax.__all__:
     assert getattr(megabyte_jax, name).__doc__, name

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from megabyte_jax import matching, step_time
 from megabyte_jax.config import Config, Level, MegabyteConfig, MeshConfig
 from megabyte_jax.config_parsing import ConfigError
+from megabyte_jax.paper_configs import config_of
 from megabyte_jax.step_time import TimedStep, time_ratios
-from megabyte_jax.tables import config_of
 
 
 @given(st.floats(0, 50), st.floats(0.01, 10), st.floats(0.5, 200), st.integers(1, 64))

@@ -40,6 +40,10 @@ def test_words_are_counted_as_split_does(monkeypatch, chunk):
     assert count_words(np.frombuffer(text, np.uint8)) == len(text.split())
 
 
+def test_beyond_all_floats_it_is_infinite():
+  assert word_perplexity(1e5, 1) == float("inf")
+
+
 def test_no_words_is_an_error():
   with pytest.raises(ConfigError, match="number of words"):
     word_perplexity(1.0, 0)

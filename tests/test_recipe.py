@@ -4,7 +4,7 @@ import pytest
 
 from megabyte_jax import recipe
 from megabyte_jax.config import ConfigError
-from megabyte_jax.tables import config_of
+from megabyte_jax.paper_configs import config_of
 
 
 def test_names():

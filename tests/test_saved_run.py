@@ -101,3 +101,13 @@ def test_a_run_is_continued_only_with_its_config_and_data():
   assert 'data fingerprint.train: "a1" -> "b2"' in message
   assert "bytes" not in message
   assert "--workdir" in message and "--init_from=DIR" in message and "step 50" in message
+
+
+def test_validation_data_count_by_their_contents_not_by_where_they_lie():
+  moved = make_config(data=DataConfig(train="t", validation="elsewhere"))
+  meta = {"config": saved_by_json(CONFIG), "fingerprint": "t1", "validation_fingerprint": "v1"}
+  check_same_run(meta, moved.to_dict(), "t1", "v1")
+  with pytest.raises(CheckpointError, match='data of validation: "v1" -> "v2"'):
+    check_same_run(meta, CONFIG.to_dict(), "t1", "v2")
+  with pytest.raises(CheckpointError, match=r"data\.validation: "):
+    check_same_run(meta | {"validation_fingerprint": ""}, moved.to_dict(), "t1", "v1")

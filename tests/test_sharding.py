@@ -243,6 +243,7 @@ def test_sizes_that_do_not_multiply(mesh, message):
     ),
     ("two levels", "tensor8", 8, r"levels\[0\]\.num_heads is 4, which mesh\.tensor = 8 does not divide.*\[1, 2, 4\]"),
     ("cross-patch", "seq8", 8, None),
+    ("perceiver ar", "seq8", 8, r"mesh\.seq is 8, but PerceiverAR's sequences are not spread; set it to 1"),
     ("perceiver ar", "tensor8", 8, r"num_heads is 4, which mesh\.tensor = 8 does not divide"),
   ],
 )

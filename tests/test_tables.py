@@ -70,6 +70,33 @@ def test_our_numbers_stand_beside_the_papers():
   assert row("11", "modern (not in the paper)", found)["ours"][0]["bpb"] == 1.15
 
 
+def test_splits_are_never_averaged():
+  """The sizes of Table 5 are scored on one split by eval.py, on another by eval.py --split=test: one run, not two."""
+  bits = {"train": 1.0, "validation": 2.5, "test": 3.0}
+  of = {
+    split: Measured("table5:image256_megabyte", {"bpb": bpb}, f"{split}.json", split) for split, bpb in bits.items()
+  }
+  for splits, shown in ((("train", "validation"), 2.5), (("validation", "test"), 3.0), (("train",), None)):
+    found = row("5", "image256 megabyte", [of[split] for split in splits])["ours"]
+    assert [entry["bpb"] for entry in found] == ([shown] if shown else [])
+
+
+def test_what_is_not_as_in_the_row_is_told(tmp_path):
+  rows = tables.all_rows()
+  config = rows["table11:sliding"]
+  optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-3)
+  config = dataclasses.replace(
+    config, batch_size=1, num_steps=config.num_steps * config.batch_size, optimizer=optimizer
+  )
+  (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+  evaluation = {"bpb": 1.0, "method": "sliding", "cost": 64.0, "step": config.num_steps, "split": "test"}
+  (tmp_path / "eval_test_sliding_stride128.json").write_text(json.dumps(evaluation))
+  (found,) = measured.from_runs(tmp_path, rows)
+  assert found.source.endswith(
+    "sliding_stride128.json (other batch_size, other optimizer.learning_rate, evaluated at 64x instead of 2x)"
+  )
+
+
 def test_results_files(tmp_path):
   results = {"rows": [{"row": "table5:image256_megabyte", "bpb": 4.5, "note": "2M parameters, one H200"}]}
   (tmp_path / "images.json").write_text(json.dumps(results))

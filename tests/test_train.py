@@ -206,6 +206,19 @@ def test_fine_tuning_from_what_does_not_fit(one_level, trained, tmp_path):
     train.train(dataclasses.replace(config, num_steps=15), str(trained), init_from="x")
 
 
+def test_fine_tuning_says_which_settings_of_the_model_differ(one_level, trained, tmp_path, capsys):
+  config = dataclasses.replace(one_level, data=no_validation(one_level), num_steps=1)
+  config = dataclasses.replace(config, model=dataclasses.replace(config.model, activation="gelu", remat="full"))
+  train.train(config, str(tmp_path), init_from=str(trained))
+  assert f"settings of the model that are not those of {trained}: model.activation\n" in capsys.readouterr().out
+
+
+def test_bytes_that_the_model_does_not_know(one_level, tmp_path):
+  config = dataclasses.replace(one_level, model=dataclasses.replace(one_level.model, vocab_size=100))
+  with pytest.raises(ConfigError, match=r"knows only bytes below 100 \(model\.vocab_size\); the data have 1\d\d"):
+    train.train(config, str(tmp_path))
+
+
 def test_the_last_step_can_be_the_best_of_partial_evaluations(config, tmp_path):
   """Those during training score the first bytes alone; that of the last step which they are compared with does, too."""
   limits = EvalConfig(every_steps=2, max_bytes=100)

@@ -19,7 +19,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from megabyte_jax.config_parsing import require
-from megabyte_jax.data.sources import DataError, Mixture, Source
+from megabyte_jax.data.sources import DataError, Mixture, Source, check_bytes
 
 _AHEAD = 2  # batches on their way to the devices while the current one is worked on
 
@@ -158,6 +158,7 @@ def batches(
   num_steps: int | None = None,
   documents: str = "packed",
   latents: int = 0,
+  vocab_size: int = 256,
   sharding: jax.sharding.Sharding | None = None,
   num_threads: int | None = None,
 ) -> Iterator[tuple[int, Batch]]:
@@ -171,6 +172,7 @@ def batches(
     first_step: where to start or resume; costs nothing.
     num_steps: stop before this step; None never stops.
     documents, latents: see `Windows`.
+    vocab_size: of the model, which knows no other bytes.
     sharding: of the [batch, context] array. Batches are then global arrays, of which this process reads only the rows
       that its devices hold, and they are sent to the devices ahead of time. None yields NumPy arrays of all rows.
     num_threads: threads that read and decode; None takes one per core, at most 16, or a single one where reading is
@@ -178,11 +180,12 @@ def batches(
 
   Raises:
     DataError: see `Windows`; and, when reached, an item that cannot be read.
+    ConfigError: when reached, a byte that the model does not know.
   """
   windows = open_windows(source, context=context, seed=seed, documents=documents, latents=latents)
   rows = np.arange(batch_size) if sharding is None else rows_of_this_process(sharding, batch_size, context)
   threads = num_threads if num_threads is not None else min(16, os.cpu_count() or 1) if source.slow else 1
-  host = host_batches(windows, batch_size, rows, first_step, num_steps, context, threads)
+  host = host_batches(windows, batch_size, rows, first_step, num_steps, context, threads, vocab_size)
   return host if sharding is None else _to_devices(host, rows, batch_size, sharding)
 
 
@@ -200,6 +203,7 @@ def host_batches(
   num_steps: int | None,
   context: int,
   num_threads: int,
+  vocab_size: int = 256,
 ) -> Iterator[tuple[int, Batch]]:
   """Yields (step, the given rows of the global batch), read ahead by threads."""
 
@@ -207,6 +211,7 @@ def host_batches(
     x_RT, length_R = np.zeros((len(rows), context), np.uint8), np.zeros(len(rows), np.int32)
     for i, row in enumerate(rows):
       length_R[i] = windows.read(step * batch_size + int(row), x_RT[i])
+    check_bytes(x_RT, vocab_size)
     return step, Batch(x_RT, length_R)
 
   last = 2**62 if num_steps is None else num_steps

@@ -121,6 +121,12 @@ def _open_one(spec: str, data: DataConfig, skip_empty: bool = False) -> Source:
   return files.open_files(spec, data, skip_empty)
 
 
+def check_bytes(x: np.ndarray, vocab_size: int) -> None:
+  """Raises ConfigError where a byte of x is not among those that a model of so many values knows."""
+  if vocab_size < 256 and x.size and (largest := int(x.max())) >= vocab_size:
+    raise ConfigError(f"the model knows only bytes below {vocab_size} (model.vocab_size); the data have {largest}")
+
+
 class Joined:
   """Several sources as one: the documents of the first, then those of the second, and so on."""
 

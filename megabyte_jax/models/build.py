@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
@@ -33,6 +34,16 @@ def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
   """
   graph, state = nnx.split(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0))))
   return graph, nnx.to_pure_dict(state)
+
+
+def trained_model(config: ModelConfig, parameters: dict[str, Any]) -> Model:
+  """The model with these parameters, for evaluation or generation.
+
+  A fused attention that it was trained with by name may not serve here; the one for the devices at hand does.
+  """
+  attention = "xla" if config.attention == "xla" else "auto"
+  graph, _ = abstract_model(dataclasses.replace(config, attention=attention))
+  return nnx.merge(graph, parameters)
 
 
 def initial_parameters(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
