@@ -1,6 +1,8 @@
 """What a comparison leaves beside NAME.json: a small file for each row, and pictures of all rows together.
 
-- NAME/ROW.json: config and seed, the learning curve, and bits per byte by position under each method of evaluation.
+- NAME/ROW.json (RowFile): settings, what was matched, the trials of learning rates and, when the row is trained, config
+  and seed, the learning curve, and bits per byte by position under each method of evaluation. A row goes on from its
+  file on any machine; only a training that was cut off needs the work directory, too.
 - NAME_training.png: bits per byte of training against the bytes read.
 - NAME_by_context.png: bits per byte by position in the window, of each row under its own method (Fig. 4 of the paper).
 - NAME_by_patch.png: by position in the patch, of the first row with patches, under each method (Fig. 5).
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,8 +20,44 @@ import numpy as np
 from megabyte_jax import flops, plots
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.config import Config
+from megabyte_jax.config_parsing import require
 
 _BINS = 64  # of a context, in files and pictures
+
+
+class RowFile:
+  """What is known of a row so far, in one JSON file that grows.
+
+  Args:
+    path: NAME/ROW.json; made when there is something to keep.
+    settings: what decides the row's results.
+
+  Raises:
+    ConfigError: the file is there, and its settings are others.
+  """
+
+  def __init__(self, path: pathlib.Path, settings: dict[str, Any]):
+    self.path, self.content = path, {"settings": json.loads(json.dumps(settings))}
+    if not path.exists():
+      return
+    self.content = json.loads(path.read_text())
+    saved, given = self.content["settings"], json.loads(json.dumps(settings))
+    other = [key for key in sorted(saved | given) if saved.get(key) != given.get(key)]
+    lines = [f"\n  {key}: {json.dumps(saved.get(key))} -> {json.dumps(given.get(key))}" for key in other]
+    require(
+      not other,
+      f"{path} was made with other settings (saved -> given):{''.join(lines)}\ntake the saved ones, another --output, "
+      "or remove the file",
+    )
+
+  def once(self, part: str, make: Callable[[], Any]) -> Any:
+    """What `make` returned when it was first called for this part."""
+    if part not in self.content:
+      self.content[part] = json.loads(json.dumps(make()))
+      self.path.parent.mkdir(parents=True, exist_ok=True)
+      with replacing(str(self.path)) as temporary:
+        temporary.write_text(json.dumps(self.content) + "\n")
+    return self.content[part]
 
 
 def kept(workdir: pathlib.Path, evaluations: dict[str, dict]) -> dict[str, Any]:
@@ -32,8 +71,8 @@ def kept(workdir: pathlib.Path, evaluations: dict[str, dict]) -> dict[str, Any]:
   }
   positions = {method: coarse(result["positions"]) for method, result in evaluations.items()}
   model, batch_size = Config.from_dict(config).model, config["batch_size"]
-  for split in ("train", "validation", "test"):  # not where they lay on some machine
-    config["data"][split] = "/".join(pathlib.Path(config["data"][split]).parts[-2:])
+  for split in ("train", "validation", "test"):
+    config["data"][split] = short_path(config["data"][split])
   return {
     "seed": config["seed"],
     "config": config,
@@ -43,6 +82,11 @@ def kept(workdir: pathlib.Path, evaluations: dict[str, dict]) -> dict[str, Any]:
     "results": results,
     "positions": positions,
   }
+
+
+def short_path(path: str) -> str:
+  """The end of a path, CORPUS/SPLIT: not where it lay on some machine."""
+  return "/".join(pathlib.Path(path).parts[-2:])
 
 
 def coarse(positions: dict[str, Any]) -> dict[str, Any]:
@@ -63,17 +107,13 @@ def coarse(positions: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write(output: pathlib.Path, rows: dict[str, dict[str, Any]]) -> None:
-  """The files and pictures beside `output`.
+def draw(output: pathlib.Path, rows: dict[str, dict[str, Any]]) -> None:
+  """The pictures beside `output`.
 
   Args:
     rows: by name what `kept` gave.
   """
   folder = output.with_suffix("")
-  folder.mkdir(parents=True, exist_ok=True)
-  for name, row in rows.items():
-    with replacing(str(folder / f"{name.replace(':', '.')}.json")) as path:
-      path.write_text(json.dumps(row) + "\n")
   short = {name: name.partition(":")[2] for name in rows}
 
   def picture(kind: str) -> str:

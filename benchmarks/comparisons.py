@@ -15,10 +15,10 @@ the paper's recipe as megabyte_jax/recipe.py says, all at once and all but one. 
 3. It trains for --train_bytes (equal for all rows, but for recipes), and is evaluated by the row's methods on the test
    split, or on its first --test_bytes.
 
-All is done in one process, by the functions behind the commands that are printed. What is done is kept in the work
-directory; the same command goes on from there (with other settings take another). The results hold bits per byte, the
-command, the device, what was matched, learning rates and seconds; `python -m megabyte_jax.tables` shows them beside the
-paper's. Beside them are learning curves and losses by position, also as pictures (comparison_files.py).
+All is done in one process, by the functions behind the commands that are printed. What is done of a row is kept in a
+file of its own beside the results (comparison_files.py); the same command goes on from there, also on another machine.
+The results hold bits per byte, the command, the device, what was matched, learning rates and seconds; `python -m
+megabyte_jax.tables` shows them beside the paper's. Beside them are pictures of learning curves and losses by position.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Callable
 from typing import Literal
 
 import comparison_files
@@ -93,6 +92,8 @@ def recipe_rows(row: str) -> tuple[str, ...]:
   return (row, f"{row}+modern", *without, f"{row}+modern+no_dropout")
 
 
+# Arguments that decide a row's results, together with its config.
+DECISIVE = ("train_bytes", "rates", "trial_share", "trial_bytes", "test_bytes", "match")
 TILES = ("--config.data.image_tiles=512",)  # four times as many images of 256 pixels as centred squares would give
 
 COMPARISONS = {
@@ -133,6 +134,7 @@ class Run:
     config_file: what makes its config.
     folder: where everything of it lies.
     flags: of train.py.
+    file: what is known of the row so far.
     cost: of a byte, relative to the reference's, with these flags.
     matched: what was done to make the costs equal.
   """
@@ -141,6 +143,7 @@ class Run:
   config_file: pathlib.Path
   folder: pathlib.Path
   flags: list[str]
+  file: comparison_files.RowFile
   cost: float = 1.0
   matched: dict | None = None
 
@@ -177,6 +180,14 @@ class Run:
     return json.loads(evaluation.main(arguments))
 
 
+def comparable(config: Config) -> dict:
+  """What of a config decides a row's results: all but where the data lie."""
+  found = config.to_dict()
+  for split in ("train", "validation", "test"):
+    found["data"][split] = comparison_files.short_path(found["data"][split])
+  return found
+
+
 def config_in(file: pathlib.Path, row: str, flags: list[str]) -> Config:
   """What train.py makes of a config file such as configs/small.py, a row and flags."""
   arguments = ["train.py", f"--config={file}:{row}", *flags]
@@ -184,16 +195,6 @@ def config_in(file: pathlib.Path, row: str, flags: list[str]) -> Config:
   config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
   values(arguments)
   return Config.from_dict(values.config)
-
-
-def once(path: pathlib.Path, make: Callable[[], dict]) -> dict:
-  """What `make` returned when it was first called, kept in `path`."""
-  if not path.exists():
-    value = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(str(path)) as temporary:
-      temporary.write_text(json.dumps(value, indent=1) + "\n")
-  return json.loads(path.read_text())
 
 
 def match(run: Run, comparison: Comparison, cost: matching.Cost) -> dict:
@@ -216,8 +217,7 @@ def match_all(runs: list[Run], comparison: Comparison, args: argparse.Namespace)
     def found(run=run):
       return match(run, comparison, cost()) | {"by": by}
 
-    path = run.folder / "match.json"
-    run.matched = found() if args.dry_run and not path.exists() else once(path, found)
+    run.matched = found() if args.dry_run else run.file.once("matched", found)
     run.cost = run.matched["cost"] if comparison.vary == "bytes" else 1.0
     run.flags += [run.matched["flag"]] if run.matched["flag"] else []
 
@@ -240,9 +240,9 @@ def complete(run: Run, comparison: Comparison, args: argparse.Namespace) -> tupl
         return {"bpb": None, "error": str(error)}
       result = run.evaluate(workdir, f"--data={args.data / 'validation'}", f"--max-bytes={args.trial_bytes}")
       shutil.rmtree(workdir / "checkpoints")  # gigabytes
-      return result
+      return {name: result[name] for name in ("bpb", "bytes", "step")}
 
-    trials[factor] = once(run.folder / f"rate{factor:g}.json", one_trial)["bpb"]
+    trials[factor] = run.file.once(f"trial of {factor:g} times the paper's learning rate", one_trial)["bpb"]
   finite = {factor: bpb for factor, bpb in trials.items() if bpb is not None}
   if trials and not finite:
     raise SystemExit(f"{run.row} broke down at every learning rate; give smaller --rates")
@@ -267,11 +267,12 @@ def complete(run: Run, comparison: Comparison, args: argparse.Namespace) -> tupl
     for method in methods:
       done[method] = run.evaluate(workdir, "--split=test", f"--method={method}", *words, *limit)
       done[method]["positions"] = json.loads((workdir / "eval_positions.json").read_text())
-    return comparison_files.kept(workdir, done) | {"training_seconds": training_seconds(workdir)}
+    seconds = training_seconds(workdir)
+    return comparison_files.kept(workdir, done) | {"training_seconds": seconds, "device": jax.devices()[0].device_kind}
 
-  kept = once(run.folder / "run.json", whole_run)
+  kept = run.file.once("run", whole_run)
   methods = {method: found["bpb"] for method, found in kept["results"].items()}
-  result |= {"training_seconds": kept["training_seconds"], "methods": methods}
+  result |= {"training_seconds": kept["training_seconds"], "device": kept["device"], "methods": methods}
   return result | kept["results"][kept["method"]], kept
 
 
@@ -342,7 +343,15 @@ def main() -> None:
   shared += [*comparison.flags, *args.flags.split()]
   config_file = pathlib.Path(args.config_file).resolve()
   names = [row for row in comparison.rows if re.search(args.rows, row)]
-  runs = [Run(row, config_file, folder / row.replace(":", "."), list(shared)) for row in names]
+  output = pathlib.Path(args.output or folder / "results.json")
+  runs = []
+  for row in names:
+    place = row.replace(":", ".")
+    settings = {name: getattr(args, name) for name in DECISIVE} | {
+      "config": comparable(config_in(config_file, row, shared))
+    }
+    file = comparison_files.RowFile(output.with_suffix("") / f"{place}.json", settings)
+    runs.append(Run(row, config_file, folder / place, list(shared), file))
   if not runs:
     raise SystemExit(f"--rows={args.rows} is none of {', '.join(comparison.rows)}")
   match_all(runs, comparison, args)
@@ -353,21 +362,20 @@ def main() -> None:
     row, kept[run.row] = complete(run, comparison, args)
     rows.append(row)
     print_results(rows)
-  device = jax.devices()[0].device_kind
-  note = f"{config_file.name}, {args.train_bytes / 1e6:.3g} MB of {comparison.data}, {device}"
+  devices = sorted({row["device"] for row in rows})
+  note = f"{config_file.name}, {args.train_bytes / 1e6:.3g} MB of {comparison.data}, {', '.join(devices)}"
   if args.test_bytes:
     note += f", first {args.test_bytes / 1e6:g} MB of test"
   results = {
     "command": "python " + " ".join(sys.argv),
     "versions": {"jax": jax.__version__},
-    "device": device,
+    "device": ", ".join(devices),
     "rows": [row | {"note": note} for row in rows],
   }
-  output = pathlib.Path(args.output or folder / "results.json")
   output.parent.mkdir(parents=True, exist_ok=True)
   with replacing(str(output)) as temporary:
     temporary.write_text(json.dumps(results, indent=1) + "\n")
-  comparison_files.write(output, kept)
+  comparison_files.draw(output, kept)
   print(f"results: {output}, and in and beside {output.with_suffix('')} each run's curve and pictures of all")
 
 

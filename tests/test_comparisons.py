@@ -1,6 +1,7 @@
 """benchmarks/comparisons.py from end to end on tiny models: it runs, goes on, and is read back."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,13 +69,18 @@ def test_a_small_comparison(command, tmp_path):
   assert [set(row["methods"]) for row in results["rows"]] == [set(METHODS), {"basic", "sliding"}]
   for name in ("training", "by_context", "by_patch"):
     assert (tmp_path / f"out/books_{name}.png").read_bytes().startswith(b"\x89PNG")
-  kept = json.loads((tmp_path / "out/books/table2.books_megabyte.json").read_text())
+  kept = json.loads((tmp_path / "out/books/table2.books_megabyte.json").read_text())["run"]
   assert kept["seed"] == 0 and kept["config"]["batch_size"] == 2 and len(kept["curve"]) > 0
   for method, positions in kept["positions"].items():
     assert np.isclose(kept["results"][method]["bpb"], results["rows"][0]["methods"][method])
     assert len(positions["patch"]) == 8 and len(positions["context"]) == 64
+  shutil.rmtree(tmp_path / "runs")  # another machine goes on from the rows' files
   again = command("books", *flags)
   assert "$ python train.py" in first.stdout and "$ python" not in again.stdout
+  assert json.loads((tmp_path / "out/books.json").read_text())["rows"] == results["rows"]
+  with pytest.raises(subprocess.CalledProcessError) as error:
+    command("books", *flags, "--test_bytes=77")
+  assert "was made with other settings (saved -> given):\n  test_bytes: 0 -> 77\n" in error.value.stderr
   found = measured.from_results(tmp_path / "out", tmp_path)
   assert [entry.row for entry in found] == ["table2:books_megabyte", "table2:books_transformer"]
   assert found[0].numbers["bpb"] == results["rows"][0]["bpb"]
