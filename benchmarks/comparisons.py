@@ -100,15 +100,15 @@ COMPARISONS = {
   "books": Comparison("books", text_rows("books"), methods=("basic", "sliding", "strided", "both"), words=True),
   "code": Comparison("code", text_rows("code")),
   "latex": Comparison("latex", text_rows("arxiv")),
-  "image64": Comparison("photos", image_rows("image64"), flags=("--config.data.image_tiles=64",)),
+  "image64": Comparison("photos", image_rows("image64"), flags=("--config.data.image_tiles=512",)),
   "image256": Comparison("photos", image_rows("image256"), flags=TILES),
-  "image640": Comparison("photos", image_rows("image640")),
+  "image640": Comparison("photos", image_rows("image640"), flags=("--config.data.image_tiles=960",)),  # twice as many
   "scans": Comparison(  # the patch scans are rows of image256: after that, --rows=raster does
     "photos",
     tuple(f"table16:{m}_{s}_scan" for m in ("megabyte", "perceiver_ar") for s in ("patch", "raster")),
     flags=TILES,
   ),
-  "audio": Comparison("audio", ("table10:audio_megabyte",)),
+  "audio": Comparison("audio", ("table10:audio_megabyte",), flags=("--config.data.skip_bad=True",)),  # one is empty
   "ablations": Comparison(
     "latex",
     tuple(
@@ -293,7 +293,7 @@ def fits(config: Config, method: str) -> bool:
 
 def schedule(rate: float, steps: int) -> tuple[str, ...]:
   """Flags of train.py."""
-  warmup = max(1, steps // 10)
+  warmup = max(1, steps // 25)
   return (
     f"--config.optimizer.learning_rate={rate}",
     f"--config.optimizer.warmup_steps={warmup}",
@@ -318,7 +318,7 @@ def main() -> None:
   parser.add_argument("--output", default="", help="results are written here; default: WORKDIR/COMPARISON/results.json")
   parser.add_argument("--train_bytes", type=count, default=2**27, help="of every row, such as 1e8")
   parser.add_argument("--rates", default="1,3,6", help="times the paper's learning rate")
-  parser.add_argument("--trial_share", type=float, default=0.1, help="of the bytes, for each learning rate")
+  parser.add_argument("--trial_share", type=float, default=0.2, help="of the bytes, for each learning rate")
   parser.add_argument("--trial_bytes", type=count, default=2**20, help="of the validation split, to compare rates on")
   parser.add_argument("--test_bytes", type=count, default=0, help="score only the first so many of the test split")
   parser.add_argument("--rows", default="", help="some of the rows, by a regular expression; default: all")
