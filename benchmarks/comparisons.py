@@ -25,20 +25,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import functools
 import json
 import pathlib
 import re
 import shutil
 import sys
-from typing import Literal
 
 import comparison_files
 import jax
 from absl import flags as absl_flags
+from comparison_rows import COMPARISONS, Comparison
 from ml_collections import config_flags
 
-from megabyte_jax import command_line, flops, matching, recipe, windows
+from megabyte_jax import command_line, flops, matching, windows
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.checkpoint import Checkpoints
 from megabyte_jax.config import Config, ConfigError, PerceiverARConfig
@@ -51,78 +52,8 @@ sys.path.insert(0, str(ROOT))
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-  """Rows that are compared.
-
-  Attributes:
-    data: the folder of the corpus, with train, validation and test.
-    rows: TABLE:ROW, perhaps with changes of its recipe; the first is the reference, whose cost the others are given.
-    vary: what gives the other rows its cost, their layers or the bytes that they are trained on.
-    methods: by which each row is evaluated besides its own, if they fit its model.
-    flags: of train.py, for all rows.
-    words: whether word-level perplexity is wanted.
-  """
-
-  data: str
-  rows: tuple[str, ...]
-  vary: Literal["layers", "bytes"] = "layers"
-  methods: tuple[str, ...] = ()
-  flags: tuple[str, ...] = ()
-  words: bool = False
-
-
-def text_rows(name: str) -> tuple[str, ...]:
-  return tuple(
-    f"table2:{name}_{model}" for model in ("megabyte", "transformer", "windowed_transformer", "perceiver_ar")
-  )
-
-
-def image_rows(name: str) -> tuple[str, ...]:
-  return tuple(f"table5:{name}_{model}" for model in ("megabyte", "transformer", "perceiver_ar"))
-
-
-def recipe_rows(row: str) -> tuple[str, ...]:
-  """The paper's recipe, the modern one, that without each of its changes, and that without dropout.
-
-  Not without the wider initial values: all rows of configs/small.py have these.
-  """
-  without = (f"{row}+modern-{change}" for change in recipe.MODERN if change != "init")
-  return (row, f"{row}+modern", *without, f"{row}+modern+no_dropout")
-
-
 # Arguments that decide a row's results, together with its config.
 DECISIVE = ("train_bytes", "rates", "trial_share", "trial_bytes", "test_bytes", "match")
-TILES = ("--config.data.image_tiles=512",)  # four times as many images of 256 pixels as centred squares would give
-
-COMPARISONS = {
-  "books": Comparison("books", text_rows("books"), methods=("basic", "sliding", "strided", "both"), words=True),
-  "code": Comparison("code", text_rows("code")),
-  "latex": Comparison("latex", text_rows("arxiv")),
-  "image64": Comparison("photos", image_rows("image64"), flags=("--config.data.image_tiles=512",)),
-  "image256": Comparison("photos", image_rows("image256"), flags=TILES),
-  "image640": Comparison("photos", image_rows("image640"), flags=("--config.data.image_tiles=960",)),  # twice as many
-  "scans": Comparison(  # the patch scans are rows of image256: after that, --rows=raster does
-    "photos",
-    tuple(f"table16:{m}_{s}_scan" for m in ("megabyte", "perceiver_ar") for s in ("patch", "raster")),
-    flags=TILES,
-  ),
-  "audio": Comparison("audio", ("table10:audio_megabyte",), flags=("--config.data.skip_bad=True",)),  # one is empty
-  "ablations": Comparison(
-    "latex",
-    tuple(
-      f"table10:arxiv_{m}" for m in ("megabyte", "without_local", "without_global", "without_cross_patch", "with_cnn")
-    ),
-  ),
-  "patch_sizes": Comparison("photos", tuple(f"table12:patch{size}" for size in (192, 48, 768)), flags=TILES),
-  "shares": Comparison(
-    "books",
-    tuple(f"table13:{row}" for row in ("global760m_local262m", "global350m_local290m", "global1300m_local218m")),
-  ),
-  "modern_books": Comparison("books", recipe_rows("table2:books_megabyte"), vary="bytes"),
-  "modern_images": Comparison("photos", recipe_rows("table5:image256_megabyte"), vary="bytes", flags=TILES),
-}
 
 
 @dataclasses.dataclass
@@ -267,12 +198,12 @@ def complete(run: Run, comparison: Comparison, args: argparse.Namespace) -> tupl
     for method in methods:
       done[method] = run.evaluate(workdir, "--split=test", f"--method={method}", *words, *limit)
       done[method]["positions"] = json.loads((workdir / "eval_positions.json").read_text())
-    seconds = training_seconds(workdir)
-    return comparison_files.kept(workdir, done) | {"training_seconds": seconds, "device": jax.devices()[0].device_kind}
+    where = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "date": f"{datetime.date.today()}"}
+    return comparison_files.kept(workdir, done) | where | {"training_seconds": training_seconds(workdir)}
 
   kept = run.file.once("run", whole_run)
   methods = {method: found["bpb"] for method, found in kept["results"].items()}
-  result |= {"training_seconds": kept["training_seconds"], "device": kept["device"], "methods": methods}
+  result |= {name: kept[name] for name in ("training_seconds", "device", "jax", "date")} | {"methods": methods}
   return result | kept["results"][kept["method"]], kept
 
 
@@ -310,7 +241,8 @@ def count(text: str) -> int:
   return int(float(text))
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
+  """See the head of this file."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("comparison", choices=list(COMPARISONS))
   parser.add_argument("--data", default="corpora", help="the folder that benchmarks/corpora/build.py made")
@@ -326,57 +258,73 @@ def main() -> None:
   parser.add_argument("--match", default="time", choices=["time", "flops", "none"], help="what rows are made equal in")
   parser.add_argument("--match_rounds", type=int, default=10, help="how often each candidate is timed, one second each")
   parser.add_argument("--dry_run", action="store_true", help="show what would be trained, matched by FLOPs, and end")
+  parser.add_argument("--match_only", action="store_true", help="end when rows are matched, before any is trained")
   parser.add_argument("--compiled", default="", help="folder of compiled programs; default: WORKDIR/compiled")
   parser.add_argument("--config_file", default=str(ROOT / "configs/small.py"), help="what makes configs of rows")
   args = parser.parse_args()
   args.rates = [float(rate) for rate in args.rates.split(",")]
-  comparison = COMPARISONS[args.comparison]
   folder = pathlib.Path(args.workdir).resolve() / args.comparison
-  jax.config.update("jax_compilation_cache_dir", args.compiled or str(folder.parent / "compiled"))
-  args.data = pathlib.Path(args.data).resolve() / comparison.data
-  shared = []
+  args.output = pathlib.Path(args.output or folder / "results.json")
+  args.data = pathlib.Path(args.data).resolve() / COMPARISONS[args.comparison].data
+  args.config_file = pathlib.Path(args.config_file).resolve()
+  return args
+
+
+def begin(comparison: Comparison, args: argparse.Namespace) -> list[Run]:
+  """The wanted rows, with what is known of them."""
+  flags = [*comparison.flags, *args.flags.split()]
   for split in ("train", "validation", "test"):
     if not (args.data / split).is_dir():
       where = args.data.parent
       raise SystemExit(f"{args.data / split} does not exist; make it with: python benchmarks/corpora/build.py {where}")
-    shared.append(f"--config.data.{split}={args.data / split}")
-  shared += [*comparison.flags, *args.flags.split()]
-  config_file = pathlib.Path(args.config_file).resolve()
-  names = [row for row in comparison.rows if re.search(args.rows, row)]
-  output = pathlib.Path(args.output or folder / "results.json")
+    flags.append(f"--config.data.{split}={args.data / split}")
   runs = []
-  for row in names:
-    place = row.replace(":", ".")
-    settings = {name: getattr(args, name) for name in DECISIVE} | {
-      "config": comparable(config_in(config_file, row, shared))
-    }
-    file = comparison_files.RowFile(output.with_suffix("") / f"{place}.json", settings)
-    runs.append(Run(row, config_file, folder / place, list(shared), file))
+  for row in comparison.rows:
+    if re.search(args.rows, row):
+      config = comparable(config_in(args.config_file, row, flags))
+      settings = {name: getattr(args, name) for name in DECISIVE} | {"config": config}
+      place = row.replace(":", ".")
+      file = comparison_files.RowFile(args.output.with_suffix("") / f"{place}.json", settings)
+      folder = pathlib.Path(args.workdir).resolve() / args.comparison / place
+      runs.append(Run(row, args.config_file, folder, list(flags), file))
   if not runs:
     raise SystemExit(f"--rows={args.rows} is none of {', '.join(comparison.rows)}")
+  return runs
+
+
+def main() -> None:
+  args = parse_arguments()
+  comparison = COMPARISONS[args.comparison]
+  compiled = args.compiled or pathlib.Path(args.workdir).resolve() / "compiled"
+  jax.config.update("jax_compilation_cache_dir", str(compiled))
+  runs = begin(comparison, args)
   match_all(runs, comparison, args)
   if args.dry_run:
     return print_plan(runs, args)
+  if args.match_only:
+    return print("\n".join(f"{run.row}: {run.matched}" for run in runs))
   rows, kept = [], {}
   for run in runs:
     row, kept[run.row] = complete(run, comparison, args)
     rows.append(row)
     print_results(rows)
-  devices = sorted({row["device"] for row in rows})
-  note = f"{config_file.name}, {args.train_bytes / 1e6:.3g} MB of {comparison.data}, {', '.join(devices)}"
+  write_results(rows, comparison, args)
+  comparison_files.draw(args.output, kept)
+  print(f"results: {args.output}, and beside and in {args.output.with_suffix('')} pictures of all rows and their files")
+
+
+def write_results(rows: list[dict], comparison: Comparison, args: argparse.Namespace) -> None:
+  """The results file (see megabyte_jax/measured.py)."""
+  note = f"{args.config_file.name}, {args.train_bytes / 1e6:.3g} MB of {comparison.data}"
   if args.test_bytes:
     note += f", first {args.test_bytes / 1e6:g} MB of test"
   results = {
     "command": "python " + " ".join(sys.argv),
-    "versions": {"jax": jax.__version__},
-    "device": ", ".join(devices),
-    "rows": [row | {"note": note} for row in rows],
+    "rows": [row | {"note": f"{note}, {row['device']}"} for row in rows],
   }
-  output.parent.mkdir(parents=True, exist_ok=True)
-  with replacing(str(output)) as temporary:
+  args.output.parent.mkdir(parents=True, exist_ok=True)
+  with replacing(str(args.output)) as temporary:
     temporary.write_text(json.dumps(results, indent=1) + "\n")
-  comparison_files.draw(output, kept)
-  print(f"results: {output}, and in and beside {output.with_suffix('')} each run's curve and pictures of all")
 
 
 def print_plan(runs: list[Run], args: argparse.Namespace) -> None:
