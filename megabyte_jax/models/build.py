@@ -41,8 +41,9 @@ def trained_model(config: ModelConfig, parameters: dict[str, Any]) -> Model:
 
   A fused attention that it was trained with by name may not serve here; the one for the devices at hand does.
   """
-  attention = "xla" if config.attention == "xla" else "auto"
-  graph, _ = abstract_model(dataclasses.replace(config, attention=attention))
+  if config.attention in ("cudnn", "splash"):
+    config = dataclasses.replace(config, attention="auto")
+  graph, _ = abstract_model(config)
   return nnx.merge(graph, parameters)
 
 
