@@ -3,7 +3,7 @@
 - NAME/ROW.json (RowFile): settings, what was matched, the trials of learning rates and, when the row is trained, config
   and seed, the learning curve, and bits per byte by position under each method of evaluation. A row goes on from its
   file on any machine; only a training that was cut off needs the work directory, too.
-- NAME_training.png: bits per byte of training against the bytes read.
+- NAME_training.png: bits per byte of training against the bytes predicted.
 - NAME_by_context.png: bits per byte by position in the window, of each row under its own method (Fig. 4 of the paper).
 - NAME_by_patch.png: by position in the patch, of the first row with patches, under each method (Fig. 5).
 """
@@ -50,7 +50,7 @@ class RowFile:
       "or remove the file",
     )
 
-  def once(self, part: str, make: Callable[[], Any]) -> Any:
+  def get_or_make(self, part: str, make: Callable[[], Any]) -> Any:
     """What `make` returned when it was first called for this part."""
     if part not in self.content:
       self.content[part] = json.loads(json.dumps(make()))
@@ -60,7 +60,7 @@ class RowFile:
     return self.content[part]
 
 
-def kept(workdir: pathlib.Path, evaluations: dict[str, dict]) -> dict[str, Any]:
+def row_record(workdir: pathlib.Path, evaluations: dict[str, dict]) -> dict[str, Any]:
   """What is kept of a trained row in `workdir`; `evaluations` are eval.py's results by method, with `positions`."""
   config = json.loads((workdir / "config.json").read_text())
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -111,7 +111,7 @@ def draw(output: pathlib.Path, rows: dict[str, dict[str, Any]]) -> None:
   """The pictures beside `output`.
 
   Args:
-    rows: by name what `kept` gave.
+    rows: by name what `row_record` gave.
   """
   folder = output.with_suffix("")
   short = {name: name.partition(":")[2] for name in rows}
@@ -123,7 +123,7 @@ def draw(output: pathlib.Path, rows: dict[str, dict[str, Any]]) -> None:
     short[name]: ([step * row["bytes_per_step"] / 1e6 for step, _ in row["curve"]], [bpb for _, bpb in row["curve"]])
     for name, row in rows.items()
   }
-  plots.lines(curves, "Training", "million bytes read", "bits per byte", picture("training"), training=True)
+  plots.lines(curves, "Training", "million bytes predicted", "bits per byte", picture("training"), training=True)
   own = {short[name]: row["positions"][row["method"]] for name, row in rows.items()}
   contexts = {name: (bin_middles(p), floats(p["context"])) for name, p in own.items()}
   plots.lines(contexts, "Loss by position", "byte in context", "bits per byte", picture("by_context"))

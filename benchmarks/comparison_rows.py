@@ -42,9 +42,9 @@ def image_rows(name: str) -> tuple[str, ...]:
 def recipe_rows(row: str) -> tuple[str, ...]:
   """The paper's recipe, the modern one, that without each of its changes, and that without dropout.
 
-  Not without the wider initial values: all rows of configs/small.py have these.
+  Not without the wider initial values and rotary positions: all rows of configs/small.py have these.
   """
-  without = (f"{row}+modern-{change}" for change in recipe.MODERN if change != "init")
+  without = (f"{row}+modern-{change}" for change in recipe.MODERN if change not in ("init", "rotary"))
   return (row, f"{row}+modern", *without, f"{row}+modern+no_dropout")
 
 
@@ -54,10 +54,10 @@ COMPARISONS = {
   "books": Comparison("books", text_rows("books"), methods=("basic", "sliding", "strided", "both"), words=True),
   "code": Comparison("code", text_rows("code")),
   "latex": Comparison("latex", text_rows("arxiv")),
-  "image64": Comparison("photos", image_rows("image64"), flags=("--config.data.image_tiles=512",)),
+  "image64": Comparison("photos", image_rows("image64"), flags=TILES),
   "image256": Comparison("photos", image_rows("image256"), flags=TILES),
   "image640": Comparison("photos", image_rows("image640"), flags=("--config.data.image_tiles=960",)),  # twice as many
-  "scans": Comparison(  # the patch scans are rows of image256: after that, --rows=raster does
+  "scans": Comparison(  # image256 has the patch scans already; --rows=raster trains the others alone
     "photos",
     tuple(f"table16:{m}_{s}_scan" for m in ("megabyte", "perceiver_ar") for s in ("patch", "raster")),
     flags=TILES,

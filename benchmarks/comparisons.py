@@ -11,7 +11,8 @@ the paper's recipe as megabyte_jax/recipe.py says, all at once and all but one. 
    machine (megabyte_jax.matching, as in section 4.1 of the paper), or its FLOPs (--match=flops). Recipes keep their
    layers: they get as many bytes as take the first row's time.
 2. Learning rates of --rates times the paper's are tried for --trial_share of the bytes; the best on --trial_bytes of
-   the validation split wins. A rate at which the numbers break down is out.
+   the validation split wins. A rate at which the numbers break down is out. Where the best is the first or last of the
+   rates, more of them should be tried: what was tried already stays.
 3. It trains for --train_bytes (equal for all rows, but for recipes), and is evaluated by the row's methods on the test
    split, or on its first --test_bytes.
 
@@ -30,6 +31,7 @@ import functools
 import json
 import pathlib
 import re
+import shlex
 import shutil
 import sys
 
@@ -53,7 +55,7 @@ import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 
 # Arguments that decide a row's results, together with its config.
-DECISIVE = ("train_bytes", "rates", "trial_share", "trial_bytes", "test_bytes", "match")
+DECISIVE = ("train_bytes", "trial_share", "trial_bytes", "test_bytes", "match")
 
 
 @dataclasses.dataclass
@@ -97,7 +99,8 @@ class Run:
       SystemExit: a signal stopped it.
     """
     flags = [*self.flags, *more]
-    print("$ python train.py", f"--config={self.config_file}:{self.row}", f"--workdir={workdir}", *flags, flush=True)
+    command = ["python", "train.py", f"--config={self.config_file}:{self.row}", f"--workdir={workdir}", *flags]
+    print("$", shlex.join(command), flush=True)
     config = self.config(*more)
     train.train(config, str(workdir))
     with Checkpoints(workdir, read_only=True) as checkpoints:
@@ -148,7 +151,7 @@ def match_all(runs: list[Run], comparison: Comparison, args: argparse.Namespace)
     def found(run=run):
       return match(run, comparison, cost()) | {"by": by}
 
-    run.matched = found() if args.dry_run else run.file.once("matched", found)
+    run.matched = found() if args.dry_run else run.file.get_or_make("matched", found)
     run.cost = run.matched["cost"] if comparison.vary == "bytes" else 1.0
     run.flags += [run.matched["flag"]] if run.matched["flag"] else []
 
@@ -173,16 +176,18 @@ def complete(run: Run, comparison: Comparison, args: argparse.Namespace) -> tupl
       shutil.rmtree(workdir / "checkpoints")  # gigabytes
       return {name: result[name] for name in ("bpb", "bytes", "step")}
 
-    trials[factor] = run.file.once(f"trial of {factor:g} times the paper's learning rate", one_trial)["bpb"]
+    trials[factor] = run.file.get_or_make(f"trial of {factor:g} times the paper's learning rate", one_trial)["bpb"]
   finite = {factor: bpb for factor, bpb in trials.items() if bpb is not None}
   if trials and not finite:
     raise SystemExit(f"{run.row} broke down at every learning rate; give smaller --rates")
   best = min(finite, key=finite.__getitem__) if trials else args.rates[0]
+  at_edge = len(finite) > 1 and best in (min(args.rates), max(args.rates))
   workdir = run.folder / "run"
   result = {
     "row": run.row,
     "learning_rate": paper_rate * best,
     "trials": trials,
+    "best_rate_is_the_last_tried": at_edge,
     "bytes_trained": bytes_trained,
     "parameters": flops.parameter_count(config.model),
     "training_flops": bytes_trained * flops.flops_per_byte(config.model, training=True),
@@ -199,9 +204,15 @@ def complete(run: Run, comparison: Comparison, args: argparse.Namespace) -> tupl
       done[method] = run.evaluate(workdir, "--split=test", f"--method={method}", *words, *limit)
       done[method]["positions"] = json.loads((workdir / "eval_positions.json").read_text())
     where = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "date": f"{datetime.date.today()}"}
-    return comparison_files.kept(workdir, done) | where | {"training_seconds": training_seconds(workdir)}
+    where |= {"training_seconds": training_seconds(workdir), "learning_rate": paper_rate * best}
+    return comparison_files.row_record(workdir, done) | where
 
-  kept = run.file.once("run", whole_run)
+  kept = run.file.get_or_make("run", whole_run)
+  if kept["learning_rate"] != paper_rate * best:
+    raise SystemExit(
+      f"{run.file.path}: the row was trained at {kept['learning_rate']:g}, but {paper_rate * best:g} is the best of "
+      "these --rates; remove its entry 'run' to train it again"
+    )
   methods = {method: found["bpb"] for method, found in kept["results"].items()}
   result |= {name: kept[name] for name in ("training_seconds", "device", "jax", "date")} | {"methods": methods}
   return result | kept["results"][kept["method"]], kept
@@ -265,6 +276,10 @@ def parse_arguments() -> argparse.Namespace:
   args.rates = [float(rate) for rate in args.rates.split(",")]
   folder = pathlib.Path(args.workdir).resolve() / args.comparison
   args.output = pathlib.Path(args.output or folder / "results.json")
+  if args.output.suffix != ".json":
+    parser.error(
+      f"--output={args.output} must end in .json: files of the rows go into a folder of the same name without it"
+    )
   args.data = pathlib.Path(args.data).resolve() / COMPARISONS[args.comparison].data
   args.config_file = pathlib.Path(args.config_file).resolve()
   return args
@@ -350,10 +365,12 @@ def print_plan(runs: list[Run], args: argparse.Namespace) -> None:
 
 def print_results(rows: list[dict]) -> None:
   """What is known so far."""
-  print(f"{'row':<44}{'bpb':>8}{'learning rate':>16}  methods")
+  print(f"{'row':<44}{'bpb':>8}{'cost':>8}{'learning rate':>16}  methods")
   for row in rows:
     methods = ", ".join(f"{name} {bpb:.4f}" for name, bpb in row["methods"].items())
-    print(f"{row['row']:<44}{row['bpb']:>8.4f}{row['learning_rate']:>16.2g}  {methods}", flush=True)
+    rate = f"{row['learning_rate']:.2g}{' (edge)' if row['best_rate_is_the_last_tried'] else ''}"
+    cost = row["matched"]["cost"] if row["matched"] else 1.0  # of a byte, before recipes get fewer bytes for it
+    print(f"{row['row']:<44}{row['bpb']:>8.4f}{cost:>8.1%}{rate:>16}  {methods}", flush=True)
 
 
 if __name__ == "__main__":

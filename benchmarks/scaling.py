@@ -12,8 +12,9 @@ references, a device each. With --ahead=N all programs are compiled before, N at
 Columns: bytes/s; its share of N times the bytes/s of one device in the same run; seconds of a step beyond the ideal
 ones, which is communication that nothing hides (and whatever else gets slower); most memory of one device; bytes that a
 device sends in a step, from the compiled program; the largest difference of the first losses from those of one device
-that works through the same rows in parts (relative). After the last of these steps the run is saved, and one device
-goes on from there: the last column is how far its next loss is from that of the run that went on.
+that works through the same rows in parts (relative; its speed is taken without parts). After the last of these steps
+the run is saved, and one device goes on from there: the last column is how far its next loss is from that of the run
+that went on.
 
 On a CPU the virtual devices share its cores, so speeds mean nothing there; losses, resuming and bytes sent do.
 """
@@ -100,16 +101,23 @@ def measure(args: argparse.Namespace) -> dict:
           checkpoints.save(STEPS, state.parameters, state.opt_state, {}, force=True)
       state, values = step(state, batch.x_BT, None)
       losses.append(float(values["nats"]) / float(values["bytes"]))
+    timed, x_BT = config, batch.x_BT
+    if args.reference and config.accumulate > 1:  # the speed that counts is without parts
+      rows = config.batch_size // config.accumulate
+      timed, x_BT = dataclasses.replace(config, batch_size=rows, accumulate=1), batch.x_BT[:rows]
+    timed_step = step if timed is config else plan.lower(timed, made, "train").compile()
+    state, values = timed_step(state, x_BT, None)
+    jax.block_until_ready(values)
     begin, count = time.perf_counter(), 0
     while time.perf_counter() - begin < args.seconds:
-      state, values = step(state, batch.x_BT, None)
+      state, values = timed_step(state, x_BT, None)
       jax.block_until_ready(values)
       count += 1
     taken = (time.perf_counter() - begin) / count
     result["peak"] = hardware.memory_in_use(jax.devices())
     del state
     result["resumed"] = [resumed_loss(config, made, step, workdir) for workdir in args.resume.split(",") if workdir]
-  predicted = config.batch_size * flops.predicted_bytes(config.model)
+  predicted = timed.batch_size * flops.predicted_bytes(config.model)
   sent = sum(c.wire_bytes for c in collectives(step.as_text() or ""))
   return result | {"seconds": taken, "bytes/s": predicted / taken, "sent": sent}
 

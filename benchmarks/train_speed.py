@@ -42,8 +42,8 @@ import peers
 PEERS = {  # how each is timed
   "MEGABYTE-pytorch shipped": "MEGABYTE-pytorch",
   "MEGABYTE-pytorch compiled": "MEGABYTE-pytorch",
-  "MEGABYTE-pytorch opened": "MEGABYTE-pytorch",
-  "mblm opened": "mblm",
+  "MEGABYTE-pytorch fused attention": "MEGABYTE-pytorch",
+  "mblm fused attention": "mblm",
 }
 PEER_CASES = ("text24", "text14")
 DEFAULT_CASES = (
@@ -170,7 +170,7 @@ def measure_peer(how: str, case: str, seconds: float, limit_seconds: float) -> d
   device = "cuda" if torch.cuda.is_available() else "cpu"
   is_mblm = PEERS[how] == "mblm"
   made = peers.mblm(config.model) if is_mblm else peers.megabyte_pytorch(config.model)
-  if how.endswith("opened"):
+  if how.endswith("fused attention"):
     peers.open_attention(made)
   made = made.to(device)
   optimizer = torch.optim.AdamW(made.parameters(), lr=2e-4, betas=(0.9, 0.98), weight_decay=0.1, fused=device == "cuda")

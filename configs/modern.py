@@ -2,9 +2,10 @@
 
   python train.py --config=configs/modern.py:table2:books_megabyte --workdir=runs/modern/books_megabyte
 
-RMSNorm without biases, SwiGLU, rotary positions at every level, QK-norm, initial values of deviation 0.02, and Muon
-for the blocks' matrices. configs/small.py:table2:books_megabyte+modern is the same at about an eighth of the compute;
-benchmarks/comparisons.py modern_books and modern_images measure what it is worth there, change by change.
+RMSNorm without biases, SwiGLU, rotary positions at every level, QK-norm, initial values of deviation 0.02, and Muon for
+the blocks' matrices. configs/small.py:table2:books_megabyte+modern is the same at about an eighth of the compute, by
+that file's rule; benchmarks/comparisons.py modern_books and modern_images measure what it is worth there, change by
+change.
 """
 
 from megabyte_jax import recipe

@@ -6,7 +6,7 @@
 The work directory gets real.wav, completed.wav (its first half is given) and sampled.wav.
 """
 
-from megabyte_jax.config import CheckpointConfig, Config, DataConfig, Level, MegabyteConfig, OptimizerConfig
+from megabyte_jax.config import CheckpointConfig, Config, DataConfig, Level, MegabyteConfig, MeshConfig, OptimizerConfig
 
 
 def get_config():
@@ -31,6 +31,7 @@ def get_config():
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, weight_decay=0.3),
     checkpoint=CheckpointConfig(every_steps=1000),
     batch_size=2,
+    mesh=MeshConfig(data=1, seq=-1),  # two windows a step; where there are several devices they share the patches
     num_steps=4000,
     log_every=100,
     sample_bytes=64000,

@@ -8,13 +8,14 @@ One rule for every row:
 - Half the width and half the layers of every level, heads as wide as they were; context, patch size, latents,
   extensions and inference method stay.
 - All rows of a data set predict equally many bytes a step, as in the paper's comparisons, so that they are updated
-  equally often: 32,768, or whole images that come closest to it. A batch of many windows is worked through in parts of
-  at most 65,536 bytes.
+  equally often: 32,768, whole images that come closest to it, or 524,288 bytes of sound. A batch of many windows is
+  worked through in parts of at most 65,536 bytes.
 - 134 million bytes in all, a twenty-fifth of the steps to warm up. The learning rate is the paper's for the full size:
   try others.
-- Parameters are drawn with a deviation of 0.04, about width^-0.5, not 0.006: with that a short run stays on its first
-  plateau, where bytes are predicted from the one before, for hundreds of steps. When it leaves it then decides more
-  than the model does.
+- Two things help a short run to leave its first plateau, where a byte is predicted from the one before it; otherwise
+  when it leaves that decides more than the model does. Parameters are drawn with a deviation of 0.04, about
+  width^-0.5, not 0.006. And every level has rotary positions beside the learned ones, of which a hundred megabytes
+  teach too little where contexts are long: windowed attention stayed on the plateau for 1,450 steps.
 
 benchmarks/comparisons.py runs whole tables of these. `ROW+modern` is the row with the modern recipe of
 megabyte_jax/recipe.py, `ROW+swiglu` and `ROW+modern-swiglu` with one change of it or with all but one.
@@ -22,9 +23,11 @@ megabyte_jax/recipe.py, `ROW+swiglu` and `ROW+modern-swiglu` with one change of 
 
 import dataclasses
 import math
+import re
 
 from megabyte_jax import flops, recipe
 from megabyte_jax.config import EvalConfig, Level, MegabyteConfig, MeshConfig
+from megabyte_jax.config_parsing import require
 from megabyte_jax.paper_configs import config_of
 
 BYTES_PER_STEP = 2**15
@@ -34,12 +37,14 @@ INIT_STD = 0.04
 
 
 def get_config(name="table2:books_megabyte"):
+  given = sorted({"init", "rotary"} & set(re.split("[+-]", name)[1:]))
+  require(not given, f"{name}: {' and '.join(given)} change nothing here, every row of configs/small.py has them")
   row, changes = recipe.split_name(name)
-  config = config_of(row)
+  config = recipe.with_changes(config_of(row), changes)
   model = shrink_model(config.model)
   batch_size = max(1, bytes_per_step(config.data) // flops.predicted_bytes(model))
   num_steps = round(TRAIN_BYTES / (batch_size * flops.predicted_bytes(model)))
-  small = dataclasses.replace(
+  return dataclasses.replace(
     config,
     model=model,
     optimizer=dataclasses.replace(config.optimizer, warmup_steps=max(1, num_steps // 25)),
@@ -48,11 +53,12 @@ def get_config(name="table2:books_megabyte"):
     batch_size=batch_size,
     accumulate=parts(batch_size, BYTES_AT_ONCE // flops.predicted_bytes(model)),
     num_steps=num_steps,
-  )
-  return recipe.with_changes(small, changes).to_config_dict()
+  ).to_config_dict()
 
 
 def bytes_per_step(data) -> int:
+  if data.form == "audio":
+    return 2**19  # one window of MEGABYTE's
   image = 3 * data.image_size**2 if data.form == "image" else 1
   return image * max(1, round(BYTES_PER_STEP / image))
 
@@ -67,7 +73,7 @@ def shrink_model(model):
     levels = tuple(shrink_level(level) for level in model.levels)
     return dataclasses.replace(model, levels=levels, remat="named", init_std=INIT_STD)
   level = shrink_level(model.level)
-  names = ("width", "num_layers", "num_heads", "head_dim")
+  names = ("width", "num_layers", "num_heads", "head_dim", "rotary")
   return dataclasses.replace(model, remat="named", init_std=INIT_STD, **{name: getattr(level, name) for name in names})
 
 
@@ -79,4 +85,5 @@ def shrink_level(level: Level) -> Level:
     num_layers=-(-level.num_layers // 2),
     num_heads=max(1, level.num_heads // 2),
     head_dim=level.heads[1],
+    rotary=True,
   )

@@ -13,8 +13,8 @@ _REQUESTS = 32  # at once; each waits some tens of milliseconds for its answer
 _SCHEMES = ("gs://", "s3://", "az://", "hf://")  # those of etils.epath
 # What the packages that are missing call themselves in their ImportErrors, and what installs them.
 _INSTALL = {
-  "gcsfs": '"megabyte_jax[gcs]"',
-  "google-cloud-storage": '"megabyte_jax[gcs]"',
+  "gcsfs": '-e ".[gcs]"',
+  "google-cloud-storage": '-e ".[gcs]"',
   "s3fs": "s3fs",
   "adlfs": "adlfs",
   "huggingface_hub": "huggingface_hub",

@@ -10,7 +10,7 @@ import pytest
 import tiny_config
 
 from megabyte_jax.config import Config, ConfigError, DataConfig, Level, MegabyteConfig, PerceiverARConfig
-from megabyte_jax.sharding import make_mesh
+from megabyte_jax.sharding import check_mesh, make_mesh
 from megabyte_jax.train_state import abstract_state
 
 FILES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -32,6 +32,12 @@ def test_config_files_parse_round_trip_and_build(path):
   assert Config.from_dict(config.to_config_dict()) == config
   state = abstract_state(config, make_mesh(config.mesh, jax.devices()[:1]))
   assert state.step.shape == ()
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if "quickstart" in path.stem], ids=lambda path: path.stem)
+def test_quick_starts_run_on_several_devices(path):
+  config = Config.from_dict(load(path).get_config())
+  check_mesh(make_mesh(config.mesh), config.model, config.batch_size // config.accumulate)
 
 
 def test_there_is_a_quick_start():

@@ -190,7 +190,7 @@ def test_a_missing_package_is_one_line_with_the_command_that_installs_it():
   if importlib.util.find_spec("gcsfs"):
     pytest.skip("gcsfs is installed")
   result = subprocess.run([sys.executable, "-c", MISSING], cwd=ROOT, capture_output=True, text=True, check=False)
-  hint = 'paths in a bucket need gcsfs, which is not installed: pip install "megabyte_jax[gcs]"'
+  hint = 'paths in a bucket need gcsfs, which is not installed: pip install -e ".[gcs]"'
   assert result.stderr.splitlines() == [f"prepare: {hint}", f"error: {hint}", f"error: {hint}"]
   assert remote.missing_package(ImportError("`google-cloud-storage` must be installed")).endswith('[gcs]"')
   assert not remote.missing_package(ImportError("No module named 'numpy'"))

@@ -63,7 +63,7 @@ RUN_HERE = {
     "--config.data.validation=",
     "--config.data.image_size=64",
   ],
-  "python train.py --workdir=runs/sharded --config.mesh.data=1 --config.mesh.fsdp=-1": [],
+  "python train.py --workdir=runs/sharded --config.mesh.data=1 --config.mesh.seq=1 --config.mesh.fsdp=-1 --config.batch_size=8": [],
   "python train.py --workdir=runs/a --config.eval.every_steps=500 --config.checkpoint.keep_best=1": [
     "--config.eval.every_steps=6",
     "--config.data.validation=CHANGELOG.md",
@@ -115,7 +115,6 @@ RUN_BY = {
   "python -m megabyte_jax.data.prepare verify": ("tests/test_data_prepare.py", '"verify"'),
   "python train.py ...": ("tests/test_launch.py", "def test_tpu_vm"),
   # Extras and other devices: no test installs them.
-  'pip install "megabyte_jax[': ("pyproject.toml", "[project.optional-dependencies]"),
   'pip install -e ".[': ("pyproject.toml", "[project.optional-dependencies]"),
   'pip install -U "jax[': ("README.md", "jax["),
   "JAX_PLATFORMS=cuda pytest": ("tests/test_accelerator.py", "JAX_PLATFORMS=cuda"),

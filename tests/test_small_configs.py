@@ -30,6 +30,14 @@ def test_half_as_wide_and_deep_and_everything_else_as_it_was(row):
     assert now.heads[1] == before.heads[1]
 
 
+def test_changes_of_the_recipe_come_before_the_rule():
+  modern, plain = small("table2:books_megabyte+modern"), small("table2:books_megabyte")
+  assert modern.model.init_std == plain.model.init_std == SMALL["INIT_STD"]
+  assert modern.model.activation == "swiglu" and modern.optimizer.name == "muon"
+  assert modern.optimizer.warmup_steps == plain.optimizer.warmup_steps
+  assert all(level.rotary for level in (*modern.model.levels, *plain.model.levels))
+
+
 @pytest.mark.parametrize(
   "table", ["table2:books", "table2:arxiv", "table5:image64", "table5:image256", "table5:image640"]
 )

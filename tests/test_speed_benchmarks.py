@@ -37,7 +37,7 @@ def test_a_results_file_fills_table_9(monkeypatch, tmp_path, capsys):
     "table9:megabyte": 8.0,
   }
   assert all(part in found["table9:megabyte"].source for part in ("speed.json", "4,096 bytes", "H200", "2026-11-24"))
-  monkeypatch.setattr(tables, "RESULTS", tmp_path)
+  assert "speed.json" in tables.render(["9"], "text", list(found.values()))
   assert speed.paper_speed_up() == pytest.approx(132 / 93)
 
 
@@ -52,15 +52,15 @@ def test_a_peer_that_fails_costs_its_rows_and_no_more(monkeypatch, capsys):
 def test_one_batch_of_a_peer_that_fails_is_an_error_in_its_row(monkeypatch):
   """With a stand-in for PyTorch, which need not be installed."""
   speed = module(monkeypatch, "generate_speed")
-  waited = []
+  waited, asked = [], []
 
   class Prime(tuple):
-    def cpu(self):
-      return self
+    __getitem__ = argmax = cpu = lambda self, *_: self
 
   class Model:
-    def generate(self, prime):
-      if prime[0] == 8:
+    def __call__(self, prime):
+      asked.append(tuple(prime))
+      if asked[-1][0] == 8:
         raise RuntimeError("CUDA error: invalid configuration argument\nand more")
       return prime
 
@@ -76,7 +76,8 @@ def test_one_batch_of_a_peer_that_fails_is_an_error_in_its_row(monkeypatch):
   monkeypatch.setitem(sys.modules, "torch", torch)
   monkeypatch.setattr(speed.peers, "megabyte_pytorch", lambda config: Model())
   rows = speed.measure_peer(speed.SIZES["tiny"].megabyte, 4, [1, 8, 2])
-  assert [row["batch"] for row in rows] == [1, 8, 2] and len(waited) == 5
+  assert [row["batch"] for row in rows] == [1, 8, 2] and len(waited) == len(asked) == 2 * 4 + 1 + 2 * 4
+  assert sorted({place for batch, place in asked if batch == 1}) == [32, 96, 160, 224]  # of a context of 256
   assert rows[1]["error"] == "CUDA error: invalid configuration argument"
   assert all(row["bytes_per_second"] > 0 and row["versions"] == "torch 2" for row in (rows[0], rows[2]))
 
@@ -100,7 +101,7 @@ def test_every_case_is_timed_by_default(monkeypatch, capsys):
   cases = set(speed.cases()) - {"tiny"}
   assert {name for name in timed if " " not in name} == cases | {"text24:dropout=0.1"}
   beside = {f"{case} {how}" for case in ("text24", "text14") for how in speed.PEERS}
-  assert {name for name in timed if " " in name} == beside and "text24 mblm opened" in beside
+  assert {name for name in timed if " " in name} == beside and "text24 mblm fused attention" in beside
 
 
 def test_a_smoke_test_starts_no_peer(monkeypatch, capsys):

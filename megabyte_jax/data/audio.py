@@ -21,7 +21,7 @@ from megabyte_jax.atomic_file import replacing
 from megabyte_jax.config import DataConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.data.files import fingerprint_files, read_whole, sizes_of
-from megabyte_jax.data.kept import Kept
+from megabyte_jax.data.shared_cache import SharedCache
 from megabyte_jax.data.sound_files import ogg_problem, wav_problem
 from megabyte_jax.data.sources import DataError, check_range, combine_fingerprints
 
@@ -111,7 +111,7 @@ class AudioFiles:
       raise DataError(f"none of {self.skipped} recordings can be read, {names[0]} for one")
     self.paths, self.names = [self.paths[i] for i in kept], [self.names[i] for i in kept]
     self.lengths = np.array([head.resampled(rate) * self.unit for head in heads if head is not None], np.int64)
-    self._bytes = Kept(self._encode, _DECODED)
+    self._bytes = SharedCache(self._encode, _DECODED)
 
   @functools.cached_property
   def fingerprint(self) -> str:

@@ -14,7 +14,7 @@ from megabyte_jax.config import DataConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.data import images
 from megabyte_jax.data.files import fingerprint_files, read_whole, sizes_of
-from megabyte_jax.data.kept import Kept
+from megabyte_jax.data.shared_cache import SharedCache
 from megabyte_jax.data.sources import DataError, check_range, combine_fingerprints
 
 _DECODED = 16  # decoded images kept at hand: an evaluation reads the windows of an image one after the other
@@ -83,7 +83,7 @@ class Images:
     )
     self.encoded, self.data, self.convert = encoded, data, "all" if data.convert_images else convert
     self.skipped = 0
-    self._decoded = Kept(self._decode, _DECODED)
+    self._decoded = SharedCache(self._decode, _DECODED)
     good = self._good_images() if data.skip_bad else range(len(encoded.names))
     self._image: Sequence[int] = good  # of each document
     self._places: list[tuple[int, int]] = []  # (top, left) of each document where tiles are cut

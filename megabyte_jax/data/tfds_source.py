@@ -24,7 +24,7 @@ from megabyte_jax.config import ConfigError, DataConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.data.files import fingerprint_files, sizes_of
 from megabyte_jax.data.image_source import Images
-from megabyte_jax.data.kept import Kept
+from megabyte_jax.data.shared_cache import SharedCache
 from megabyte_jax.data.sources import SKIP_HINT, DataError, Source, check_range, combine_fingerprints
 
 _SPLIT = r"\w+(?:\[[^\]]*\])?"
@@ -232,7 +232,7 @@ class Texts:
     self.lengths = lengths[self._kept]
     self.names = [records.names[i] for i in self._kept]
     self.fingerprint = combine_fingerprints([records.fingerprint, str(self.skipped)])
-    self._text = Kept(records.load, _RECORDS_KEPT)
+    self._text = SharedCache(records.load, _RECORDS_KEPT)
 
   def _length(self, i: int, skip_bad: bool) -> int:
     try:

@@ -82,13 +82,51 @@ def attention(
     return fused_attention.tile(q_BNMHK, k_BNMHK, v_BNMHK, past)
   sees_past = plain and past is not None and M >= _FUSED_MIN_SLOTS
   if sees_past and implementation in ("auto", "cudnn") and not fused_attention.masked_cudnn_obstacle(q_BNMHK):
-    return fused_attention.masked_cudnn(q_BNMHK, k_BNMHK, v_BNMHK, past)
+    return _masked(q_BNMHK, k_BNMHK, v_BNMHK, past)
   distance_MM = jnp.arange(M)[:, None] - jnp.arange(M)[None, :]
   visible_MM = (distance_MM >= 0) & (distance_MM < (window or M))
   earlier = past.k_BNSHK.shape[2] if past is not None else 0  # a cache of a short span holds that of the one before
   if M <= _SHORT_SPAN and earlier <= 2 * _SHORT_SPAN and not drops and platform() == "gpu":
     return _short(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past)
   return _xla(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past, dropout if drops else 0.0, dropout_key)
+
+
+def cross_attention(
+  q_B1NHK: jax.Array,
+  k_B1THK: jax.Array,
+  v_B1THK: jax.Array,
+  visible_BNT: jax.Array,
+  *,
+  implementation: str = "auto",
+  dropout: float = 0.0,
+  dropout_key: jax.Array | None = None,
+) -> jax.Array:
+  """Each of N slots attends to those of T keys that it sees.
+
+  Args:
+    visible_BNT: bool, [B, N, T] or one for all rows, [1, N, T].
+    implementation, dropout, dropout_key: see `attention`. auto and cudnn take cuDNN where it can serve.
+
+  Returns:
+    The attended values, [B, 1, N, H, K], in the dtype of q. The softmax is float32.
+  """
+  drops = dropout > 0 and dropout_key is not None
+  visible_B1NT = visible_BNT[:, None]
+  large = q_B1NHK.shape[2] >= _FUSED_MIN_SLOTS
+  if large and implementation in ("auto", "cudnn") and not drops and not fused_attention.masked_cudnn_obstacle(q_B1NHK):
+    return fused_attention.masked_cudnn(q_B1NHK, k_B1THK, v_B1THK, visible_B1NT)
+  return _xla(q_B1NHK, k_B1THK, v_B1THK, visible_B1NT, None, dropout if drops else 0.0, dropout_key)
+
+
+def _masked(q_BNMHK, k_BNMHK, v_BNMHK, past):
+  """Causal attention within spans and to what each slot sees of `past`, by cuDNN."""
+  M = q_BNMHK.shape[2]
+  earlier = past.visible.reshape((1,) * (4 - past.visible.ndim) + past.visible.shape)
+  rows, spans = earlier.shape[:2]
+  earlier = jnp.broadcast_to(earlier, (rows, spans, M, past.k_BNSHK.shape[2]))
+  own = jnp.broadcast_to(jnp.tril(jnp.ones((M, M), bool)), (rows, spans, M, M))
+  k, v = (jnp.concatenate(pair, axis=2) for pair in ((past.k_BNSHK, k_BNMHK), (past.v_BNSHK, v_BNMHK)))
+  return fused_attention.masked_cudnn(q_BNMHK, k, v, jnp.concatenate([earlier, own], axis=-1))
 
 
 def _xla(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past, dropout, dropout_key):

@@ -60,35 +60,30 @@ def _cudnn(q_BNMHK, k_BNMHK, v_BNMHK, window):
 
 
 def masked_cudnn_obstacle(q_BNMHK: jax.Array) -> str:
-  """Why cuDNN cannot attend here to a past as well, or '' if it can."""
+  """Why cuDNN cannot attend here by a mask, or '' if it can."""
   return _spread_span(q_BNMHK) or cudnn_obstacle(q_BNMHK)
 
 
-def masked_cudnn(q_BNMHK: jax.Array, k_BNMHK: jax.Array, v_BNMHK: jax.Array, past) -> jax.Array:
-  """Causal attention within spans and to what each slot sees of `past`, see `attention.attention`, by cuDNN."""
-  B, N, M, _, _ = q_BNMHK.shape
-  earlier = past.visible.reshape((1,) * (4 - past.visible.ndim) + past.visible.shape)
-  rows, spans = earlier.shape[:2]
-  earlier = jnp.broadcast_to(earlier, (rows, spans, M, past.k_BNSHK.shape[2]))
-  own = jnp.broadcast_to(jnp.tril(jnp.ones((M, M), bool)), (rows, spans, M, M))
-  visible_BNMS = jnp.concatenate([earlier, own], axis=-1)
+def masked_cudnn(q_BNMHK: jax.Array, k_BNSHK: jax.Array, v_BNSHK: jax.Array, visible_BNMS: jax.Array) -> jax.Array:
+  """Attention of each slot to the keys that it sees, by cuDNN; rows of `visible` may be one for all, if N = 1."""
+  B, N = q_BNMHK.shape[:2]
   if N > 1:
     visible_BNMS = jnp.broadcast_to(visible_BNMS, (B, N, *visible_BNMS.shape[2:]))
 
-  def on_device(q, k, v, k_past, v_past, visible):
+  def on_device(q, k, v, visible):
     B, N, M, H, K = q.shape
-    k, v = (jnp.concatenate(pair, axis=2).reshape(B * N, -1, H, K) for pair in ((k_past, k), (v_past, v)))
+    q, k, v = (a.reshape(B * N, -1, H, K) for a in (q, k, v))
     visible = visible.reshape(-1, 1, *visible.shape[2:])
-    out = jax.nn.dot_product_attention(q.reshape(B * N, M, H, K), k, v, mask=visible, implementation="cudnn")
+    out = jax.nn.dot_product_attention(q, k, v, mask=visible, implementation="cudnn")
     return out.reshape(B, N, M, H, K)
 
-  arrays = (q_BNMHK, k_BNMHK, v_BNMHK, past.k_BNSHK, past.v_BNSHK)
+  arrays = (q_BNMHK, k_BNSHK, v_BNSHK, visible_BNMS)
   if not _mesh():
-    return on_device(*arrays, visible_BNMS)
+    return on_device(*arrays)
   spread = "seq" if N > 1 else None
   spec, visible_spec = P(BATCH, spread, None, "tensor"), P(BATCH if visible_BNMS.shape[0] == B else None, spread)
-  mapped = jax.shard_map(on_device, in_specs=(*[spec] * 5, visible_spec), out_specs=spec, check_vma=False)
-  return mapped(*arrays, visible_BNMS)
+  mapped = jax.shard_map(on_device, in_specs=(*[spec] * 3, visible_spec), out_specs=spec, check_vma=False)
+  return mapped(*arrays)
 
 
 def _over_mesh(function, q_BNMHK, k_BNMHK, v_BNMHK):

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from megabyte_jax.models import attention as attention_lib
-from megabyte_jax.models.attention import Past
 from megabyte_jax.models.config import PerceiverARConfig
 from megabyte_jax.models.layers import (
   activate,
@@ -57,18 +56,28 @@ class CrossAttention(nnx.Module):
       k = rotate(k, first_slot + jnp.arange(k.shape[2]))
     return k, v
 
-  def __call__(self, latents_B1ND, own, past: Past, first_slot_B, dropout_key=None) -> jax.Array:
-    """Latents attend to `own` (the keys and values of their slots, causally) and to `past` (slots before)."""
+  def __call__(self, latents_B1ND, k_B1THK, v_B1THK, first_slot_B, dropout_key=None) -> jax.Array:
+    """Latents attend to the keys and values of the context up to their own slots: `first_slot`, `first_slot` + 1, ...
+
+    Args:
+      first_slot_B: of each row, or one for all.
+    """
     config = self.config
     keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
     q = self.query(self.query_norm(latents_B1ND))
+    slots_BN = first_slot_B[:, None] + jnp.arange(q.shape[2])
     if config.qk_norm:
       q = self.q_norm(q)
     if config.rotary:
-      slots_BN = first_slot_B[:, None] + jnp.arange(q.shape[2])
-      q = jax.vmap(lambda q, slots: rotate(q[None], slots)[0])(q, slots_BN)
-    attended = attention_lib.attention(
-      q, *own, past=past, implementation=config.attention, dropout=config.attention_dropout, dropout_key=keys[0]
+      q = jax.vmap(lambda q, slots: rotate(q[None], slots)[0])(q, jnp.broadcast_to(slots_BN, (len(q), q.shape[2])))
+    attended = attention_lib.cross_attention(
+      q,
+      k_B1THK,
+      v_B1THK,
+      jnp.arange(k_B1THK.shape[2]) <= slots_BN[..., None],
+      implementation=config.attention,
+      dropout=config.attention_dropout,
+      dropout_key=keys[0],
     )
     x = latents_B1ND + dropout(self.attention_out(attended), config.dropout, keys[1])
     hidden = activate(self.ff_in(self.ff_norm(x)), config)
@@ -124,21 +133,18 @@ class PerceiverAR(nnx.Module):
     return logits_BNV
 
   def _run(self, x_BT, start_B, dropout_key, keep):
-    B, T = x_BT.shape
+    T = x_BT.shape[1]
     check_length(T, self.config.context)
     N = min(self.config.latents, T)
     keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     context_B1TD = self.embedder.slots(x_BT[:, None])
     k, v = self.cross.keys_values(context_B1TD)
-    if start_B is None:  # the same for all rows: nothing is attended to twice
-      start_B = jnp.full((B,), T - N)
-      latents, own = context_B1TD[:, :, T - N :], (k[:, :, T - N :], v[:, :, T - N :])
-      past = Past(k[:, :, : T - N], v[:, :, : T - N], jnp.ones((1,), bool))
+    if start_B is None:
+      latents, start_B = context_B1TD[:, :, T - N :], jnp.array([T - N])
     else:
       cut = jax.vmap(lambda a, start: jax.lax.dynamic_slice_in_dim(a, start, N, axis=1))
-      latents, own = cut(context_B1TD, start_B), (cut(k, start_B), cut(v, start_B))
-      past = Past(k, v, (jnp.arange(T) < start_B[:, None])[:, None, None])
-    x_B1ND = self.cross(latents, own, past, start_B, keys[0])
+      latents = cut(context_B1TD, start_B)
+    x_B1ND = self.cross(latents, k, v, start_B, keys[0])
     h_B1ND, kept = self.decoder(x_B1ND, dropout_key=keys[1], keep=keep)
     return self.embedder.logits(h_B1ND[:, 0]), (k, v, kept)
 
@@ -179,8 +185,7 @@ class PerceiverAR(nnx.Module):
     own = self.cross.keys_values(x_B11D, slot)
     at = (0, 0, 0, slot, 0, 0)  # written before it is read: otherwise XLA copies it as a whole
     context = Cache(*(jax.lax.dynamic_update_slice(a, b[None], at) for a, b in zip(state.context, own, strict=True)))
-    past = Past(context.k_LBNSHK[0], context.v_LBNSHK[0], jnp.arange(context.k_LBNSHK.shape[3]) < slot)
-    x_B11D = self.cross(x_B11D, own, past, jnp.full(previous_B.shape, slot))
+    x_B11D = self.cross(x_B11D, context.k_LBNSHK[0], context.v_LBNSHK[0], slot[None])
     h_B11D, latents = self.decoder.step(x_B11D, state.latents, latent, False)
     logits_BV = self.embedder.logits(h_B11D)[:, 0, 0]
     byte_B1 = previous_B[:, None].astype(jnp.int32)

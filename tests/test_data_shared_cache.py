@@ -1,4 +1,4 @@
-"""The latest results of slow work (data/kept.py)."""
+"""The latest results of slow work (data/shared_cache.py)."""
 
 import threading
 import time
@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from megabyte_jax.data.kept import Kept
+from megabyte_jax.data.shared_cache import SharedCache
 
 
 def test_threads_that_ask_together_share_one_result():
@@ -17,7 +17,7 @@ def test_threads_that_ask_together_share_one_result():
     time.sleep(0.05)
     return [number]
 
-  kept, barrier = Kept(make, 4), threading.Barrier(8)
+  kept, barrier = SharedCache(make, 4), threading.Barrier(8)
 
   def ask(i):
     barrier.wait()
@@ -32,7 +32,7 @@ def test_threads_that_ask_together_share_one_result():
 
 def test_only_the_latest_stay():
   made = []
-  kept = Kept(made.append, 2)
+  kept = SharedCache(made.append, 2)
   for number in (1, 2, 1, 3, 1, 2):  # 3 drops 2, which was used longest ago
     kept(number)
   assert made == [1, 2, 3, 2]
@@ -48,7 +48,7 @@ def test_an_error_reaches_all_and_is_not_kept():
       raise OSError("gone")
     return number
 
-  kept, barrier = Kept(make, 4), threading.Barrier(2)
+  kept, barrier = SharedCache(make, 4), threading.Barrier(2)
 
   def ask(_):
     barrier.wait()

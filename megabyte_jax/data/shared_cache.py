@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Kept(Generic[T]):
+class SharedCache(Generic[T]):
   """`make(number)`, of which the latest results stay in memory; functools.lru_cache would let each thread make its own.
 
   Args:
