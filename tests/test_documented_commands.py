@@ -63,7 +63,8 @@ RUN_HERE = {
     "--config.data.validation=",
     "--config.data.image_size=64",
   ],
-  "python train.py --workdir=runs/sharded --config.mesh.data=1 --config.mesh.seq=1 --config.mesh.fsdp=-1 --config.batch_size=8": [],
+  "python train.py --workdir=runs/sharded --config.mesh.data=1 --config.mesh.seq=1 --config.mesh.fsdp=-1 "
+  "--config.batch_size=8": [],
   "python train.py --workdir=runs/a --config.eval.every_steps=500 --config.checkpoint.keep_best=1": [
     "--config.eval.every_steps=6",
     "--config.data.validation=CHANGELOG.md",
