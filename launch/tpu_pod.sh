@@ -21,6 +21,7 @@
 #
 # The run does not depend on this connection; its output is in ~/megabyte_jax.log of each host. The same command again
 # shows it again while the run goes on, and resumes a run that has ended, on this slice or one of another size.
+# REVISION=COMMIT takes another commit than the newest of REPO.
 # To stop: STOP=1 launch/tpu_pod.sh (with TPU and ZONE). All hosts agree on a step, save it and end. (Ctrl-C only ends
 # the connection.)
 set -euo pipefail

@@ -40,7 +40,11 @@ def describe_run(config: Config, mesh: Mesh, source: Source, first_step: int) ->
 
 def count_documents(source: Source) -> str:
   """How many documents a source has, and how many items were left out as empty or unreadable."""
-  return f"{len(source.lengths):,} documents" + (f", {source.skipped:,} skipped" if source.skipped else "")
+  return _documents(len(source.lengths)) + (f", {source.skipped:,} skipped" if source.skipped else "")
+
+
+def _documents(count: int) -> str:
+  return f"{count:,} document{'s' * (count != 1)}"
 
 
 def evaluate_and_print(
@@ -84,9 +88,9 @@ def results_table(config: Config, result: Evaluation, compressors: dict[str, Com
   name = "MEGABYTE" if config.model.family == "megabyte" else "PerceiverAR"
   if config.model.family == "megabyte" and len(config.model.levels) == 1 and config.model.levels[0].patch_size == 1:
     name = "Transformer"
-  documents = np.count_nonzero(result.document_bytes)
+  documents = _documents(np.count_nonzero(result.document_bytes))
   lines = [
-    f"bits per byte on {result.bytes:,} bytes ({documents:,} documents, {duration(result.seconds)})",
+    f"bits per byte on {result.bytes:,} bytes ({documents}, {duration(result.seconds)})",
     f"  {name:<12}{result.bpb:7.3f}   {result.method} inference, {result.cost:g}x",
   ]
   for compressor, bits in sorted(compressors.items(), key=lambda item: item[1].alone):

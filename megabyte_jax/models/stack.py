@@ -17,7 +17,7 @@ from megabyte_jax.hardware import platform, row_major
 from megabyte_jax.models import cached_attention, stack_kernel
 from megabyte_jax.models.attention import Past
 from megabyte_jax.models.config import BlockOptions, Level
-from megabyte_jax.models.layers import Block, compute_dtype, make_norm, rotate
+from megabyte_jax.models.layers import Block, compute_dtype, make_norm, normalised, rotate
 
 
 class Cache(NamedTuple):
@@ -113,7 +113,7 @@ class Stack(nnx.Module):
         past = cached_attention.Filled(k_LBSHK, v_LBSHK, jnp.full(1, i, jnp.int32), seen_2)
         x_B11D, kv = nnx.merge(graph, layer_of(layers, i))(x_B11D, slots_M=slot[None], past=past)
         new.append(kv)
-      return self.norm(x_B11D), _written(cache, [jnp.stack(a) for a in zip(*new, strict=True)], r + slot)
+      return normalised(self.norm, x_B11D), _written(cache, [jnp.stack(a) for a in zip(*new, strict=True)], r + slot)
     cached = jnp.arange(cache.k_LBNSHK.shape[3]) - r  # the slot that each entry of the cache holds
     visible = (cached < slot) & ((cached >= 0) | has_previous)
     if window:
