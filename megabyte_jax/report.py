@@ -44,7 +44,7 @@ def count_documents(source: Source) -> str:
 
 
 def _documents(count: int) -> str:
-  return f"{count:,} document{'s' * (count != 1)}"
+  return f"{count:,} document" if count == 1 else f"{count:,} documents"
 
 
 def evaluate_and_print(
