@@ -37,7 +37,7 @@ def run(main: Callable[[], object]) -> None:
   except BrokenPipeError:  # the reader of our output, head for instance, has seen enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except USER_ERRORS as error:
-    notes = (note for note in getattr(error, "__notes__", ()) if "JAX has removed" not in note)  # frames of a traceback
+    notes = (note for note in getattr(error, "__notes__", ()) if "removed its internal frames" not in note)
     print("\n".join([f"error: {error}", *notes]), file=sys.stderr)
     distributed.end(1)
   except ImportError as error:

@@ -215,7 +215,7 @@ def test_fine_tuning_says_which_settings_of_the_model_differ(one_level, trained,
 
 def test_bytes_that_the_model_does_not_know(one_level, tmp_path):
   config = dataclasses.replace(one_level, model=dataclasses.replace(one_level.model, vocab_size=100))
-  with pytest.raises(ConfigError, match=r"knows only bytes below 100 \(model\.vocab_size\); the data have 1\d\d"):
+  with pytest.raises(ConfigError, match=r"knows only bytes below 100 \(model\.vocab_size\); the data have \d+"):
     train.train(config, str(tmp_path))
 
 
