@@ -88,7 +88,7 @@ def results_table(config: Config, result: Evaluation, compressors: dict[str, Com
   name = "MEGABYTE" if config.model.family == "megabyte" else "PerceiverAR"
   if config.model.family == "megabyte" and len(config.model.levels) == 1 and config.model.levels[0].patch_size == 1:
     name = "Transformer"
-  documents = _documents(np.count_nonzero(result.document_bytes))
+  documents = _documents(int(np.count_nonzero(result.document_bytes)))
   lines = [
     f"bits per byte on {result.bytes:,} bytes ({documents}, {duration(result.seconds)})",
     f"  {name:<12}{result.bpb:7.3f}   {result.method} inference, {result.cost:g}x",

@@ -51,8 +51,10 @@ def normalised(norm: nnx.LayerNorm | nnx.RMSNorm, x: jax.Array) -> jax.Array:
   deviation = x.astype(jnp.float32)
   deviation -= jnp.mean(deviation, axis=-1, keepdims=True)
   variance = jnp.mean(deviation * deviation, axis=-1, keepdims=True)
-  y = deviation * (jax.lax.rsqrt(variance + norm.epsilon) * norm.scale[...])
-  return (y if norm.bias is None else y + norm.bias[...]).astype(norm.dtype)
+  scale, bias = norm.scale, norm.bias
+  assert scale is not None  # make_norm gives every norm one
+  y = deviation * (jax.lax.rsqrt(variance + norm.epsilon) * scale[...])
+  return (y if bias is None else y + bias[...]).astype(norm.dtype)
 
 
 def make_linear(
@@ -117,6 +119,23 @@ def rotate(x_BNMHK: jax.Array, slots_M: jax.Array) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNMHK.dtype)
 
 
+def products_apart(linear: nnx.LinearGeneral, x_BNMD: jax.Array) -> tuple[jax.Array, ...]:
+  """linear(x), [B, N, M, C, H, K], as C arrays: queries, keys and values, or the latter two.
+
+  On a GPU these are C products: slices of one would be copied for its attention kernels.
+  """
+  D, C, H, K = linear.kernel.shape
+  if platform() != "gpu":
+    y_BNMCHK = checkpoint_name(linear(x_BNMD), "qkv")
+    return tuple(y_BNMCHK[:, :, :, i] for i in range(C))
+  kernel_DCF, x_BNMD = (a.astype(linear.dtype) for a in (linear.kernel.reshape(D, C, H * K), x_BNMD))
+  products = [x_BNMD @ kernel_DCF[:, i] for i in range(C)]
+  if linear.bias is not None:
+    bias_CF = linear.bias.reshape(C, H * K).astype(linear.dtype)
+    products = [product + bias_CF[i] for i, product in enumerate(products)]
+  return tuple(checkpoint_name(product.reshape(*product.shape[:-1], H, K), "qkv") for product in products)
+
+
 def product_with_transposed(linear: nnx.LinearGeneral, x: jax.Array) -> jax.Array:
   """linear(x), whose weights lie with their input axes last: XLA alone would transpose them in memory."""
   kernel, axes = linear.kernel[...], len(linear.in_features)
@@ -167,7 +186,7 @@ class Block(nnx.Module):
     if isinstance(past, cached_attention.Filled):
       return self._one_slot(x_BNMD, slots_M, past)
     keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
-    q, k, v = self._qkv(self.attention_norm(x_BNMD))
+    q, k, v = products_apart(self.qkv, self.attention_norm(x_BNMD))
     if options.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
     if level.rotary:
@@ -189,19 +208,6 @@ class Block(nnx.Module):
     hidden = activate(self.ff_in(self.ff_norm(x_BNMD)), options)
     x_BNMD += dropout(self.ff_out(hidden), options.dropout, keys[2])
     return x_BNMD, (k, v)
-
-  def _qkv(self, y_BNMD: jax.Array) -> tuple[jax.Array, ...]:
-    """Queries, keys and values; on a GPU as three products: slices of one would be copied for its attention kernels."""
-    if platform() != "gpu":
-      qkv_BNM3HK = checkpoint_name(self.qkv(y_BNMD), "qkv")
-      return tuple(qkv_BNM3HK[:, :, :, i] for i in range(3))
-    D, _, H, K = self.qkv.kernel.shape
-    kernel_D3F, y_BNMD = (a.astype(self.qkv.dtype) for a in (self.qkv.kernel.reshape(D, 3, H * K), y_BNMD))
-    products = [y_BNMD @ kernel_D3F[:, i] for i in range(3)]
-    if self.qkv.bias is not None:
-      bias_3F = self.qkv.bias.reshape(3, H * K).astype(self.qkv.dtype)
-      products = [product + bias_3F[i] for i, product in enumerate(products)]
-    return tuple(checkpoint_name(product.reshape(*product.shape[:-1], H, K), "qkv") for product in products)
 
   def _one_slot(
     self, x_B11D: jax.Array, slots_1: jax.Array, past: cached_attention.Filled

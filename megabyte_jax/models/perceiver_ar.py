@@ -23,6 +23,7 @@ from megabyte_jax.models.layers import (
   make_head_norm,
   make_linear,
   make_norm,
+  products_apart,
   rotate,
 )
 from megabyte_jax.models.patch_embedder import PatchEmbedder, check_length
@@ -48,8 +49,7 @@ class CrossAttention(nnx.Module):
 
   def keys_values(self, context_B1TD: jax.Array, first_slot: jax.Array | int = 0) -> tuple[jax.Array, jax.Array]:
     """Keys and values of context slots `first_slot` .., each [B, 1, T, H, K]."""
-    key_value = self.key_value(self.context_norm(context_B1TD))
-    k, v = key_value[:, :, :, 0], key_value[:, :, :, 1]
+    k, v = products_apart(self.key_value, self.context_norm(context_B1TD))
     if self.config.qk_norm:
       k = self.k_norm(k)
     if self.config.rotary:
