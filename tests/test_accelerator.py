@@ -38,26 +38,27 @@ def with_options(config, **options):
   return type(config)(**{**fields, "dropout": 0.0, "init_std": 0.03, **options})
 
 
-def loss_and_gradient(config, x_BT):
+def loss_and_gradient(config, x_BT, start_B=None):
   graph, parameters = nnx.split(make_model(config, nnx.Rngs(0)))
 
   def mean_nats(parameters):
-    nats_BT, scored_BT = byte_nats(nnx.merge(graph, parameters), x_BT)
+    nats_BT, scored_BT = byte_nats(nnx.merge(graph, parameters), x_BT, start_B=start_B)
     return nats_BT.sum() / scored_BT.sum()
 
   loss, gradient = jax.jit(jax.value_and_grad(mean_nats))(parameters)
   return float(loss), np.concatenate([np.asarray(g, np.float64).ravel() for g in jax.tree.leaves(gradient)])
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_bfloat16_and_fast_attention_follow_the_reference(name):
-  config = MODELS[name]
+@pytest.mark.parametrize(("name", "start_B"), [*((name, None) for name in MODELS), ("PerceiverAR", [100, 384])])
+def test_bfloat16_and_fast_attention_follow_the_reference(name, start_B):
+  config, start_B = MODELS[name], None if start_B is None else jnp.array(start_B)
   x_BT = jax.random.randint(jax.random.key(1), (2, config.context), 0, 256)
   with jax.default_matmul_precision("highest"):
-    loss, gradient = loss_and_gradient(with_options(config, compute_dtype="float32", attention="xla"), x_BT)
+    loss, gradient = loss_and_gradient(with_options(config, compute_dtype="float32", attention="xla"), x_BT, start_B)
   errors = []
   for options in ({"attention": "xla"}, {"attention": "auto"}, {"attention": "auto", "remat": "named"}):
-    fast_loss, fast_gradient = loss_and_gradient(with_options(config, compute_dtype="bfloat16", **options), x_BT)
+    fast = with_options(config, compute_dtype="bfloat16", **options)
+    fast_loss, fast_gradient = loss_and_gradient(fast, x_BT, start_B)
     assert abs(fast_loss - loss) < 2e-3 * loss, options
     errors.append(np.linalg.norm(fast_gradient - gradient) / np.linalg.norm(gradient))
   print(name, "relative error of the gradient: xla, auto, auto with recomputation", errors)
