@@ -1,3 +1,4 @@
+import argparse
 import json
 
 import jax
@@ -71,5 +72,5 @@ def test_a_broken_list_is_written_anew(tmp_path):
 def test_step_on_the_command_line():
   assert step_argument("12") == 12
   assert step_argument("best") == "best"
-  with pytest.raises(ValueError, match="invalid literal"):
+  with pytest.raises(argparse.ArgumentTypeError, match="'last' is neither a number nor best"):
     step_argument("last")

@@ -30,7 +30,8 @@ NUMBERS = {"format_1": (8.563139, 87.272026, 0.274183)}
 @pytest.fixture(params=SAVED, ids=lambda path: path.name)
 def workdir(request, tmp_path):
   with tarfile.open(request.param) as archive:
-    archive.extractall(tmp_path, filter="data")
+    safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from Python 3.11.4 on
+    archive.extractall(tmp_path, **safely)
   [folder] = tmp_path.iterdir()
   return folder
 

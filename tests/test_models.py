@@ -153,9 +153,9 @@ def test_queries_keys_and_values_are_the_same_as_one_product_or_three(monkeypatc
   options = dataclasses.replace(variants.VARIANTS["two_levels"], bias=bias)
   block = layers.Block(options.levels[0], options, nnx.Rngs(0))
   y_BNMD = jax.random.normal(jax.random.key(1), (2, 1, 5, options.levels[0].width))
-  one = block._qkv(y_BNMD)
+  one = layers.products_apart(block.qkv, y_BNMD)
   monkeypatch.setattr(layers, "platform", lambda: "gpu")
-  for a, b in zip(one, block._qkv(y_BNMD), strict=True):
+  for a, b in zip(one, layers.products_apart(block.qkv, y_BNMD), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
