@@ -1,0 +1,56 @@
+"""Figures in README.md and docs/results.md are those of the files in docs/results."""
+
+import json
+import re
+
+from megabyte_jax.paper_configs import ROOT
+
+README, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "docs/results.md"))
+
+
+def result(name):
+  return json.loads((ROOT / f"docs/results/{name}.json").read_text())
+
+
+def flat(text):
+  return " ".join(text.split())
+
+
+def test_generation():
+  rows = {(row["model"], row["batch"]): row for row in result("generation")["measured"]}
+  ours, transformer, peer = (rows[name, 1] for name in ("MEGABYTE", "Transformer", "MEGABYTE-pytorch"))
+  seconds = [row["seconds_per_8192_bytes"] for row in (ours, transformer, peer)]
+  said = (
+    f"generates 8,192 bytes in {seconds[0]:.2f} s, a Transformer of the paper's Table 9 in {seconds[1]:.2f} s "
+    f"({ours['speed_up']:.2f} times; the paper: 1.42), MEGABYTE-pytorch in at most {seconds[2]:.0f} s"
+  )
+  assert said in flat(README)
+  assert f"| {seconds[0]:.2f} s | {seconds[2]:.0f} s at most" in README
+  assert f"{rows['MEGABYTE', 256]['speed_up']:.1f} times the Transformer" in flat(README)
+  for row in rows.values():
+    shown = "{:,.1f}" if row["bytes_per_second"] < 100 else "{:,.0f}"
+    assert f"| {row['batch']} | {shown.format(row['bytes_per_second'])} | " in RESULTS, row
+    if "share_of_floor" in row:
+      assert f" {row['share_of_floor']:.1%} " in RESULTS
+
+
+def test_several_gpus():
+  rows = {(row["case"], *row["mesh"]): row for row in result("scaling")}
+  alone = rows["text24", "seq"]["one"]["bytes/s"]  # one GPU that takes its rows at once
+  shares = {axis: rows["text24", axis]["many"]["bytes/s"] / alone / 2 for axis in ("data", "fsdp", "seq", "tensor")}
+  image = rows["image640", "seq"]["of ideal"]
+  said = re.search(
+    r"Two GPUs: (\d+)% of .*? with `data`, (\d+)% with `fsdp`, (\d+)% with one .*?, (\d+)% with `tensor`", flat(README)
+  )
+  assert said
+  assert [int(n) for n in said.groups()] == [
+    round(100 * share) for share in (shares["data"], shares["fsdp"], image, shares["tensor"])
+  ]
+  for (case, axis), row in rows.items():
+    share = shares[axis] if case == "text24" else image
+    assert f"| {row['many']['bytes/s']:,.0f} | {share:.1%} | " in RESULTS, (case, axis)
+
+
+def test_long_sequences():
+  for row in result("long_sequences")["measured"]:
+    assert f"| {row['bytes']:,} | {row['seconds']:.3f} | " in RESULTS, row
