@@ -38,13 +38,15 @@ def parameters_from(workdir: str, fresh: Any, config: Config, mesh: Mesh) -> Any
       f"the model of {workdir} does not fit this config; different: {', '.join(sorted(differ)[:8])}"
     )
   with Checkpoints(workdir, read_only=True) as checkpoints:
-    restored = checkpoints.restore_params(shard_abstract(abstract, mesh)).params
+    restored = checkpoints.restore_params(shard_abstract(abstract, mesh))
+
+  print(f"start   parameters of {workdir}, step {restored.step}")
 
   def fit(new: jax.Array, old: jax.Array) -> jax.Array:
     rows = min(len(old), len(new)) if new.ndim else 0
     return old if new.shape == old.shape else jax.device_put(new.at[:rows].set(old[:rows]), new.sharding)
 
-  return jax.tree.map(fit, fresh, restored)
+  return jax.tree.map(fit, fresh, restored.params)
 
 
 def _shapes(parameters: Any) -> dict[str, tuple[int, ...]]:

@@ -35,13 +35,15 @@ TINY_IMAGES = [  # the small images that both image models are given, and what s
   "--config.model.levels[1].width=16",
   "--config.model.levels[1].num_heads=2",
 ]
+TEXT = "megabyte_jax/data/sample/text/validation/pride_and_prejudice_last_tenth.txt"
 # What is added to a command to make it small. Those that name no config get tests/tiny_config.py. In this order.
 RUN_HERE = {
   "python train.py": [],
   "python train.py --workdir=runs/mine --config.data.train='docs/*.md' --config.data.validation=README.md": [
     "--config.eval.max_bytes=200",
   ],
-  "python train.py --init_from=runs/mine --workdir=runs/tuned --config.model.context=512": ["--config.batch_size=1"],
+  "python train.py --init_from=runs/mine --workdir=runs/tuned --config.data.train='docs/*.md' "
+  "--config.model.context=512": ["--config.batch_size=1"],
   "python eval.py --workdir=runs/mine --data=CONTRIBUTING.md": ["--max-bytes=500", "--no-compressors"],
   "python train.py --config=configs/quickstart_images.py --workdir=runs/images": [
     *TINY_IMAGES,
@@ -55,8 +57,8 @@ RUN_HERE = {
   ],
   "python -m megabyte_jax.generate --workdir=runs/images --num-samples=8 --output=runs/out.png "
   "--prompt-file=megabyte_jax/data/sample/images/validation/flower.jpg": ["--num-samples=2", "--keep=0.9"],
-  "python -m megabyte_jax.compress CHANGELOG.md runs/changelog.mz --workdir=runs/quickstart": [],
-  "python -m megabyte_jax.compress --decompress runs/changelog.mz runs/changelog.md --workdir=runs/quickstart": [],
+  f"python -m megabyte_jax.compress {TEXT} runs/text.mz --workdir=runs/quickstart": [],
+  "python -m megabyte_jax.compress --decompress runs/text.mz runs/text.txt --workdir=runs/quickstart": [],
   "python -m megabyte_jax.tables 5": [],
   "python train.py --config=configs/paper/table5.py:image640_megabyte --workdir=runs/image640": [
     *TINY_IMAGES,
@@ -205,7 +207,7 @@ def test_they_do_what_the_text_says(said):
   assert (
     json.loads(said["python eval.py --workdir=runs/mine --data=CONTRIBUTING.md"][1].splitlines()[-1])["bytes"] == 500
   )
-  assert (folder / "runs/changelog.md").read_bytes() == (ROOT / "CHANGELOG.md").read_bytes()
+  assert (folder / "runs/text.txt").read_bytes() == (ROOT / TEXT).read_bytes()
   assert (folder / "runs/out.png").read_bytes().startswith(b"\x89PNG")
   assert "(P 192)" in said["python -m megabyte_jax.tables 5"][1]
   assert (folder / "runs/a/checkpoints/validation_bpb.json").exists()

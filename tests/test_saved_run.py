@@ -98,7 +98,10 @@ def test_a_run_is_continued_only_with_its_config_and_data():
     check_same_run(meta, make_config(seed=2).to_dict(), {"train": "b2", "bytes": 10})
   message = str(error.value)
   assert "seed: 0 -> 2" in message
-  assert 'data fingerprint.train: "a1" -> "b2"' in message
+  assert 'data fingerprint.train: "a1" -> "b2"' in message and "data.train" not in message
+  with pytest.raises(CheckpointError, match=r'data\.train: "sample:text/train" -> "elsewhere"'):
+    other = make_config(data=DataConfig(train="elsewhere"))
+    check_same_run(meta, other.to_dict(), {"train": "b2", "bytes": 10})
   assert "bytes" not in message
   assert "--workdir" in message and "--init_from=DIR" in message and "step 50" in message
 
