@@ -62,7 +62,7 @@ class RowFile:
 
 def row_record(workdir: pathlib.Path, evaluations: dict[str, dict]) -> dict[str, Any]:
   """What is kept of a trained row in `workdir`; `evaluations` are eval.py's results by method, with `positions`."""
-  config = json.loads((workdir / "config.json").read_text())
+  config = without_places(json.loads((workdir / "config.json").read_text()))
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   curve = [[line["step"], round(line["bpb"], 4)] for line in lines if "bpb" in line]
   results = {
@@ -71,8 +71,6 @@ def row_record(workdir: pathlib.Path, evaluations: dict[str, dict]) -> dict[str,
   }
   positions = {method: coarse(result["positions"]) for method, result in evaluations.items()}
   model, batch_size = Config.from_dict(config).model, config["batch_size"]
-  for split in ("train", "validation", "test"):
-    config["data"][split] = short_path(config["data"][split])
   return {
     "seed": config["seed"],
     "config": config,
@@ -84,9 +82,12 @@ def row_record(workdir: pathlib.Path, evaluations: dict[str, dict]) -> dict[str,
   }
 
 
-def short_path(path: str) -> str:
-  """The end of a path, CORPUS/SPLIT: not where it lay on some machine."""
-  return "/".join(pathlib.Path(path).parts[-2:])
+def without_places(config: dict[str, Any]) -> dict[str, Any]:
+  """A config as a dict, of whose data only CORPUS/SPLIT is left: not where they lay on some machine."""
+  places = {
+    split: "/".join(pathlib.Path(config["data"][split]).parts[-2:]) for split in ("train", "validation", "test")
+  }
+  return config | {"data": config["data"] | places}
 
 
 def coarse(positions: dict[str, Any]) -> dict[str, Any]:

@@ -114,14 +114,6 @@ class Run:
     return json.loads(evaluation.main(arguments))
 
 
-def comparable(config: Config) -> dict:
-  """What of a config decides a row's results: all but where the data lie."""
-  found = config.to_dict()
-  for split in ("train", "validation", "test"):
-    found["data"][split] = comparison_files.short_path(found["data"][split])
-  return found
-
-
 def config_in(file: pathlib.Path, row: str, flags: list[str]) -> Config:
   """What train.py makes of a config file such as configs/small.py, a row and flags."""
   arguments = ["train.py", f"--config={file}:{row}", *flags]
@@ -296,7 +288,7 @@ def begin(comparison: Comparison, args: argparse.Namespace) -> list[Run]:
   runs = []
   for row in comparison.rows:
     if re.search(args.rows, row):
-      config = comparable(config_in(args.config_file, row, flags))
+      config = comparison_files.without_places(config_in(args.config_file, row, flags).to_dict())
       settings = {name: getattr(args, name) for name in DECISIVE} | {"config": config}
       place = row.replace(":", ".")
       file = comparison_files.RowFile(args.output.with_suffix("") / f"{place}.json", settings)

@@ -87,9 +87,10 @@ def check_same_run(
   for key in sorted(before.keys() | now.keys()):
     if not same_fingerprint(before.get(key, _ABSENT), now.get(key, _ABSENT)):
       differences[f"data {key}"] = before.get(key, _ABSENT), now.get(key, _ABSENT)
-      trains = meta["config"].get("data", {}).get("train"), config.get("data", {}).get("train")
-      if trains[0] != trains[1]:
-        differences["data.train"] = trains
+  if any(key.startswith("data fingerprint") for key in differences):  # the name that led to other data
+    names = tuple(of.get("data", {}).get("train") for of in (meta["config"], config))
+    if names[0] != names[1]:
+      differences["data.train"] = names
   if saved := meta.get("validation_fingerprint"):  # then it does not matter where they lie
     if same_fingerprint(saved, validation_fingerprint):
       differences.pop("data.validation", None)

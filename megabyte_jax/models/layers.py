@@ -45,7 +45,7 @@ def make_norm(width: int, options: BlockOptions, rngs: nnx.Rngs) -> nnx.LayerNor
 
 
 def normalised(norm: nnx.LayerNorm | nnx.RMSNorm, x: jax.Array) -> jax.Array:
-  """norm(x) of a few rows on a GPU: the variance from the deviations, of which XLA makes one kernel, not three."""
+  """norm(x) of a few rows on a GPU: the variance from the deviations, of which XLA makes one kernel, not two."""
   if isinstance(norm, nnx.RMSNorm):
     return norm(x)
   deviation = x.astype(jnp.float32)
