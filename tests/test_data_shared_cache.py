@@ -38,6 +38,19 @@ def test_only_the_latest_stay():
   assert made == [1, 2, 3, 2]
 
 
+def test_results_stay_while_they_are_light_enough():
+  made = []
+
+  def make(number):
+    made.append(number)
+    return "x" * number
+
+  kept = SharedCache(make, 10, len)
+  for number in (4, 5, 4, 6, 4, 5, 4, 12, 12, 4):  # 6 drops 5, 5 drops 6; 12 alone is too heavy, and yet stays
+    assert kept(number) == "x" * number
+  assert made == [4, 5, 6, 5, 12, 4]
+
+
 def test_an_error_reaches_all_and_is_not_kept():
   attempts = []
 

@@ -14,7 +14,7 @@ from megabyte_jax.config import Config
 from megabyte_jax.config_parsing import ConfigError
 from megabyte_jax.loss import byte_nats
 from megabyte_jax.models import dropout, layers
-from megabyte_jax.models.build import abstract_model, initial_parameters
+from megabyte_jax.models.build import abstract_model, initial_parameters, make_model
 from megabyte_jax.models.config import Level, MegabyteConfig, PerceiverARConfig
 from megabyte_jax.optimizer import make_optimizer
 from megabyte_jax.train_state import TrainState, make_train_step
@@ -63,6 +63,29 @@ def test_initial_parameters_are_a_cut_normal(family):
       assert abs(leaf.mean()) < 4 * sigma / np.sqrt(leaf.size), name
       seen.add(name.rsplit(".", 1)[-1])
   assert {"kernel", "table", "positions", "pad"} <= seen
+
+
+def test_balanced_parents_start_as_large_as_the_embeddings_that_they_are_added_to():
+  levels = (
+    Level(patch_size=8, width=1024, num_layers=1, num_heads=4),
+    Level(patch_size=2, width=256, num_layers=1, num_heads=4),
+    Level(patch_size=1, width=64, num_layers=1, num_heads=4),
+  )
+
+  def ratios(parent_init):
+    model = make_model(MegabyteConfig(context=64, levels=levels, init_std=0.04, parent_init=parent_init), nnx.Rngs(0))
+    x_BT = jax.random.randint(jax.random.key(1), (4, 64), 0, 256)
+    found, parent = [], None
+    for i, level in enumerate(model.levels):
+      if parent is not None:
+        added = level.add_parent(jnp.zeros((4, 64 // level.span, level.slots_per_span, levels[i].width)), parent)
+        found.append(float(added.std() / level.embedder.embed(x_BT.reshape(4, -1, level.span)).std()))
+      parent = level(x_BT, parent)[0].reshape(4, -1, levels[i].width)
+    return found
+
+  sizes = [256**0.5, 128**0.5]  # of a normed output's 2 x 128 and 128 numbers
+  np.testing.assert_allclose(ratios("paper"), [size / 2**0.5 for size in sizes], rtol=0.1)  # table and positions
+  np.testing.assert_allclose(ratios("balanced"), [1 / 2**0.5, 1 / 2**0.5], rtol=0.1)
 
 
 def test_no_two_parameters_are_drawn_alike():

@@ -21,13 +21,12 @@ from megabyte_jax.atomic_file import replacing
 from megabyte_jax.config import DataConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.data.files import fingerprint_files, read_whole, sizes_of
-from megabyte_jax.data.shared_cache import SharedCache
+from megabyte_jax.data.shared_cache import DOCUMENT_BYTES, SharedCache, array_bytes
 from megabyte_jax.data.sound_files import ogg_problem, wav_problem
 from megabyte_jax.data.sources import DataError, check_range, combine_fingerprints
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga")
 _MU = 255.0
-_DECODED = 8  # recordings kept at hand: windows are cut from whole decoded recordings
 _FLAC_WIDTHS = {"PCM_16": 2, "PCM_24": 3}  # bytes a sample of those FLAC files whose checksum is verified
 
 
@@ -85,7 +84,7 @@ class Recording(NamedTuple):
 class AudioFiles:
   """One document per WAV, FLAC or OGG file: its channels averaged, resampled by soxr ("HQ"), encoded as `data` says.
 
-  Every read needs the whole decoded recording, a few of which are kept: pack long recordings (data/prepare.py).
+  Every read needs the whole decoded recording, of which a gigabyte is kept: pack more than that (data/prepare.py).
 
   Args:
     paths, names: where the files are and what they are called.
@@ -111,7 +110,7 @@ class AudioFiles:
       raise DataError(f"none of {self.skipped} recordings can be read, {names[0]} for one")
     self.paths, self.names = [self.paths[i] for i in kept], [self.names[i] for i in kept]
     self.lengths = np.array([head.resampled(rate) * self.unit for head in heads if head is not None], np.int64)
-    self._bytes = SharedCache(self._encode, _DECODED)
+    self._bytes = SharedCache(self._encode, DOCUMENT_BYTES, array_bytes)
 
   @functools.cached_property
   def fingerprint(self) -> str:

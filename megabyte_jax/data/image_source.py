@@ -6,7 +6,7 @@ import functools
 import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -14,10 +14,13 @@ from megabyte_jax.config import DataConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.data import images
 from megabyte_jax.data.files import fingerprint_files, read_whole, sizes_of
-from megabyte_jax.data.shared_cache import SharedCache
+from megabyte_jax.data.shared_cache import DOCUMENT_BYTES, SharedCache, array_bytes
 from megabyte_jax.data.sources import DataError, check_range, combine_fingerprints
 
-_DECODED = 16  # decoded images kept at hand: an evaluation reads the windows of an image one after the other
+if TYPE_CHECKING:
+  from PIL import Image
+
+_SCALED = 16  # images kept whole while their tiles are cut
 
 
 class EncodedImages(Protocol):
@@ -83,7 +86,8 @@ class Images:
     )
     self.encoded, self.data, self.convert = encoded, data, "all" if data.convert_images else convert
     self.skipped = 0
-    self._decoded = SharedCache(self._decode, _DECODED)
+    self._scaled = SharedCache(self._scale, _SCALED)
+    self._documents = SharedCache(self._document, DOCUMENT_BYTES, array_bytes)
     good = self._good_images() if data.skip_bad else range(len(encoded.names))
     self._image: Sequence[int] = good  # of each document
     self._places: list[tuple[int, int]] = []  # (top, left) of each document where tiles are cut
@@ -104,19 +108,24 @@ class Images:
   def read(self, document: int, start: int, stop: int) -> np.ndarray:
     """See `Source.read`. Raises DataError naming an image that cannot be decoded."""
     check_range(self, document, start, stop)
-    image = self._decoded(self._image[document])
-    if self._places:
-      (top, left), n = self._places[document], self.data.image_size
-      image = images.image_to_bytes(image[top : top + n, left : left + n], self.data.scan, self.data.scan_patch)
-    return image[start:stop].copy()
+    return self._documents(document)[start:stop].copy()
 
-  def _decode(self, i: int) -> np.ndarray:
-    """The bytes of an image or, where tiles are cut, its pixels."""
-    image = images.open_image(self.encoded.load(i), self.encoded.names[i], self.convert)
-    if self.data.image_tiles:
-      return images.scaled_image(image, self.data.image_tiles)
-    square = images.square_image(image, self.data.image_size)
-    return images.image_to_bytes(square, self.data.scan, self.data.scan_patch)
+  def _document(self, document: int) -> np.ndarray:
+    """The bytes of a document."""
+    i, d = self._image[document], self.data
+    if not self._places:
+      square = images.square_image(self._open(i), d.image_size)
+    else:
+      top, left = self._places[document]
+      square = self._scaled(i)[top : top + d.image_size, left : left + d.image_size]
+    return images.image_to_bytes(square, d.scan, d.scan_patch)
+
+  def _scale(self, i: int) -> np.ndarray:
+    """An image from which tiles are cut."""
+    return images.scaled_image(self._open(i), self.data.image_tiles)
+
+  def _open(self, i: int) -> Image.Image:
+    return images.open_image(self.encoded.load(i), self.encoded.names[i], self.convert)
 
   def _good_images(self) -> list[int]:
     count = len(self.encoded.names)
@@ -129,7 +138,7 @@ class Images:
 
   def _is_good(self, i: int) -> bool:
     try:
-      images.open_image(self.encoded.load(i), self.encoded.names[i], self.convert)
+      self._open(i)
     except DataError:
       return False
     return True

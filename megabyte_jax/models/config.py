@@ -168,6 +168,8 @@ class MegabyteConfig(BlockOptions):
     span: bytes that the first level sees together; 0 takes the whole context.
     patch_groups: the levels below the first work on the patches in so many groups, one after the other, so that only
       the first level's memory grows with the context; for very long sequences.
+    parent_init: how w_i of eq. (4) is drawn: paper (as all other parameters: next to a parent's output the embeddings
+      that it is added to are small then) | balanced (divided by the root of its number of inputs: both begin as large).
     vocab_size: values of a byte, all of them counted; tests use fewer.
   """
 
@@ -176,6 +178,7 @@ class MegabyteConfig(BlockOptions):
   levels: tuple[Level, ...]
   span: int = 0
   patch_groups: int = 1
+  parent_init: Literal["paper", "balanced"] = "paper"
   vocab_size: int = 256
 
   @property

@@ -39,7 +39,8 @@ class LevelModel(nnx.Module):
     self.embedder = PatchEmbedder(level, span, config.vocab_size, config, rngs)
     if parent_byte_width:  # w_i, (S_i * d_{i-1}) x D_i, shared by all slots: w_GL of eq. (4) for the local model
       shape = (level.patch_size * parent_byte_width, level.width)
-      self.from_parent = nnx.Param(init_normal(config)(rngs.params(), shape, jnp.float32))
+      scale = 1.0 if config.parent_init == "paper" else shape[0] ** -0.5
+      self.from_parent = nnx.Param(init_normal(config, scale)(rngs.params(), shape, jnp.float32))
     self.decoder = Stack(level, config, rngs)
 
   def add_parent(self, slots_BNMD: jax.Array, parent_BNE: jax.Array) -> jax.Array:
