@@ -17,8 +17,12 @@ import functools
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Sequence
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below: no traceback
 
 import jax
 import numpy as np
@@ -132,6 +136,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
   for name in ("stride", "batch_size", "max_bytes"):
     if getattr(args, name) < 0:
       raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative")
+  if args.per_byte_out:
+    command_line.check_output_file("--per-byte-out", args.per_byte_out)
   if args.words and args.max_bytes:
     raise ConfigError("--words and --max-bytes exclude each other: the words are those of the whole text")
   return args
@@ -171,9 +177,7 @@ class PerByte:
 
   def __enter__(self) -> PerByte:
     if self.path:
-      folder = os.path.dirname(self.path) or "."
-      if not os.path.isdir(folder):
-        raise ConfigError(f"--per-byte-out={self.path}: there is no folder {folder}; make it first")
+      os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
       self.temporary = f"{self.path}.{os.getpid()}.tmp"
       self.nats = np.lib.format.open_memmap(self.temporary, "w+", np.float32, (int(self.first[-1]),))
       self.nats[:] = np.nan  # what --max-bytes leaves out

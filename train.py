@@ -13,19 +13,23 @@ import os
 import signal
 from typing import Any
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below: no traceback
+
 import jax
 import numpy as np
 import optax
 from absl import app, flags
 
 from megabyte_jax import command_line, distributed, plots, report, windows
-from megabyte_jax.checkpoint import Checkpoints, check_same_run, save_config
+from megabyte_jax.checkpoint import CheckpointError, Checkpoints, check_same_run, save_config
 from megabyte_jax.config import Config, ConfigError
 from megabyte_jax.data.batches import batches, open_windows
 from megabyte_jax.data.sources import open_source
 from megabyte_jax.evaluate import Evaluation, evaluate
 from megabyte_jax.fine_tune import parameters_from
 from megabyte_jax.flops import flops_per_byte, predicted_bytes
+from megabyte_jax.folder_lock import locked
 from megabyte_jax.media_samples import write_samples
 from megabyte_jax.metrics import Metrics
 from megabyte_jax.optimizer import learning_rate
@@ -55,6 +59,9 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
   open_windows(source, **cutting)  # what is wrong with the data is said before anything is written
   with contextlib.ExitStack() as closing:  # whatever happens, what is being written is finished
     stop = closing.enter_context(StopSignal())
+    if jax.process_index() == 0:
+      busy = CheckpointError(f"another process is training in {workdir}; wait until it ends, or take another --workdir")
+      closing.enter_context(locked(workdir, busy))
     checkpoints = closing.enter_context(Checkpoints(workdir, config.checkpoint))
     first_step = checkpoints.latest_step() or 0
     data = batches(

@@ -71,7 +71,8 @@ def parts(batch_size: int, at_once: int) -> int:
 def shrink_model(model):
   if isinstance(model, MegabyteConfig):
     levels = tuple(shrink_level(level) for level in model.levels)
-    return dataclasses.replace(model, levels=levels, remat="named", init_std=INIT_STD, parent_init="balanced")
+    parent_init = "balanced" if len(levels) > 1 else model.parent_init
+    return dataclasses.replace(model, levels=levels, remat="named", init_std=INIT_STD, parent_init=parent_init)
   level = shrink_level(model.level)
   names = ("width", "num_layers", "num_heads", "head_dim", "rotary")
   return dataclasses.replace(model, remat="named", init_std=INIT_STD, **{name: getattr(level, name) for name in names})

@@ -32,6 +32,8 @@ def run(main: Callable[[], object]) -> None:
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
   sys.unraisablehook = _interrupt_again
+  if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
     main()
   except BrokenPipeError:  # the reader of our output, head for instance, has seen enough

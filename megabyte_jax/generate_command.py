@@ -48,6 +48,8 @@ def parse_arguments() -> argparse.Namespace:
   parser.add_argument("--mesh", default="", help="spread the model over all devices, such as fsdp=4,tensor=2")
   args = parser.parse_args()
   require(not (args.prompt and args.prompt_file), "give --prompt or --prompt-file, not both")
+  require(args.bytes is None or args.bytes >= 0, f"--bytes is {args.bytes}; it must not be negative")
+  require(args.num_samples >= 1, f"--num-samples is {args.num_samples}; it must be at least 1")
   require(args.keep is None or bool(args.prompt_file), "--keep is for --prompt-file")
   if args.prompt_file:
     what = "is a folder" if os.path.isdir(args.prompt_file) else "does not exist"
@@ -73,6 +75,9 @@ def main() -> None:
   mesh = make_mesh(command_line.parse_mesh(args.mesh, data=1)) if args.mesh else None
   model, _, step = load(args.workdir, args.step, mesh)
   print(f"step {step} of {args.workdir}", file=sys.stderr)
+  if prompt.kept.size > model.config.context:
+    seen = f"the last {model.config.context:,} of the prompt's {prompt.kept.size:,} bytes"
+    print(f"the model's context holds {seen} at most: it has not seen the others", file=sys.stderr)
   streams = args.num_samples == 1 and not args.output
   show = Output()
   if streams:

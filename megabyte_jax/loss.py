@@ -6,7 +6,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from megabyte_jax.data.sources import check_bytes
 from megabyte_jax.models.build import Model
 from megabyte_jax.models.patch_groups import grouped_nats, grouped_sum_of_nats
 from megabyte_jax.models.perceiver_ar import PerceiverAR
@@ -32,8 +34,13 @@ def byte_nats(
     nats_BT: float32, 0 where nothing is predicted.
     scored_BT: bool, True where a byte is predicted: all of a row's bytes for MEGABYTE and the
       Transformer, those at the latents for PerceiverAR.
+
+  Raises:
+    ConfigError: x_BT has a number that is no byte of the model; not looked for within jit.
   """
   B, T = x_BT.shape
+  if not isinstance(x_BT, jax.core.Tracer) and getattr(x_BT, "is_fully_addressable", True):
+    check_bytes(np.asarray(x_BT), model.config.vocab_size)
   scored_BT = _scored(x_BT, length_B)
   if not isinstance(model, PerceiverAR):
     if model.config.patch_groups > 1 and dropout_key is None:

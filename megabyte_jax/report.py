@@ -119,15 +119,16 @@ def what_next(workdir: str, picture: str, form: str) -> str:
   """Commands to try after training on data of a form (config.data.form)."""
   prompt = '--prompt="It is a truth" --bytes=400'
   what = {"bytes": prompt, "image": "--output=sampled.png", "audio": "--output=sampled.wav"}[form]
-  return "\n".join(
-    [
-      f"loss curve: {picture}",
-      "try next:",
-      f"  python eval.py --workdir={workdir} --data=YOUR_FILE_OR_FOLDER",
-      f"  python -m megabyte_jax.generate --workdir={workdir} {what} --temperature=0.7",
-      "  python train.py --workdir=runs/mine --config.data.train=YOUR_FOLDER --config.data.validation=YOUR_FILE",
-    ]
-  )
+  lines = [
+    f"loss curve: {picture}",
+    "try next:",
+    f"  python eval.py --workdir={workdir} --data=YOUR_FILE_OR_FOLDER",
+    f"  python -m megabyte_jax.generate --workdir={workdir} {what} --temperature=0.7",
+  ]
+  if form == "bytes" and not workdir.rstrip("/").endswith("runs/mine"):  # of the default config
+    data = "--config.data.train=YOUR_FOLDER --config.data.validation=YOUR_FILE"
+    lines.append(f"  python train.py --workdir=runs/mine {data}")
+  return "\n".join(lines)
 
 
 def result_json(result: Evaluation, **more: Any) -> str:

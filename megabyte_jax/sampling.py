@@ -187,9 +187,13 @@ def generate(
     on_bytes: called with new bytes, uint8 [samples, m], as they come.
 
   Raises:
-    ConfigError: a number makes no sense, the model does not know a byte of the prompt or does not fit its mesh.
+    ConfigError: a number or type makes no sense, the model does not know a byte of the prompt or does not fit its mesh.
     FloatingPointError: the model's probabilities are not finite.
   """
+  require(
+    isinstance(prompt, (bytes, bytearray)),
+    f"the prompt is of type {type(prompt).__name__}; give bytes, such as text.encode()",
+  )
   require(num_bytes >= 0, f"the number of bytes to generate is {num_bytes}; it must not be negative")
   require(num_samples >= 1, f"the number of samples is {num_samples}; it must be at least 1")
   require(0 <= seed < 1 << 32, f"the seed is {seed}; it must be at least 0 and below {1 << 32:,}")

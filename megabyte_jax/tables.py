@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -209,7 +210,10 @@ def main(argv: Sequence[str]) -> None:
   require(not options.plot or names == [FIGURE_3], f"--plot goes with {FIGURE_3} only")
   found = measured.from_results(RESULTS, ROOT)
   if options.runs:
-    found += measured.from_runs(pathlib.Path(options.runs), all_rows())
+    runs = measured.from_runs(pathlib.Path(options.runs), all_rows())
+    found += runs
+    if not runs:
+      print(f"--runs={options.runs} holds no run of a row, scored by eval.py with the row's method", file=sys.stderr)
   print(render(names, options.format, found))
   if options.plot:
     from megabyte_jax import plots  # noqa: PLC0415 - matplotlib is slow to import

@@ -1,7 +1,9 @@
 """What the commands say when something is wrong: one line, no traceback, and an exit code other than 0."""
 
+import dataclasses
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import pytest
 from commands import ROOT, environment, run_each
 
 from megabyte_jax import command_line
+from megabyte_jax.folder_lock import locked
 
 TINY = "--config=tests/tiny_config.py"
 DATA = "--config.data.train"
@@ -87,6 +90,13 @@ CASES = {
   ),
   "workdir below a file": (["train.py", TINY, "--workdir=FOLDER/short/run"], 1, r"Not a directory: '.*FOLDER/short"),
   "no such run to start from": (["train.py", TINY, "--init_from=FOLDER/folder"], 1, r"FOLDER/folder holds no run"),
+  "generate: fewer than no bytes": (["-m", "megabyte_jax.generate", "--bytes=-1"], 1, r"--bytes is -1; it must not be"),
+  "generate: no samples": (["-m", "megabyte_jax.generate", "--num-samples=0"], 1, r"--num-samples is 0; it must be at"),
+  "eval: no picture": (
+    ["eval.py", "--workdir=FOLDER/images", "--data=FOLDER/no.png"],
+    1,
+    r"no\.png is not a JPEG, PNG or WebP image \(cannot identify image file\)",
+  ),
   "eval: no run": (["eval.py", "--workdir=FOLDER/folder"], 1, r"FOLDER/folder holds no run: .* give the --workdir"),
   "eval: no checkpoint": (["eval.py", "--workdir=FOLDER/run", "--split=train"], 1, r"no checkpoint in .*FOLDER/run"),
   "eval: no split": (
@@ -112,6 +122,7 @@ def folder(tmp_path_factory):
     "from megabyte_jax.config import Level\n\ndef get_config():\n  return Level(widht=3)\n"
   )
   (folder / "run").mkdir()
+  (folder / "no.png").write_text("no picture")
   return folder
 
 
@@ -123,7 +134,10 @@ def said(folder):
   from megabyte_jax.config import Config  # noqa: PLC0415
   from megabyte_jax.saved_run import save_config  # noqa: PLC0415
 
-  save_config(folder / "run", Config.from_dict(tiny_config.get_config()))
+  tiny = Config.from_dict(tiny_config.get_config())
+  save_config(folder / "run", tiny)
+  data = dataclasses.replace(tiny.data, form="image", image_size=4, image_tiles=4, scan="raster")
+  save_config(folder / "images", dataclasses.replace(tiny, data=data))
   workdir = f"--workdir={folder / 'new'}"
   commands = {}
   for name, (arguments, *_) in CASES.items():
@@ -176,6 +190,7 @@ def test_an_interrupt_that_python_would_forget():
   program = """
 import gc, signal, time
 from megabyte_jax import command_line
+from megabyte_jax.folder_lock import locked
 
 def interrupt(phase, info):
   gc.callbacks.remove(interrupt)
@@ -193,6 +208,35 @@ command_line.run(main)
     [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
   )
   assert (result.returncode, result.stderr) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_an_interrupt_while_libraries_are_imported(script, tmp_path):
+  (tmp_path / "jax.py").write_text("import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(20)\n")
+  here = environment() | {"PYTHONPATH": str(tmp_path)}
+  program = f"""
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal
+runpy.run_path({script!r}, run_name="__main__")
+"""
+  result = subprocess.run(
+    [sys.executable, "-c", program], cwd=ROOT, env=here, capture_output=True, text=True, check=False
+  )
+  assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
+
+
+def test_two_trainings_in_one_folder(tmp_path):
+  taken = OSError("taken")
+  command = [sys.executable, "train.py", TINY, f"--workdir={tmp_path}"]
+  with locked(str(tmp_path), taken):
+    with pytest.raises(OSError, match="taken"), locked(str(tmp_path), taken):
+      pass
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+  assert result.returncode == 1
+  assert result.stderr == (
+    f"error: another process is training in {tmp_path}; wait until it ends, or take another --workdir\n"
+  )
+  assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to the superuser")

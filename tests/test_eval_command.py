@@ -73,8 +73,8 @@ def test_a_run_trained_with_an_attention_that_cannot_serve_here(workdir, monkeyp
 
 
 def test_per_byte_nats_sum_up(workdir, folder, tmp_path, monkeypatch):
-  file = tmp_path / "nats.npy"
-  _, result = evaluate_command(monkeypatch, "--workdir", workdir, "--per-byte-out", file)
+  file = tmp_path / "new" / "nats.npy"
+  _, result = evaluate_command(monkeypatch, "--workdir", workdir, "--per-byte-out", file)  # its folder is made
   nats = np.load(file)
   assert nats.dtype == np.float32 and nats.shape == (1000,)
   assert nats.sum(dtype=np.float64) == pytest.approx(result["nats"], rel=1e-9)
@@ -82,7 +82,7 @@ def test_per_byte_nats_sum_up(workdir, folder, tmp_path, monkeypatch):
   for name, part in (("a.txt", nats[:700]), ("b.txt", nats[700:])):
     _, alone = evaluate_command(monkeypatch, "--workdir", workdir, "--data", folder / "validation" / name)
     assert alone["nats"] == pytest.approx(part.sum(dtype=np.float64), rel=1e-5)
-  assert [path.name for path in tmp_path.iterdir()] == ["nats.npy"]
+  assert [path.name for path in file.parent.iterdir()] == ["nats.npy"]
 
   lines, first = evaluate_command(monkeypatch, "--workdir", workdir, "--per-byte-out", file, "--max-bytes=90")
   assert first["bytes"] == 90
@@ -91,9 +91,12 @@ def test_per_byte_nats_sum_up(workdir, folder, tmp_path, monkeypatch):
   assert not any("gzip" in line for line in lines)  # they would be of all bytes
 
 
-def test_per_byte_out_needs_its_folder(workdir, tmp_path, monkeypatch):
-  with pytest.raises(ConfigError, match="there is no folder"):
-    evaluate_command(monkeypatch, "--workdir", workdir, "--per-byte-out", tmp_path / "no" / "nats.npy")
+def test_per_byte_out_must_be_a_file_that_can_be_written(workdir, tmp_path, monkeypatch):
+  (tmp_path / "file").touch()
+  wrong = {tmp_path: "is a folder; name a file", tmp_path / "file" / "nats.npy": "is a file, not a folder"}
+  for path, what in wrong.items():
+    with pytest.raises(ConfigError, match=what):
+      evaluate_command(monkeypatch, "--workdir", workdir, "--per-byte-out", path)
 
 
 def test_splits_batches_and_choices(workdir, monkeypatch):

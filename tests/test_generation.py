@@ -166,6 +166,8 @@ def test_one_state_is_in_memory_when_the_window_moves(monkeypatch):
 
 def test_what_a_model_cannot_read_or_say_is_one_error():
   model, name = variants.model("two_levels"), "two_levels"
+  with pytest.raises(ConfigError, match=r"the prompt is of type str; give bytes, such as text\.encode"):
+    generate(model, "text", 3)
   with pytest.raises(ConfigError, match="knows only bytes below 25"):
     generate(model, b"\3\x19", 4)
   for seed in (-1, 1 << 32):

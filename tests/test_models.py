@@ -232,6 +232,13 @@ def test_empty_and_too_long_inputs_are_one_clear_error(name):
       model(jnp.zeros((1, length), jnp.int32))
 
 
+@pytest.mark.parametrize("wrong", [-1, 256, 300])
+def test_what_is_no_byte_is_not_scored(wrong):
+  model = make_model(dataclasses.replace(variants.VARIANTS["two_levels"], vocab_size=256), nnx.Rngs(0))
+  with pytest.raises(ConfigError, match=f"knows only bytes below 256 .*; the data have {wrong}"):
+    byte_nats(model, jnp.array([[65, wrong, 66]]))
+
+
 def test_accumulation_equals_one_batch():
   """Rows of different lengths: a mean of means would weigh their bytes unevenly."""
   name = "without_global"

@@ -4,8 +4,11 @@ import dataclasses
 import json
 import math
 import re
+import subprocess
+import sys
 
 import pytest
+from commands import ROOT, environment
 
 from megabyte_jax import measured, tables
 from megabyte_jax.config_parsing import ConfigError
@@ -137,6 +140,12 @@ def test_run_directories(tmp_path):
   assert row("11", "both", found)["ours"][0]["bpb"] == 1.4
   with pytest.raises(ConfigError, match="is not a folder"):
     measured.from_runs(tmp_path / "nowhere", rows)
+
+
+def test_a_folder_without_runs_of_rows_is_told(tmp_path):
+  command = [sys.executable, "-m", "megabyte_jax.tables", "5", f"--runs={tmp_path}"]
+  done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
+  assert f"--runs={tmp_path} holds no run of a row, scored by eval.py with the row's method" in done.stderr
 
 
 def test_tables_of_the_test_split_take_no_other():

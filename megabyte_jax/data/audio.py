@@ -23,7 +23,7 @@ from megabyte_jax.config_parsing import require
 from megabyte_jax.data.files import fingerprint_files, read_whole, sizes_of
 from megabyte_jax.data.shared_cache import DOCUMENT_BYTES, SharedCache, array_bytes
 from megabyte_jax.data.sound_files import ogg_problem, wav_problem
-from megabyte_jax.data.sources import DataError, check_range, combine_fingerprints
+from megabyte_jax.data.sources import DataError, check_range, combine_fingerprints, said
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga")
 _MU = 255.0
@@ -162,7 +162,7 @@ def read_head(path: str) -> Recording:
   except DataError:
     raise
   except Exception as error:  # soundfile's own errors, OSError, and whatever the parsing of damaged heads raises
-    raise DataError(f"{path} is not a readable WAV, FLAC or OGG file ({error})") from error
+    raise DataError(f"{path} is not a readable WAV, FLAC or OGG file ({said(error)})") from error
   if not 0 < info.frames < 1 << 40 or not 0 < info.samplerate < 1 << 24:
     raise DataError(f"{path} has {info.frames} samples at {info.samplerate} Hz by its head; remove it or write it anew")
   return Recording(info.frames, info.samplerate)
@@ -184,7 +184,7 @@ def decode(path: str) -> tuple[np.ndarray, int]:
       exact = "int16" if subtype == "PCM_16" else "int32" if subtype == "PCM_24" else "float32"
       samples = file.read(dtype=exact, always_2d=True)
   except Exception as error:  # see read_head
-    raise DataError(f"{path} cannot be decoded ({error})") from error
+    raise DataError(f"{path} cannot be decoded ({said(error)})") from error
   if len(samples) != head.frames:
     raise DataError(f"{path} is damaged or cut short: {len(samples):,} of {head.frames:,} samples can be decoded")
   if kind == "FLAC" and subtype in _FLAC_WIDTHS and not _flac_is_whole(data, samples, _FLAC_WIDTHS[subtype]):

@@ -15,7 +15,7 @@ from megabyte_jax.config_parsing import require
 from megabyte_jax.data import images
 from megabyte_jax.data.files import fingerprint_files, read_whole, sizes_of
 from megabyte_jax.data.shared_cache import DOCUMENT_BYTES, SharedCache, array_bytes
-from megabyte_jax.data.sources import DataError, check_range, combine_fingerprints
+from megabyte_jax.data.sources import DataError, check_range, combine_fingerprints, said
 
 if TYPE_CHECKING:
   from PIL import Image
@@ -163,4 +163,4 @@ def _size(data: bytes, name: str) -> tuple[int, int]:
     with Image.open(io.BytesIO(data)) as image:
       return image.size
   except Exception as error:  # see images.open_image
-    raise DataError(f"{name} is not a JPEG, PNG or WebP image ({error})") from error
+    raise DataError(f"{name} is not a JPEG, PNG or WebP image ({said(error)})") from error

@@ -14,7 +14,7 @@ from etils import epath
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.config import DataConfig
 from megabyte_jax.config_parsing import require
-from megabyte_jax.data.sources import SKIP_HINT, DataError
+from megabyte_jax.data.sources import SKIP_HINT, DataError, said
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _FORMATS = ("JPEG", "PNG", "WEBP")
@@ -121,7 +121,7 @@ def open_image(data: bytes, name: str, convert: str = ""):
       animated = image.format != "JPEG" and getattr(image, "is_animated", False)
       image.load()
   except Exception as error:  # decoders of damaged files raise nearly everything
-    raise DataError(f"{name} is not a whole JPEG, PNG or WebP image ({error})") from error
+    raise DataError(f"{name} is not a whole JPEG, PNG or WebP image ({said(error)})") from error
   odd = _oddity(image, data) or ("an animation" if animated else "")
   fine = convert == "all" or (convert == "colours" and odd in (_GREY_IMAGE, _CMYK_IMAGE))
   if odd and (animated or not fine):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +16,7 @@ from megabyte_jax.atomic_file import replacing
 from megabyte_jax.data.archives import BadItem
 from megabyte_jax.data.packed import FORMAT, MANIFEST, PART, read_manifest, sha256_of
 from megabyte_jax.data.sources import DataError, same_fingerprint
+from megabyte_jax.folder_lock import locked
 from megabyte_jax.progress import Progress
 
 _SAVE_EVERY = 1 << 26  # bytes between points from which a restart goes on
@@ -98,20 +98,10 @@ class PackWriter:
   @contextlib.contextmanager
   def _locked(self) -> Iterator[None]:
     """The part is this process's alone."""
-    os.makedirs(self.part, exist_ok=True)
-    folder = os.open(self.part, os.O_RDONLY)
-    try:
-      try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError as error:
-        raise DataError(f"another process is writing {self.part}; wait until it is done") from error
-      except OSError:  # a file system without locks
-        pass
+    with locked(self.part, DataError(f"another process is writing {self.part}; wait until it is done")):
       if os.path.lexists(self.path) or self._load_state()["items"] != self._state["items"]:
         raise DataError(f"another process has been writing {self.part} meanwhile; run the same command once more")
       yield
-    finally:
-      os.close(folder)
 
   def _write_items(self, items: Iterable[Item], show: Callable[[], None]) -> None:
     skip_bad = bool(self.request.get("skip_bad"))

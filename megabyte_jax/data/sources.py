@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -121,10 +122,18 @@ def _open_one(spec: str, data: DataConfig, skip_empty: bool = False) -> Source:
   return files.open_files(spec, data, skip_empty)
 
 
+def said(error: Exception) -> str:
+  """What a decoder says, without the in-memory file that it was given."""
+  return re.sub(r" ?<_io\.BytesIO object at \w+>", "", str(error))
+
+
 def check_bytes(x: np.ndarray, vocab_size: int) -> None:
   """Raises ConfigError where a byte of x is not among those that a model of so many values knows."""
-  if vocab_size < 256 and x.size and (largest := int(x.max())) >= vocab_size:
-    raise ConfigError(f"the model knows only bytes below {vocab_size} (model.vocab_size); the data have {largest}")
+  if not x.size or (x.dtype == np.uint8 and vocab_size == 256):
+    return
+  for extreme in (int(x.max()), int(x.min())):
+    if not 0 <= extreme < vocab_size:
+      raise ConfigError(f"the model knows only bytes below {vocab_size} (model.vocab_size); the data have {extreme}")
 
 
 class Joined:
