@@ -12,10 +12,11 @@ One rule for every row:
   worked through in parts of at most 65,536 bytes.
 - 134 million bytes in all, a twenty-fifth of the steps to warm up. The learning rate is the paper's for the full size:
   try others.
-- Two things help a short run to leave its first plateau, where a byte is predicted from the one before it; otherwise
+- Three things help a short run to leave its first plateau, where a byte is predicted from the one before it; otherwise
   when it leaves that decides more than the model does. Parameters are drawn with a deviation of 0.04, about
-  width^-0.5, not 0.006. And every level has rotary positions beside the learned ones, of which a hundred megabytes
-  teach too little where contexts are long: windowed attention stayed on the plateau for 1,450 steps.
+  width^-0.5, not 0.006. Every level has rotary positions beside the learned ones, of which a hundred megabytes
+  teach too little where contexts are long: windowed attention stayed on the plateau for 1,450 steps. And where there
+  is a level above, what it says begins no larger than a byte's embedding (`parent_init=balanced`).
 
 benchmarks/comparisons.py runs whole tables of these. `ROW+modern` is the row with the modern recipe of
 megabyte_jax/recipe.py, `ROW+swiglu` and `ROW+modern-swiglu` with one change of it or with all but one.
