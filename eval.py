@@ -35,7 +35,8 @@ from megabyte_jax.config import Config, ConfigError
 from megabyte_jax.data import image_report
 from megabyte_jax.data.sources import DataError, Source, open_path, open_source
 from megabyte_jax.evaluate import Evaluation
-from megabyte_jax.pretrained import evaluation_mesh, load, step_argument
+from megabyte_jax.pretrained import evaluation_mesh, load
+from megabyte_jax.remote import is_remote
 from megabyte_jax.windows import METHODS
 
 
@@ -105,8 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> str:
       for name in names:
         with replacing(os.path.join(args.workdir, name)) as path:
           path.write_text(line + "\n")
-    except OSError as error:  # somebody else's run, perhaps; the result is worth more than its files
-      print(f"warning: nothing is kept in {args.workdir}: {error}", file=sys.stderr)
+    except (OSError, plots.PlotError) as error:  # somebody else's run, perhaps; the result is worth more than its files
+      print(f"warning: not all is kept in {args.workdir}: {error}", file=sys.stderr)
     print(line)
     return line
   return ""
@@ -119,7 +120,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument("--split", default="validation", choices=["train", "validation", "test"])
   parser.add_argument("--data", default="", help="file, folder, glob or data set, instead of a split")
   parser.add_argument("--skip-bad", action="store_true", help="leave out and count what is empty or unreadable")
-  parser.add_argument("--step", type=step_argument, metavar="N|best", help="checkpoint; default: the newest")
+  parser.add_argument(
+    "--step", type=command_line.step_argument, metavar="N|best", help="checkpoint; default: the newest"
+  )
   parser.add_argument("--method", default="", choices=["", *METHODS], help="default: config.eval.method")
   parser.add_argument("--stride", type=int, default=0, help="bytes between sliding windows; default: half a window")
   parser.add_argument("--batch-size", type=int, default=0, help="windows at once; default: config.eval.batch_size")
@@ -137,6 +140,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if getattr(args, name) < 0:
       raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative")
   if args.per_byte_out:
+    if is_remote(args.per_byte_out):
+      raise ConfigError(f"--per-byte-out={args.per_byte_out} is not on this machine's disks; name a file there")
     command_line.check_output_file("--per-byte-out", args.per_byte_out)
   if args.words and args.max_bytes:
     raise ConfigError("--words and --max-bytes exclude each other: the words are those of the whole text")
@@ -147,7 +152,7 @@ def training_data(config: Config) -> Source | None:
   """For the compressors' primed figures; None where the data are not here, which evaluation does not need."""
   try:
     return open_source(config.data, "train")
-  except DataError:
+  except (ConfigError, DataError, ImportError, OSError):
     return None
 
 

@@ -21,6 +21,7 @@ from megabyte_jax import flops, plots
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.config import Config
 from megabyte_jax.config_parsing import require
+from megabyte_jax.saved_run import all_differences, show_value
 
 _BINS = 64  # of a context, in files and pictures
 
@@ -42,10 +43,11 @@ class RowFile:
       return
     self.content = json.loads(path.read_text())
     saved, given = self.content["settings"], json.loads(json.dumps(settings))
-    other = [key for key in sorted(saved | given) if saved.get(key) != given.get(key)]
-    lines = [f"\n  {key}: {json.dumps(saved.get(key))} -> {json.dumps(given.get(key))}" for key in other]
+    other = all_differences(saved.get("config", {}), given.get("config", {}))
+    other |= {key: (saved.get(key), given.get(key)) for key in saved | given if key != "config"}
+    lines = [f"\n  {key}: {show_value(a)} -> {show_value(b)}" for key, (a, b) in sorted(other.items()) if a != b]
     require(
-      not other,
+      not lines,
       f"{path} was made with other settings (saved -> given):{''.join(lines)}\ntake the saved ones, another --output, "
       "or remove the file",
     )

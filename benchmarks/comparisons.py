@@ -44,7 +44,7 @@ from ml_collections import config_flags
 from megabyte_jax import command_line, flops, matching, windows
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.checkpoint import Checkpoints
-from megabyte_jax.config import Config, ConfigError, PerceiverARConfig
+from megabyte_jax.config import Config, ConfigError
 from megabyte_jax.data.sources import open_source
 from megabyte_jax.progress import human
 
@@ -244,6 +244,11 @@ def count(text: str) -> int:
   return int(float(text))
 
 
+def numbers(text: str) -> list[float]:
+  """Those between commas."""
+  return [float(number) for number in text.split(",")]
+
+
 def parse_arguments() -> argparse.Namespace:
   """See the head of this file."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -252,7 +257,7 @@ def parse_arguments() -> argparse.Namespace:
   parser.add_argument("--workdir", default="runs/comparisons")
   parser.add_argument("--output", default="", help="results are written here; default: WORKDIR/COMPARISON/results.json")
   parser.add_argument("--train_bytes", type=count, default=2**27, help="of every row, such as 1e8")
-  parser.add_argument("--rates", default="1,3,6", help="times the paper's learning rate")
+  parser.add_argument("--rates", type=numbers, default="1,3,6", help="times the paper's learning rate")
   parser.add_argument("--trial_share", type=float, default=0.2, help="of the bytes, for each learning rate")
   parser.add_argument("--trial_bytes", type=count, default=2**20, help="of the validation split, to compare rates on")
   parser.add_argument("--test_bytes", type=count, default=0, help="score only the first so many of the test split")
@@ -265,7 +270,6 @@ def parse_arguments() -> argparse.Namespace:
   parser.add_argument("--compiled", default="", help="folder of compiled programs; default: WORKDIR/compiled")
   parser.add_argument("--config_file", default=str(ROOT / "configs/small.py"), help="what makes configs of rows")
   args = parser.parse_args()
-  args.rates = [float(rate) for rate in args.rates.split(",")]
   folder = pathlib.Path(args.workdir).resolve() / args.comparison
   args.output = pathlib.Path(args.output or folder / "results.json")
   if args.output.suffix != ".json":
@@ -340,8 +344,7 @@ def print_plan(runs: list[Run], args: argparse.Namespace) -> None:
   total = 0.0
   for run in runs:
     config = run.config()
-    levels = [config.model.level] if isinstance(config.model, PerceiverARConfig) else config.model.levels
-    layers = "+".join(str(level.num_layers) for level in levels)
+    layers = matching.layers_text(config)
     steps, length = run.steps(args.train_bytes / run.cost)
     trials = args.trial_share * len(args.rates) if len(args.rates) > 1 else 0.0
     per_byte = flops.flops_per_byte(config.model, training=True)

@@ -26,7 +26,6 @@ import concurrent.futures
 import dataclasses
 import json
 import os
-import pathlib
 import queue
 import subprocess
 import sys
@@ -35,6 +34,8 @@ import time
 from typing import Any
 
 from train_speed import cases, cells
+
+from megabyte_jax.atomic_file import replacing
 
 CASES = ("text24", "image640", "tiny")
 STEPS = 20  # whose losses are compared
@@ -277,7 +278,8 @@ def main() -> None:
     show(found)
   print(f"{time.strftime('%Y-%m-%d')}, python {' '.join(sys.argv)}")
   if args.output:
-    pathlib.Path(args.output).write_text(json.dumps(rows, indent=1) + "\n")
+    with replacing(args.output) as path:
+      path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from flax import nnx
 
 from megabyte_jax import windows
 from megabyte_jax.config_parsing import ConfigError
-from megabyte_jax.data.sources import DataError, check_bytes
+from megabyte_jax.data.sources import DataError
 from megabyte_jax.hardware import platform
 from megabyte_jax.models.build import Model, in_compute_dtype
-from megabyte_jax.models.config import ModelConfig, PerceiverARConfig
+from megabyte_jax.models.config import ModelConfig, PerceiverARConfig, check_bytes
 from megabyte_jax.sampling import check_finite
 from megabyte_jax.windows import Window
 
@@ -114,7 +114,7 @@ def _walk(model: Model, text: np.ndarray, batch: int, code: Code, on_bytes: Call
 
 
 def _rounds(length: int, config: ModelConfig, batch: int) -> Iterator[list[Window]]:
-  rows = windows.plan(length, config, "basic")
+  rows = windows.windows_of(length, config, "basic")
   while batch_of_rows := list(itertools.islice(rows, batch)):
     yield batch_of_rows
 

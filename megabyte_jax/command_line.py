@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -12,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -22,8 +23,9 @@ from megabyte_jax.checkpoint import CheckpointError
 from megabyte_jax.config import ConfigError, MeshConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.data.sources import DataError
+from megabyte_jax.plots import PlotError
 
-USER_ERRORS = (ConfigError, CheckpointError, DataError, FloatingPointError, OSError)
+USER_ERRORS = (ConfigError, CheckpointError, DataError, FloatingPointError, OSError, PlotError)
 
 
 def run(main: Callable[[], object]) -> None:
@@ -102,9 +104,19 @@ def parse_mesh(text: str, data: int = -1) -> MeshConfig:
   return MeshConfig(**sizes)
 
 
+def step_argument(text: str) -> int | Literal["best"]:
+  """The value of a command's --step: a number, or best."""
+  if text == "best":
+    return "best"
+  try:
+    return int(text)
+  except ValueError as error:
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor best") from error
+
+
 def check_output_file(name: str, path: str) -> None:
   """Raises ConfigError where the argument `name` gives a path at which no file can be written; for before any work."""
-  if "://" in path:  # of a storage service
+  if remote.is_remote(path):
     return
   require(not os.path.isdir(path) and path[-1:] != "/", f"{name}={path} is a folder; name a file")
   folder = os.path.dirname(os.path.abspath(path))

@@ -36,7 +36,7 @@ from megabyte_jax.config_parsing import mapping_from_dataclass, require
 from megabyte_jax.data.sources import DataError
 from megabyte_jax.models.build import Model
 from megabyte_jax.models.layers import compute_dtype
-from megabyte_jax.pretrained import load, step_argument
+from megabyte_jax.pretrained import load
 from megabyte_jax.progress import Progress, duration, human
 
 FORMAT = 2  # raised when older code could no longer read what this code writes
@@ -182,7 +182,9 @@ def parse_arguments() -> argparse.Namespace:
   parser.add_argument("out", help="where the result goes")
   parser.add_argument("--decompress", action="store_true", help="get the original back")
   parser.add_argument("--workdir", default="runs/quickstart", help="the folder of a train.py run")
-  parser.add_argument("--step", type=step_argument, metavar="N|best", help="checkpoint; default: the newest")
+  parser.add_argument(
+    "--step", type=command_line.step_argument, metavar="N|best", help="checkpoint; default: the newest"
+  )
   parser.add_argument("--batch-size", type=int, default=0, help=f"windows side by side; default {BATCH}")
   args = parser.parse_args()
   require(args.batch_size >= 0, f"--batch-size is {args.batch_size}; it must not be negative")

@@ -75,6 +75,11 @@ class DataConfig:
   tfds_dir: str = ""
   skip_bad: bool = False
 
+  def __post_init__(self):
+    require(self.image_size > 0, f"data.image_size is {self.image_size}; it must be at least 1")
+    for name in ("image_tiles", "sample_rate"):
+      require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; it must not be negative")
+
   def source(self, split: str) -> str:
     """The source named for `split`; raises ConfigError where there is none."""
     require(split in ("train", "validation", "test"), f"split {split!r} is unknown; take train, validation or test")
@@ -92,10 +97,13 @@ class OptimizerConfig:
       `decay_share` of the steps).
     warmup_steps: the learning rate grows from 0, which the first step has, for so many steps, or for all of a shorter
       run.
+    learning_rate: after the warm-up.
+    end_learning_rate: what linear, cosine and wsd end at.
     b1, b2: of AdamW, with either name.
     eps: of AdamW, and of the normalisation in Muon.
     momentum: of Muon.
     weight_decay: of all parameters, times the learning rate.
+    clip_norm: gradients of a larger norm, over all parameters, are scaled down to it.
   """
 
   name: Literal["adamw", "muon"] = "adamw"

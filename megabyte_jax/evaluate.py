@@ -18,8 +18,9 @@ from megabyte_jax.config import Config, MegabyteConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.data.batches import rows_of_this_process
 from megabyte_jax.data.read_ahead import read_ahead
-from megabyte_jax.data.sources import Source, check_bytes
+from megabyte_jax.data.sources import Source
 from megabyte_jax.loss import bits_per_byte
+from megabyte_jax.models.config import check_bytes
 from megabyte_jax.sharding import batch_sharding
 from megabyte_jax.train_state import make_eval_step
 from megabyte_jax.windows import Window
@@ -163,7 +164,7 @@ def _rows(lengths, config: Config, method: str, stride: int, max_bytes: int) -> 
   left = max_bytes or int(lengths.sum())
   for document, length in enumerate(lengths):
     used = int(min(length, left))
-    for window in windows.plan(used, config.model, method, stride) if used else ():
+    for window in windows.windows_of(used, config.model, method, stride) if used else ():
       yield document, window
     left -= used
 

@@ -18,7 +18,7 @@ from megabyte_jax import command_line, media_files
 from megabyte_jax.checkpoint import load_config
 from megabyte_jax.config_parsing import require
 from megabyte_jax.media_files import Prompt
-from megabyte_jax.pretrained import load, step_argument
+from megabyte_jax.pretrained import load
 from megabyte_jax.progress import Progress, duration, human
 from megabyte_jax.sampling import Sampling, generate
 from megabyte_jax.sharding import make_mesh
@@ -28,7 +28,9 @@ def parse_arguments() -> argparse.Namespace:
   """The command line; see the head of this file."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--workdir", default="runs/quickstart", help="the folder of a train.py run")
-  parser.add_argument("--step", type=step_argument, metavar="N|best", help="checkpoint; default: the newest")
+  parser.add_argument(
+    "--step", type=command_line.step_argument, metavar="N|best", help="checkpoint; default: the newest"
+  )
   parser.add_argument("--prompt", default="", help="text to continue")
   parser.add_argument("--prompt-file", default="", help="a file to continue, instead of --prompt")
   parser.add_argument("--keep", type=float, help="the share of the file to keep; default: 0.5 of an image, else 1")

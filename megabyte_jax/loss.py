@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from megabyte_jax.data.sources import check_bytes
 from megabyte_jax.models.build import Model
+from megabyte_jax.models.config import check_bytes
 from megabyte_jax.models.patch_groups import grouped_nats, grouped_sum_of_nats
 from megabyte_jax.models.perceiver_ar import PerceiverAR
 

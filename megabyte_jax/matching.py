@@ -139,7 +139,7 @@ def cost_against(reference: Config, by: str, rounds: int = 10) -> Cost:
     ratios = time_ratios(TimedStep(candidate), timed, rounds)
     found = statistics.median(ratios)
     spread = f"{min(ratios):.1%} to {max(ratios):.1%} in {len(ratios)} rounds"
-    print(f"candidate with {_layers(candidate)} layers: {found:.1%} of the reference ({spread})", file=sys.stderr)
+    print(f"candidate with {layers_text(candidate)} layers: {found:.1%} of the reference ({spread})", file=sys.stderr)
     return found
 
   return cost
@@ -147,16 +147,16 @@ def cost_against(reference: Config, by: str, rounds: int = 10) -> Cost:
 
 def report(found: Match, reference: Config, unit: str) -> str:
   """What was found, for people."""
-  rows = [("", "layers", unit, ""), ("reference", _layers(reference), "100.0%", "")]
+  rows = [("", "layers", unit, ""), ("reference", layers_text(reference), "100.0%", "")]
   for layers, cost in sorted(found.tried.items()):
     mark = "<- closest" if layers == found.layers else ""
-    rows.append(("candidate", _layers(with_layers(found.config, layers, found.level)), f"{cost:.1%}", mark))
+    rows.append(("candidate", layers_text(with_layers(found.config, layers, found.level)), f"{cost:.1%}", mark))
   return "\n".join([*(f"{a:10}{b:>8}{c:>30}  {d}".rstrip() for a, b, c, d in rows), found.override])
 
 
-def _layers(config: Config) -> str:
-  levels = (config.model,) if isinstance(config.model, PerceiverARConfig) else config.model.levels
-  return "+".join(str(level.num_layers) for level in levels)
+def layers_text(config: Config) -> str:
+  """The layers of each level, such as 24+15."""
+  return "+".join(str(level.num_layers) for level in config.model.levels)
 
 
 def define_flags() -> None:

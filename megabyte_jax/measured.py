@@ -20,7 +20,7 @@ from megabyte_jax import flops, windows
 from megabyte_jax.config import Config
 from megabyte_jax.config_parsing import ConfigError, require
 from megabyte_jax.progress import human
-from megabyte_jax.saved_run import changed_keys
+from megabyte_jax.saved_run import CONFIG_FILE, changed_keys, load_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +51,10 @@ def from_runs(folder: pathlib.Path, rows: Mapping[str, Config]) -> list[Measured
   require(folder.is_dir(), f"--runs={folder} is not a folder; name one that holds run directories of train.py")
   found = []
   for path in sorted(folder.glob("**/eval_*_*.json")):
-    config_path = path.parent / "config.json"
     content = _read(path)
-    if not config_path.exists() or not isinstance(content, dict) or "bpb" not in content:
+    if not (path.parent / CONFIG_FILE).exists() or not isinstance(content, dict) or "bpb" not in content:
       continue
-    try:
-      config = Config.from_dict(_read(config_path))
-    except ConfigError as error:
-      raise ConfigError(f"{config_path} does not fit this version of megabyte_jax: {error}") from error
+    config = load_config(path.parent)
     name = _row_of(path.parent, config, content.get("method"), rows)
     if name:
       other = _what_differs(config, content, rows[name])

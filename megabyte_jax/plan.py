@@ -21,7 +21,7 @@ import pickle
 import re
 import time
 from collections import Counter, defaultdict
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -300,7 +300,6 @@ def changed(
   if accumulate:
     config = dataclasses.replace(config, accumulate=accumulate)
   if remat:
-    require(remat in ("none", "named", "full"), f"--remat={remat}: choose none, named or full")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
   return dataclasses.replace(config, mesh=parse_mesh(mesh)) if mesh else config
 
@@ -341,7 +340,7 @@ def define_flags() -> None:
   flags.DEFINE_string("mesh", "", "Devices per axis, like fsdp=16,seq=4; default the config's.")
   flags.DEFINE_integer("batch_size", 0, "Windows per step; 0 takes the config's.")
   flags.DEFINE_integer("accumulate", 0, "Parts a batch is worked through in; 0 takes the config's.")
-  flags.DEFINE_string("remat", "", "none, named or full; default the config's.")
+  flags.DEFINE_enum("remat", "", ["", *get_args(Remat)], "Default: the config's.")
   flags.DEFINE_enum("step", "train", STEPS, "What to compile.")
   flags.DEFINE_boolean("quick", False, "Compile in a third of the time; memory may come out a fifth too small.")
   flags.DEFINE_boolean("search", False, "Try meshes, remat, parts and, without --batch_size, batches; recommend one.")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 from typing import Literal
 
 import jax
@@ -35,7 +33,7 @@ def load(
   config = load_config(workdir)
   mesh = mesh or make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
   _, abstract = abstract_model(config.model)
-  with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+  with Checkpoints(workdir, read_only=True) as checkpoints:
     number = checkpoints.best_step() if step == "best" else step
     restored = checkpoints.restore_params(shard_abstract(abstract, mesh), number)
   return trained_model(config.model, restored.params), config, restored.step
@@ -47,13 +45,3 @@ def evaluation_mesh(config: MeshConfig) -> Mesh:
     return make_mesh(config)
   except ConfigError:
     return make_mesh(MeshConfig(data=1, fsdp=-1))
-
-
-def step_argument(text: str) -> int | Literal["best"]:
-  """The value of a command's --step: a number, or best."""
-  if text == "best":
-    return "best"
-  try:
-    return int(text)
-  except ValueError as error:
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor best") from error

@@ -64,12 +64,13 @@ def evaluate_and_print(
     options: further arguments of `evaluate`.
   """
   total = int(np.sum(source.lengths))
+  compare = with_compressors and total <= _COMPRESSED_BYTES and jax.process_index() == 0
+  before = primer() if compare and primer else None  # opened before the work, lest it fails after it
   with Progress("scoring", enabled=jax.process_index() == 0) as progress:
     result = evaluate(config, parameters, source, mesh=mesh, on_progress=progress.update, **options)
   compressors = {}
-  if with_compressors and total <= _COMPRESSED_BYTES and jax.process_index() == 0:
+  if compare:
     text = read_all(source)
-    before = primer() if primer else None
     if before and not (before.joinable and total + int(np.sum(before.lengths)) <= _COMPRESSED_BYTES):
       before = None
     compressors = compress_all(text, read_all(before) if before else None)

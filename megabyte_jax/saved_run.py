@@ -97,7 +97,7 @@ def check_same_run(
     elif validation_fingerprint:
       differences["data of validation"] = saved, validation_fingerprint
   if differences:
-    lines = [f"  {key}: {_show(was)} -> {_show(given)}" for key, (was, given) in sorted(differences.items())]
+    lines = [f"  {key}: {show_value(was)} -> {show_value(given)}" for key, (was, given) in sorted(differences.items())]
     raise CheckpointError(
       f"the checkpoint at step {meta.get('step', '?')} belongs to another run (saved -> given):\n"
       + "\n".join(lines)
@@ -107,13 +107,21 @@ def check_same_run(
 
 def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
   """Decisive keys that differ, each with its saved and its current value."""
+  return {key: values for key, values in all_differences(saved, current).items() if _matters(key)}
+
+
+def all_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+  """Dotted keys in which two configs differ, each with its saved and its current value.
+
+  Args:
+    saved, current: `Config.to_dict()`; keys that `saved` lacks count as having their default values.
+  """
   saved, current = _plain(saved), _plain(current)
-  before = _flat(_with_defaults(saved, current))
-  now = _flat(current)
+  before, now = _flat(_with_defaults(saved, current)), _flat(current)
   return {
     key: (before.get(key, _ABSENT), now.get(key, _ABSENT))
     for key in before.keys() | now.keys()
-    if before.get(key, _ABSENT) != now.get(key, _ABSENT) and _matters(key)
+    if before.get(key, _ABSENT) != now.get(key, _ABSENT)
   }
 
 
@@ -164,5 +172,6 @@ def _plain(values: Any) -> Any:
   return json.loads(json.dumps(values))
 
 
-def _show(value: Any) -> str:
+def show_value(value: Any) -> str:
+  """As JSON; `(absent)` where `all_differences` found none."""
   return "(absent)" if value is _ABSENT else json.dumps(value)

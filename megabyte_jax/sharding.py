@@ -22,8 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from megabyte_jax.config import ConfigError, MegabyteConfig, MeshConfig, ModelConfig
 from megabyte_jax.config_parsing import require
-
-BATCH = ("data", "fsdp")
+from megabyte_jax.models.layout import BATCH
 
 # Parameters by the end of their name; optimizer moments bear the names of their parameters. The first axis of
 # everything in `blocks` counts layers. What matches no line is replicated (norms, biases of width D, convolutions).
@@ -49,12 +48,6 @@ PARAMETERS = (
   (r"from_parent", P(None, "fsdp")),
   (r"embedder\.(table|positions|pad)", P(None, "fsdp")),  # per byte width, if it divides
 )
-
-ACTIVATIONS = {
-  "bytes": P(BATCH, "seq"),  # B T
-  "slots": P(BATCH, None, "seq", None),  # B 1 M D: the first level's slots are spread
-  "spans": P(BATCH, "seq", None, None),  # B N M D: whole spans are spread, so that they need no communication
-}
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -119,7 +112,6 @@ def _divisors(count: int) -> list[int]:
 
 def check_mesh(mesh: Mesh | AbstractMesh, model: ModelConfig, batch_size: int) -> None:
   """Raises ConfigError, naming sizes that would fit, unless the model and batch can be spread over the mesh."""
-  levels = model.levels if isinstance(model, MegabyteConfig) else (model.level,)
   spread = {
     "batch_size (per accumulation step)": (
       batch_size,
@@ -132,7 +124,7 @@ def check_mesh(mesh: Mesh | AbstractMesh, model: ModelConfig, batch_size: int) -
     spread["the number of patches (context / patch size)"] = (patches, mesh.shape["seq"], "mesh.seq")
   elif mesh.shape["seq"] > 1:
     raise ConfigError(f"mesh.seq is {mesh.shape['seq']}, but PerceiverAR's sequences are not spread; set it to 1")
-  for i, level in enumerate(levels):
+  for i, level in enumerate(model.levels):
     spread[f"levels[{i}].num_heads"] = (level.num_heads, mesh.shape["tensor"], "mesh.tensor")
     spread[f"levels[{i}] feed-forward width"] = (model.hidden(level), mesh.shape["tensor"], "mesh.tensor")
     spread[f"levels[{i}].width"] = (level.width, mesh.shape["fsdp"], "mesh.fsdp")
@@ -183,10 +175,3 @@ def constrain_state(tree: Any) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Of byte arrays [B, T]. Bytes are few: every device of a sequence holds all of its rows' bytes."""
   return NamedSharding(mesh, P(BATCH))
-
-
-def constrain(x: jax.Array, kind: str) -> jax.Array:
-  """Lays an activation out as ACTIVATIONS[kind] says, on the mesh that `jax.set_mesh` set; nothing without one."""
-  if jax.sharding.get_abstract_mesh().empty:
-    return x
-  return jax.lax.with_sharding_constraint(x, ACTIVATIONS[kind])

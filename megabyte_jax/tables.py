@@ -94,8 +94,7 @@ def cut(model: ModelConfig) -> str:
 
 def nominal(model: ModelConfig) -> str:
   """Sizes as the paper names them, from the coarsest level to the finest: `758M + 262M`."""
-  levels = (model.level,) if isinstance(model, PerceiverARConfig) else model.levels
-  sizes = [flops.nominal_parameters(level) for level in levels]
+  sizes = [flops.nominal_parameters(level) for level in model.levels]
   return " + ".join("?" if size is None else short(size) for size in sizes)
 
 

@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import get_args
 
 import numpy as np
 
+from megabyte_jax.config import Method
 from megabyte_jax.config_parsing import require
 from megabyte_jax.models.config import MegabyteConfig, ModelConfig, PerceiverARConfig
 
-METHODS = ("basic", "sliding", "strided", "both")
+METHODS: tuple[str, ...] = get_args(Method)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ def scored_mask(window: Window) -> np.ndarray:
   return in_range & ((position % window.patch < window.kept) | (position < window.whole))
 
 
-def plan(document_length: int, config: ModelConfig, method: str = "basic", stride: int = 0) -> Iterator[Window]:
+def windows_of(document_length: int, config: ModelConfig, method: str = "basic", stride: int = 0) -> Iterator[Window]:
   """The windows that score a document of `document_length` bytes.
 
   Args:
@@ -98,9 +100,14 @@ def check_method(config: ModelConfig, method: str, stride: int = 0) -> None:
 def default_stride(config: ModelConfig) -> int:
   """Half the context, in whole patches (whole spans where `config.span` cuts them); PerceiverAR: half the latents."""
   if isinstance(config, PerceiverARConfig):
-    return max(1, config.latents // 2)
+    return latent_stride(config.latents)
   unit = config.span or config.levels[0].patch_size
   return config.context // 2 // unit * unit or max(1, config.context // 2)
+
+
+def latent_stride(latents: int) -> int:
+  """Bytes from one window of PerceiverAR's to the next: half the latents, in evaluation and in training."""
+  return max(1, latents // 2)
 
 
 def cost_factor(method: str, config: ModelConfig, stride: int = 0) -> float:
@@ -122,7 +129,7 @@ def window_start(position: int, config: ModelConfig) -> int:
   """Start (PerceiverAR: of the latents) of the window that predicts byte `position` when generating.
 
   A full window keeps its last half (in whole patches), reads it again and goes on, so that each byte gets the
-  probability that `plan` with method=sliding gives it. PerceiverAR's latents move by half their number each time
+  probability that `windows_of` with method=sliding gives it. PerceiverAR's latents move by half their number each time
   they are full, as in its evaluation; its window starts at `latents_window`.
   """
   size = config.latents if isinstance(config, PerceiverARConfig) else config.context

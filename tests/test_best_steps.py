@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 from megabyte_jax.checkpoint import CheckpointError, Checkpoints
+from megabyte_jax.command_line import step_argument
 from megabyte_jax.config import CheckpointConfig
-from megabyte_jax.pretrained import step_argument
 
 BPB = {1: 3.0, 2: 2.0, 3: 2.5, 4: 2.0, 5: 2.7, 6: float("nan"), 7: 2.9}
 

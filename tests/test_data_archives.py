@@ -13,7 +13,7 @@ import pytest
 
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data import prepare
-from megabyte_jax.data.sources import open_path
+from megabyte_jax.data.sources import DataError, open_path
 
 TEXT = np.random.default_rng(0).bytes(3000)
 
@@ -53,7 +53,7 @@ def test_every_stream_of_a_file_is_read(tmp_path, kind):
   assert packed(tmp_path / "whole") == {"x": TEXT}
   for i, rest in enumerate((b"X" + second[1:], second[:3] + b"\xff" + second[4:], second[:-1], b"garbage")):
     path.write_bytes(first + rest)
-    with pytest.raises(SystemExit, match="damaged or cut short"):
+    with pytest.raises(DataError, match="damaged or cut short"):
       pack(path, tmp_path / f"bad{i}")
 
 
@@ -66,7 +66,7 @@ def test_archives_one_after_the_other_are_all_read(tmp_path, kind):
   pack(path, tmp_path / "whole")
   assert packed(tmp_path / "whole") == {"a": TEXT[:700], "b": TEXT[700:1500], "c": TEXT[1500:], "d": b"last"}
   path.write_bytes(compress(parts[0] + b"X" + parts[1]))
-  with pytest.raises(SystemExit, match="damaged or cut short"):
+  with pytest.raises(DataError, match="damaged or cut short"):
     pack(path, tmp_path / "bad")
 
 
@@ -75,7 +75,7 @@ def test_a_hard_link_is_the_file_it_links_to(tmp_path):
   pack(tmp_path / "x.tar", tmp_path / "whole")
   assert packed(tmp_path / "whole") == {"a": TEXT, "b": TEXT, "c": b"other", "d": b"other"}
   (tmp_path / "x.tar").write_bytes(tar(a=TEXT, b="nothing"))
-  with pytest.raises(SystemExit, match=r"at b .it is a link to nothing, which is not in the archive"):
+  with pytest.raises(DataError, match=r"at b .it is a link to nothing, which is not in the archive"):
     pack(tmp_path / "x.tar", tmp_path / "bad")
 
 
@@ -87,9 +87,9 @@ def test_a_bad_member_of_a_zip_file_is_named_or_skipped(tmp_path):
   data = bytearray(path.read_bytes())
   data[data.find(TEXT[1000:1040])] ^= 1
   path.write_bytes(data)
-  with pytest.raises(SystemExit, match=r"1\.txt .*CRC"):
+  with pytest.raises(DataError, match=r"1\.txt .*CRC"):
     pack(path, tmp_path / "p")
-  pack(path, tmp_path / "p", "--skip_bad")
+  pack(path, tmp_path / "p", "--skip-bad")
   assert packed(tmp_path / "p") == {"0.txt": TEXT[:1000], "2.txt": TEXT[2000:]}
   assert open_path(str(tmp_path / "p"), DataConfig()).skipped == 1
 
@@ -97,10 +97,10 @@ def test_a_bad_member_of_a_zip_file_is_named_or_skipped(tmp_path):
 def test_an_empty_gz_file_is_named_or_skipped(tmp_path):
   path = tmp_path / "x.txt.gz"
   path.write_bytes(gzip.compress(b""))
-  with pytest.raises(SystemExit, match=r"x\.txt is empty; skip"):
+  with pytest.raises(DataError, match=r"x\.txt is empty; skip"):
     pack(path, tmp_path / "p")
-  with pytest.raises(SystemExit, match=r"nothing to pack into .*1 items were skipped"):
-    pack(path, tmp_path / "p", "--skip_bad")
+  with pytest.raises(DataError, match=r"nothing to pack into .*1 items were skipped"):
+    pack(path, tmp_path / "p", "--skip-bad")
 
 
 def test_the_place_in_an_archive_is_told(tmp_path):

@@ -11,7 +11,7 @@ from processes import run
 from megabyte_jax.config import ConfigError, DataConfig, PerceiverARConfig
 from megabyte_jax.data.batches import batches, host_batches, open_windows, rows_of_this_process
 from megabyte_jax.data.sources import DataError, Mixture, open_path
-from megabyte_jax.windows import plan
+from megabyte_jax.windows import windows_of
 
 
 class Numbers:
@@ -73,10 +73,10 @@ def test_each_window_of_a_packed_epoch_is_seen_once_and_cut_elsewhere_in_the_nex
   assert n == 211 // 16 - 1
   starts = []
   for epoch in range(4):
-    spans = [windows.span(epoch * n + i) for i in range(n)]
-    places = sorted(windows.source.starts[span.document] + span.start for span in spans)
+    drawn = [windows.place_of(epoch * n + i) for i in range(n)]
+    places = sorted(windows.source.starts[place.document] + place.start for place in drawn)
     assert np.all(np.diff(places) == 16) and places[0] >= 0 and places[-1] + 16 <= 211
-    starts.append((places[0], tuple(span.start for span in spans)))
+    starts.append((places[0], tuple(place.start for place in drawn)))
   assert len({offset for offset, _ in starts}) > 1 and len({order for _, order in starts}) == 4
 
 
@@ -84,7 +84,7 @@ def test_each_window_of_a_packed_epoch_is_seen_once_and_cut_elsewhere_in_the_nex
 def test_the_order_is_that_of_grain(seed):
   windows = open_windows(Numbers(*[16] * 50), context=16, seed=seed, documents="whole")
   order = grain.MapDataset.range(50).shuffle(windows.seed).repeat()
-  assert [windows.span(i).document for i in range(170)] == [order[i] for i in range(170)]
+  assert [windows.place_of(i).document for i in range(170)] == [order[i] for i in range(170)]
 
 
 def test_packed_windows_run_from_one_document_into_the_next():
@@ -112,12 +112,12 @@ def test_whole_windows_stay_within_documents_and_hold_every_byte_once_an_epoch()
 def test_windows_with_latents_are_those_of_evaluation(lengths):
   """PerceiverAR is trained on what it is measured on: same starts, ends and latents, each once an epoch."""
   config = PerceiverARConfig(context=16, latents=6, width=8, num_layers=1, num_heads=1)
-  expected = [(d, w.start, w.length) for d, length in enumerate(lengths) for w in plan(length, config)]
+  expected = [(d, w.start, w.length) for d, length in enumerate(lengths) for w in windows_of(length, config)]
   windows = open_windows(Numbers(*lengths), context=16, seed=0, documents="whole", latents=6)
   assert windows.per_epoch == len(expected)
   for epoch in range(2):
-    spans = [windows.span(epoch * len(expected) + i) for i in range(len(expected))]
-    assert sorted(tuple(span) for span in spans) == expected
+    places = [windows.place_of(epoch * len(expected) + i) for i in range(len(expected))]
+    assert sorted(tuple(place) for place in places) == expected
 
 
 def test_packed_windows_with_latents_reach_every_byte():
@@ -125,8 +125,8 @@ def test_packed_windows_with_latents_reach_every_byte():
   assert windows.per_epoch == (211 - 16) // 2
   ends = []
   for i in range(windows.per_epoch):
-    span = windows.span(i)
-    ends.append(int(windows.source.starts[span.document]) + span.start + span.length)
+    place = windows.place_of(i)
+    ends.append(int(windows.source.starts[place.document]) + place.start + place.length)
   assert sorted(ends) == list(range(min(ends), min(ends) + 2 * len(ends), 2))
   assert min(ends) >= 16 and max(ends) <= 211
   with pytest.raises(ConfigError, match="3 latents, which move by half, cut apart the 2 bytes of a sample"):

@@ -101,7 +101,7 @@ def test_empty_files_of_a_folder_are_left_out_and_told(run_on_images, tmp_path, 
     arguments = ["--workdir", workdir, "--no-compressors", "--data"]
     lines, result = evaluate_command(monkeypatch, *arguments, source)
     assert (result["bytes"], result["skipped"]) == (120, 1) and "1 document, 1 skipped" in "\n".join(lines)
-    with pytest.raises(DataError, match=r"__init__\.py is empty; .*eval\.py: --skip-bad"):
+    with pytest.raises(DataError, match=r"__init__\.py is empty; .*eval\.py and prepare: --skip-bad"):
       evaluate_command(monkeypatch, *arguments, source / "__init__.py")
   finally:
     (workdir / "config.json").write_text(json.dumps(saved))

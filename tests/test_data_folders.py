@@ -85,7 +85,7 @@ def test_names_need_not_be_utf8(folder, tmp_path):
 
 def test_empty_files_of_a_folder_cost_an_evaluation_nothing(folder):
   (folder / "__init__.py").write_bytes(b"")
-  with pytest.raises(DataError, match=r"__init__\.py is empty.*eval\.py: --skip-bad, prepare: --skip_bad"):
+  with pytest.raises(DataError, match=r"__init__\.py is empty.*eval\.py and prepare: --skip-bad"):
     open_path(str(folder), PLAIN)
   source = open_path(str(folder), PLAIN, skip_empty=True)
   assert source.names == ["a.txt", "b/c.txt"] and source.skipped == 1

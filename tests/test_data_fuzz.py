@@ -179,7 +179,7 @@ def test_damaged_packed_folders(tmp_path):
           assert found == text.read_bytes()
         elif found != text.read_bytes():
           assert len(found) == 2000 and source.fingerprint != fingerprint
-          with pytest.raises(SystemExit, match=r"data\.bin has changed"):
+          with pytest.raises(DataError, match=r"data\.bin has changed"):
             prepare.main(["verify", str(tmp_path / "item")])
       except ValueError as error:
         assert "item" in str(error)

@@ -49,7 +49,7 @@ def test_a_folder_packed_is_the_folder(tmp_path, capsys):
   prepare.main(["verify", str(tmp_path / "packed")])
   pack(tmp_path / "texts", tmp_path / "packed")  # nothing left to do
   (tmp_path / "texts" / "d.txt").write_bytes(b"more")
-  with pytest.raises(SystemExit, match="remove it or name another"):
+  with pytest.raises(DataError, match="remove it or name another"):
     pack(tmp_path / "texts", tmp_path / "packed")
 
 
@@ -73,7 +73,7 @@ def test_archives_are_packed(tmp_path, kind):
   whole = path.read_bytes()
   for keep in (0.4, 0.98) if kind != "tar" else (0.15, 0.3):
     path.write_bytes(whole[: int(len(whole) * keep) // (512 if kind == "tar" else 1) * (512 if kind == "tar" else 1)])
-    with pytest.raises(SystemExit, match=r"damaged or cut short"):
+    with pytest.raises(DataError, match=r"damaged or cut short"):
       pack(path, tmp_path / f"cut{keep}")
     assert not (tmp_path / f"cut{keep}").exists()
 
@@ -109,14 +109,14 @@ def test_packed_books_train_whole_and_packed(tmp_path):
 def test_bad_items_stop_or_are_skipped_and_counted(tmp_path, capsys):
   folder = write_texts(tmp_path / "texts")
   (folder / "empty.txt").write_bytes(b"")
-  with pytest.raises(SystemExit, match=r"empty\.txt is empty"):
+  with pytest.raises(DataError, match=r"empty\.txt is empty"):
     pack(folder, tmp_path / "packed")
   pack(folder, tmp_path / "packed", "--skip_bad")
   assert "1 skipped" in capsys.readouterr().out
   with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
     archive.writestr("empty.txt", b"")
     archive.writestr("full.txt", b"full")
-  with pytest.raises(SystemExit, match=r"empty\.txt in .*x\.zip is empty"):
+  with pytest.raises(DataError, match=r"empty\.txt in .*x\.zip is empty"):
     pack(tmp_path / "x.zip", tmp_path / "zipped")
   pack(tmp_path / "x.zip", tmp_path / "zipped", "--skip_bad")
   assert "1 skipped" in capsys.readouterr().out
@@ -177,8 +177,9 @@ NO_ROOM = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+from megabyte_jax import command_line
 from megabyte_jax.data import prepare
-prepare.main(["pack", *sys.argv[2:]])
+command_line.run(lambda: prepare.main(["pack", *sys.argv[2:]]))
 """
 
 
@@ -198,7 +199,7 @@ def test_packed_data_changed_afterwards_are_refused(tmp_path):
   whole = data.read_bytes()
   data.write_bytes(whole[:50] + b"X" + whole[51:])
   assert open_path(str(tmp_path / "p"), PLAIN).fingerprint != first
-  with pytest.raises(SystemExit, match=r"data\.bin has changed"):
+  with pytest.raises(DataError, match=r"data\.bin has changed"):
     prepare.main(["verify", str(tmp_path / "p")])
   data.write_bytes(whole[:-1])
   with pytest.raises(DataError, match="330 bytes instead of 3 and 331"):
@@ -277,16 +278,16 @@ def test_damaged_tfrecords_are_named(tmp_path, damage):
   else:
     data = data[: 16 + int.from_bytes(data[:8], "little")]
   path.write_bytes(data)
-  with pytest.raises(SystemExit, match=rf"{path.name} (is (damaged|cut short)|holds 1 records)"):
+  with pytest.raises(DataError, match=rf"{path.name} (is (damaged|cut short)|holds 1 records)"):
     prepare.main(["convert", "tfds:downsampled_imagenet/64x64", f"--tfds_dir={tmp_path}"])
   assert not list(folder.glob("*validation*array_record*")) and not list(folder.glob("*tmp*"))
 
 
 def test_a_data_set_that_nobody_knows_is_one_line(tmp_path):
   for command in ("build", "convert"):
-    with pytest.raises(SystemExit, match="knows no data set 'nonsense'"):
+    with pytest.raises(DataError, match="knows no data set 'nonsense'"):
       prepare.main([command, "tfds:nonsense", f"--tfds_dir={tmp_path}"])
-  with pytest.raises(SystemExit, match="nothing to convert"):
+  with pytest.raises(DataError, match="nothing to convert"):
     prepare.main(["convert", "tfds:pg19", f"--tfds_dir={tmp_path}"])
-  with pytest.raises(SystemExit, match=r"manual|by hand"):
+  with pytest.raises(DataError, match=r"manual|by hand"):
     prepare.main(["build", "tfds:imagenet2012", f"--tfds_dir={tmp_path}"])

@@ -35,7 +35,7 @@ def nats_by_plan(name, texts):
   config = variants.VARIANTS[name]
   B, length = texts.shape
   nats, counted = np.zeros(texts.shape), np.zeros(length, int)
-  for w in windows.plan(length, config, "sliding"):
+  for w in windows.windows_of(length, config, "sliding"):
     x_BT = np.zeros((B, config.context), np.int32)
     x_BT[:, : w.length] = texts[:, w.start : w.start + w.length]
     mask = windows.scored_mask(w)

@@ -149,7 +149,7 @@ def by_hand(config, parameters, source, method):
   totals = []
   for document in source.documents:
     total = 0.0
-    for window in windows.plan(len(document), config.model, method):
+    for window in windows.windows_of(len(document), config.model, method):
       x_T = np.zeros(config.model.context, np.uint8)
       x_T[: window.length] = document[window.start : window.start + window.length]
       x_T[window.length :] = 77  # padding must not matter

@@ -39,7 +39,7 @@ def megabyte_cases(draw):
 @settings(max_examples=300, deadline=None)
 def test_every_byte_is_scored_once_with_the_promised_context(case):
   length, config, method, stride = case
-  plan = list(windows.plan(length, config, method, stride))
+  plan = list(windows.windows_of(length, config, method, stride))
   scored = scored_bytes(plan)
   assert sorted(t for t, _ in scored) == list(range(length))
   context, patch = config.context, config.levels[0].patch_size
@@ -66,7 +66,7 @@ def perceiver_cases(draw):
 @settings(max_examples=300, deadline=None)
 def test_perceiver_scores_every_byte_once_among_its_latents(case):
   length, config, stride = case
-  scored = scored_bytes(windows.plan(length, config, "basic", stride))
+  scored = scored_bytes(windows.windows_of(length, config, "basic", stride))
   assert sorted(t for t, _ in scored) == list(range(length))
   stride = stride or windows.default_stride(config)
   for t, w in scored:
@@ -75,26 +75,26 @@ def test_perceiver_scores_every_byte_once_among_its_latents(case):
     assert w.length - w.latent_start <= config.latents
     assert t - w.start >= min(t, config.context - stride)  # bytes of context
     assert t - w.start - w.latent_start >= min(t, config.latents - stride)  # latents before it
-  full = [w for w in windows.plan(length, config, "basic", stride) if w.start + w.length < length]
+  full = [w for w in windows.windows_of(length, config, "basic", stride) if w.start + w.length < length]
   assert all(w.latent_start == max(0, w.length - config.latents) for w in full)
 
 
 def test_strided_on_the_papers_example():
   """Fig. 5: P = 8, pass A's patches start at 0, 8, ..., pass B's first one at byte 4."""
-  a, b = windows.plan(24, megabyte(24, 8), "strided")
+  a, b = windows.windows_of(24, megabyte(24, 8), "strided")
   assert (a.start, a.length, b.start, b.length) == (0, 24, 4, 20)
   assert np.flatnonzero(windows.scored_mask(a)).tolist() == [*range(8), *range(8, 12), *range(16, 20)]
   assert (4 + np.flatnonzero(windows.scored_mask(b))).tolist() == [*range(12, 16), *range(20, 24)]
 
 
 def test_strided_with_an_odd_patch_and_a_partial_tail():
-  a, b = windows.plan(13, megabyte(15, 5), "strided")
+  a, b = windows.windows_of(13, megabyte(15, 5), "strided")
   assert np.flatnonzero(windows.scored_mask(a)).tolist() == [*range(5), 5, 6, 10, 11]
   assert (2 + np.flatnonzero(windows.scored_mask(b))).tolist() == [7, 8, 9, 12]
 
 
 def test_sliding_moves_by_half_the_context():
-  plan = list(windows.plan(20, megabyte(8, 4, 1), "sliding"))
+  plan = list(windows.windows_of(20, megabyte(8, 4, 1), "sliding"))
   assert [(w.start, w.length, w.score_from, w.score_to) for w in plan] == [
     (0, 8, 0, 8),
     (4, 8, 4, 8),
@@ -104,7 +104,7 @@ def test_sliding_moves_by_half_the_context():
 
 
 def test_perceiver_grows_to_its_context():
-  plan = list(windows.plan(20, perceiver(12, 4), "basic"))
+  plan = list(windows.windows_of(20, perceiver(12, 4), "basic"))
   assert [(w.start, w.length, w.latent_start) for w in plan[:6]] == [
     (0, 4, 0),
     (0, 6, 2),
@@ -113,7 +113,7 @@ def test_perceiver_grows_to_its_context():
     (0, 12, 8),
     (2, 12, 8),
   ]
-  assert plan == list(windows.plan(20, perceiver(12, 4), "sliding"))
+  assert plan == list(windows.windows_of(20, perceiver(12, 4), "sliding"))
 
 
 @given(st.integers(0, 200), st.one_of(megabyte_cases(), perceiver_cases()))
@@ -126,14 +126,14 @@ def test_generation_sees_what_sliding_evaluation_sees(position, case):
   while position >= start + size:
     start += windows.default_stride(config)
   assert start == windows.window_start(position, config)
-  (window,) = [w for t, w in scored_bytes(windows.plan(position + 1, config, "sliding")) if t == position]
+  (window,) = [w for t, w in scored_bytes(windows.windows_of(position + 1, config, "sliding")) if t == position]
   if latents:
     assert (window.start, window.start + window.latent_start) == (windows.latents_window(start, config), start)
   else:
     assert window.start == start
   room = min(config.context, window.latent_start + size)
   assert windows.generation_window(position, config) == (window.start, room, window.latent_start)
-  later = dict(scored_bytes(windows.plan(position + 77, config, "sliding")))[position]
+  later = dict(scored_bytes(windows.windows_of(position + 77, config, "sliding")))[position]
   assert (later.start, later.latent_start) == (window.start, window.latent_start)
 
 
@@ -151,7 +151,7 @@ def test_cost_factors():
   assert windows.cost_factor("both", config, stride=16) == 8
   assert windows.cost_factor("basic", perceiver(64, 16)) == 2
   for method in windows.METHODS:
-    read = sum(w.length for w in windows.plan(64 * 200, config, method)) / (64 * 200)
+    read = sum(w.length for w in windows.windows_of(64 * 200, config, method)) / (64 * 200)
     assert read == pytest.approx(windows.cost_factor(method, config), rel=0.05)
 
 
@@ -170,7 +170,7 @@ def test_cost_factors():
 )
 def test_what_does_not_fit_is_one_clear_error(config, method, stride, message):
   with pytest.raises(ConfigError, match=message):
-    windows.plan(10, config, method, stride)
+    windows.windows_of(10, config, method, stride)
 
 
 def test_windows_are_values():

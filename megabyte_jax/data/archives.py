@@ -81,7 +81,7 @@ def documents(
         if number <= first:
           continue
         if size == 0 and not skip_bad:
-          raise DataError(f"{name} in {path} is empty; skip such files with --skip_bad")
+          raise DataError(f"{name} in {path} is empty; skip such files with --skip-bad")
         yield None if size == 0 else (name, _blocks(opened, name, path, lambda: on_place(archive.tell())))
   except _ERRORS as error:
     if isinstance(error, DataError):
@@ -209,5 +209,5 @@ def _blocks(opened: Opened, name: str, path: str, after_block: Callable[[], None
   except _ERRORS as error:
     what = f"{path} is damaged or cut short at {name} ({error})"
     if path.lower().endswith(".zip"):
-      raise BadItem(f"{what}; skip such files with --skip_bad") from error
+      raise BadItem(f"{what}; skip such files with --skip-bad") from error
     raise DataError(what) from error

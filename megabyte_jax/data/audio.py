@@ -100,7 +100,6 @@ class AudioFiles:
   def __init__(self, paths: Sequence[str], names: Sequence[str], data: DataConfig):
     self.data, self.paths, self.names = data, list(paths), list(names)
     rate, self.unit = data.sample_rate, sample_width(data.encoding)
-    require(rate >= 0, f"config.data.sample_rate is {rate}; it must not be negative")
     _import("soundfile"), _import("soxr")
     with ThreadPoolExecutor() as pool:
       heads = list(pool.map(self._head, range(len(paths))))

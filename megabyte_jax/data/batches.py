@@ -19,7 +19,9 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from megabyte_jax.config_parsing import require
-from megabyte_jax.data.sources import DataError, Mixture, Source, check_bytes
+from megabyte_jax.data.sources import DataError, Mixture, Source
+from megabyte_jax.models.config import check_bytes
+from megabyte_jax.windows import latent_stride
 
 _AHEAD = 2  # batches on their way to the devices while the current one is worked on
 
@@ -36,8 +38,8 @@ class Batch(NamedTuple):
   length_B: np.ndarray | jax.Array
 
 
-class Span(NamedTuple):
-  """A window: `length` bytes from byte `start` of a document on, running into the next documents if need be."""
+class Place(NamedTuple):
+  """Where a window lies: `length` bytes from byte `start` of a document on, in the next documents too if need be."""
 
   document: int
   start: int
@@ -72,7 +74,7 @@ class Windows:
     self.packed = documents == "packed" and source.joinable
     self.total = int(source.lengths.sum())
     self._first_end = latents or context  # bytes of the first window of a document
-    self._stride = max(1, latents // 2) if latents else context
+    self._stride = latent_stride(latents) if latents else context
     require(
       context % source.unit == 0,
       f"a context of {context} bytes cuts apart the {source.unit} bytes of a sample; make it a multiple",
@@ -94,7 +96,7 @@ class Windows:
       self._ends = np.cumsum(np.where(source.lengths > 0, 1 + more, 0))
       self.per_epoch = int(self._ends[-1])
 
-  def span(self, draw: int) -> Span:
+  def place_of(self, draw: int) -> Place:
     """The window that is draw number `draw` >= 0."""
     epoch, window = divmod(draw, self.per_epoch)
     if self.per_epoch > 1:  # as grain.MapDataset.range(per_epoch).shuffle(seed).repeat() has it, in a tenth of the time
@@ -105,15 +107,15 @@ class Windows:
       slack = (self.total - self.context - (self.per_epoch - 1) * self._stride) // unit
       place = window * self._stride + unit * _random_below(slack + 1, self.seed, epoch)
       document = int(self._ends.searchsorted(place, side="right"))
-      return Span(document, place - self._first(document), self.context)
+      return Place(document, place - self._first(document), self.context)
     document = int(self._ends.searchsorted(window, side="right"))
     end = self._first_end + (window - self._first(document)) * self._stride
     start = max(0, end - self.context)
-    return Span(document, start, min(end, int(self.source.lengths[document])) - start)
+    return Place(document, start, min(end, int(self.source.lengths[document])) - start)
 
   def read(self, draw: int, out_T: np.ndarray) -> int:
     """Writes the bytes of draw number `draw` to the front of `out_T` and returns how many there are."""
-    document, start, length = self.span(draw)
+    document, start, length = self.place_of(draw)
     done = 0
     while done < length:
       stop = min(start + length - done, int(self.source.lengths[document]))

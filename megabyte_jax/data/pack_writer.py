@@ -128,7 +128,7 @@ class PackWriter:
             bad = True
           if not bad and not size:
             if not skip_bad:
-              raise DataError(f"{label} is empty; skip such items with --skip_bad")
+              raise DataError(f"{label} is empty; skip such items with --skip-bad")
             bad = True
         if bad:
           files["data.bin"].truncate(state["bytes"])

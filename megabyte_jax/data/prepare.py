@@ -18,7 +18,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from megabyte_jax import remote
 from megabyte_jax.config import DataConfig
 from megabyte_jax.config_parsing import dataclass_from_mapping
 from megabyte_jax.data import archives, packed
@@ -75,7 +74,7 @@ def _documents(source: Source, first: int) -> Iterator[tuple[str, Iterator[bytes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-  """The command line; errors that a person can put right are one line and exit status 1, Ctrl-C is 130."""
+  """The command line; raises what a person can put right (see command_line.run)."""
   parser = argparse.ArgumentParser(
     prog="python -m megabyte_jax.data.prepare",
     description=__doc__,
@@ -88,14 +87,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
   for field in dataclasses.fields(DataConfig):
     if field.name in _SPLITS:
       continue
+    names = (f"--{field.name.replace('_', '-')}", f"--{field.name}")  # both spellings, once where they are the same
     if isinstance(field.default, bool):
-      packing.add_argument(f"--{field.name}", action="store_true")
+      packing.add_argument(*dict.fromkeys(names), action="store_true")
     else:
-      packing.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+      packing.add_argument(*dict.fromkeys(names), type=type(field.default), default=field.default)
   for name, text in (("build", "download and prepare a TFDS data set"), ("convert", "TFRecord -> ArrayRecord")):
     command = commands.add_parser(name, help=text)
     command.add_argument("name", help="tfds:NAME")
-    command.add_argument("--tfds_dir", default="")
+    command.add_argument("--tfds-dir", "--tfds_dir", default="")
     if name == "convert":
       command.add_argument("--out", default="", help="another TFDS folder to write to; default: beside the old files")
   commands.add_parser("verify", help="check a packed folder").add_argument("folder")
@@ -112,16 +112,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
       from megabyte_jax.data import tfds_files  # noqa: PLC0415
 
       getattr(tfds_files, command)(given.pop("name").removeprefix("tfds:"), **given)
-  except (ValueError, OSError) as error:
-    sys.exit(f"prepare: {error}")
-  except ImportError as error:
-    if not (line := remote.missing_package(error)):
-      raise
-    sys.exit(f"prepare: {line}")
   except KeyboardInterrupt:
-    print("prepare: interrupted; the same command goes on from here", file=sys.stderr)
-    sys.exit(130)
+    print("the same command goes on from here", file=sys.stderr)
+    raise
 
 
 if __name__ == "__main__":
-  main()
+  from megabyte_jax import command_line
+
+  command_line.run(main)

@@ -23,7 +23,7 @@ from megabyte_jax.config import ConfigError, DataConfig
 from megabyte_jax.config_parsing import require
 
 SAMPLE_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sample")
-SKIP_HINT = "--config.data.skip_bad=True (eval.py: --skip-bad, prepare: --skip_bad)"
+SKIP_HINT = "--config.data.skip_bad=True (eval.py and prepare: --skip-bad)"
 
 
 class DataError(ValueError):
@@ -125,15 +125,6 @@ def _open_one(spec: str, data: DataConfig, skip_empty: bool = False) -> Source:
 def said(error: Exception) -> str:
   """What a decoder says, without the in-memory file that it was given."""
   return re.sub(r" ?<_io\.BytesIO object at \w+>", "", str(error))
-
-
-def check_bytes(x: np.ndarray, vocab_size: int) -> None:
-  """Raises ConfigError where a byte of x is not among those that a model of so many values knows."""
-  if not x.size or (x.dtype == np.uint8 and vocab_size == 256):
-    return
-  for extreme in (int(x.max()), int(x.min())):
-    if not 0 <= extreme < vocab_size:
-      raise ConfigError(f"the model knows only bytes below {vocab_size} (model.vocab_size); the data have {extreme}")
 
 
 class Joined:

@@ -110,7 +110,7 @@ def find_builder(name: str, tfds_dir: str) -> Any:
 
 def prepare_command(action: str, name: str, tfds_dir: str) -> str:
   """The command line that builds or converts a data set."""
-  where = f" --tfds_dir={tfds_dir}" if tfds_dir else ""
+  where = f" --tfds-dir={tfds_dir}" if tfds_dir else ""
   return f"python -m megabyte_jax.data.prepare {action} tfds:{name}{where}"
 
 

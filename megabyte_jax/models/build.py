@@ -59,11 +59,10 @@ def in_compute_dtype(config: ModelConfig, parameters: nnx.State, rows: int) -> n
   layers that no single kernel takes together (stack_kernel.py) become arrays of their own.
   """
   sharding = jax.tree.leaves(parameters)[0].sharding
-  levels = config.levels if isinstance(config, MegabyteConfig) else [config.level]
   one_gpu = cached_attention.on_one_gpu(compute_dtype(config)) and len(sharding.device_set) == 1
-  if not one_gpu or not all(cached_attention.serves(level) for level in levels):
+  if not one_gpu or not all(cached_attention.serves(level) for level in config.levels):
     return cast_for_decoding(config, parameters)
-  stacked = all(stack_kernel.serves(level, config, rows) for level in levels)
+  stacked = all(stack_kernel.serves(level, config, rows) for level in config.levels)
   return _prepare(config, sharding, stacked)(parameters)
 
 

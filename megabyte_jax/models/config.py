@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+import numpy as np
+
 from megabyte_jax.config_parsing import require
 
 Remat = Literal["none", "full", "named"]
@@ -228,6 +230,7 @@ class PerceiverARConfig(BlockOptions):
     latents: N, the last positions of the input, whose next bytes are predicted.
     width, num_layers, num_heads, head_dim, ff_width, rotary: as in `Level`; the cross-attention
       layer comes on top of `num_layers` self-attention layers.
+    vocab_size: as in `MegabyteConfig`.
   """
 
   family: Literal["perceiver_ar"] = "perceiver_ar"
@@ -247,6 +250,11 @@ class PerceiverARConfig(BlockOptions):
     names = ("width", "num_layers", "num_heads", "head_dim", "ff_width", "rotary")
     return Level(patch_size=1, **{name: getattr(self, name) for name in names})
 
+  @property
+  def levels(self) -> tuple[Level, ...]:
+    """The one, as `MegabyteConfig` has several."""
+    return (self.level,)
+
   def __post_init__(self):
     self.check_options()
     require(self.context > 0, f"model.context is {self.context}; it must be at least 1")
@@ -259,3 +267,14 @@ class PerceiverARConfig(BlockOptions):
 
 
 ModelConfig = MegabyteConfig | PerceiverARConfig
+
+
+def check_bytes(x: np.ndarray, vocab_size: int) -> None:
+  """Raises ConfigError where a number of x is not among the bytes that a model of so many values knows."""
+  if not x.size or (x.dtype == np.uint8 and vocab_size == 256):
+    return
+  for extreme in (int(x.max()), int(x.min())):
+    require(
+      0 <= extreme < vocab_size,
+      f"the model knows only bytes below {vocab_size} (model.vocab_size); the data have {extreme}",
+    )

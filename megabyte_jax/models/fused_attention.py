@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from megabyte_jax.hardware import platform
 from megabyte_jax.models import tile_attention
-from megabyte_jax.sharding import BATCH
+from megabyte_jax.models.layout import BATCH
 
 _LANES = 128  # splash's key blocks are whole numbers of TPU vector lanes
 _BLOCK = 1024  # slots a block should have at most: larger ones gain little and take on-chip memory

@@ -26,9 +26,9 @@ from flax import nnx
 from megabyte_jax.models.config import Level, MegabyteConfig
 from megabyte_jax.models.decoding import Decoding
 from megabyte_jax.models.layers import init_normal
+from megabyte_jax.models.layout import constrain
 from megabyte_jax.models.patch_embedder import PatchEmbedder, check_length
 from megabyte_jax.models.stack import Stack
-from megabyte_jax.sharding import constrain
 
 
 class LevelModel(nnx.Module):
