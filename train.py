@@ -116,7 +116,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
       meta = {"config": config.to_dict(), "init_from": origin}
       meta |= {"fingerprint": fingerprints[0], "validation_fingerprint": fingerprints[1]}
       meta |= {"seconds": metrics.seconds, "since_logged": [nats, count]}
-      checkpoints.save(step, state.parameters, state.opt_state, meta, force=True)
+      checkpoints.save(step, state.parameters, state.opt_state, meta)
 
     def note(step: int, result: Evaluation) -> None:
       metrics.write(step, {"validation_bpb": result.bpb})

@@ -99,7 +99,7 @@ def measure(args: argparse.Namespace) -> dict:
     for number, batch in stream(config, made, 0):
       if number == STEPS and not args.reference:
         with Checkpoints(args.workdir, config.checkpoint) as checkpoints:
-          checkpoints.save(STEPS, state.parameters, state.opt_state, {}, force=True)
+          checkpoints.save(STEPS, state.parameters, state.opt_state, {})
       state, values = step(state, batch.x_BT, None)
       losses.append(float(values["nats"]) / float(values["bytes"]))
     timed, x_BT = config, batch.x_BT

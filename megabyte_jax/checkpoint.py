@@ -115,21 +115,23 @@ class Checkpoints:
     """
     return self._manager.reached_preemption(step)
 
-  def save(self, step: int, params: Any, opt_state: Any, meta: Mapping[str, Any], *, force: bool = False) -> bool:
+  def save(self, step: int, params: Any, opt_state: Any, meta: Mapping[str, Any]) -> bool:
     """Starts saving and returns as soon as the arrays are copied, so that they may be donated to the next step.
 
     Args:
       step: optimizer steps taken.
       params, opt_state: pytrees of arrays.
       meta: what JSON can hold. `check_same_run` reads `config` and `fingerprint`; `step` and `format` are added.
-      force: save even where `should_save(step)` is false.
 
     Returns:
       Whether a save was started: not if the step is saved already.
+
+    Raises:
+      CheckpointError: opened for reading only, or `meta` is nothing that JSON can hold.
     """
     if self._read_only:
       raise CheckpointError(f"{self.folder} was opened for reading only; save() needs read_only=False")
-    if step in self._manager.all_steps() or not (force or self.should_save(step)):
+    if step in self._manager.all_steps():
       return False
     meta = {**meta, "step": int(step), "format": FORMAT}
     try:

@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
+from megabyte_jax.remote import is_remote
+
 DIGESTS_FILE = "files.json"
 _BLOCK = 1 << 22  # bytes read at once
 _THREADS = 4  # crc32 lets go of the interpreter lock
@@ -64,7 +66,7 @@ def _problem(folder: epath.Path, name: str, size: int, crc: int | None) -> str |
 
 def _digest(path: epath.Path) -> tuple[int, int | None]:
   """(bytes, crc32) of a local file; object stores keep checksums of their own, so there it is (bytes, None)."""
-  if "://" in str(path):
+  if is_remote(path):
     return path.stat().length, None
   size = crc = 0
   with path.open("rb") as file:

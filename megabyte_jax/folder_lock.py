@@ -7,6 +7,8 @@ import fcntl
 import os
 from collections.abc import Iterator
 
+from megabyte_jax.remote import is_remote
+
 
 @contextlib.contextmanager
 def locked(folder: str, otherwise: Exception) -> Iterator[None]:
@@ -17,7 +19,7 @@ def locked(folder: str, otherwise: Exception) -> Iterator[None]:
   Raises:
     otherwise: another process holds it.
   """
-  if "://" in folder:
+  if is_remote(folder):
     yield
     return
   os.makedirs(folder, exist_ok=True)

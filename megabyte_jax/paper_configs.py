@@ -17,7 +17,7 @@ CONFIGS = ROOT / "configs" / "paper"
 def rows_of_file(table: str) -> dict[str, Config]:
   """All rows of configs/paper/TABLE.py by name; raises ConfigError where the package lies outside a clone."""
   path = CONFIGS / f"{table}.py"
-  require(CONFIGS.is_dir(), f"{CONFIGS} does not exist; run megabyte_jax.tables from a clone of the repository")
+  require(CONFIGS.is_dir(), f"{CONFIGS} does not exist; the paper's rows are read from a clone of the repository")
   files = sorted(file.stem for file in CONFIGS.glob("*.py"))
   require(path.exists(), f"there is no table {table!r} in configs/paper; take one of {', '.join(files)}")
   return runpy.run_path(str(path))["ROWS"]

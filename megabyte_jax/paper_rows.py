@@ -142,7 +142,7 @@ def text(name: str) -> DataConfig:
   )
 
 
-def image64(scan_patch: int = 12) -> DataConfig:
+def image64() -> DataConfig:
   """Downsampled ImageNet, 64 x 64."""
   name = "tfds:downsampled_imagenet/64x64"
   return DataConfig(
@@ -150,7 +150,7 @@ def image64(scan_patch: int = 12) -> DataConfig:
     validation=f"{name}:validation",
     form="image",
     image_size=64,
-    scan_patch=scan_patch,
+    scan_patch=12,
     documents="whole",
   )
 
@@ -188,9 +188,9 @@ def text_transformer(data: str, context: int = 1024, train_bytes: int = BYTES) -
   return run(transformer((1024, 22), context), text(data), batch_size=72, train_bytes=train_bytes)
 
 
-def text_windowed_transformer(data: str, train_bytes: int = BYTES) -> Config:
+def text_windowed_transformer(data: str) -> Config:
   """Not in the paper: the text Transformer with a sliding window of 1,024 in a context of 8,192; 7% more FLOPs."""
-  return run(transformer((1024, 22), 8192, 1024), text(data), batch_size=9, train_bytes=train_bytes)
+  return run(transformer((1024, 22), 8192, 1024), text(data), batch_size=9)
 
 
 def text_perceiver_ar(data: str, train_bytes: int = BYTES) -> Config:

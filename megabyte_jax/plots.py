@@ -105,7 +105,6 @@ def loss_by_position(
   xlabel: str,
   *,
   bin_width: int = 1,
-  ylabel: str = "bits per byte",
 ) -> None:
   """Mean loss of the bytes at each position, of a patch (Fig. 5 of the paper) or of the context (Fig. 4).
 
@@ -113,7 +112,7 @@ def loss_by_position(
     values_by_position: mean loss at each position or in each bin; several curves as {name: values}. NaN leaves a
       gap where nothing was scored.
     out_png: where the picture goes.
-    title, xlabel, ylabel: texts.
+    title, xlabel: texts.
     bin_width: bytes that each value stands for, drawn at the middle of its bin; 1 draws at positions 0, 1, ...
 
   Raises:
@@ -125,7 +124,7 @@ def loss_by_position(
   for name, values in curves.items():
     if not np.isfinite(values).any():
       raise PlotError(f"no position of {name or 'the curve'} has a loss to draw in {out_png}")
-  with _axes(out_png, title, xlabel, ylabel) as axes:
+  with _axes(out_png, title, xlabel, "bits per byte") as axes:
     for (name, values), color in zip(curves.items(), _cycle(_COLORS), strict=False):
       x = np.arange(len(values)) * bin_width + (bin_width - 1) / 2
       marker: dict[str, Any] = {"marker": "o", "markersize": 6, "markeredgecolor": "white"} if len(values) <= 64 else {}

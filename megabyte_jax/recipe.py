@@ -38,7 +38,7 @@ CHANGES: dict[str, Callable[[Config], Config]] = {
   "qk_norm": _model(qk_norm=True),
   "init": _model(init_std=0.02),
   "muon": _optimizer(name="muon"),
-  # Not in the recipe: the paper's schedule is as good or better in fixed-length runs, and dropout a matter of the data.
+  # Not in the recipe: the paper's schedule stays, and dropout is a matter of the data.
   "cosine": _optimizer(schedule="cosine"),
   "wsd": _optimizer(schedule="wsd"),
   "no_dropout": _model(dropout=0.0),

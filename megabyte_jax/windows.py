@@ -117,6 +117,9 @@ def cost_factor(method: str, config: ModelConfig, stride: int = 0) -> float:
   stride.
 
   For PerceiverAR that is latents computed per byte scored: 2 at its default stride.
+
+  Raises:
+    ConfigError: the method or stride does not fit the model.
   """
   check_method(config, method, stride)
   if isinstance(config, PerceiverARConfig):

@@ -13,7 +13,7 @@ BPB = {1: 3.0, 2: 2.0, 3: 2.5, 4: 2.0, 5: 2.7, 6: float("nan"), 7: 2.9}
 
 
 def save(checkpoints, step, bpb=None):
-  checkpoints.save(step, {"x": jnp.full(3, float(step))}, {"count": jnp.int32(step)}, {}, force=True)
+  checkpoints.save(step, {"x": jnp.full(3, float(step))}, {"count": jnp.int32(step)}, {})
   if bpb is not None:
     checkpoints.record(step, bpb)
 

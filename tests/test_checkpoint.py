@@ -44,7 +44,7 @@ def assert_same(a, b):
 def save_steps(workdir, *steps, **config):
   with Checkpoints(workdir, CheckpointConfig(**{"keep": 9} | config)) as checkpoints:
     for step in steps:
-      assert checkpoints.save(step, *make_state(step), {"config": {"a": 1}, "seconds": 1.5}, force=True)
+      assert checkpoints.save(step, *make_state(step), {"config": {"a": 1}, "seconds": 1.5})
 
 
 def array_files(workdir, step, item="params"):
@@ -71,17 +71,17 @@ def test_parameters_alone_from_a_folder_that_is_only_read(tmp_path):
     assert_same(restored.params, make_state(1)[0])
     assert restored.opt_state is None
     with pytest.raises(CheckpointError, match="read_only=False"):
-      checkpoints.save(3, *make_state(3), {}, force=True)
+      checkpoints.save(3, *make_state(3), {})
   assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_reader_follows_a_run_that_goes_on(tmp_path):
   with Checkpoints(tmp_path, CheckpointConfig(keep=1)) as writer:
-    writer.save(1, *make_state(1), {}, force=True)
+    writer.save(1, *make_state(1), {})
     writer.wait()
     with Checkpoints(tmp_path, read_only=True) as reader:
       assert reader.latest_step() == 1
-      writer.save(2, *make_state(2), {}, force=True)
+      writer.save(2, *make_state(2), {})
       writer.wait()
       assert reader.restore_params(abstract(make_state()[0])).step == 2
 
@@ -105,7 +105,7 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
   x = jnp.arange(2_000_000.0)
   expected = np.array(x)
   with Checkpoints(tmp_path) as checkpoints:
-    checkpoints.save(1, {"x": x}, make_state()[1], {}, force=True)
+    checkpoints.save(1, {"x": x}, make_state()[1], {})
     for _ in range(3):
       x = overwrite(x)
     x.block_until_ready()
@@ -173,7 +173,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capfd, damage):
     assert restored.step == 2
     assert_same((restored.params, restored.opt_state), (params, opt_state))
     # The run goes on, and saves the step again that was damaged.
-    assert checkpoints.save(3, *make_state(33), {}, force=True)
+    assert checkpoints.save(3, *make_state(33), {})
     assert_same(checkpoints.restore_params(abstract(params)).params, make_state(33)[0])
   with Checkpoints(tmp_path, read_only=True) as checkpoints:
     assert checkpoints.latest_step() == 3
@@ -216,9 +216,11 @@ def test_saved_by_step_and_kept_by_count_and_period(tmp_path):
   config = CheckpointConfig(every_steps=2, keep=2, keep_every_steps=6)
   with Checkpoints(tmp_path, config) as checkpoints:
     for step in range(1, 16):
-      assert checkpoints.save(step, *make_state(), {}) == (step % 2 == 0)
-    assert checkpoints.save(15, *make_state(), {}, force=True)
-    assert not checkpoints.save(15, *make_state(), {}, force=True)  # it is there already
+      assert checkpoints.should_save(step) == (step % 2 == 0)
+      if checkpoints.should_save(step):
+        assert checkpoints.save(step, *make_state(), {})
+    assert checkpoints.save(15, *make_state(), {})
+    assert not checkpoints.save(15, *make_state(), {})  # it is there already
   kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
   assert kept == [6, 12, 14, 15]
 
@@ -255,7 +257,7 @@ def test_with_several_processes_the_clock_is_that_of_the_first(tmp_path, monkeyp
 
 def test_meta_that_is_not_json(tmp_path):
   with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match="does not fit into JSON"):
-    checkpoints.save(1, *make_state(), {"seconds": np.float32(1)}, force=True)
+    checkpoints.save(1, *make_state(), {"seconds": np.float32(1)})
 
 
 KILLED = """
@@ -268,7 +270,7 @@ print("started at", step, flush=True)
 while True:
   step += 1
   params = {str(i): jnp.full((300, 300), step + i / 16.0) for i in range(12)}
-  checkpoints.save(step, params, {"count": jnp.int32(step)}, {"step": step}, force=True)
+  checkpoints.save(step, params, {"count": jnp.int32(step)}, {"step": step})
   print("saving", step, flush=True)
 """
 
@@ -302,7 +304,7 @@ def test_a_half_written_checkpoint_is_named_and_removed(tmp_path, capfd):
   (half / "params").mkdir(parents=True)
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.latest_step() == 1
-    assert checkpoints.save(2, *make_state(), {}, force=True)
+    assert checkpoints.save(2, *make_state(), {})
   assert re.search(r"warning: .*/2\.orbax-checkpoint-tmp was left half-written", capfd.readouterr().err)
   assert not half.exists()
   assert json.loads((tmp_path / "checkpoints/2/files.json").read_text())

@@ -88,6 +88,8 @@ def changed(path, value):
     (["profile_steps"], [1], r"profile_steps is \(1,\); give \(first, last\)"),
     (["profile_steps"], [5, 3], r"profile_steps is \(5, 3\); give \(first, last\), counted from 1"),
     (["seed"], -1, r"seed is -1; it must be between 0 and 4294967295"),
+    (["data", "image_size"], 0, r"data\.image_size is 0; it must be at least 1"),
+    (["data", "image_tiles"], -1, r"data\.image_tiles is -1; it must not be negative"),
     (["sample_bytes"], -5, r"sample_bytes is -5; it must not be negative"),
     (["eval", "max_bytes"], -5, r"eval\.max_bytes is -5; it must not be negative"),
     (["optimizer", "b1"], 1.0, r"optimizer\.b1 is 1\.0; it must be in \[0, 1\)"),

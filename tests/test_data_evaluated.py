@@ -40,7 +40,7 @@ def run_on_images(tmp_path_factory):
   with compiling_once(tmp_path_factory.getbasetemp() / "compiled-images"):
     state = initial_state(config, make_mesh(config.mesh))
     with Checkpoints(workdir, config.checkpoint) as checkpoints:
-      checkpoints.save(1, state.parameters, state.opt_state, {"config": config.to_dict()}, force=True)
+      checkpoints.save(1, state.parameters, state.opt_state, {"config": config.to_dict()})
     save_config(workdir, config)
     yield config, workdir
 

@@ -93,7 +93,11 @@ def test_per_byte_nats_sum_up(workdir, folder, tmp_path, monkeypatch):
 
 def test_per_byte_out_must_be_a_file_that_can_be_written(workdir, tmp_path, monkeypatch):
   (tmp_path / "file").touch()
-  wrong = {tmp_path: "is a folder; name a file", tmp_path / "file" / "nats.npy": "is a file, not a folder"}
+  wrong = {
+    "gs://bucket/nats.npy": "is not on this machine's disks",
+    tmp_path: "is a folder; name a file",
+    tmp_path / "file" / "nats.npy": "is a file, not a folder",
+  }
   for path, what in wrong.items():
     with pytest.raises(ConfigError, match=what):
       evaluate_command(monkeypatch, "--workdir", workdir, "--per-byte-out", path)
@@ -174,7 +178,7 @@ def test_a_result_that_cannot_be_kept_is_still_told(workdir, monkeypatch, capsys
   monkeypatch.setattr(command, "write_positions", refuse)
   _, result = evaluate_command(monkeypatch, "--workdir", workdir, "--max-bytes=100")
   assert result["bytes"] == 100
-  assert "warning: nothing is kept in" in capsys.readouterr().err
+  assert "warning: not all is kept in" in capsys.readouterr().err
 
 
 # How many more bytes the tools write around the same streams.

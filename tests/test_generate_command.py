@@ -28,7 +28,7 @@ def save_run(workdir, config):
   """An untrained run; samples need no optimizer state."""
   save_config(workdir, config)
   with Checkpoints(workdir) as checkpoints:
-    checkpoints.save(1, model_variants.draw_parameters(config.model), {"count": np.int32(1)}, {}, force=True)
+    checkpoints.save(1, model_variants.draw_parameters(config.model), {"count": np.int32(1)}, {})
   return workdir
 
 

@@ -136,7 +136,7 @@ def test_a_joint_checkpoint_goes_from_mesh_to_mesh(two, tmp_path):
       np.testing.assert_array_equal(value, expected)
     workdir = tmp_path / str(i)
     with Checkpoints(workdir) as checkpoints:
-      checkpoints.save(12, restored.params, restored.opt_state, restored.meta, force=True)
+      checkpoints.save(12, restored.params, restored.opt_state, restored.meta)
 
 
 def test_a_signal_to_one_stops_all_at_one_step_and_they_resume_exactly(two, folder):

@@ -121,12 +121,23 @@ def cross_attention(
 def _masked(q_BNMHK, k_BNMHK, v_BNMHK, past):
   """Causal attention within spans and to what each slot sees of `past`, by cuDNN."""
   M = q_BNMHK.shape[2]
-  earlier = past.visible.reshape((1,) * (4 - past.visible.ndim) + past.visible.shape)
-  rows, spans = earlier.shape[:2]
-  earlier = jnp.broadcast_to(earlier, (rows, spans, M, past.k_BNSHK.shape[2]))
-  own = jnp.broadcast_to(jnp.tril(jnp.ones((M, M), bool)), (rows, spans, M, M))
+  k, v, visible = _with_past(k_BNMHK, v_BNMHK, jnp.tril(jnp.ones((M, M), bool)), past)
+  return fused_attention.masked_cudnn(q_BNMHK, k, v, visible)
+
+
+def _with_past(k_BNMHK, v_BNMHK, visible_MM, past):
+  """Keys and values of the S slots of `past`, then of the span; and which each slot sees, [.., .., M, S + M]."""
   k, v = (jnp.concatenate(pair, axis=2) for pair in ((past.k_BNSHK, k_BNMHK), (past.v_BNSHK, v_BNMHK)))
-  return fused_attention.masked_cudnn(q_BNMHK, k, v, jnp.concatenate([earlier, own], axis=-1))
+  M, S = visible_MM.shape[0], past.k_BNSHK.shape[2]
+  earlier = _four_axes(past.visible)
+  earlier = jnp.broadcast_to(earlier, (*earlier.shape[:2], M, S))
+  own = jnp.broadcast_to(visible_MM, (*earlier.shape[:2], M, M))
+  return k, v, jnp.concatenate([earlier, own], axis=-1)
+
+
+def _four_axes(visible):
+  """B N M S, where those that are missing in front are 1."""
+  return visible.reshape((1,) * (4 - visible.ndim) + visible.shape)
 
 
 def _xla(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past, dropout, dropout_key):
@@ -136,8 +147,7 @@ def _xla(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past, dropout, dropout_key):
   logits = []
   for k, _, visible in blocks:
     block = jnp.einsum("BNMHK,BNSHK->BNHMS", q_BNMHK, k, preferred_element_type=jnp.float32) * scale
-    visible = visible.reshape((1,) * (4 - visible.ndim) + visible.shape)[:, :, None]  # B N 1 M S
-    logits.append(jnp.where(visible, block, jnp.finfo(jnp.float32).min))
+    logits.append(jnp.where(_four_axes(visible)[:, :, None], block, jnp.finfo(jnp.float32).min))
   weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1)
   weights = dropout_lib.dropout(weights, dropout, dropout_key).astype(q_BNMHK.dtype)
   M = k_BNMHK.shape[2]
@@ -151,11 +161,7 @@ def _short(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past):
   """As `_xla` for many short spans: products and sums that XLA fuses, where small matrix products would crawl."""
   k, v, visible = k_BNMHK, v_BNMHK, visible_MM
   if past is not None:
-    k, v = jnp.concatenate([past.k_BNSHK, k], axis=2), jnp.concatenate([past.v_BNSHK, v], axis=2)
-    M, S = visible_MM.shape[0], past.k_BNSHK.shape[2]
-    before = past.visible.reshape((1,) * (4 - past.visible.ndim) + past.visible.shape)
-    before = jnp.broadcast_to(before, (*before.shape[:2], M, S))
-    visible = jnp.concatenate([before, jnp.broadcast_to(visible_MM, (*before.shape[:2], M, M))], axis=-1)
+    k, v, visible = _with_past(k_BNMHK, v_BNMHK, visible_MM, past)
   q, k, v = (a.astype(jnp.float32) for a in (q_BNMHK, k, v))
   logits_BNMSH = jnp.sum(q[:, :, :, None] * k[:, :, None], axis=-1) * q.shape[-1] ** -0.5
   logits_BNMSH = jnp.where(visible[..., None], logits_BNMSH, jnp.finfo(jnp.float32).min)

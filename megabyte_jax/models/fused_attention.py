@@ -1,9 +1,9 @@
-"""Fused causal attention by others' kernels: splash (Pallas, TPU) and cuDNN (NVIDIA), each also over a mesh.
+"""Fused attention, also over a mesh: splash (Pallas, TPU), cuDNN (NVIDIA), and the kernel of tile_attention.py.
 
 XLA cannot split such a kernel over devices, so under a mesh it runs inside `jax.shard_map`: the batch is spread over
 `data` and `fsdp`, heads over `tensor`. What `seq` spreads depends on the kernel:
 
-  spans of a local model   each device has whole spans; nothing is moved.
+  spans of a local model   each device has whole spans, whatever the kernel; nothing is moved.
   global, splash           each device keeps its queries and gathers all keys and values; their gradients are
                            summed and scattered back.
   global, cuDNN            knows no queries that start late, so sequence shards are traded for head shards and back

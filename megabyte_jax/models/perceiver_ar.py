@@ -16,9 +16,9 @@ from flax import nnx
 
 from megabyte_jax.models import attention as attention_lib
 from megabyte_jax.models.config import PerceiverARConfig
+from megabyte_jax.models.dropout import dropout
 from megabyte_jax.models.layers import (
   activate,
-  dropout,
   make_ff_in,
   make_head_norm,
   make_linear,
