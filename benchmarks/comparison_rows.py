@@ -74,6 +74,9 @@ COMPARISONS = {
     "books",
     tuple(f"table13:{row}" for row in ("global760m_local262m", "global350m_local290m", "global1300m_local218m")),
   ),
+  "scales": Comparison(
+    "books", tuple(f"table2:books_{m}@4" for m in ("megabyte", "transformer", "windowed_transformer"))
+  ),
   "modern_books": Comparison("books", recipe_rows("table2:books_megabyte"), vary="bytes"),
   "modern_images": Comparison("photos", recipe_rows("table5:image256_megabyte"), vary="bytes", flags=TILES),
 }

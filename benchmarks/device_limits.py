@@ -68,7 +68,8 @@ def least_seconds(config: Config, ceiling: float, bandwidth: float) -> float:
     across = 3 * 4 * 2 * model.width * model.context  # the norm and the attention of the prefix, and their gradients
     blocks, predicted = _block_traffic(model, model.level) * model.latents + across, model.latents
   traffic = config.batch_size * (blocks + 3 * 4 * model.vocab_size * predicted)  # logits: float32, three times
-  traffic += parameters * (32 + 6)  # value, moments and gradient read and written in float32; read, written in bfloat16
+  # Value, gradient and moments read and written in float32; read, written in bfloat16.
+  traffic += parameters * (8 * (2 + config.optimizer.moments) + 6)
   products = flops.flops_per_byte(model, training=True) * config.batch_size * flops.predicted_bytes(model)
   return products / ceiling + traffic / bandwidth
 

@@ -19,7 +19,8 @@ One rule for every row:
   is a level above, what it says begins no larger than a byte's embedding (`parent_init=balanced`).
 
 benchmarks/comparisons.py runs whole tables of these. `ROW+modern` is the row with the modern recipe of
-megabyte_jax/recipe.py, `ROW+swiglu` and `ROW+modern-swiglu` with one change of it or with all but one.
+megabyte_jax/recipe.py, `ROW+swiglu` and `ROW+modern-swiglu` with one change of it or with all but one. `ROW@4` has a
+quarter of the widths and layers instead of half, `ROW@1` all.
 """
 
 import dataclasses
@@ -41,8 +42,10 @@ def get_config(name="table2:books_megabyte"):
   given = sorted({"init", "rotary"} & set(re.split("[+-]", name)[1:]))
   require(not given, f"{name}: {' and '.join(given)} change nothing here, every row of configs/small.py has them")
   row, changes = recipe.split_name(name)
+  row, _, divisor = row.partition("@")
+  require(divisor in ("", "1", "2", "4", "8"), f"{name}: @{divisor} is none of @1, @2, @4 and @8")
   config = recipe.with_changes(config_of(row), changes)
-  model = shrink_model(config.model)
+  model = shrink_model(config.model, int(divisor or 2))
   batch_size = max(1, bytes_per_step(config.data) // flops.predicted_bytes(model))
   num_steps = round(TRAIN_BYTES / (batch_size * flops.predicted_bytes(model)))
   return dataclasses.replace(
@@ -69,23 +72,23 @@ def parts(batch_size: int, at_once: int) -> int:
   return next(n for n in range(1, batch_size + 1) if batch_size % n == 0 and batch_size // n <= max(1, at_once))
 
 
-def shrink_model(model):
+def shrink_model(model, divisor: int):
   if isinstance(model, MegabyteConfig):
-    levels = tuple(shrink_level(level) for level in model.levels)
+    levels = tuple(shrink_level(level, divisor) for level in model.levels)
     parent_init = "balanced" if len(levels) > 1 else model.parent_init
     return dataclasses.replace(model, levels=levels, remat="named", init_std=INIT_STD, parent_init=parent_init)
-  level = shrink_level(model.level)
+  level = shrink_level(model.level, divisor)
   names = ("width", "num_layers", "num_heads", "head_dim", "rotary")
   return dataclasses.replace(model, remat="named", init_std=INIT_STD, **{name: getattr(level, name) for name in names})
 
 
-def shrink_level(level: Level) -> Level:
+def shrink_level(level: Level, divisor: int) -> Level:
   unit = math.lcm(level.patch_size, 8)  # widths are rounded up to what the patch size divides
   return dataclasses.replace(
     level,
-    width=-(-level.width // 2 // unit) * unit,
-    num_layers=-(-level.num_layers // 2),
-    num_heads=max(1, level.num_heads // 2),
+    width=-(-level.width // divisor // unit) * unit,
+    num_layers=-(-level.num_layers // divisor),
+    num_heads=max(1, level.num_heads // divisor),
     head_dim=level.heads[1],
     rotary=True,
   )

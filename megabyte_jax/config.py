@@ -119,6 +119,11 @@ class OptimizerConfig:
   weight_decay: float = 0.1
   clip_norm: float = 1.0
 
+  @property
+  def moments(self) -> int:
+    """Float32 numbers kept for each parameter: two, or one for the matrices that Muon changes, which are nearly all."""
+    return 1 if self.name == "muon" else 2
+
   def __post_init__(self):
     for name in ("learning_rate", "eps", "clip_norm"):
       require(getattr(self, name) > 0, f"optimizer.{name} is {getattr(self, name)}; it must be positive")

@@ -13,7 +13,7 @@ Training is three times the forward pass (backward does each product twice); rec
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from megabyte_jax.config_parsing import require
 from megabyte_jax.models.config import BlockOptions, Level, ModelConfig, PerceiverARConfig
@@ -22,14 +22,22 @@ Attention = Literal["causal", "dense"]
 
 TRAINING_FACTOR = 3
 
-# Table 14 (the sizes of GPT-3): width -> (nominal parameters, layers).
-STANDARD_SIZES = {
-  768: (125e6, 12),
-  1024: (350e6, 24),
-  1536: (760e6, 24),
-  2048: (1.3e9, 24),
-  2560: (2.7e9, 32),
-  4096: (6.7e9, 32),
+
+class StandardSize(NamedTuple):
+  """A row of Table 14 (the sizes of GPT-3)."""
+
+  nominal: float  # parameters
+  layers: int
+  heads: int
+
+
+STANDARD_SIZES = {  # by width
+  768: StandardSize(125e6, 12, 12),
+  1024: StandardSize(350e6, 24, 16),
+  1536: StandardSize(760e6, 24, 16),
+  2048: StandardSize(1.3e9, 24, 32),
+  2560: StandardSize(2.7e9, 32, 32),
+  4096: StandardSize(6.7e9, 32, 32),
 }
 
 
@@ -102,7 +110,7 @@ def nominal_parameters(level: Level) -> float | None:
 
   A width within 1% of a standard one, rounded so that the patch size divides it, counts as that one.
   """
-  for width, (size, layers) in STANDARD_SIZES.items():
+  for width, (size, layers, _) in STANDARD_SIZES.items():
     if abs(level.width - width) <= 0.01 * width:
       return size * level.num_layers / layers
   return None

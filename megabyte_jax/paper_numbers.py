@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from megabyte_jax.flops import STANDARD_SIZES
+
 Number = float | str | None
 
 
@@ -176,25 +178,15 @@ TABLES = {
         f"S{i}",
         "",
         {
-          "layers": layers,
+          "layers": size.layers,
           "width": width,
-          "heads": heads,
-          "head width": width // heads,
-          "true size (12 L D^2)": 12 * layers * width**2,
+          "heads": size.heads,
+          "head width": width // size.heads,
+          "true size (12 L D^2)": 12 * size.layers * width**2,
         },
-        size,
+        f"{size.nominal / 1e9:.1f}B" if size.nominal >= 1e9 else f"{size.nominal / 1e6:.0f}M",
       )
-      for i, (size, layers, width, heads) in enumerate(
-        (
-          ("125M", 12, 768, 12),
-          ("350M", 24, 1024, 16),
-          ("760M", 24, 1536, 16),
-          ("1.3B", 24, 2048, 32),
-          ("2.7B", 32, 2560, 32),
-          ("6.7B", 32, 4096, 32),
-        ),
-        1,
-      )
+      for i, (width, size) in enumerate(STANDARD_SIZES.items(), 1)
     ),
   ),
   "15": Table(

@@ -30,8 +30,6 @@ from megabyte_jax.config_parsing import require
 
 Shape = tuple[int, int]  # (width, layers) as Table 15 writes it; for a global model the width of a whole patch
 
-HEADS = {768: 12, 1024: 16, 1536: 16, 2048: 32, 2560: 32, 4096: 32}  # Table 14
-
 BYTES = 80_000_000_000  # trained on in the controlled comparisons (section 5)
 LONG_BYTES = 400_000_000_000  # Tables 3, 11 and 17
 IMAGENET64_BYTES = 1_400_000_000_000  # Table 4
@@ -46,14 +44,15 @@ def level(patch_size: int, shape: Shape, **options) -> Level:
   (2048 -> 2064 and 2560 -> 2568 for P = 12, 4096 -> 4128 for P = 48); heads keep their standard width.
   """
   width, num_layers = shape
+  heads = flops.STANDARD_SIZES[width].heads
   unit = math.lcm(patch_size, 8)
   rounded = -(-width // unit) * unit
   return Level(
     patch_size=patch_size,
     width=rounded,
     num_layers=num_layers,
-    num_heads=HEADS[width],
-    head_dim=width // HEADS[width] if rounded != width else 0,
+    num_heads=heads,
+    head_dim=width // heads if rounded != width else 0,
     **options,
   )
 
@@ -89,7 +88,12 @@ def perceiver_ar(shape: Shape, context: int, latents: int) -> PerceiverARConfig:
   """PerceiverAR; its cross-attention layer comes on top of the layers in `shape`."""
   width, num_layers = shape
   return PerceiverARConfig(
-    context=context, latents=latents, width=width, num_layers=num_layers, num_heads=HEADS[width], **TRAINING
+    context=context,
+    latents=latents,
+    width=width,
+    num_layers=num_layers,
+    num_heads=flops.STANDARD_SIZES[width].heads,
+    **TRAINING,
   )
 
 

@@ -126,7 +126,7 @@ def _memory(devices: list[jax.Device]) -> float:
 
 def state_bytes(config: Config, mesh: MeshConfig, step: str) -> float:
   """What a device holds of the parameters and, in training, of their moments: float32, two, of Muon's matrices one."""
-  values = {"adamw": 3, "muon": 2}[config.optimizer.name] if step == "train" else 1
+  values = 1 + config.optimizer.moments if step == "train" else 1
   return 4 * values * flops.parameter_count(config.model) / (mesh.fsdp * mesh.tensor)
 
 
@@ -134,7 +134,7 @@ def estimate(config: Config, devices: list[jax.Device], step: str) -> float:
   """Seconds of a step in closed form, its parts added up: what to compile first."""
   mesh, model = config.mesh, config.model
   parameters, training = flops.parameter_count(model), step == "train"
-  forward_passes = 3 if training else 1
+  forward_passes = flops.TRAINING_FACTOR if training else 1
   sent = 2 * parameters / mesh.tensor * (1 - 1 / mesh.fsdp) * forward_passes * config.accumulate
   slices = _slices(devices)
   replicas, gradients = mesh.data // slices, 2 * parameters / (mesh.fsdp * mesh.tensor) * training

@@ -15,8 +15,6 @@ import jax
 from megabyte_jax import flops, hardware
 from megabyte_jax.config import Config, Level, MegabyteConfig, ModelConfig
 
-# Per parameter: value, gradient and moments (two, of Muon's matrices one), float32, each read and written.
-_OPTIMIZER_BYTES = {"adamw": 32, "muon": 24}
 _WIDTHS = 14  # arrays of a slot's width that a block reads or writes: norms, q, k, v, attended, residuals
 _HIDDENS = 3  # arrays of the feed-forward width: written, read for the activation, read for the product
 _GATED_HIDDENS = 5  # the first two twice
@@ -95,7 +93,8 @@ def memory_traffic(config: Config, devices: int, tensor: int, step: str) -> floa
   model, count = config.model, passes(config, step)
   parameters = flops.parameter_count(model)
   weights = 2 * parameters / tensor * count * (config.accumulate if step == "train" else 1)
-  optimizer = _OPTIMIZER_BYTES[config.optimizer.name] * parameters / devices if step == "train" else 0.0
+  per_parameter = 8 * (2 + config.optimizer.moments)  # value, gradient and moments, float32, read and written
+  optimizer = per_parameter * parameters / devices if step == "train" else 0.0
   if isinstance(model, MegabyteConfig):
     levels = zip(model.levels, model.spans, strict=True)
     per_row = sum(_activations(model, level, model.context // level.patch_size, span) for level, span in levels)

@@ -34,6 +34,19 @@ def test_generation():
       assert f" {row['share_of_floor']:.1%} " in RESULTS
 
 
+def test_books_at_small_scale():
+  rows = {row["row"]: row for row in result("books")["rows"]}
+  models = ("megabyte", "transformer", "windowed_transformer", "perceiver_ar")
+  bpb = [rows[f"table2:books_{model}"]["bpb"] for model in models]
+  said = (
+    "MEGABYTE has {:.3f} bits per byte, a Transformer {:.3f}, with windowed attention {:.3f}, and PerceiverAR {:.3f}"
+  )
+  assert said.format(*bpb) in flat(README)
+  for model in models:
+    shown = " | ".join(f"{value:.3f}" for value in rows[f"table2:books_{model}"]["methods"].values())
+    assert f" | {shown} | " in RESULTS, model
+
+
 def test_several_gpus():
   rows = {(row["case"], *row["mesh"]): row for row in result("scaling")}
   alone = rows["text24", "seq"]["one"]["bytes/s"]  # one GPU that takes its rows at once

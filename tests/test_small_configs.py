@@ -1,11 +1,12 @@
 """configs/small.py: what its one rule promises, for every row."""
 
+import dataclasses
 import runpy
 
 import pytest
 
 from megabyte_jax import flops
-from megabyte_jax.config import Config, MegabyteConfig
+from megabyte_jax.config import Config, ConfigError, MegabyteConfig
 from megabyte_jax.paper_configs import ROOT, all_rows, config_of
 
 SMALL = runpy.run_path(str(ROOT / "configs/small.py"))
@@ -28,6 +29,19 @@ def test_half_as_wide_and_deep_and_everything_else_as_it_was(row):
     assert now.num_layers == (before.num_layers + 1) // 2
     assert before.width / 2 <= now.width < before.width / 2 + max(8, 8 * before.patch_size)
     assert now.heads[1] == before.heads[1]
+
+
+def test_other_sizes():
+  whole, quarter = small("table2:books_megabyte@1").model.levels, small("table2:books_megabyte@4+swiglu").model.levels
+  shapes = [(level.width, level.num_layers, level.num_heads, level.heads[1]) for level in whole]
+  paper = config_of("table2:books_megabyte").model.levels
+  assert shapes == [(level.width, level.num_layers, level.num_heads, level.heads[1]) for level in paper]
+  assert [(level.width, level.num_layers, level.num_heads, level.heads[1]) for level in quarter] == [
+    (512, 4, 8, 64),
+    (256, 5, 4, 64),
+  ]
+  with pytest.raises(ConfigError, match="@3 is none of @1, @2, @4 and @8"):
+    small("table2:books_megabyte@3")
 
 
 def test_changes_of_the_recipe_come_before_the_rule():

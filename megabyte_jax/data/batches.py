@@ -8,7 +8,6 @@ batches, each host reading only the rows that its own devices hold.
 from __future__ import annotations
 
 import functools
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -19,6 +18,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from megabyte_jax.config_parsing import require
+from megabyte_jax.data.read_ahead import THREADS
 from megabyte_jax.data.sources import DataError, Mixture, Source
 from megabyte_jax.models.config import check_bytes
 from megabyte_jax.windows import latent_stride
@@ -186,7 +186,7 @@ def batches(
   """
   windows = open_windows(source, context=context, seed=seed, documents=documents, latents=latents)
   rows = np.arange(batch_size) if sharding is None else rows_of_this_process(sharding, batch_size, context)
-  threads = num_threads if num_threads is not None else min(16, os.cpu_count() or 1) if source.slow else 1
+  threads = num_threads if num_threads is not None else THREADS if source.slow else 1
   host = host_batches(windows, batch_size, rows, first_step, num_steps, context, threads, vocab_size)
   return host if sharding is None else _to_devices(host, rows, batch_size, sharding)
 

@@ -11,6 +11,8 @@ import numpy as np
 
 from megabyte_jax.data.sources import Source
 
+THREADS = min(16, os.cpu_count() or 1)  # where reading takes work
+
 
 def read_ahead(source: Source, spans: Iterable[tuple[int, int, int]], num_threads: int = 0) -> Iterator[np.ndarray]:
   """Yields source.read(document, start, stop) for each of `spans`, in their order.
@@ -26,7 +28,7 @@ def read_ahead(source: Source, spans: Iterable[tuple[int, int, int]], num_thread
   if not source.slow and not num_threads:
     yield from (source.read(*span) for span in spans)
     return
-  threads = num_threads or min(16, os.cpu_count() or 1)
+  threads = num_threads or THREADS
   waiting: deque[Future] = deque()
   with ThreadPoolExecutor(threads) as pool:
     try:
