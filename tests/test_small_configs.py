@@ -1,6 +1,5 @@
 """configs/small.py: what its one rule promises, for every row."""
 
-import dataclasses
 import runpy
 
 import pytest
