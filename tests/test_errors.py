@@ -90,6 +90,11 @@ CASES = {
   ),
   "workdir below a file": (["train.py", TINY, "--workdir=FOLDER/short/run"], 1, r"Not a directory: '.*FOLDER/short"),
   "no such run to start from": (["train.py", TINY, "--init_from=FOLDER/folder"], 1, r"FOLDER/folder holds no run"),
+  "plan: no such remat": (
+    ["-m", "megabyte_jax.plan", "--remat=most"],
+    2,
+    r"flag --remat=most: value should be one of <\|none\|full\|named>",
+  ),
   "generate: fewer than no bytes": (["-m", "megabyte_jax.generate", "--bytes=-1"], 1, r"--bytes is -1; it must not be"),
   "generate: no samples": (["-m", "megabyte_jax.generate", "--num-samples=0"], 1, r"--num-samples is 0; it must be at"),
   "eval: no picture": (
