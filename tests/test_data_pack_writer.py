@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 
@@ -147,19 +146,23 @@ def test_a_target_that_cannot_be_written_is_one_line(tmp_path):
     prepare.main(["pack", str(tmp_path / "file"), str(tmp_path / "file" / "p")])
 
 
-def test_ctrl_c_can_be_made_up_for(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_is_one_line_and_130(tmp_path):
   (tmp_path / "x").write_bytes(b"text")
-  monkeypatch.setattr(PackWriter, "_finish", lambda *_: signal.raise_signal(signal.SIGINT))
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-  try:
-    with pytest.raises(KeyboardInterrupt):
-      prepare.main(["pack", str(tmp_path / "x"), str(tmp_path / "p")])
-  finally:
-    signal.signal(signal.SIGINT, before)
-  assert capsys.readouterr().err.endswith("the same command goes on from here\n")
+  program = """
+import signal, sys
+from megabyte_jax import command_line
+from megabyte_jax.data import prepare
+from megabyte_jax.data.pack_writer import PackWriter
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+PackWriter._finish = lambda *_: signal.raise_signal(signal.SIGINT)
+command_line.run(lambda: prepare.main(sys.argv[1:]))
+"""
+  arguments = ["pack", str(tmp_path / "x"), str(tmp_path / "p")]
+  result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+  assert result.returncode == 130 and "Traceback" not in result.stderr
+  assert result.stderr.endswith("the same command goes on from here\ninterrupted\n")
   assert not (tmp_path / "p").exists()
-  monkeypatch.undo()
-  prepare.main(["pack", str(tmp_path / "x"), str(tmp_path / "p")])
+  prepare.main(arguments)
   assert contents(tmp_path / "p") == {"x": b"text"}
 
 
