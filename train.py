@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import optax
 from absl import app, flags
+from jax.sharding import Mesh
 
 from megabyte_jax import command_line, distributed, plots, report, windows
 from megabyte_jax.checkpoint import CheckpointError, Checkpoints, check_same_run, save_config
@@ -57,120 +58,124 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
     "latents": getattr(config.model, "latents", 0),
   }
   open_windows(source, **cutting)  # what is wrong with the data is said before anything is written
-  with contextlib.ExitStack() as closing:  # whatever happens, what is being written is finished
-    stop = closing.enter_context(StopSignal())
-    if jax.process_index() == 0:
-      busy = CheckpointError(f"another process is training in {workdir}; wait until it ends, or take another --workdir")
-      closing.enter_context(locked(workdir, busy))
-    checkpoints = closing.enter_context(Checkpoints(workdir, config.checkpoint))
-    first_step = checkpoints.latest_step() or 0
-    data = batches(
-      source,
-      batch_size=config.batch_size,
-      first_step=first_step,
-      num_steps=config.num_steps,
-      sharding=batch_sharding(mesh),
-      vocab_size=config.model.vocab_size,
-      **cutting,
-    )
-    fingerprints = source.fingerprint, validation.fingerprint if validation else ""
-    state, meta = restore_or_start(config, mesh, checkpoints, fingerprints, workdir, init_from)
-    origin = init_from or meta.get("init_from", "")
-    save_config(workdir, config)
-    print(report.describe_run(config, mesh, source, first_step), flush=True)
-    metrics = closing.enter_context(
-      Metrics(
-        workdir,
+  with StopSignal() as stop:
+    with contextlib.ExitStack() as closing:  # whatever happens, what is being written is finished
+      if jax.process_index() == 0:
+        busy = f"another process is training in {workdir}; wait until it ends, or take another --workdir"
+        closing.enter_context(locked(workdir, CheckpointError(busy)))
+      checkpoints = closing.enter_context(Checkpoints(workdir, config.checkpoint))
+      first_step = checkpoints.latest_step() or 0
+      data = batches(
+        source,
+        batch_size=config.batch_size,
+        first_step=first_step,
         num_steps=config.num_steps,
-        bytes_per_step=config.batch_size * predicted_bytes(config.model),
-        start_step=first_step,
-        seconds=meta["seconds"],
-        flops_per_byte=flops_per_byte(config.model, training=True),
+        sharding=batch_sharding(mesh),
+        vocab_size=config.model.vocab_size,
+        **cutting,
       )
-    )
-    train_step, eval_step = make_train_step(config), make_eval_step(config)
-    scoring: dict[str, Any] = {"mesh": mesh, "eval_step": eval_step, "method": config.eval.method}
-    most = config.eval.max_bytes  # during training
-    schedule = learning_rate(config.optimizer, config.num_steps)
-    may_be_short = config.data.documents == "whole" or not source.joinable
-    # (step, its metrics): read one step late, while the devices are busy with the next.
-    waiting: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
-    nats, count = meta["since_logged"]  # sums since the last progress line
+      fingerprints = source.fingerprint, validation.fingerprint if validation else ""
+      state, meta = restore_or_start(config, mesh, checkpoints, fingerprints, workdir, init_from)
+      origin = init_from or meta.get("init_from", "")
+      save_config(workdir, config)
+      print(report.describe_run(config, mesh, source, first_step), flush=True)
+      metrics = closing.enter_context(
+        Metrics(
+          workdir,
+          num_steps=config.num_steps,
+          bytes_per_step=config.batch_size * predicted_bytes(config.model),
+          start_step=first_step,
+          seconds=meta["seconds"],
+          flops_per_byte=flops_per_byte(config.model, training=True),
+        )
+      )
+      train_step, eval_step = make_train_step(config), make_eval_step(config)
+      scoring: dict[str, Any] = {"mesh": mesh, "eval_step": eval_step, "method": config.eval.method}
+      most = config.eval.max_bytes  # during training
+      schedule = learning_rate(config.optimizer, config.num_steps)
+      may_be_short = config.data.documents == "whole" or not source.joinable
+      # (step, its metrics): read one step late, while the devices are busy with the next.
+      waiting: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+      nats, count = meta["since_logged"]  # sums since the last progress line
 
-    def read_metrics(leave: int) -> None:
-      nonlocal nats, count
-      while len(waiting) > leave:
-        step, arrays = waiting.popleft()
-        values = {name: float(array) for name, array in arrays.items()}
-        check_finite(step, values, checkpoints, workdir)
-        if step == first_step + 1:
-          metrics.start(step)  # speed is measured from here on: compilation is over
-        nats, count = nats + values["nats"], count + values["bytes"]
-        if step % config.log_every == 0 or step == config.num_steps:
-          rate = float(schedule(step - 1))
-          metrics.log(step, loss=nats / count, learning_rate=rate, grad_norm=values["grad_norm"])
-          nats = count = 0.0
+      def read_metrics(leave: int) -> None:
+        nonlocal nats, count
+        while len(waiting) > leave:
+          step, arrays = waiting.popleft()
+          values = {name: float(array) for name, array in arrays.items()}
+          check_finite(step, values, checkpoints, workdir)
+          if step == first_step + 1:
+            metrics.start(step)  # speed is measured from here on: compilation is over
+          nats, count = nats + values["nats"], count + values["bytes"]
+          if step % config.log_every == 0 or step == config.num_steps:
+            rate = float(schedule(step - 1))
+            metrics.log(step, loss=nats / count, learning_rate=rate, grad_norm=values["grad_norm"])
+            nats = count = 0.0
 
-    def save(step: int) -> None:
-      check_finite(step, {"parameter_norm": float(norm(state.parameters))}, checkpoints, workdir)
-      meta = {"config": config.to_dict(), "init_from": origin}
-      meta |= {"fingerprint": fingerprints[0], "validation_fingerprint": fingerprints[1]}
-      meta |= {"seconds": metrics.seconds, "since_logged": [nats, count]}
-      checkpoints.save(step, state.parameters, state.opt_state, meta)
+      def save(step: int) -> None:
+        check_finite(step, {"parameter_norm": float(norm(state.parameters))}, checkpoints, workdir)
+        meta = {"config": config.to_dict(), "init_from": origin}
+        meta |= {"fingerprint": fingerprints[0], "validation_fingerprint": fingerprints[1]}
+        meta |= {"seconds": metrics.seconds, "since_logged": [nats, count]}
+        checkpoints.save(step, state.parameters, state.opt_state, meta)
 
-    def note(step: int, result: Evaluation) -> None:
-      metrics.write(step, {"validation_bpb": result.bpb})
-      checkpoints.record(step, result.bpb)
+      def note(step: int, result: Evaluation) -> None:
+        metrics.write(step, {"validation_bpb": result.bpb})
+        checkpoints.record(step, result.bpb)
 
-    def say_stopped(step: int) -> None:
+      def say_stopped(step: int) -> None:
+        checkpoints.wait()
+        print(f"stopped at step {step}, which is saved in {workdir}; the same command goes on from there")
+
+      trace = closing.enter_context(Trace(config.profile_steps, workdir))
+      with jax.set_mesh(mesh):
+        for number, batch in data:
+          # Before the next step, not after the last one: so a resumed run makes up for an evaluation that was cut off.
+          if validation and number and config.eval.every_steps and number % config.eval.every_steps == 0:
+            read_metrics(leave=0)
+            try:
+              with metrics.paused():
+                result = evaluate(
+                  config, state.parameters, validation, max_bytes=most, on_progress=stop.check, **scoring
+                )
+            except Interrupted:
+              save(number)
+              return say_stopped(number)
+            note(number, result)
+            print(f"step {number}: validation bpb {result.bpb:.4f} ({result.bytes:,} bytes)", flush=True)
+          step = number + 1
+          trace.before(step)
+          state, values = train_step(state, batch.x_BT, batch.length_B if may_be_short else None)
+          waiting.append((step, values))
+          trace.after(step, values)
+          stopping = stop.requested or checkpoints.preempted(step)
+          candidate = config.checkpoint.keep_best and config.eval.every_steps and step % config.eval.every_steps == 0
+          saving = stopping or candidate or step == config.num_steps or checkpoints.should_save(step)
+          read_metrics(leave=0 if saving else 1)  # nothing is saved that is not known to be finite
+          if saving:
+            save(step)
+          if stopping and step < config.num_steps:
+            return say_stopped(step)
+
       checkpoints.wait()
-      print(f"stopped at step {step}, which is saved in {workdir}; the same command goes on from there")
-
-    trace = closing.enter_context(Trace(config.profile_steps, workdir))
-    with jax.set_mesh(mesh):
-      for number, batch in data:
-        # Before the next step, not after the last one: so a resumed run makes up for an evaluation that was cut off.
-        if validation and number and config.eval.every_steps and number % config.eval.every_steps == 0:
-          read_metrics(leave=0)
-          try:
-            with metrics.paused():
-              result = evaluate(config, state.parameters, validation, max_bytes=most, on_progress=stop.check, **scoring)
-          except Interrupted:
-            save(number)
-            return say_stopped(number)
-          note(number, result)
-          print(f"step {number}: validation bpb {result.bpb:.4f} ({result.bytes:,} bytes)", flush=True)
-        step = number + 1
-        trace.before(step)
-        state, values = train_step(state, batch.x_BT, batch.length_B if may_be_short else None)
-        waiting.append((step, values))
-        trace.after(step, values)
-        stopping = stop.requested or checkpoints.preempted(step)
-        candidate = config.checkpoint.keep_best and config.eval.every_steps and step % config.eval.every_steps == 0
-        saving = stopping or candidate or step == config.num_steps or checkpoints.should_save(step)
-        read_metrics(leave=0 if saving else 1)  # nothing is saved that is not known to be finite
-        if saving:
-          save(step)
-        if stopping and step < config.num_steps:
-          return say_stopped(step)
-
-    checkpoints.wait()
-    stop.all_is_saved(workdir)
-    if validation:
-      result = report.evaluate_and_print(config, state.parameters, validation, primer=lambda: source, **scoring)
-      if most and config.eval.every_steps:  # earlier steps were scored on a part: the last one is, too
-        result = evaluate(config, state.parameters, validation, max_bytes=most, **scoring)
-      note(config.num_steps, result)
-  picture = os.path.join(workdir, "loss.png")
-  if jax.process_index() == 0:
-    plots.loss_curve(os.path.join(workdir, "metrics.jsonl"), picture)
-  report.print_sample(config, state.parameters, source)
-  for path in write_samples(config, state.parameters, validation or source, workdir):
-    print(f"samples: {path}")
-  print(report.what_next(workdir, picture, config.data.form))
+      stop.all_is_saved(workdir)
+      if validation:
+        result = report.evaluate_and_print(config, state.parameters, validation, primer=lambda: source, **scoring)
+        if most and config.eval.every_steps:  # earlier steps were scored on a part: the last one is, too
+          result = evaluate(config, state.parameters, validation, max_bytes=most, **scoring)
+        note(config.num_steps, result)
+    picture = os.path.join(workdir, "loss.png")
+    if jax.process_index() == 0:
+      plots.loss_curve(os.path.join(workdir, "metrics.jsonl"), picture)
+    report.print_sample(config, state.parameters, source)
+    for path in write_samples(config, state.parameters, validation or source, workdir):
+      print(f"samples: {path}")
+    print(report.what_next(workdir, picture, config.data.form))
 
 
-def restore_or_start(config, mesh, checkpoints, fingerprints, workdir, init_from) -> tuple[TrainState, dict]:
+def restore_or_start(
+  config: Config, mesh: Mesh, checkpoints: Checkpoints, fingerprints: tuple[str, str], workdir: str, init_from: str
+) -> tuple[TrainState, dict[str, Any]]:
   """The state to train from, and what its checkpoint says of the run so far."""
   if checkpoints.latest_step() is None:
     state = initial_state(config, mesh)
@@ -291,6 +296,7 @@ def main(arguments: list[str]) -> None:
     raise ConfigError(f"unexpected {' '.join(arguments[1:])}; flags begin with --")
   config = Config.from_dict(_CONFIG.value)
   distributed.start_from_flags()
+  distributed.outlive_readers()
   train(config, _WORKDIR.value, _INIT_FROM.value)
 
 

@@ -20,9 +20,9 @@ import numpy as np
 from flax import nnx
 
 from megabyte_jax import windows
+from megabyte_jax.backend import platform
 from megabyte_jax.config_parsing import ConfigError
 from megabyte_jax.data.sources import DataError
-from megabyte_jax.hardware import platform
 from megabyte_jax.models.build import Model, in_compute_dtype
 from megabyte_jax.models.config import ModelConfig, PerceiverARConfig, check_bytes
 from megabyte_jax.sampling import check_finite

@@ -15,10 +15,11 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
+import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
-from megabyte_jax import distributed, hardware, remote
+from megabyte_jax import distributed, remote
 from megabyte_jax.checkpoint import CheckpointError
 from megabyte_jax.config import ConfigError, MeshConfig
 from megabyte_jax.config_parsing import require
@@ -50,13 +51,32 @@ def run(main: Callable[[], object]) -> None:
     print(f"error: {line}", file=sys.stderr)
     distributed.end(1)
   except (RuntimeError, AssertionError, MemoryError) as error:  # some of them are JAX's for devices that fail
-    if not (line := hardware.what_to_do(error)):
+    if not (line := _about_devices(error)):
       raise
     print(f"error: {line}", file=sys.stderr)
     distributed.end(1)
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     distributed.end(130, at_once=True)
+
+
+def _about_devices(error: Exception) -> str:
+  """One line for the user about an error of the devices: no memory, or none of the kind wanted; else nothing."""
+  text = " ".join(str(error).split())
+  if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+    return (
+      f"too little memory ({text.removeprefix('RESOURCE_EXHAUSTED: ')[:120]}); to train, raise --config.accumulate, "
+      "take --config.model.remat=full, a smaller --config.batch_size or --config.eval.batch_size, or spread the "
+      "parameters over more devices (--config.mesh.data=1 --config.mesh.seq=1 --config.mesh.fsdp=-1); to evaluate, "
+      "compress or generate, a smaller --batch-size or fewer --num-samples"
+    )
+  wanted = jax.config.values["jax_platforms"]
+  if wanted and traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
+    return (
+      f"JAX finds no device of JAX_PLATFORMS={wanted}{text and f' ({text[:200]})'}; install the JAX that has them "
+      f'(pip install -U "jax[cuda13]" or "jax[tpu]"), or leave JAX_PLATFORMS unset'
+    )
+  return ""
 
 
 def _interrupt_again(unraisable: Any) -> None:

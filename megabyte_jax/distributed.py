@@ -85,7 +85,7 @@ def start(
   )
   if jax.process_index() > 0:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for the rest of the process)
-  sys.stdout, sys.stderr = LastingOutput(sys.stdout), LastingOutput(sys.stderr)
+  outlive_readers()
   sys.excepthook = _end_by_exception
   _end_at_second_interrupt()
 
@@ -111,11 +111,18 @@ def end(code: int, *, at_once: bool = False) -> NoReturn:
   os._exit(code)
 
 
-class LastingOutput:
-  """A stream whose reader may go away: what is written from then on is lost, and the process goes on.
+def outlive_readers() -> None:
+  """From now on what is printed is lost where nobody reads it any more, and the process goes on.
 
-  One process of several must not end because nobody reads its output any more: all the others would.
+  A run must not end with the terminal or `tee` that showed it, and one process of several must not end alone: all the
+  others would.
   """
+  if not isinstance(sys.stdout, LastingOutput):
+    sys.stdout, sys.stderr = LastingOutput(sys.stdout), LastingOutput(sys.stderr)
+
+
+class LastingOutput:
+  """A stream whose reader may go away: what is written from then on is lost."""
 
   def __init__(self, stream: TextIO):
     self._stream = stream

@@ -1,4 +1,4 @@
-"""What the devices can do, how much of their memory was used, and what to do where they fail."""
+"""What devices can do, and how much of their memory was used."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import dataclasses
 import re
 import resource
 import sys
-import traceback
 from collections.abc import Iterable
 
 import jax
-from jax.experimental.layout import Layout, with_layout_constraint
 
 # Nominal bfloat16 FLOP/s of dense matrix products, without structured sparsity. Those of v4, v5e, v5p, v6e and TPU7x
 # agree with docs.cloud.google.com/tpu/docs (copies read on 2026-11-23); the other entries were not checked.
@@ -108,19 +106,6 @@ def devices_per_chip(device: jax.Device) -> int:
   return tpu_chip(device).cores // getattr(device, "num_cores", 1) if is_known_tpu(device) else 1
 
 
-def platform() -> str:
-  """What the program at hand is for: cpu, gpu or tpu; that of the mesh set, which need not be of this machine."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return device.platform if device is not None else jax.default_backend()
-
-
-def row_major(x: jax.Array) -> jax.Array:
-  """x, on a GPU in memory in the order of its axes: left to itself, XLA transposes arrays between products there."""
-  if platform() != "gpu":
-    return x
-  return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
-
-
 def memory_in_use(devices: Iterable[jax.Device]) -> int | None:
   """Most bytes used so far on any of `devices` that belong to this process, None where that is not known.
 
@@ -136,21 +121,3 @@ def memory_in_use(devices: Iterable[jax.Device]) -> int | None:
     else:
       peaks.append((device.memory_stats() or {}).get("peak_bytes_in_use", 0))
   return max(peaks, default=0) or None
-
-
-def what_to_do(error: Exception) -> str:
-  """One line for the user about an error of the devices: no memory, or none of the kind wanted; else nothing."""
-  text = " ".join(str(error).split())
-  if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
-    return (
-      f"too little memory ({text.removeprefix('RESOURCE_EXHAUSTED: ')[:120]}); to train, raise --config.accumulate, "
-      "take --config.model.remat=full, a smaller --config.batch_size or --config.eval.batch_size, or more devices "
-      "(--config.mesh.fsdp=-1); to evaluate, compress or generate, a smaller --batch-size or fewer --num-samples"
-    )
-  wanted = jax.config.values["jax_platforms"]
-  if wanted and traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
-    return (
-      f"JAX finds no device of JAX_PLATFORMS={wanted}{text and f' ({text[:200]})'}; install the JAX that has them "
-      f'(pip install -U "jax[cuda13]" or "jax[tpu]"), or leave JAX_PLATFORMS unset'
-    )
-  return ""

@@ -25,11 +25,20 @@ from megabyte_jax.saved_run import CONFIG_FILE, changed_keys, load_config
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """One measurement: the row it is for, its numbers by metric, where they came from, and of which split, if known."""
+  """One measurement.
+
+  Attributes:
+    row: which row it is for.
+    numbers: by metric.
+    source: the file they came from.
+    note: what was not as in the row; runs of a row with equal notes differ in their seeds at most.
+    split: of which split, if known.
+  """
 
   row: str
   numbers: Mapping[str, float]
   source: str
+  note: str = ""
   split: str = ""
 
 
@@ -41,8 +50,8 @@ def from_results(folder: pathlib.Path, root: pathlib.Path) -> list[Measured]:
     rows = content.get("rows") if isinstance(content, dict) else None
     for entry in rows if isinstance(rows, list) else []:
       if isinstance(entry, dict) and "row" in entry:
-        note = f" ({entry['note']})" if entry.get("note") else ""
-        found.append(Measured(entry["row"], _numbers(entry), f"{_relative(path, root)}{note}", entry.get("split", "")))
+        note, split = entry.get("note", ""), entry.get("split", "")
+        found.append(Measured(entry["row"], _numbers(entry), _relative(path, root), note, split))
   return found
 
 
@@ -57,8 +66,8 @@ def from_runs(folder: pathlib.Path, rows: Mapping[str, Config]) -> list[Measured
     config = load_config(path.parent)
     name = _row_of(path.parent, config, content.get("method"), rows)
     if name:
-      other = _what_differs(config, content, rows[name])
-      found.append(Measured(name, _numbers(content), f"{path}{other}", content.get("split", "")))
+      note, split = _what_differs(config, content, rows[name]), content.get("split", "")
+      found.append(Measured(name, _numbers(content), str(path), note, split))
   return found
 
 
@@ -71,7 +80,7 @@ def _row_of(run: pathlib.Path, config: Config, method: str | None, rows: Mapping
 
 
 def _what_differs(config: Config, evaluation: Mapping[str, Any], row: Config) -> str:
-  """In brackets, what is not the row's: model size, bytes trained on, settings, the cost of the evaluation."""
+  """What is not the row's: model size, bytes trained on, settings, the cost of the evaluation."""
   is_same = config.model == row.model
   other = [] if is_same else [f"{flops.parameter_count(config.model) / 1e6:.3g}M parameters"]
   trained = (evaluation.get("step") or 0) * config.batch_size * flops.predicted_bytes(config.model)
@@ -83,7 +92,7 @@ def _what_differs(config: Config, evaluation: Mapping[str, Any], row: Config) ->
   cost, usual = evaluation.get("cost"), windows.cost_factor(row.eval.method, config.model)
   if cost is not None and not math.isclose(cost, usual):
     other.append(f"evaluated at {cost:g}x instead of {usual:g}x")
-  return f" ({', '.join(other)})" if other else ""
+  return ", ".join(other)
 
 
 def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import optax
 
+from megabyte_jax.backend import platform
 from megabyte_jax.config import OptimizerConfig
-from megabyte_jax.hardware import platform
 
 # Muon's matrices by the end of their names, with the axes of the result. A layer, and each of q, k, v and of a gated
 # layer's halves, is a matrix of its own.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
   from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _GREY = "#8a8a8a"
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
 _STYLE: dict[Any, Any] = {  # Any: matplotlib declares a type of all its keys
@@ -208,8 +208,9 @@ def lines(
   if not curves:
     raise PlotError(f"no curve to draw in {out_png}")
   with _axes(out_png, title, xlabel, ylabel) as axes:
-    for (name, (x, y)), color in zip(curves.items(), _cycle(_COLORS), strict=False):
-      line: dict[str, Any] = {"color": color, "linewidth": 2, "label": name}
+    for i, (name, (x, y)) in enumerate(curves.items()):
+      dash = _DASHES[i // len(_COLORS) % len(_DASHES)]  # another one when all colours are taken
+      line: dict[str, Any] = {"color": _COLORS[i % len(_COLORS)], "linestyle": dash, "linewidth": 2, "label": name}
       if log:
         line |= {"marker": "o", "markersize": 5}
       values = np.asarray(y, np.float64)

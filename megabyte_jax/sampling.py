@@ -17,8 +17,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from megabyte_jax import windows
+from megabyte_jax.backend import platform
 from megabyte_jax.config_parsing import require
-from megabyte_jax.hardware import platform
 from megabyte_jax.models.build import Model, in_compute_dtype
 from megabyte_jax.models.config import ModelConfig, PerceiverARConfig, check_bytes
 from megabyte_jax.sharding import check_mesh

@@ -72,8 +72,8 @@ def _describe_row(
     same = [m for m in found if m.row == row.config or _same_settings(m.row, config)]
   of_test = [m for m in same if m.split in ("", "test")]  # splits are never averaged: test, where it was scored
   same = of_test or [m for m in same if m.split == "validation"]
-  ours = [{"source": m.source} | {k: m.numbers[k] for k in metrics if k in m.numbers} for m in same]
-  described["ours"] = [entry for entry in ours if len(entry) > 1]
+  ours = [{"source": m.source, "note": m.note} | {k: m.numbers[k] for k in metrics if k in m.numbers} for m in same]
+  described["ours"] = [entry for entry in ours if any(metric in entry for metric in metrics)]
   described["paper"] = dict(row.paper)
   return described
 
@@ -137,12 +137,15 @@ def cells(table: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
       line += [f"{row['training_flops_per_byte'] / 1e6:,.0f}", context]
     elif runnable:
       line += [""] * len(MODEL_COLUMNS)
-    ours = row.get("ours", [])
+    alike: dict[str, list[dict[str, Any]]] = {}  # runs that differ in their seeds at most, by note
+    for entry in row.get("ours", []):
+      alike.setdefault(entry["note"], []).append(entry)
     for metric in metrics:
       line.append(_number(row.get("paper", row.get("computed")).get(metric), metric))
       if runnable:
-        line.append(_spread([entry[metric] for entry in ours if metric in entry]))
-    lines.append([*line, "; ".join(entry["source"] for entry in ours)])
+        line.append("; ".join(_spread([e[metric] for e in entries if metric in e]) for entries in alike.values()))
+    sources = [", ".join(e["source"] for e in entries) + f" ({note})" * bool(note) for note, entries in alike.items()]
+    lines.append([*line, "; ".join(sources)])
   used = [i for i in range(len(heading)) if any(line[i] for line in lines)]
   return [heading[i] for i in used], [[line[i] for i in used] for line in lines]
 
@@ -158,9 +161,9 @@ def _number(value: Any, metric: str) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
-  """One value, or the mean of several with half their range."""
+  """One value, or the mean of several with half their range; `-` of none."""
   if len(values) < 2:
-    return "".join(f"{value:.4g}" for value in values)
+    return "".join(f"{value:.4g}" for value in values) or "-"
   return f"{sum(values) / len(values):.4g} ± {(max(values) - min(values)) / 2:.2g} ({len(values)} runs)"
 
 

@@ -183,13 +183,14 @@ def test_a_signal_during_an_evaluation_breaks_it_off_and_the_next_run_makes_up_f
   assert steps == [(5, True), (7, False), (10, True), (14, False), (15, True), (15, False)]
 
 
-def test_a_signal_after_the_last_step_loses_nothing(config, compiled, tmp_path, capfd):
+@pytest.mark.parametrize("what", ["evaluate_and_print", "print_sample"])
+def test_a_signal_after_the_last_step_loses_nothing(what, config, compiled, tmp_path, capfd):
   def signalling(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGTERM)
     raise AssertionError("the signal was not heard")
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train.report, "evaluate_and_print", signalling)
+    patch.setattr(train.report, what, signalling)
     with pytest.raises(SystemExit) as ended:
       train.train(config, str(tmp_path / "run"))
   assert ended.value.code == 0

@@ -67,17 +67,27 @@ def test_our_numbers_stand_beside_the_papers():
   ]
   both = row("11", "both", found)  # the same run as Table 3's
   assert [entry["bpb"] for entry in both["ours"]] == [1.25, 1.35]
-  assert row("3", "megabyte", found)["ours"] == [{"source": "a.json", "perplexity_test": 90.0}]
+  assert row("3", "megabyte", found)["ours"] == [{"source": "a.json", "note": "", "perplexity_test": 90.0}]
   text = tables.render(["11"], "text", found)
-  assert "1.3 ± 0.05 (2 runs)" in text and "a.json; b.json" in text
+  assert "1.3 ± 0.05 (2 runs)" in text and "a.json, b.json" in text
   assert row("11", "modern (not in the paper)", found)["ours"][0]["bpb"] == 1.15
+
+
+def test_only_runs_with_equal_notes_are_averaged():
+  found = [
+    Measured("table5:image256_megabyte", {"bpb": bpb}, source, note)
+    for bpb, source, note in ((3.0, "a.json", "400 MB"), (3.5, "b.json", "200 MB"), (3.2, "c.json", "400 MB"))
+  ]
+  text = tables.render(["5"], "text", found)
+  assert "3.1 ± 0.1 (2 runs); 3.5 " in text and "a.json, c.json (400 MB); b.json (200 MB)" in text
 
 
 def test_splits_are_never_averaged():
   """The sizes of Table 5 are scored on one split by eval.py, on another by eval.py --split=test: one run, not two."""
   bits = {"train": 1.0, "validation": 2.5, "test": 3.0}
   of = {
-    split: Measured("table5:image256_megabyte", {"bpb": bpb}, f"{split}.json", split) for split, bpb in bits.items()
+    split: Measured("table5:image256_megabyte", {"bpb": bpb}, f"{split}.json", split=split)
+    for split, bpb in bits.items()
   }
   for splits, shown in ((("train", "validation"), 2.5), (("validation", "test"), 3.0), (("train",), None)):
     found = row("5", "image256 megabyte", [of[split] for split in splits])["ours"]
@@ -95,9 +105,8 @@ def test_what_is_not_as_in_the_row_is_told(tmp_path):
   evaluation = {"bpb": 1.0, "method": "sliding", "cost": 64.0, "step": config.num_steps, "split": "test"}
   (tmp_path / "eval_test_sliding_stride128.json").write_text(json.dumps(evaluation))
   (found,) = measured.from_runs(tmp_path, rows)
-  assert found.source.endswith(
-    "sliding_stride128.json (other batch_size, other optimizer.learning_rate, evaluated at 64x instead of 2x)"
-  )
+  assert found.source.endswith("sliding_stride128.json")
+  assert found.note == "other batch_size, other optimizer.learning_rate, evaluated at 64x instead of 2x"
 
 
 def test_results_files(tmp_path):
@@ -105,7 +114,7 @@ def test_results_files(tmp_path):
   (tmp_path / "images.json").write_text(json.dumps(results))
   (tmp_path / "speed.json").write_text("[1, 2]")
   (one,) = measured.from_results(tmp_path, tmp_path)
-  assert one == Measured("table5:image256_megabyte", {"bpb": 4.5}, "images.json (2M parameters, one H200)")
+  assert one == Measured("table5:image256_megabyte", {"bpb": 4.5}, "images.json", "2M parameters, one H200")
   assert row("16", "megabyte_patch_scan", [one])["ours"][0]["bpb"] == 4.5
   (tmp_path / "broken.json").write_text("{")
   with pytest.raises(ConfigError, match=r"broken\.json is not JSON"):
@@ -131,10 +140,10 @@ def test_run_directories(tmp_path):
   assert len(found) == 3
   one, both, strided = sorted(found, key=lambda m: -m.numbers["bpb"])[0], *found[:2]
   assert one.row == "table9:megabyte" and one.numbers["perplexity_test"] == 40.0
-  assert one.source.endswith("eval_test_basic.json (304M parameters, trained on 10.0 GB of 80.0 GB)")
+  assert one.source.endswith("eval_test_basic.json") and one.note == "304M parameters, trained on 10.0 GB of 80.0 GB"
   assert strided.row == "table11:strided"
-  assert strided.source.endswith("mine/eval_test_strided.json (trained on 393 MB of 400 GB)")
-  assert both.source.endswith("mine/eval_test_both.json")
+  assert strided.source.endswith("mine/eval_test_strided.json") and strided.note == "trained on 393 MB of 400 GB"
+  assert both.source.endswith("mine/eval_test_both.json") and not both.note
   for name, label in (("11", "both"), ("3", "megabyte"), ("17", "context8192")):  # one run, three tables, no spread
     assert [entry["source"] for entry in row(name, label, found)["ours"]] in ([both.source], [])
   assert row("11", "both", found)["ours"][0]["bpb"] == 1.4
@@ -150,7 +159,7 @@ def test_a_folder_without_runs_of_rows_is_told(tmp_path):
 
 def test_tables_of_the_test_split_take_no_other():
   found = [
-    Measured("table11:both", {"bpb": 1.4}, "a", "validation"),
+    Measured("table11:both", {"bpb": 1.4}, "a", split="validation"),
     Measured("table2:pg19_megabyte", {"bpb": 1.6}, "b"),
   ]
   assert row("11", "both", found)["ours"] == []

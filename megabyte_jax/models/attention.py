@@ -13,8 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from megabyte_jax.backend import platform
 from megabyte_jax.config_parsing import ConfigError
-from megabyte_jax.hardware import platform
 from megabyte_jax.models import dropout as dropout_lib
 from megabyte_jax.models import fused_attention
 

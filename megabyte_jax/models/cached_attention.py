@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from megabyte_jax.hardware import platform
+from megabyte_jax.backend import platform
 from megabyte_jax.models.config import Level
 
 _SLOTS = 128  # that a program has in registers at once

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from megabyte_jax.hardware import platform
+from megabyte_jax.backend import platform
 from megabyte_jax.models import tile_attention
 from megabyte_jax.models.layout import BATCH
 

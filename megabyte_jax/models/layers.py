@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from megabyte_jax.hardware import platform, row_major
+from megabyte_jax.backend import platform, row_major
 from megabyte_jax.models import attention as attention_lib
 from megabyte_jax.models import cached_attention
 from megabyte_jax.models.attention import Past

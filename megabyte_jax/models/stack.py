@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from megabyte_jax.hardware import platform, row_major
+from megabyte_jax.backend import platform, row_major
 from megabyte_jax.models import cached_attention, stack_kernel
 from megabyte_jax.models.attention import Past
 from megabyte_jax.models.config import BlockOptions, Level

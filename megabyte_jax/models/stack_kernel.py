@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from megabyte_jax.hardware import platform
+from megabyte_jax.backend import platform
 from megabyte_jax.models.cached_attention import LOWEST, SMALLEST, softmax_step
 from megabyte_jax.models.config import BlockOptions, Level
 
