@@ -12,6 +12,7 @@ which `python -m megabyte_jax.tables` reads.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -26,6 +27,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
 
 from megabyte_jax import command_line, distributed, perplexity, plots, report
@@ -35,6 +37,7 @@ from megabyte_jax.config import Config, ConfigError
 from megabyte_jax.data import image_report
 from megabyte_jax.data.sources import DataError, Source, open_path, open_source
 from megabyte_jax.evaluate import Evaluation
+from megabyte_jax.loss import bits_per_byte
 from megabyte_jax.pretrained import evaluation_mesh, load
 from megabyte_jax.remote import is_remote
 from megabyte_jax.windows import METHODS
@@ -65,7 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> str:
   print(f"step {step} of {args.workdir}, {report.count_documents(source)} of {args.data or args.split}")
 
   compare = args.compressors and config.data.form == "bytes" and not args.max_bytes
-  with PerByte(args.per_byte_out if jax.process_index() == 0 else "", source.lengths) as per_byte:
+  with contextlib.ExitStack() as writing:
+    per_byte = None
+    if args.per_byte_out and jax.process_index() == 0:
+      per_byte = PerByte(writing.enter_context(replacing(args.per_byte_out)), source.lengths)
     result = report.evaluate_and_print(
       config,
       parameters,
@@ -76,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
       method=args.method or config.eval.method,
       stride=args.stride,
       max_bytes=args.max_bytes,
-      on_byte_nats=per_byte.put if per_byte.path else None,
+      on_byte_nats=per_byte.put if per_byte else None,
     )
   more = {"step": step, "data": args.data or getattr(config.data, args.split), "workdir": args.workdir}
   if not args.data:
@@ -116,13 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> str:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
   """See the head of this file."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--workdir", default="runs/quickstart", help="the folder of a train.py run")
+  command_line.add_run_arguments(parser)
   parser.add_argument("--split", default="validation", choices=["train", "validation", "test"])
   parser.add_argument("--data", default="", help="file, folder, glob or data set, instead of a split")
   parser.add_argument("--skip-bad", action="store_true", help="leave out and count what is empty or unreadable")
-  parser.add_argument(
-    "--step", type=command_line.step_argument, metavar="N|best", help="checkpoint; default: the newest"
-  )
   parser.add_argument("--method", default="", choices=["", *METHODS], help="default: config.eval.method")
   parser.add_argument("--stride", type=int, default=0, help="bytes between sliding windows; default: half a window")
   parser.add_argument("--batch-size", type=int, default=0, help="windows at once; default: config.eval.batch_size")
@@ -135,7 +138,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     "--compressors", action=argparse.BooleanOptionalAction, default=True, help="compare with gzip ..."
   )
   distributed.add_arguments(parser)
-  args = parser.parse_args(arguments)
+  args = parser.parse_args(command_line.with_hyphens(arguments))
   for name in ("stride", "batch_size", "max_bytes"):
     if getattr(args, name) < 0:
       raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative")
@@ -175,30 +178,22 @@ def number_of_words(words: str, split: str, source: Source) -> int:
 
 
 class PerByte:
-  """Collects each byte's nats in a .npy file, which appears when all are there."""
+  """Each byte's nats, in a .npy file.
 
-  def __init__(self, path: str, lengths: np.ndarray):
-    self.path, self.first = path, np.concatenate([[0], np.cumsum(lengths)])
+  Args:
+    path: of the file, as yet.
+    lengths: bytes of each document.
+  """
 
-  def __enter__(self) -> PerByte:
-    if self.path:
-      os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-      self.temporary = f"{self.path}.{os.getpid()}.tmp"
-      self.nats = np.lib.format.open_memmap(self.temporary, "w+", np.float32, (int(self.first[-1]),))
-      self.nats[:] = np.nan  # what --max-bytes leaves out
-    return self
+  def __init__(self, path: epath.Path, lengths: np.ndarray):
+    self.first = np.concatenate([[0], np.cumsum(lengths)])
+    self.nats = np.lib.format.open_memmap(path, "w+", np.float32, (int(self.first[-1]),))
+    self.nats[:] = np.nan  # what --max-bytes leaves out
 
   def put(self, document: int, start: int, nats: np.ndarray, mask: np.ndarray) -> None:
     """Keeps the nats of a window where its mask is True."""
     at = int(self.first[document]) + start
     self.nats[at : at + len(nats)][mask] = nats[mask]
-
-  def __exit__(self, kind, *_) -> None:
-    if self.path and kind is None:
-      self.nats.flush()
-      os.replace(self.temporary, self.path)
-    elif self.path:
-      os.unlink(self.temporary)
 
 
 def summarize_images(config: Config, source: Source, result: Evaluation) -> image_report.ImageSummary | None:
@@ -220,8 +215,8 @@ def write_positions(workdir: str, result: Evaluation) -> None:
   starts = np.arange(0, len(result.context_nats), width)
   context_nats, context_bytes = (np.add.reduceat(a, starts) for a in (result.context_nats, result.context_bytes))
   with np.errstate(invalid="ignore"):
-    patch = result.patch_nats / result.patch_bytes / np.log(2)
-    context = context_nats / context_bytes / np.log(2)
+    patch = bits_per_byte(result.patch_nats, result.patch_bytes)
+    context = bits_per_byte(context_nats, context_bytes)
   values = {"patch": patch.tolist(), "patch_bytes": result.patch_bytes.tolist()}
   values |= {"context_bin_width": width, "context": context.tolist(), "context_bytes": context_bytes.tolist()}
   with replacing(os.path.join(workdir, "eval_positions.json")) as path:

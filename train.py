@@ -19,7 +19,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import jax
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 from jax.sharding import Mesh
 
 from megabyte_jax import command_line, distributed, plots, report, windows
@@ -301,4 +301,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  command_line.run(lambda: app.run(main, flags_parser=command_line.parse_config_flags))
+  command_line.run_with_flags(main)

@@ -30,6 +30,7 @@ import numpy as np
 from megabyte_jax import flops, plan, plots
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.config import Config, Level, MegabyteConfig
+from megabyte_jax.loss import bits_per_byte
 from megabyte_jax.sharding import batch_sharding, make_mesh
 from megabyte_jax.train_state import initial_state
 
@@ -87,7 +88,7 @@ class Program:
         row["seconds"] = time.perf_counter() - begin
         if row["seconds"] > AGAIN_SECONDS:
           break
-    row["bits_per_byte"] = nats / self.length / math.log(2)
+    row["bits_per_byte"] = bits_per_byte(nats, self.length)
     row["gradient_norm"] = float(metrics["grad_norm"])
     row["model_flops_per_second"] = (
       flops.flops_per_byte(self.config.model, training=True) * self.length / row["seconds"]

@@ -121,7 +121,8 @@ class Checkpoints:
     Args:
       step: optimizer steps taken.
       params, opt_state: pytrees of arrays.
-      meta: what JSON can hold. `check_same_run` reads `config` and `fingerprint`; `step` and `format` are added.
+      meta: what JSON can hold. `check_same_run` reads `config`, `fingerprint` and
+        `validation_fingerprint`; `step` and `format` are added.
 
     Returns:
       Whether a save was started: not if the step is saved already.

@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from megabyte_jax.parameter_names import parameter_name
 from megabyte_jax.saved_run import CheckpointError
 
 
@@ -29,7 +30,7 @@ def handlers() -> ocp.handlers.CheckpointHandlerRegistry:
 def flat_arrays(tree: Any) -> dict[str, Any]:
   """{dotted path: leaf} of any pytree, in the order of its leaves."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+  return {parameter_name(path): leaf for path, leaf in leaves}
 
 
 def placed(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -1,4 +1,4 @@
-"""Entropy coding of bytes with a model's probabilities: as many bits as the evaluation's basic method counts nats.
+"""Entropy coding of bytes with a model's probabilities: its bits are the nats of the basic evaluation, over ln 2.
 
 A range coder needs the same probabilities, to the last bit, when it encodes and when it decodes. So both walk through
 the text in the same way, with the same compiled step: it takes the byte before and gives the probabilities of the next

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
-from absl import flags, logging
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from megabyte_jax import distributed, remote
@@ -122,6 +122,23 @@ def parse_mesh(text: str, data: int = -1) -> MeshConfig:
     sizes[name] = int(size)
   sizes.setdefault("data", 1 if -1 in sizes.values() else data)
   return MeshConfig(**sizes)
+
+
+def run_with_flags(main: Callable[[list[str]], object]) -> None:
+  """`run` for a command with absl's flags; main() gets the command's name and what is no flag."""
+  run(lambda: app.run(main, flags_parser=parse_config_flags))
+
+
+def with_hyphens(arguments: Sequence[str] | None) -> list[str]:
+  """Arguments (None: the command line's) for argparse, where --batch_size is --batch-size, as in absl's commands."""
+  given = sys.argv[1:] if arguments is None else arguments
+  return [re.sub(r"^--\w+", lambda name: name[0].replace("_", "-"), argument) for argument in given]
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+  """--workdir and --step: which run, and which of its checkpoints."""
+  parser.add_argument("--workdir", default="runs/quickstart", help="the folder of a train.py run")
+  parser.add_argument("--step", type=step_argument, metavar="N|best", help="checkpoint; default: the newest")
 
 
 def step_argument(text: str) -> int | Literal["best"]:

@@ -20,7 +20,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax
@@ -73,7 +73,9 @@ class Header:
   constriction: str
 
 
-def compress(model: Model, text: bytes, *, step: int = 0, batch: int = BATCH, on_bytes=None) -> bytes:
+def compress(
+  model: Model, text: bytes, *, step: int = 0, batch: int = BATCH, on_bytes: Callable[[int], None] | None = None
+) -> bytes:
   """`text` compressed with the probabilities of `model`.
 
   Args:
@@ -94,7 +96,7 @@ def compress(model: Model, text: bytes, *, step: int = 0, batch: int = BATCH, on
   return body + _digest(body)
 
 
-def decompress(model: Model, packed: bytes, *, on_bytes=None) -> bytes:
+def decompress(model: Model, packed: bytes, *, on_bytes: Callable[[int], None] | None = None) -> bytes:
   """The text that `compress` made `packed` of.
 
   Raises:
@@ -181,12 +183,9 @@ def parse_arguments() -> argparse.Namespace:
   parser.add_argument("file", help="what to compress; with --decompress the compressed file")
   parser.add_argument("out", help="where the result goes")
   parser.add_argument("--decompress", action="store_true", help="get the original back")
-  parser.add_argument("--workdir", default="runs/quickstart", help="the folder of a train.py run")
-  parser.add_argument(
-    "--step", type=command_line.step_argument, metavar="N|best", help="checkpoint; default: the newest"
-  )
+  command_line.add_run_arguments(parser)
   parser.add_argument("--batch-size", type=int, default=0, help=f"windows side by side; default {BATCH}")
-  args = parser.parse_args()
+  args = parser.parse_args(command_line.with_hyphens(None))
   require(args.batch_size >= 0, f"--batch-size is {args.batch_size}; it must not be negative")
   require(not (args.decompress and args.batch_size), "--batch-size is for compressing; the file says the rest")
   command_line.check_output_file("OUT", args.out)

@@ -301,9 +301,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   """The arguments of `start` for argparse, all together in `args`; see `start_from_arguments`."""
   group = parser.add_argument_group("several processes", "as for train.py; a cluster's environment tells it, mostly")
   group.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of process 0")
-  group.add_argument("--num-processes", "--num_processes", type=int, default=0, metavar="N")
-  group.add_argument("--process-id", "--process_id", type=int, default=-1, metavar="I", help="from 0")
-  group.add_argument("--start-timeout", "--start_timeout", type=int, default=START_SECONDS, metavar="SECONDS")
+  group.add_argument("--num-processes", type=int, default=0, metavar="N")
+  group.add_argument("--process-id", type=int, default=-1, metavar="I", help="from 0")
+  group.add_argument("--start-timeout", type=int, default=START_SECONDS, metavar="SECONDS")
 
 
 def start_from_arguments(args: argparse.Namespace) -> None:

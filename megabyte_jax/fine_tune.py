@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from megabyte_jax.checkpoint import CheckpointError, Checkpoints, changed_keys, load_config
+from megabyte_jax.checkpoint_arrays import flat_arrays
 from megabyte_jax.config import Config
 from megabyte_jax.models.build import abstract_model
 from megabyte_jax.sharding import shard_abstract
@@ -51,8 +52,7 @@ def parameters_from(workdir: str, fresh: Any, config: Config, mesh: Mesh) -> Any
 
 def _shapes(parameters: Any) -> dict[str, tuple[int, ...]]:
   """Shapes by name; of byte positions only the width, since their number may differ."""
-  shapes = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
-    shapes[name] = leaf.shape[1:] if name.endswith("embedder.positions") else leaf.shape
-  return shapes
+  return {
+    name: leaf.shape[1:] if name.endswith("embedder.positions") else leaf.shape
+    for name, leaf in flat_arrays(parameters).items()
+  }

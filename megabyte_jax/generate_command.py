@@ -27,10 +27,7 @@ from megabyte_jax.sharding import make_mesh
 def parse_arguments() -> argparse.Namespace:
   """The command line; see the head of this file."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--workdir", default="runs/quickstart", help="the folder of a train.py run")
-  parser.add_argument(
-    "--step", type=command_line.step_argument, metavar="N|best", help="checkpoint; default: the newest"
-  )
+  command_line.add_run_arguments(parser)
   parser.add_argument("--prompt", default="", help="text to continue")
   parser.add_argument("--prompt-file", default="", help="a file to continue, instead of --prompt")
   parser.add_argument("--keep", type=float, help="the share of the file to keep; default: 0.5 of an image, else 1")
@@ -48,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     "(without {} a grid), .wav of an audio model, else raw bytes",
   )
   parser.add_argument("--mesh", default="", help="spread the model over all devices, such as fsdp=4,tensor=2")
-  args = parser.parse_args()
+  args = parser.parse_args(command_line.with_hyphens(None))
   require(not (args.prompt and args.prompt_file), "give --prompt or --prompt-file, not both")
   require(args.bytes is None or args.bytes >= 0, f"--bytes is {args.bytes}; it must not be negative")
   require(args.num_samples >= 1, f"--num-samples is {args.num_samples}; it must be at least 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,6 @@ def _nats(logits_BTV: jax.Array, x_BT: jax.Array) -> jax.Array:
   return log_z_BT - jnp.sum(jnp.where(one_hot, logits_BTV, 0.0), axis=-1)
 
 
-def bits_per_byte(nats: float, count: int) -> float:
-  """Bits per byte from the summed nats of `count` bytes."""
+def bits_per_byte(nats: Any, count: Any) -> Any:
+  """Bits per byte from the summed nats of `count` bytes: numbers, or arrays of equal shape."""
   return nats / count / math.log(2)

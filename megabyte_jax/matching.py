@@ -18,7 +18,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from megabyte_jax import command_line, flops
@@ -182,4 +182,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
   define_flags()
-  command_line.run(lambda: app.run(main, flags_parser=command_line.parse_config_flags))
+  command_line.run_with_flags(main)

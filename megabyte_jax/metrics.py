@@ -15,6 +15,7 @@ from etils import epath
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.hardware import memory_in_use, peak_flops
 from megabyte_jax.progress import duration, human
+from megabyte_jax.remote import is_remote
 
 METRICS_FILE = "metrics.jsonl"
 _REMOTE_SECONDS = 30.0  # object stores cannot append: there the file is written anew so often
@@ -67,7 +68,7 @@ class Metrics:
     self._file = self._board = None
     if self._writes:
       self._lines = _keep_until(self._path, start_step)  # for `_rewrite`
-      self._file = self._path.open("a") if _can_append(self._path) else None
+      self._file = self._path.open("a") if not is_remote(self._path) else None
       self._flushed = time.monotonic()
       if tensorboard:
         from tensorboardX import SummaryWriter  # noqa: PLC0415  (half a second that evaluation need not wait)
@@ -98,14 +99,13 @@ class Metrics:
     finally:
       self._clock += time.monotonic() - begin
 
-  def log(self, step: int, *, loss: float, learning_rate: float, grad_norm: float, **more: float) -> dict[str, Any]:
+  def log(self, step: int, *, loss: float, learning_rate: float, grad_norm: float) -> dict[str, Any]:
     """Writes the state after `step` and shows it in one line.
 
     Args:
       step: steps taken; the speed is that since the previous call.
       loss: nats per byte.
       learning_rate, grad_norm: of that step, the norm before clipping.
-      more: written, too, but not shown.
 
     Returns:
       What was written.
@@ -123,7 +123,6 @@ class Metrics:
       "mfu": flops / self._peak if flops and self._peak else None,
       "seconds": round(self.seconds, 3),
       "memory_bytes": memory_in_use(self._devices),
-      **{name: float(value) for name, value in more.items()},
     }
     self._put(record)
     if self._writes:
@@ -193,10 +192,6 @@ class Metrics:
   def _rewrite(self) -> None:
     self._path.write_text("".join(self._lines))
     self._flushed = time.monotonic()
-
-
-def _can_append(path: epath.Path) -> bool:
-  return "://" not in str(path)
 
 
 def _keep_until(path: epath.Path, last_step: int) -> list[str]:

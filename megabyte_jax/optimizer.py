@@ -10,6 +10,7 @@ import optax
 
 from megabyte_jax.backend import platform
 from megabyte_jax.config import OptimizerConfig
+from megabyte_jax.parameter_names import parameter_name
 
 # Muon's matrices by the end of their names, with the axes of the result. A layer, and each of q, k, v and of a gated
 # layer's halves, is a matrix of its own.
@@ -85,7 +86,7 @@ def muon_matrices(parameters: Any) -> Any:
   """
 
   def axes(path, leaf):
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    name = parameter_name(path)
     result = next((axes for end, axes in _RESULT.items() if name.endswith(f".{end}")), None)
     if result is None:
       return None

@@ -21,11 +21,12 @@ import pickle
 import re
 import time
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import config_flags
@@ -227,10 +228,15 @@ def _read_shortage(plan: Plan, text: str) -> None:
     plan.total = int(float(needed[1]) * units[needed[2]])
 
 
+def axes_text(mesh: Mapping[str, int]) -> str:
+  """The axes of a mesh as --mesh takes them, `fsdp=16,seq=4`; those of one device are left out."""
+  return ",".join(f"{name}={size}" for name, size in mesh.items() if size > 1) or "one device"
+
+
 def describe(plan: Plan) -> str:
   """The plan for people."""
   config, model = plan.config, plan.config.model
-  axes = ",".join(f"{name}={size}" for name, size in plan.mesh.items() if size > 1) or "one device"
+  axes = axes_text(plan.mesh)
   forward = flops.flops_per_byte(model)
   per_byte = forward * (flops.TRAINING_FACTOR if plan.step == "train" else 1)
   size = [f"{config.batch_size} x {model.context:,} bytes", f"remat {model.remat}"]
@@ -351,4 +357,4 @@ def define_flags() -> None:
 
 if __name__ == "__main__":
   define_flags()
-  command_line.run(lambda: app.run(main, flags_parser=command_line.parse_config_flags))
+  command_line.run_with_flags(main)

@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh
 from megabyte_jax import flops, hardware, roofline
 from megabyte_jax.config import Config, ConfigError, MegabyteConfig, MeshConfig
 from megabyte_jax.models.config import Remat
-from megabyte_jax.plan import Plan, changed, for_tpu, make_plan
+from megabyte_jax.plan import Plan, axes_text, changed, for_tpu, make_plan
 from megabyte_jax.sharding import check_mesh
 
 _REMAT: tuple[Remat, ...] = ("none", "named", "full")  # from the fastest to the smallest
@@ -179,11 +179,10 @@ def needs_at_least(one: Config, other: Config) -> bool:
 
 
 def _line(plan: Plan) -> str:
-  axes = ",".join(f"{name}={size}" for name, size in plan.mesh.items() if size > 1) or "one device"
   sizes = f"{plan.total / 2**30:.1f} of {plan.memory / 2**30:.1f} GiB"
   time = f", {1e3 * plan.bounds.step:.0f} ms at best" if plan.fits and plan.bounds else ""
   return (
-    f"{'tried' if plan.quick else 'checked'} batch {plan.config.batch_size}, {axes}, remat {plan.config.model.remat}, "
-    f"{plan.config.accumulate} parts: "
+    f"{'tried' if plan.quick else 'checked'} batch {plan.config.batch_size}, {axes_text(plan.mesh)}, "
+    f"remat {plan.config.model.remat}, {plan.config.accumulate} parts: "
     f"{'fits' if plan.fits else 'too large'}, {sizes}{time}"
   )

@@ -8,6 +8,7 @@ import time
 from typing import TextIO
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
+_EVERY = 0.25  # seconds between two updates, at least
 
 
 def human(value: float, unit: str = "") -> str:
@@ -55,24 +56,20 @@ class Progress:
     self,
     label: str,
     total: float | None = None,
-    unit: str = "B",
     *,
     stream: TextIO | None = None,
-    every: float = 0.25,
     enabled: bool = True,
   ):
     """Starts the clock.
 
     Args:
       label: what is being done.
-      total: amount of work, None where it is not known.
-      unit: of that amount.
+      total: bytes of work, None where it is not known.
       stream: None takes stderr.
-      every: least seconds between two updates.
       enabled: False shows nothing at all: for all processes but one.
     """
     self.done = 0.0
-    self._label, self._total, self._unit, self._every = label, total, unit, every
+    self._label, self._total = label, total
     self._stream = stream or sys.stderr
     self._enabled = enabled
     self._live = enabled and self._stream.isatty()
@@ -101,7 +98,7 @@ class Progress:
     """Sets how much is done and, if given, of how much."""
     self.done, self._total = done, total or self._total
     now = time.monotonic()
-    if self._live and now - self._shown >= self._every:
+    if self._live and now - self._shown >= _EVERY:
       self._shown = now
       self._stream.write(f"\r{self._line(now - self._start)}\x1b[K")
       self._stream.flush()
@@ -110,18 +107,18 @@ class Progress:
     """Replaces the line by the final amount, time and rate."""
     if self._enabled:
       seconds = time.monotonic() - self._start
-      amount = human(self.done, self._unit)
+      amount = human(self.done, "B")
       start, end = ("\r", "\x1b[K\n") if self._live else ("", "\n")
       self._stream.write(f"{start}{self._label}: {amount} in {duration(seconds)}{self._rate(seconds)}{end}")
       self._stream.flush()
 
   def _line(self, seconds: float) -> str:
     if not self._total:
-      return f"{self._label}: {human(self.done, self._unit)}{self._rate(seconds)}, {duration(seconds)}"
+      return f"{self._label}: {human(self.done, 'B')}{self._rate(seconds)}, {duration(seconds)}"
     left = (self._total - self.done) * seconds / self.done if self.done else math.inf
     share = f"{100 * self.done / self._total:3.0f}%"
-    of = f"{human(self.done, self._unit)} of {human(self._total, self._unit)}"
+    of = f"{human(self.done, 'B')} of {human(self._total, 'B')}"
     return f"{self._label}: {share}  {of}{self._rate(seconds)}, {duration(left)} left"
 
   def _rate(self, seconds: float) -> str:
-    return f" ({human(self.done / seconds, self._unit + '/s')})" if self.done and seconds > 0 else ""
+    return f" ({human(self.done / seconds, 'B/s')})" if self.done and seconds > 0 else ""

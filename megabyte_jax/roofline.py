@@ -54,6 +54,7 @@ def passes(config: Config, step: str) -> float:
   """Forward passes that a step's products are worth: 1, or 3 in training, and what is recomputed."""
   if step != "train":
     return 1.0
+  # `named` recomputes one product of a block, attention's output: D^2 of 12 D^2, and a little for what is none.
   return flops.TRAINING_FACTOR + {"none": 0.0, "named": 0.1, "full": 1.0}[config.model.remat]
 
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,11 +98,31 @@ def _lay_out(tree):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def decode_chunk(graph, sampling, size, parameters, state, x_BT, known, offset, patches, keys_B):
+def decode_chunk(
+  graph: nnx.GraphDef,
+  sampling: Sampling,
+  size: int,
+  parameters: nnx.State,
+  state: Any,
+  x_BT: jax.Array,
+  known: jax.Array,
+  offset: jax.Array,
+  patches: int | jax.Array,
+  keys_B: jax.Array,
+) -> tuple[Any, jax.Array, jax.Array]:
   """Decodes `patches` patches, in all at most `size` bytes; bytes before `known` are taken from x instead.
 
   On a GPU it decodes `size` bytes whatever `patches` is; with fewer of them the state is of no use afterwards.
   Positions count from the window's start, which is byte `offset` of the text.
+
+  Args:
+    graph, parameters: the model.
+    state: of its decoding; donated.
+    x_BT: the window so far.
+    keys_B: random keys, one of each sample.
+
+  Returns:
+    The state afterwards; bytes [B, size], int32, and their nats, float32: the first ones are those decoded.
   """
   model = nnx.merge(graph, parameters)
   state, x_BT, keys_B = _lay_out((state, x_BT, keys_B))

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from megabyte_jax.config import ConfigError, MegabyteConfig, MeshConfig, ModelConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.models.layout import BATCH
+from megabyte_jax.parameter_names import parameter_name
 
 # Parameters by the end of their name; optimizer moments bear the names of their parameters. The first axis of
 # everything in `blocks` counts layers. What matches no line is replicated (norms, biases of width D, convolutions).
@@ -151,7 +152,7 @@ def _with_specs(place: Callable[[Any, P], Any], tree: Any, mesh: Mesh | Abstract
   """place(leaf, its spec by the table) of every parameter or moment of the tree."""
 
   def place_named(path, leaf):
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    name = parameter_name(path)
     return place(leaf, parameter_spec(name, leaf.shape, mesh))
 
   return jax.tree_util.tree_map_with_path(place_named, tree)

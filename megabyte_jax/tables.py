@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from megabyte_jax import flops, measured
 from megabyte_jax.config import Config, ModelConfig, PerceiverARConfig
@@ -227,4 +227,4 @@ if __name__ == "__main__":
   from megabyte_jax import command_line
 
   define_flags()
-  command_line.run(lambda: app.run(main, flags_parser=command_line.parse_config_flags))
+  command_line.run_with_flags(main)

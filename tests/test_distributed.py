@@ -217,6 +217,6 @@ def test_arguments(monkeypatch):
   parser = argparse.ArgumentParser()
   distributed.add_arguments(parser)
   distributed.start_from_arguments(parser.parse_args([]))
-  flags = ["--coordinator=h:1", "--num-processes=2", "--process_id=1", "--start-timeout=9"]
+  flags = ["--coordinator=h:1", "--num-processes=2", "--process-id=1", "--start-timeout=9"]
   distributed.start_from_arguments(parser.parse_args(flags))
   assert given == [("", 0, -1, 300), ("h:1", 2, 1, 9)]

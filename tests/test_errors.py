@@ -12,7 +12,9 @@ import pytest
 from commands import ROOT, environment, run_each
 
 from megabyte_jax import command_line
+from megabyte_jax.config import Config, MeshConfig
 from megabyte_jax.folder_lock import locked
+from megabyte_jax.sharding import make_mesh
 
 TINY = "--config=tests/tiny_config.py"
 DATA = "--config.data.train"
@@ -136,7 +138,6 @@ def said(folder):
   """{name: (exit code, what was printed)} of all cases."""
   import tiny_config  # noqa: PLC0415
 
-  from megabyte_jax.config import Config  # noqa: PLC0415
   from megabyte_jax.saved_run import save_config  # noqa: PLC0415
 
   tiny = Config.from_dict(tiny_config.get_config())
@@ -179,6 +180,12 @@ def test_a_device_that_is_not_there(wanted, tmp_path):
   assert f"error: JAX finds no device of JAX_PLATFORMS={wanted}" in result.stderr
 
 
+def test_flags_are_spelt_with_hyphens_or_underscores():
+  given = ["--batch_size=4", "--per_byte_out", "a_b.npy", "--data=x_y", "my_file", "--config.batch_size=1", "-n_x"]
+  same = ["--batch-size=4", "--per-byte-out", "a_b.npy", "--data=x_y", "my_file", "--config.batch_size=1", "-n_x"]
+  assert command_line.with_hyphens(given) == same
+
+
 def test_too_little_memory(monkeypatch, capsys):
   def main():
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
@@ -187,7 +194,11 @@ def test_too_little_memory(monkeypatch, capsys):
   with pytest.raises(SystemExit) as end:
     command_line.run(main)
   assert end.value.code == 1
-  assert "error: too little memory (Out of memory allocating 5 bytes.); to train, raise" in capsys.readouterr().err
+  said = capsys.readouterr().err
+  assert "error: too little memory (Out of memory allocating 5 bytes.); to train, raise" in said
+  advised = {axis: int(size) for axis, size in re.findall(r"--config\.mesh\.(\w+)=(-?\d+)", said)}
+  for mesh in (MeshConfig(), MeshConfig(data=1, seq=-1), MeshConfig(data=1, fsdp=-1)):  # all that is shipped
+    assert make_mesh(dataclasses.replace(mesh, **advised)).shape["fsdp"] == jax.device_count()
 
 
 def test_an_interrupt_that_python_would_forget():

@@ -24,6 +24,7 @@ from megabyte_jax.data.files import fingerprint_files, read_whole, sizes_of
 from megabyte_jax.data.shared_cache import DOCUMENT_BYTES, SharedCache, array_bytes
 from megabyte_jax.data.sound_files import ogg_problem, wav_problem
 from megabyte_jax.data.sources import DataError, check_range, combine_fingerprints, said
+from megabyte_jax.remote import is_remote
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga")
 _MU = 255.0
@@ -153,7 +154,7 @@ def read_head(path: str) -> Recording:
   """Length and rate of a recording. Raises DataError naming the file where it is empty, cut short or no audio."""
   soundfile = _import("soundfile")
   try:
-    with epath.Path(path).open("rb") if "://" in path else open(path, "rb") as file:
+    with epath.Path(path).open("rb") if is_remote(path) else open(path, "rb") as file:
       if problem := wav_problem(file):
         raise DataError(f"{path} {problem}")
       file.seek(0)

@@ -7,6 +7,7 @@ import io
 import math
 import zlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
@@ -15,6 +16,9 @@ from megabyte_jax.atomic_file import replacing
 from megabyte_jax.config import DataConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.data.sources import SKIP_HINT, DataError, said
+
+if TYPE_CHECKING:
+  from PIL import Image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _FORMATS = ("JPEG", "PNG", "WEBP")
@@ -96,7 +100,7 @@ def _fitting_side(scan_patch: int, height: int, width: int) -> int:
   return p
 
 
-def open_image(data: bytes, name: str, convert: str = ""):
+def open_image(data: bytes, name: str, convert: str = "") -> Image.Image:
   """Decodes a JPEG, PNG or WebP file to a Pillow image of mode RGB, in the file's own size.
 
   EXIF orientation is not applied, as TFDS does not. What is not plain 8-bit RGB is an error unless `convert` allows it.
@@ -183,7 +187,7 @@ def _oddity(image, data: bytes) -> str:
   return "" if image.mode in ("RGB", "P") else f"an image of colours {image.mode}"
 
 
-def square_image(image, size: int) -> np.ndarray:
+def square_image(image: Image.Image, size: int) -> np.ndarray:
   """The centred square of a Pillow image, uint8 [size, size, 3].
 
   The short side is scaled to `size` pixels by Pillow's bicubic filter (which averages when it makes smaller), and the
@@ -199,7 +203,7 @@ def square_image(image, size: int) -> np.ndarray:
   return np.asarray(image)
 
 
-def scaled_image(image, short_side: int) -> np.ndarray:
+def scaled_image(image: Image.Image, short_side: int) -> np.ndarray:
   """A Pillow image with its short side scaled to `short_side` (bicubic), uint8 [height, width, 3]."""
   from PIL import Image  # noqa: PLC0415
 

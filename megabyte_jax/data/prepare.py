@@ -75,6 +75,8 @@ def _documents(source: Source, first: int) -> Iterator[tuple[str, Iterator[bytes
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """The command line; raises what a person can put right (see command_line.run)."""
+  from megabyte_jax import command_line  # noqa: PLC0415 - data do not know commands, but this one is one
+
   parser = argparse.ArgumentParser(
     prog="python -m megabyte_jax.data.prepare",
     description=__doc__,
@@ -87,19 +89,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
   for field in dataclasses.fields(DataConfig):
     if field.name in _SPLITS:
       continue
-    names = (f"--{field.name.replace('_', '-')}", f"--{field.name}")  # both spellings, once where they are the same
+    name = f"--{field.name.replace('_', '-')}"
     if isinstance(field.default, bool):
-      packing.add_argument(*dict.fromkeys(names), action="store_true")
+      packing.add_argument(name, action="store_true")
     else:
-      packing.add_argument(*dict.fromkeys(names), type=type(field.default), default=field.default)
+      packing.add_argument(name, type=type(field.default), default=field.default)
   for name, text in (("build", "download and prepare a TFDS data set"), ("convert", "TFRecord -> ArrayRecord")):
     command = commands.add_parser(name, help=text)
     command.add_argument("name", help="tfds:NAME")
-    command.add_argument("--tfds-dir", "--tfds_dir", default="")
+    command.add_argument("--tfds-dir", default="")
     if name == "convert":
       command.add_argument("--out", default="", help="another TFDS folder to write to; default: beside the old files")
   commands.add_parser("verify", help="check a packed folder").add_argument("folder")
-  given = vars(parser.parse_args(arguments))
+  given = vars(parser.parse_args(command_line.with_hyphens(arguments)))
   command = given.pop("command")
   try:
     if command == "pack":

@@ -13,7 +13,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -171,7 +171,7 @@ def same_fingerprint(saved: object, now: object) -> bool:
   return saved == now
 
 
-def combine_fingerprints(parts) -> str:
+def combine_fingerprints(parts: Iterable[object]) -> str:
   """One fingerprint of several, or of other strings, in their order."""
   halves = [str(part).partition("|")[::2] for part in parts]
   older, newer = ("\0".join(half) for half in zip(*halves, strict=True))

@@ -54,8 +54,9 @@ def open_tfds(spec: str, data: DataConfig) -> Source:
   Grey and CMYK JPEGs become RGB, as the data set's own description (three channels) has it.
 
   Raises:
-    ConfigError: no such data set, split or feature.
-    DataError: it is not prepared, or not as ArrayRecord; the message holds the command that helps.
+    ConfigError: no such feature, or `spec` names no split.
+    DataError: no such data set or split, or it is not prepared, or not as ArrayRecord; the message holds the command
+      that helps.
   """
   import tensorflow_datasets as tfds  # noqa: PLC0415
 
@@ -70,10 +71,10 @@ def open_tfds(spec: str, data: DataConfig) -> Source:
 
 
 def find_builder(name: str, tfds_dir: str) -> Any:
-  """TFDS's builder of a data set, or of the one that lies in the folder `name`. Raises ConfigError if there is none."""
+  """TFDS's builder of a data set, or of the one that lies in the folder `name`. Raises DataError if there is none."""
   import tensorflow_datasets as tfds  # noqa: PLC0415
 
-  if "://" in name or name.startswith((".", "/", "~")):
+  if remote.is_remote(name) or name.startswith((".", "/", "~")):
     folder = epath.Path(name).expanduser()
     if not (folder / "dataset_info.json").exists():
       raise DataError(f"{name} holds no prepared TFDS data set (no dataset_info.json)")

@@ -18,6 +18,7 @@ from megabyte_jax.models.layers import compute_dtype
 from megabyte_jax.models.megabyte import Megabyte
 from megabyte_jax.models.perceiver_ar import PerceiverAR
 from megabyte_jax.models.stack import is_variable, unstacked
+from megabyte_jax.parameter_names import parameter_name
 
 Model = Megabyte | PerceiverAR
 
@@ -81,7 +82,7 @@ def cast_for_decoding(config: ModelConfig, parameters: Any) -> Any:
   dtype = compute_dtype(config)
 
   def cast(path, leaf):
-    return leaf if re.search(r"norm\.(scale|bias)", _name(path)) else leaf.astype(dtype)
+    return leaf if re.search(r"norm\.(scale|bias)", parameter_name(path)) else leaf.astype(dtype)
 
   return jax.tree_util.tree_map_with_path(cast, parameters)
 
@@ -90,7 +91,7 @@ def prepared_for_decoding(config: ModelConfig, parameters: nnx.State, *, stacked
   """`cast_for_decoding`, and unless they stay stacked, each layer's parameters an array of their own."""
 
   def unstack(path, parameter):
-    return unstacked(parameter) if "decoder.blocks" in _name(path) and not stacked else parameter
+    return unstacked(parameter) if "decoder.blocks" in parameter_name(path) and not stacked else parameter
 
   return jax.tree_util.tree_map_with_path(unstack, cast_for_decoding(config, parameters), is_leaf=is_variable)
 
@@ -99,14 +100,10 @@ def decoding_layouts(shapes: nnx.State, *, stacked: bool) -> nnx.State:
   """How such parameters lie in memory: those of products with their input axes last."""
 
   def layout(path, leaf):
-    name, axes = _name(path), tuple(range(leaf.ndim))
+    name, axes = parameter_name(path), tuple(range(leaf.ndim))
     if "decoder.blocks" not in name or "kernel" not in name:
       return Layout(axes)
     layers, inputs = int(stacked), 2 if "attention_out" in name else 1
     return Layout((*axes[:layers], *axes[layers + inputs :], *axes[layers : layers + inputs]))
 
   return jax.tree_util.tree_map_with_path(layout, shapes)
-
-
-def _name(path: tuple) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,9 @@ from jax.sharding import PartitionSpec as P
 from megabyte_jax.backend import platform
 from megabyte_jax.models import tile_attention
 from megabyte_jax.models.layout import BATCH
+
+if TYPE_CHECKING:
+  from megabyte_jax.models.attention import Past
 
 _LANES = 128  # splash's key blocks are whole numbers of TPU vector lanes
 _BLOCK = 1024  # slots a block should have at most: larger ones gain little and take on-chip memory
@@ -113,12 +117,11 @@ def tile_obstacle(q_BNMHK: jax.Array, earlier: int) -> str:
   return _spread_span(q_BNMHK) or tile_attention.obstacle(on_device, earlier) or _uneven(q_BNMHK)
 
 
-def tile(q_BNMHK: jax.Array, k_BNMHK: jax.Array, v_BNMHK: jax.Array, past) -> jax.Array:
+def tile(q_BNMHK: jax.Array, k_BNMHK: jax.Array, v_BNMHK: jax.Array, past: Past | None) -> jax.Array:
   """Causal attention within many short spans, see tile_attention.py; `past` as in `attention.attention`, or None."""
-  if past is not None:
-    past = (past.k_BNSHK, past.v_BNSHK, past.visible[:, 0, 0])
+  earlier = None if past is None else (past.k_BNSHK, past.v_BNSHK, past.visible[:, 0, 0])
   if not _mesh():
-    return tile_attention.tile_attention(q_BNMHK, k_BNMHK, v_BNMHK, past)
+    return tile_attention.tile_attention(q_BNMHK, k_BNMHK, v_BNMHK, earlier)
   spec = P(BATCH, "seq", None, "tensor")
   mapped = jax.shard_map(
     tile_attention.tile_attention,
@@ -126,7 +129,7 @@ def tile(q_BNMHK: jax.Array, k_BNMHK: jax.Array, v_BNMHK: jax.Array, past) -> ja
     out_specs=spec,
     check_vma=False,
   )
-  return mapped(q_BNMHK, k_BNMHK, v_BNMHK, past)
+  return mapped(q_BNMHK, k_BNMHK, v_BNMHK, earlier)
 
 
 def splash_obstacle(q_BNMHK: jax.Array) -> str:

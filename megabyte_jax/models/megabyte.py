@@ -116,10 +116,8 @@ class Megabyte(Decoding, nnx.Module):
     Raises:
       ConfigError: T is 0 or longer than the context.
     """
-    T = x_BT.shape[1]
-    check_length(T, self.config.context)
-    x_BT = self._padded(x_BT)
-    return finer_levels(self.levels, x_BT, self.first_level(x_BT, dropout_key), dropout_key)[:, :T]
+    h_BKD = self.first_level(x_BT, dropout_key)
+    return finer_levels(self.levels, self._padded(x_BT), h_BKD, dropout_key)[:, : x_BT.shape[1]]
 
   def first_level(self, x_BT: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
     """Eqs. (1)-(3): the output of each patch of S_1 bytes given the patches before it, [B, K, D].

@@ -16,6 +16,7 @@ from flax import nnx
 
 from megabyte_jax.models import attention as attention_lib
 from megabyte_jax.models.config import PerceiverARConfig
+from megabyte_jax.models.decoding import Pick
 from megabyte_jax.models.dropout import dropout
 from megabyte_jax.models.layers import (
   activate,
@@ -163,7 +164,7 @@ class PerceiverAR(nnx.Module):
     byte_B1 = jax.lax.dynamic_slice_in_dim(x_BT, jnp.maximum(length - 1, 0), 1, axis=1)
     return DecodeState(Cache(k[None], v[None]), Cache(*kept), byte_B1.astype(jnp.int32), jnp.int32(length), start)
 
-  def decode_patch(self, state: DecodeState, pick) -> tuple[DecodeState, jax.Array, jax.Array]:
+  def decode_patch(self, state: DecodeState, pick: Pick) -> tuple[DecodeState, jax.Array, jax.Array]:
     """The next byte; arguments and results as in `Megabyte.decode_patch`, with patches of one byte.
 
     The latents must not be used up: position < start + N.

@@ -36,6 +36,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from megabyte_jax.backend import platform
+from megabyte_jax.models import cached_attention
 from megabyte_jax.models.cached_attention import LOWEST, SMALLEST, softmax_step
 from megabyte_jax.models.config import BlockOptions, Level
 
@@ -90,8 +91,7 @@ def serves(level: Level, options: BlockOptions, rows: int) -> bool:
   return (
     rows == 1
     and not options.qk_norm
-    and head_width >= 16
-    and head_width == _power_of_two_in(head_width)
+    and cached_attention.serves(level)
     and all(n % programs() == 0 for n in (heads * head_width // 2, level.width, hidden))
     and all(_power_of_two_in(n) >= 64 for n in (level.width, heads * head_width, hidden))
     and largest < 1 << 31  # offsets have 32 bits
