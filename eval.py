@@ -35,7 +35,8 @@ from megabyte_jax.atomic_file import replacing
 from megabyte_jax.checkpoint import load_config
 from megabyte_jax.config import Config, ConfigError
 from megabyte_jax.data import image_report
-from megabyte_jax.data.sources import DataError, Source, open_path, open_source
+from megabyte_jax.data.open_data import open_path, open_source
+from megabyte_jax.data.sources import DataError, Source
 from megabyte_jax.evaluate import Evaluation
 from megabyte_jax.loss import bits_per_byte
 from megabyte_jax.pretrained import evaluation_mesh, load

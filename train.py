@@ -26,7 +26,7 @@ from megabyte_jax import command_line, distributed, plots, report, windows
 from megabyte_jax.checkpoint import CheckpointError, Checkpoints, check_same_run, save_config
 from megabyte_jax.config import Config, ConfigError
 from megabyte_jax.data.batches import batches, open_windows
-from megabyte_jax.data.sources import open_source
+from megabyte_jax.data.open_data import open_source
 from megabyte_jax.evaluate import Evaluation, evaluate
 from megabyte_jax.fine_tune import parameters_from
 from megabyte_jax.flops import flops_per_byte, predicted_bytes

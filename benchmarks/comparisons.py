@@ -45,7 +45,7 @@ from megabyte_jax import command_line, flops, matching, windows
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.checkpoint import Checkpoints
 from megabyte_jax.config import Config, ConfigError
-from megabyte_jax.data.sources import open_source
+from megabyte_jax.data.open_data import open_source
 from megabyte_jax.progress import human
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

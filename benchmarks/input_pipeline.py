@@ -25,7 +25,7 @@ from PIL import Image
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data import prepare
 from megabyte_jax.data.batches import batches
-from megabyte_jax.data.sources import SAMPLE_FOLDER, open_source
+from megabyte_jax.data.open_data import SAMPLE_FOLDER, open_source
 
 STEP = 1_000_000
 START_UP_AIM = 2.0  # seconds

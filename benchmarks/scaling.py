@@ -127,7 +127,7 @@ def stream(config, mesh, first_step: int):
   """Batches of the project's own text, from step `first_step` to step `STEPS`."""
   from megabyte_jax.config import DataConfig  # noqa: PLC0415
   from megabyte_jax.data.batches import batches  # noqa: PLC0415
-  from megabyte_jax.data.sources import open_source  # noqa: PLC0415
+  from megabyte_jax.data.open_data import open_source  # noqa: PLC0415
   from megabyte_jax.sharding import batch_sharding  # noqa: PLC0415
 
   return batches(

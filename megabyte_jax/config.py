@@ -38,7 +38,7 @@ Method = Literal["basic", "sliding", "strided", "both"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-  """What is read; see data/sources.py for the names of sources.
+  """What is read; see data/open_data.py for the names of sources.
 
   Attributes:
     train, validation, test: a file, a folder, a glob, `sample:NAME` (data shipped with the package) or

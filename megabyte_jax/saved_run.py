@@ -11,7 +11,7 @@ from etils import epath
 
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.config import Config, ConfigError, upgraded
-from megabyte_jax.data.sources import same_fingerprint
+from megabyte_jax.data.fingerprints import same_fingerprint
 
 CONFIG_FILE = "config.json"
 

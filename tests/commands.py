@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from megabyte_jax.checkpoint import Checkpoints
 from megabyte_jax.config import MeshConfig
-from megabyte_jax.data.sources import SAMPLE_FOLDER
+from megabyte_jax.data.open_data import SAMPLE_FOLDER
 from megabyte_jax.saved_run import load_config
 from megabyte_jax.sharding import make_mesh
 from megabyte_jax.train_state import abstract_state

@@ -16,7 +16,7 @@ from flax import nnx
 from megabyte_jax import checkpoint
 from megabyte_jax.checkpoint import Checkpoints, check_same_run
 from megabyte_jax.config import MeshConfig
-from megabyte_jax.data.sources import open_source
+from megabyte_jax.data.open_data import open_source
 from megabyte_jax.pretrained import load
 from megabyte_jax.sharding import make_mesh
 from megabyte_jax.train_state import abstract_state, make_eval_step

@@ -18,7 +18,8 @@ import train
 from megabyte_jax import coding, compress
 from megabyte_jax.config import Config, ConfigError, DataConfig, EvalConfig
 from megabyte_jax.data.image_source import Images
-from megabyte_jax.data.sources import SAMPLE_FOLDER, DataError, open_path
+from megabyte_jax.data.open_data import SAMPLE_FOLDER, open_path
+from megabyte_jax.data.sources import DataError
 from megabyte_jax.models.build import abstract_model
 from megabyte_jax.models.config import Level, MegabyteConfig, PerceiverARConfig
 

@@ -13,7 +13,8 @@ import pytest
 
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data import prepare
-from megabyte_jax.data.sources import DataError, open_path
+from megabyte_jax.data.open_data import open_path
+from megabyte_jax.data.sources import DataError
 
 TEXT = np.random.default_rng(0).bytes(3000)
 

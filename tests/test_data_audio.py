@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from megabyte_jax.config import ConfigError, DataConfig
 from megabyte_jax.data import audio
 from megabyte_jax.data.batches import batches
-from megabyte_jax.data.sources import DataError, open_path
+from megabyte_jax.data.open_data import open_path
+from megabyte_jax.data.sources import DataError
 
 sf = pytest.importorskip("soundfile")
 

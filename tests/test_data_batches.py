@@ -9,7 +9,8 @@ from processes import run
 
 from megabyte_jax.config import ConfigError, DataConfig, PerceiverARConfig
 from megabyte_jax.data.batches import batches, host_batches, open_windows, rows_of_this_process
-from megabyte_jax.data.sources import DataError, Mixture, open_path
+from megabyte_jax.data.open_data import open_path
+from megabyte_jax.data.sources import DataError, Mixture
 from megabyte_jax.windows import windows_of
 
 
@@ -210,7 +211,7 @@ distributed.start()
 from jax.sharding import NamedSharding, PartitionSpec as P
 from megabyte_jax.config import ConfigError, DataConfig, PerceiverARConfig
 from megabyte_jax.data.batches import batches
-from megabyte_jax.data.sources import open_path
+from megabyte_jax.data.open_data import open_path
 sharding = NamedSharding(jax.make_mesh((4,), ("data",)), P("data"))
 source = open_path("sample:text/train", DataConfig())
 for step, batch in batches(source, batch_size=8, context=64, seed=1, num_steps=3, sharding=sharding):

@@ -15,7 +15,8 @@ from processes import run
 from megabyte_jax import report
 from megabyte_jax.checkpoint import Checkpoints
 from megabyte_jax.config import Config, DataConfig, EvalConfig
-from megabyte_jax.data.sources import DataError, open_source
+from megabyte_jax.data.open_data import open_source
+from megabyte_jax.data.sources import DataError
 from megabyte_jax.saved_run import save_config
 from megabyte_jax.sharding import make_mesh
 from megabyte_jax.train_state import initial_state

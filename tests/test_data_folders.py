@@ -8,7 +8,8 @@ import pytest
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data import prepare
 from megabyte_jax.data.folders import find_files
-from megabyte_jax.data.sources import DataError, open_path
+from megabyte_jax.data.open_data import open_path
+from megabyte_jax.data.sources import DataError
 
 PLAIN, SKIPPING = DataConfig(), DataConfig(skip_bad=True)
 

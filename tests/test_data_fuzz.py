@@ -16,7 +16,8 @@ from PIL import Image
 
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data import archives, audio, images, prepare
-from megabyte_jax.data.sources import DataError, open_path
+from megabyte_jax.data.open_data import open_path
+from megabyte_jax.data.sources import DataError
 
 SECONDS = 2.0  # more for one small file is a hang
 

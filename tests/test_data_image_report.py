@@ -4,7 +4,7 @@ from PIL import Image
 
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data.image_report import summarize, write_best_and_worst
-from megabyte_jax.data.sources import open_path
+from megabyte_jax.data.open_data import open_path
 
 
 def test_mean_and_standard_error_over_images():

@@ -12,7 +12,8 @@ from PIL import Image
 from megabyte_jax.config import ConfigError, DataConfig
 from megabyte_jax.data import images
 from megabyte_jax.data.batches import batches, open_windows
-from megabyte_jax.data.sources import SAMPLE_FOLDER, DataError, open_path
+from megabyte_jax.data.open_data import SAMPLE_FOLDER, open_path
+from megabyte_jax.data.sources import DataError
 
 PATCHES = (12, 48, 192, 768)
 SMALL = DataConfig(form="image", image_size=32)

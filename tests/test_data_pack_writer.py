@@ -14,8 +14,9 @@ from test_data_prepare import NO_ROOM, as_tfrecords
 
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data import pack_writer, packed, prepare
+from megabyte_jax.data.open_data import open_path
 from megabyte_jax.data.pack_writer import PackWriter
-from megabyte_jax.data.sources import DataError, open_path
+from megabyte_jax.data.sources import DataError
 
 PLAIN = DataConfig()
 DOCUMENTS = [(f"{i}", np.random.default_rng(i).bytes(300)) for i in range(6)]

@@ -17,7 +17,8 @@ from array_record.python import array_record_module
 from megabyte_jax.config import ConfigError, DataConfig
 from megabyte_jax.data import pack_writer, prepare, tfds_files
 from megabyte_jax.data.batches import batches
-from megabyte_jax.data.sources import SAMPLE_FOLDER, DataError, open_path, open_source
+from megabyte_jax.data.open_data import SAMPLE_FOLDER, open_path, open_source
+from megabyte_jax.data.sources import DataError
 
 PLAIN = DataConfig()
 TEXTS = {"a.txt": b"first", "b/two.txt": b"second " * 10, "c.txt": bytes(range(256))}

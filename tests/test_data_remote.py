@@ -21,7 +21,8 @@ from megabyte_jax import remote
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data import files, prepare
 from megabyte_jax.data.batches import batches
-from megabyte_jax.data.sources import SAMPLE_FOLDER, DataError, open_path
+from megabyte_jax.data.open_data import SAMPLE_FOLDER, open_path
+from megabyte_jax.data.sources import DataError
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("tensorflow") is not None, reason="epath then goes through TensorFlow"
@@ -171,7 +172,7 @@ import sys
 from megabyte_jax import command_line
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data import prepare
-from megabyte_jax.data.sources import open_path
+from megabyte_jax.data.open_data import open_path
 from megabyte_jax.pretrained import load
 for command in (
   lambda: command_line.run(lambda: prepare.main(["pack", "gs://bucket/text", "p"])),

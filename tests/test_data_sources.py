@@ -6,8 +6,9 @@ import pytest
 
 from megabyte_jax.config import ConfigError, DataConfig
 from megabyte_jax.data import files
+from megabyte_jax.data.open_data import open_path, open_source
 from megabyte_jax.data.read_ahead import read_ahead
-from megabyte_jax.data.sources import DataError, Joined, Mixture, open_path, open_source
+from megabyte_jax.data.sources import DataError, Joined, Mixture
 
 PLAIN = DataConfig()
 

@@ -13,7 +13,8 @@ from PIL import Image
 from megabyte_jax.config import ConfigError, DataConfig
 from megabyte_jax.data import images
 from megabyte_jax.data.batches import batches
-from megabyte_jax.data.sources import SAMPLE_FOLDER, DataError, open_path, open_source
+from megabyte_jax.data.open_data import SAMPLE_FOLDER, open_path, open_source
+from megabyte_jax.data.sources import DataError
 from megabyte_jax.data.tfds_source import parse_spec
 
 
@@ -91,7 +92,7 @@ def test_tensorflow_is_not_imported(root):
   code = f"""
 import sys
 from megabyte_jax.config import DataConfig
-from megabyte_jax.data.sources import open_path
+from megabyte_jax.data.open_data import open_path
 assert not [name for name in sys.modules if name.startswith('tensorflow')]
 source = open_path('tfds:downsampled_imagenet/64x64:validation', DataConfig(form='image', tfds_dir={str(root)!r}))
 assert source.read(0, 0, 12288).size == 12288

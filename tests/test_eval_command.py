@@ -15,7 +15,7 @@ import eval as command
 import train
 from megabyte_jax.compressors import compress_all
 from megabyte_jax.config import Config, ConfigError, DataConfig, EvalConfig
-from megabyte_jax.data.sources import open_path
+from megabyte_jax.data.open_data import open_path
 from megabyte_jax.evaluate import Evaluation
 from megabyte_jax.report import read_all
 

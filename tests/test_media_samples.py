@@ -4,7 +4,7 @@ from PIL import Image
 
 from megabyte_jax.config import Config, DataConfig, Level, MegabyteConfig
 from megabyte_jax.data import images
-from megabyte_jax.data.sources import open_source
+from megabyte_jax.data.open_data import open_source
 from megabyte_jax.media_samples import write_samples
 from megabyte_jax.sharding import make_mesh
 from megabyte_jax.train_state import initial_state

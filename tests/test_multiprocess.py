@@ -15,7 +15,7 @@ from processes import Processes, run
 from megabyte_jax.checkpoint import Checkpoints
 from megabyte_jax.config import Config, MeshConfig
 from megabyte_jax.data.batches import batches
-from megabyte_jax.data.sources import SAMPLE_FOLDER, open_source
+from megabyte_jax.data.open_data import SAMPLE_FOLDER, open_source
 from megabyte_jax.evaluate import evaluate
 from megabyte_jax.pretrained import load
 from megabyte_jax.sharding import batch_sharding, make_mesh

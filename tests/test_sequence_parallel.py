@@ -18,7 +18,7 @@ from megabyte_jax import plan
 from megabyte_jax.collectives import collectives
 from megabyte_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig
 from megabyte_jax.data.batches import batches
-from megabyte_jax.data.sources import open_source
+from megabyte_jax.data.open_data import open_source
 from megabyte_jax.loss import byte_nats
 from megabyte_jax.models.build import abstract_model
 from megabyte_jax.models.config import Level, MegabyteConfig

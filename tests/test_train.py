@@ -22,7 +22,7 @@ from megabyte_jax.config import (
   PerceiverARConfig,
 )
 from megabyte_jax.data.batches import batches
-from megabyte_jax.data.sources import open_source
+from megabyte_jax.data.open_data import open_source
 from megabyte_jax.sharding import batch_sharding
 from megabyte_jax.train_state import initial_state, make_train_step
 

@@ -7,7 +7,7 @@ import types
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from megabyte_jax.data.sources import SAMPLE_FOLDER
+from megabyte_jax.data.open_data import SAMPLE_FOLDER
 
 PHOTOS = sorted(pathlib.Path(SAMPLE_FOLDER).glob("images/*/*.jpg"))
 

@@ -21,9 +21,10 @@ from megabyte_jax.atomic_file import replacing
 from megabyte_jax.config import DataConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.data.files import fingerprint_files, read_whole, sizes_of
+from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.shared_cache import DOCUMENT_BYTES, SharedCache, array_bytes
 from megabyte_jax.data.sound_files import ogg_problem, wav_problem
-from megabyte_jax.data.sources import DataError, check_range, combine_fingerprints, said
+from megabyte_jax.data.sources import DataError, check_range, said
 from megabyte_jax.remote import is_remote
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga")

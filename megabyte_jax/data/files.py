@@ -11,40 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from megabyte_jax.config import DataConfig
-from megabyte_jax.data.folders import find_files
-from megabyte_jax.data.sources import SKIP_HINT, DataError, Source, check_range, pair_fingerprints
+from megabyte_jax.data.fingerprints import pair_fingerprints
+from megabyte_jax.data.sources import SKIP_HINT, DataError, check_range
 from megabyte_jax.remote import in_parallel, is_remote
 
 _BLOCK = 4096  # bytes per place looked at for a fingerprint
 _SAMPLED_FILES = 1024  # files whose contents are looked at; names and sizes of all are
 _WHOLE_FILE, _WHOLE_TOTAL = 1 << 20, 1 << 27  # bytes of one file, and of all, that are looked at as a whole
 _OPEN_FILES = 256  # held open at once
-
-
-def open_files(spec: str, data: DataConfig, skip_empty: bool = False) -> Source:
-  """The files that a path or glob names, as `data.form` says.
-
-  Args:
-    skip_empty: see `sources.open_path`.
-
-  Raises:
-    DataError: there are none, or one is empty or cannot be read.
-  """
-  from megabyte_jax.data import packed  # noqa: PLC0415  (packed data are byte files underneath)
-
-  if packed.is_packed(spec):
-    return packed.Packed(spec, data)
-  if data.form == "image":
-    from megabyte_jax.data import image_source, images  # noqa: PLC0415
-
-    return image_source.Images(image_source.ImageFiles(*find_files(spec, images.SUFFIXES)), data)
-  if data.form == "audio":
-    from megabyte_jax.data import audio  # noqa: PLC0415
-
-    return audio.AudioFiles(*find_files(spec, audio.SUFFIXES), data)
-  paths, names = find_files(spec)
-  return ByteFiles(paths, names, skip_bad=data.skip_bad, skip_empty=skip_empty and paths != [spec])
 
 
 class ByteFiles:

@@ -14,8 +14,9 @@ from megabyte_jax.config import DataConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.data import images
 from megabyte_jax.data.files import fingerprint_files, read_whole, sizes_of
+from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.shared_cache import DOCUMENT_BYTES, SharedCache, array_bytes
-from megabyte_jax.data.sources import DataError, check_range, combine_fingerprints, said
+from megabyte_jax.data.sources import DataError, check_range, said
 
 if TYPE_CHECKING:
   from PIL import Image

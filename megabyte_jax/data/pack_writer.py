@@ -14,8 +14,9 @@ from etils import epath
 
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.data.archives import BadItem
+from megabyte_jax.data.fingerprints import same_fingerprint
 from megabyte_jax.data.packed import FORMAT, MANIFEST, PART, read_manifest, sha256_of
-from megabyte_jax.data.sources import DataError, same_fingerprint
+from megabyte_jax.data.sources import DataError
 from megabyte_jax.folder_lock import locked
 from megabyte_jax.progress import Progress
 

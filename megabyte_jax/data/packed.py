@@ -25,7 +25,8 @@ from etils import epath
 from megabyte_jax.config import DataConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.data.files import ByteFiles, read_whole
-from megabyte_jax.data.sources import DataError, check_range, pair_fingerprints
+from megabyte_jax.data.fingerprints import pair_fingerprints
+from megabyte_jax.data.sources import DataError, check_range
 
 FORMAT = "megabyte_jax packed bytes 1"
 PART = ".part"  # ends the name of a folder that is not complete

@@ -1,6 +1,6 @@
 """Turns data sets, folders and archives into what training reads.
 
-  python -m megabyte_jax.data.prepare pack SOURCE FOLDER    any source (see data/sources.py) or archive of text files
+  python -m megabyte_jax.data.prepare pack SOURCE FOLDER    any source (see data/open_data.py) or archive of text files
                                                             -> one packed folder; then --config.data.train=FOLDER
   python -m megabyte_jax.data.prepare build tfds:NAME       downloads and prepares a TFDS data set as ArrayRecord
   python -m megabyte_jax.data.prepare convert tfds:NAME     TFRecord files -> ArrayRecord, without TensorFlow
@@ -21,9 +21,10 @@ from collections.abc import Iterator, Sequence
 from megabyte_jax.config import DataConfig
 from megabyte_jax.config_parsing import dataclass_from_mapping
 from megabyte_jax.data import archives, packed
+from megabyte_jax.data.open_data import open_path
 from megabyte_jax.data.pack_writer import PackWriter
 from megabyte_jax.data.read_ahead import read_ahead
-from megabyte_jax.data.sources import DataError, Source, open_path
+from megabyte_jax.data.sources import DataError, Source
 
 _BLOCK = 1 << 24  # bytes read at once of a long document
 _SPLITS = ("train", "validation", "test", "train_weights", "documents")  # of no meaning here

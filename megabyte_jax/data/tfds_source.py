@@ -23,9 +23,10 @@ from megabyte_jax import remote
 from megabyte_jax.config import ConfigError, DataConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.data.files import fingerprint_files, sizes_of
+from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.image_source import Images
 from megabyte_jax.data.shared_cache import SharedCache
-from megabyte_jax.data.sources import SKIP_HINT, DataError, Source, check_range, combine_fingerprints
+from megabyte_jax.data.sources import SKIP_HINT, DataError, Source, check_range
 
 _SPLIT = r"\w+(?:\[[^\]]*\])?"
 _SPEC = re.compile(rf"tfds:(?P<name>.+):(?P<split>{_SPLIT}(?:\+{_SPLIT})*)(?:#(?P<feature>\w+))?")

@@ -1,0 +1,95 @@
+"""Opens sources of bytes by their names, as the config says.
+
+Several names are separated by commas; each is one of
+  PATH          a file, a folder (all files below it, in sorted order) or a glob, local or gs://
+  sample:NAME   a folder of the real data shipped with this package, such as sample:text/train
+  tfds:NAME:SPLIT  a TFDS data set, such as tfds:downsampled_imagenet/64x64:validation
+One file, image or recording is one document.
+"""
+
+from __future__ import annotations
+
+import os
+
+from megabyte_jax import remote
+from megabyte_jax.config import ConfigError, DataConfig
+from megabyte_jax.config_parsing import require
+from megabyte_jax.data import audio, files, image_source, images, packed, tfds_source
+from megabyte_jax.data.folders import find_files
+from megabyte_jax.data.sources import DataError, Joined, Mixture, Source
+
+SAMPLE_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sample")
+
+
+def open_source(data: DataConfig, split: str) -> Source:
+  """The source of a split ("train", "validation", "test") as the configuration names it.
+
+  Where `data.train_weights` are given, the training source is a `Mixture`.
+
+  Raises:
+    ConfigError: the split has no source, or weights do not fit it.
+    DataError: nothing is there, or it cannot be read.
+  """
+  spec = data.source(split)
+  if split != "train" or not data.train_weights:
+    return open_path(spec, data)
+  specs = _split_list(spec)
+  require(
+    len(specs) == len(data.train_weights) and min(data.train_weights) > 0,
+    f"config.data.train_weights {data.train_weights} must be {len(specs)} positive numbers, one for each of {spec!r}",
+  )
+  return Mixture([_open_one(one, data) for one in specs], data.train_weights)
+
+
+def open_path(spec: str, data: DataConfig, skip_empty: bool = False) -> Source:
+  """The source that `spec` names (see the head of this file), its items turned into bytes as `data` says.
+
+  Args:
+    skip_empty: leave out and count the empty files of a folder or glob (not one that is named itself) instead of
+      raising DataError, for evaluation, where they cost nothing.
+
+  Raises:
+    ConfigError: the name cannot be understood.
+    DataError: nothing is there, or it cannot be read.
+  """
+  sources = [_open_one(one, data, skip_empty) for one in _split_list(spec)]
+  return sources[0] if len(sources) == 1 else Joined(sources)
+
+
+def _split_list(spec: str) -> list[str]:
+  specs = [one.strip() for one in spec.split(",")]
+  require(all(specs), f"data source {spec!r} has an empty entry; separate names by single commas")
+  return specs
+
+
+def _open_one(spec: str, data: DataConfig, skip_empty: bool = False) -> Source:
+  if scheme := remote.unknown_scheme(spec):
+    raise DataError(f"{spec}: no data can be read from {scheme}; copy them to a disk or a bucket (gs://)")
+  if spec.startswith("sample:"):
+    path = os.path.join(SAMPLE_FOLDER, *spec.removeprefix("sample:").split("/"))
+    if not os.path.exists(path):
+      known = sorted(os.path.relpath(root, SAMPLE_FOLDER) for root, dirs, _ in os.walk(SAMPLE_FOLDER) if not dirs)
+      raise ConfigError(f"no sample data {spec!r}; there are {', '.join('sample:' + name for name in known)}")
+    return _open_files(path, data, skip_empty)
+  if spec.startswith("tfds:"):
+    return tfds_source.open_tfds(spec, data)
+  return _open_files(spec, data, skip_empty)
+
+
+def _open_files(spec: str, data: DataConfig, skip_empty: bool = False) -> Source:
+  """The files that a path or glob names, as `data.form` says.
+
+  Args:
+    skip_empty: see `open_path`.
+
+  Raises:
+    DataError: there are none, or one is empty or cannot be read.
+  """
+  if packed.is_packed(spec):
+    return packed.Packed(spec, data)
+  if data.form == "image":
+    return image_source.Images(image_source.ImageFiles(*find_files(spec, images.SUFFIXES)), data)
+  if data.form == "audio":
+    return audio.AudioFiles(*find_files(spec, audio.SUFFIXES), data)
+  paths, names = find_files(spec)
+  return files.ByteFiles(paths, names, skip_bad=data.skip_bad, skip_empty=skip_empty and paths != [spec])
