@@ -5,11 +5,16 @@ import re
 
 from megabyte_jax.paper_configs import ROOT
 
+DATA = ("books", "images")
 README, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "docs/results.md"))
 
 
 def result(name):
   return json.loads((ROOT / f"docs/results/{name}.json").read_text())
+
+
+def short(rate):
+  return f"{rate:.1e}".replace(".0e", "e").replace("e-0", "e-")
 
 
 def flat(text):
@@ -45,6 +50,30 @@ def test_books_at_small_scale():
   for model in models:
     shown = " | ".join(f"{value:.3f}" for value in rows[f"table2:books_{model}"]["methods"].values())
     assert f" | {shown} | " in RESULTS, model
+
+
+def test_images_at_small_scale():
+  rows = {row["row"]: row for name in ("image256", "image640", "scans") for row in result(name)["rows"]}
+  ours, transformer, perceiver = (
+    rows[f"table5:image256_{model}"]["bpb"] for model in ("megabyte", "transformer", "perceiver_ar")
+  )
+  assert f"{ours:.3f}, {transformer:.3f} (Transformer) and {perceiver:.3f}" in flat(README)
+  for row in rows.values():
+    assert f" | {row['bpb']:.3f} | {row['training_seconds'] / 60:.1f} |" in RESULTS, row["row"]
+
+
+def test_the_modern_recipe():
+  books, images = ({row["row"].partition("megabyte")[2]: row for row in result(f"modern_{of}")["rows"]} for of in DATA)
+  said = "In the time of 60 MB of books it has {:.3f} bits per byte, the paper's recipe {:.3f}; in that of 200 MB of "
+  said += "photographs {:.3f} and {:.3f}."
+  assert said.format(*(rows[change]["bpb"] for rows in (books, images) for change in ("+modern", ""))) in flat(README)
+  for change in books:
+    shown = (
+      f"{(row['matched'] or {'cost': 1})['cost']:.2f} | {row['bytes_trained'] / 1e6:.0f} MB | "
+      f"{short(row['learning_rate'])} | {row['bpb']:.3f}"
+      for row in (books[change], images[change])
+    )
+    assert f" | {' | '.join(shown)} |" in RESULTS, change
 
 
 def test_several_gpus():
