@@ -158,6 +158,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
             return say_stopped(step)
 
       checkpoints.wait()
+      metrics.flush()
       stop.all_is_saved(workdir)
       if validation:
         result = report.evaluate_and_print(config, state.parameters, validation, primer=lambda: source, **scoring)
@@ -248,7 +249,7 @@ class StopSignal:
 
   def _end(self) -> None:
     os.write(2, self._finished.encode())  # print may not be called here
-    raise SystemExit(0)
+    distributed.end(0, at_once=True)  # an exception may be lost in a callback, or crash what is compiling
 
   def _on_signal(self, number, frame):
     if self._finished and self._alone:

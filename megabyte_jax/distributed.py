@@ -105,7 +105,7 @@ def end(code: int, *, at_once: bool = False) -> NoReturn:
     sys.exit(code)
   if several and jax.process_index() == 0 and not at_once:
     time.sleep(2)  # the others lose their coordinator with it; those with the same error may say so first
-  with contextlib.suppress(OSError):  # nobody reads any more
+  with contextlib.suppress(OSError, RuntimeError):  # nobody reads any more, or a signal came in the middle of a line
     sys.stdout.flush()
     sys.stderr.flush()
   os._exit(code)

@@ -90,8 +90,13 @@ def main() -> None:
 
   options = dict(num_samples=args.num_samples, sampling=sampling, seed=args.seed, on_bytes=on_bytes)
   stop = args.stop.encode("utf-8", "surrogateescape") or None
-  with progress:
-    made = generate(model, prompt.kept.tobytes(), num_bytes, stop=stop, **options)
+  try:
+    with progress:
+      made = generate(model, prompt.kept.tobytes(), num_bytes, stop=stop, **options)
+  except KeyboardInterrupt:
+    if streams:
+      show.end()
+    raise
   if streams:
     show.end()
     seconds = progress.seconds

@@ -133,10 +133,16 @@ class Metrics:
     """Writes other values of `step`, such as {"validation_bpb": 1.23}, and shows nothing."""
     self._put({"step": int(step), **{name: float(value) for name, value in values.items()}})
 
-  def close(self) -> None:
-    """Writes what is left and closes the files."""
+  def flush(self) -> None:
+    """Writes what is left: the process may end without `close`."""
     if self._writes and self._file is None:
       self._rewrite()
+    if self._board is not None:
+      self._board.flush()
+
+  def close(self) -> None:
+    """Writes what is left and closes the files."""
+    self.flush()
     for file in (self._file, self._board):
       if file is not None:
         file.close()
