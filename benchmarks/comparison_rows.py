@@ -54,7 +54,7 @@ COMPARISONS = {
   "books": Comparison("books", text_rows("books"), methods=("basic", "sliding", "strided", "both"), words=True),
   "code": Comparison("code", text_rows("code")),
   "latex": Comparison("latex", text_rows("arxiv")),
-  "image64": Comparison("photos", image_rows("image64"), flags=TILES),
+  "image64": Comparison("photos", image_rows("image64"), flags=(*TILES, "--config.data.convert_images=True")),
   "image256": Comparison("photos", image_rows("image256"), flags=TILES),
   "image640": Comparison("photos", image_rows("image640"), flags=("--config.data.image_tiles=960",)),  # twice as many
   "scans": Comparison(  # image256 has the patch scans already; --rows=raster trains the others alone

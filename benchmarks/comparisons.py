@@ -12,7 +12,8 @@ the paper's recipe as megabyte_jax/recipe.py says, all at once and all but one. 
    layers: they get as many bytes as take the first row's time.
 2. Learning rates of --rates times the paper's are tried for --trial_share of the bytes; the best on --trial_bytes of
    the validation split wins. A rate at which the numbers break down is out. Where the best is the first or last of the
-   rates, more of them should be tried: what was tried already stays.
+   rates, more of them should be tried: what was tried already stays. With --like=docs/results/books layers and
+   learning rates are those that were found there: for a second seed (--flags=--config.seed=1), or for more bytes.
 3. It trains for --train_bytes (equal for all rows, but for recipes), and is evaluated by the row's methods on the test
    split, or on its first --test_bytes.
 
@@ -45,6 +46,7 @@ from megabyte_jax import command_line, flops, matching, windows
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.checkpoint import Checkpoints
 from megabyte_jax.config import Config, ConfigError
+from megabyte_jax.config_parsing import require
 from megabyte_jax.data.open_data import open_source
 from megabyte_jax.progress import human
 
@@ -141,26 +143,41 @@ def match_all(runs: list[Run], comparison: Comparison, args: argparse.Namespace)
       continue
 
     def found(run=run):
-      return match(run, comparison, cost()) | {"by": by}
+      return taken(run, args.like)["matched"] if args.like else match(run, comparison, cost()) | {"by": by}
 
     run.matched = found() if args.dry_run else run.file.get_or_make("matched", found)
     run.cost = run.matched["cost"] if comparison.vary == "bytes" else 1.0
     run.flags += [run.matched["flag"]] if run.matched["flag"] else []
 
 
-def complete(run: Run, comparison: Comparison, args: argparse.Namespace) -> tuple[dict, dict]:
-  """One row, from its learning rates to its results; and what is kept of its run (comparison_files.py)."""
-  config = run.config()
-  steps, bytes_trained = run.steps(args.train_bytes / run.cost)
-  trial_steps = max(2, round(steps * args.trial_share))
-  paper_rate = config.optimizer.learning_rate
+def taken(run: Run, folder: str) -> dict:
+  """What was matched and chosen for the row in an earlier comparison, whose rows' files lie in `folder`.
+
+  Raises:
+    ConfigError: the folder has no file of the row, or its training is not finished.
+  """
+  path = pathlib.Path(folder) / run.file.path.name
+  content = json.loads(path.read_text()) if path.exists() else {}
+  require(
+    "run" in content, f"--like={folder} has no finished {path.name}; name the folder of another comparison's rows"
+  )
+  return {"matched": content.get("matched"), "learning_rate": content["run"]["learning_rate"]}
+
+
+def try_rates(run: Run, args: argparse.Namespace, steps: int) -> tuple[float, dict[float, float | None], bool]:
+  """The best learning rate, bits per byte by factor of the paper's, and whether the best is the first or last tried."""
+  paper_rate = run.config().optimizer.learning_rate
+  if args.like:
+    return run.file.get_or_make("taken", lambda: taken(run, args.like))["learning_rate"], {}, False
+  if len(args.rates) == 1:
+    return paper_rate * args.rates[0], {}, False
   trials = {}
-  for factor in args.rates if len(args.rates) > 1 else ():
+  for factor in args.rates:
     workdir = run.folder / f"rate{factor:g}"
 
     def one_trial(factor=factor, workdir=workdir):
       try:
-        run.train(workdir, *schedule(paper_rate * factor, trial_steps))
+        run.train(workdir, *schedule(paper_rate * factor, max(2, round(steps * args.trial_share))))
       except FloatingPointError as error:
         print(f"learning rate {paper_rate * factor:g} is out: {error}", flush=True)
         return {"bpb": None, "error": str(error)}
@@ -170,14 +187,21 @@ def complete(run: Run, comparison: Comparison, args: argparse.Namespace) -> tupl
 
     trials[factor] = run.file.get_or_make(f"trial of {factor:g} times the paper's learning rate", one_trial)["bpb"]
   finite = {factor: bpb for factor, bpb in trials.items() if bpb is not None}
-  if trials and not finite:
+  if not finite:
     raise SystemExit(f"{run.row} broke down at every learning rate; give smaller --rates")
-  best = min(finite, key=finite.__getitem__) if trials else args.rates[0]
-  at_edge = len(finite) > 1 and best in (min(args.rates), max(args.rates))
+  best = min(finite, key=finite.__getitem__)
+  return paper_rate * best, trials, len(finite) > 1 and best in (min(args.rates), max(args.rates))
+
+
+def complete(run: Run, comparison: Comparison, args: argparse.Namespace) -> tuple[dict, dict]:
+  """One row, from its learning rates to its results; and what is kept of its run (comparison_files.py)."""
+  config = run.config()
+  steps, bytes_trained = run.steps(args.train_bytes / run.cost)
+  rate, trials, at_edge = try_rates(run, args, steps)
   workdir = run.folder / "run"
   result = {
     "row": run.row,
-    "learning_rate": paper_rate * best,
+    "learning_rate": rate,
     "trials": trials,
     "best_rate_is_the_last_tried": at_edge,
     "bytes_trained": bytes_trained,
@@ -187,7 +211,7 @@ def complete(run: Run, comparison: Comparison, args: argparse.Namespace) -> tupl
   }
 
   def whole_run():
-    run.train(workdir, *schedule(paper_rate * best, steps))
+    run.train(workdir, *schedule(rate, steps))
     methods = dict.fromkeys((config.eval.method, *(m for m in comparison.methods if fits(config, m))))
     limit = (f"--max-bytes={args.test_bytes}",) if args.test_bytes else ()
     words = ("--words=count",) if comparison.words and not limit else ()
@@ -196,13 +220,13 @@ def complete(run: Run, comparison: Comparison, args: argparse.Namespace) -> tupl
       done[method] = run.evaluate(workdir, "--split=test", f"--method={method}", *words, *limit)
       done[method]["positions"] = json.loads((workdir / "eval_positions.json").read_text())
     where = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "date": f"{datetime.date.today()}"}
-    where |= {"training_seconds": training_seconds(workdir), "learning_rate": paper_rate * best}
+    where |= {"training_seconds": training_seconds(workdir), "learning_rate": rate}
     return comparison_files.row_record(workdir, done) | where
 
   kept = run.file.get_or_make("run", whole_run)
-  if kept["learning_rate"] != paper_rate * best:
+  if kept["learning_rate"] != rate:
     raise SystemExit(
-      f"{run.file.path}: the row was trained at {kept['learning_rate']:g}, but {paper_rate * best:g} is the best of "
+      f"{run.file.path}: the row was trained at {kept['learning_rate']:g}, but {rate:g} is the best of "
       "these --rates; remove its entry 'run' to train it again"
     )
   methods = {method: found["bpb"] for method, found in kept["results"].items()}
@@ -258,6 +282,7 @@ def parse_arguments() -> argparse.Namespace:
   parser.add_argument("--output", default="", help="results are written here; default: WORKDIR/COMPARISON/results.json")
   parser.add_argument("--train_bytes", type=count, default=2**27, help="of every row, such as 1e8")
   parser.add_argument("--rates", type=numbers, default="1,3,6", help="times the paper's learning rate")
+  parser.add_argument("--like", default="", help="match and choose nothing: take it from this folder of rows' files")
   parser.add_argument("--trial_share", type=float, default=0.2, help="of the bytes, for each learning rate")
   parser.add_argument("--trial_bytes", type=count, default=2**20, help="of the validation split, to compare rates on")
   parser.add_argument("--test_bytes", type=count, default=0, help="score only the first so many of the test split")
@@ -329,6 +354,7 @@ def write_results(rows: list[dict], comparison: Comparison, args: argparse.Names
   note = f"{args.config_file.name}, {args.train_bytes / 1e6:.3g} MB of {comparison.data}"
   if args.test_bytes:
     note += f", first {args.test_bytes / 1e6:g} MB of test"
+  note += "".join(f", {flag}" for flag in args.flags.split() if not flag.startswith("--config.seed="))
   results = {
     "command": "python " + " ".join(sys.argv),
     "rows": [row | {"note": f"{note}, {row['device']}"} for row in rows],

@@ -87,6 +87,22 @@ def test_a_small_comparison(command, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_second_seed_takes_layers_and_learning_rates_from_the_first(command, tmp_path):
+  first, second = (tmp_path / f"out/{name}.json" for name in ("first", "second"))
+  flags = ["--rates=1,3", "--match=flops", "--rows=books_transformer", "--test_bytes=500"]
+  command("books", *flags, f"--output={first}")
+  like = [*flags, "--flags=--config.seed=1", f"--output={second}", f"--workdir={tmp_path / 'seed1'}"]
+  printed = command("books", *like, f"--like={first.with_suffix('')}").stdout
+  assert printed.count("$ python train.py") == 1  # no trials
+  a, b = (json.loads(path.read_text())["rows"][0] for path in (first, second))
+  assert (a["learning_rate"], a["matched"], a["note"]) == (b["learning_rate"], b["matched"], b["note"])
+  assert len(a["trials"]) == 2 and b["trials"] == {} and a["bpb"] != b["bpb"]
+  with pytest.raises(subprocess.CalledProcessError) as error:
+    command("books", *like, f"--like={tmp_path}", f"--output={tmp_path / 'third.json'}")
+  assert f"--like={tmp_path} has no finished table2.books_transformer.json; name the folder" in error.value.stderr
+
+
+@pytest.mark.slow
 def test_recipes_get_bytes_instead_of_layers_and_a_rate_that_breaks_down_is_out(command, tmp_path):
   flags = ["--rates=1,1e33", "--trial_share=0.5", "--test_bytes=500", r"--rows=megabyte$|modern$"]
   command("modern_books", *flags, "--match_rounds=2")
