@@ -39,6 +39,7 @@ from device_limits import copy_bandwidth
 from flax import nnx
 
 from megabyte_jax import Level, MegabyteConfig, generate, windows
+from megabyte_jax.arguments import Parser
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.models.build import initial_parameters, make_model
 from megabyte_jax.models.layers import compute_dtype
@@ -237,7 +238,7 @@ def peer_rows() -> list[dict]:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser("python benchmarks/generate_speed.py", description=__doc__)
   parser.add_argument("--size", default="full", choices=list(SIZES))
   parser.add_argument("--bytes", type=int, default=0, help="a sample; default: 8,192, tiny 256")
   parser.add_argument("--batches", default="", help="such as 1,8; default: 1,8,64,256, tiny 1,8")

@@ -39,6 +39,8 @@ import time
 
 import peers
 
+from megabyte_jax.arguments import Parser
+
 PEERS = {  # how each is timed
   "MEGABYTE-pytorch shipped": "MEGABYTE-pytorch",
   "MEGABYTE-pytorch compiled": "MEGABYTE-pytorch",
@@ -280,18 +282,18 @@ def ahead(wanted: list[tuple[str, str]], at_once: int, patience: float) -> dict[
 
 def main() -> None:
   """Runs the cases and their peers one after the other."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser("python benchmarks/train_speed.py", description=__doc__)
   parser.add_argument("--cases", default=DEFAULT_CASES)
   parser.add_argument("--peers", help=f"cases whose peers are timed, if installed; default: {PEER_CASES}, if asked for")
   parser.add_argument("--seconds", type=float, default=8.0, help="of training steps that are timed, after half as many")
-  parser.add_argument("--limit_seconds", type=float, default=4.0, help="of matrix products that set the ceiling")
+  parser.add_argument("--limit-seconds", type=float, default=4.0, help="of matrix products that set the ceiling")
   parser.add_argument(
     "--patience", type=float, default=300.0, help="seconds that one case may take, compiling included"
   )
   parser.add_argument("--ahead", type=int, default=0, help="cases compiled at a time, before any is timed; 0: none")
   parser.add_argument("--kernels", type=int, default=0, help="so many of the largest kernels of our cases are shown")
   parser.add_argument("--output", default="", help="JSON lines are added to this file, too")
-  parser.add_argument("--compile_only", action="store_true", help=argparse.SUPPRESS)
+  parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
   parser.add_argument("--only", default="", help=argparse.SUPPRESS)
   parser.add_argument("--peer", default="", help=argparse.SUPPRESS)
   args = parser.parse_args()

@@ -1,8 +1,7 @@
-"""What the commands share: flags, and one line instead of a traceback for what a user can put right."""
+"""What the commands share: one line instead of a traceback for what a user can put right; flags read by absl."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import io
@@ -13,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -22,7 +21,7 @@ from ml_collections import config_flags
 from megabyte_jax import distributed, remote
 from megabyte_jax.checkpoint import CheckpointError
 from megabyte_jax.config import ConfigError, MeshConfig
-from megabyte_jax.config_parsing import require
+from megabyte_jax.config_parsing import did_you_mean, require
 from megabyte_jax.data.sources import DataError
 from megabyte_jax.plots import PlotError
 
@@ -129,28 +128,6 @@ def run_with_flags(main: Callable[[list[str]], object]) -> None:
   run(lambda: app.run(main, flags_parser=parse_config_flags))
 
 
-def with_hyphens(arguments: Sequence[str] | None) -> list[str]:
-  """Arguments (None: the command line's) for argparse, where --batch_size is --batch-size, as in absl's commands."""
-  given = sys.argv[1:] if arguments is None else arguments
-  return [re.sub(r"^--\w+", lambda name: name[0].replace("_", "-"), argument) for argument in given]
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-  """--workdir and --step: which run, and which of its checkpoints."""
-  parser.add_argument("--workdir", default="runs/quickstart", help="the folder of a train.py run")
-  parser.add_argument("--step", type=step_argument, metavar="N|best", help="checkpoint; default: the newest")
-
-
-def step_argument(text: str) -> int | Literal["best"]:
-  """The value of a command's --step: a number, or best."""
-  if text == "best":
-    return "best"
-  try:
-    return int(text)
-  except ValueError as error:
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor best") from error
-
-
 def check_output_file(name: str, path: str) -> None:
   """Raises ConfigError where the argument `name` gives a path at which no file can be written; for before any work."""
   if remote.is_remote(path):
@@ -171,13 +148,16 @@ def _wrong_flags(arguments: Sequence[str]) -> Iterator[None]:
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     if isinstance(error, (AttributeError, LookupError)) and "ml_collections" not in raised_in:
       raise  # a bug in the file that --config names, whose traceback is of use
-    print(f"error: {_one_line(error, arguments)}\nsee --help, and megabyte_jax/config.py", file=sys.stderr)
+    print(f"error: {_one_line(error, arguments)}", file=sys.stderr)
     sys.exit(2)
 
 
 def _one_line(error: Exception, arguments: Sequence[str]) -> str:
   """What went wrong, without the tracebacks and quotes that ml_collections wraps it in."""
   text = str(error).strip()
+  if isinstance(error, flags.UnrecognizedFlagError):
+    near = did_you_mean(error.flagname.partition(".")[0], flags.FLAGS, "--")
+    return f"unknown flag --{error.flagname}{near} (see --help)"
   if isinstance(error, flags.Error | ValueError):  # perhaps with the traceback of an error within the config file
     *_, text = re.split(r"^\S*(?:Error|Exception): ", text, flags=re.MULTILINE)
   elif isinstance(error, OSError):  # the last of several messages in one

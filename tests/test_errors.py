@@ -12,6 +12,7 @@ import pytest
 from commands import ROOT, environment, run_each
 
 from megabyte_jax import command_line
+from megabyte_jax.arguments import Parser
 from megabyte_jax.config import Config, MeshConfig
 from megabyte_jax.folder_lock import locked
 from megabyte_jax.sharding import make_mesh
@@ -20,7 +21,7 @@ TINY = "--config=tests/tiny_config.py"
 DATA = "--config.data.train"
 # name: (arguments, exit code, pattern); FOLDER stands for a folder with the files of `folder` below
 CASES = {
-  "unknown flag": (["train.py", "--confg=x"], 2, r"Unknown command line flag 'confg'\. Did you mean: config"),
+  "unknown flag": (["train.py", "--confg=x"], 2, r"unknown flag --confg; did you mean --config\? \(see --help\)$"),
   "unknown key": (["train.py", "--config.nokey=1"], 2, r"no such key: --config\.nokey=1"),
   "misspelt key": (
     ["train.py", TINY, "--config.seed=1", "--config.batch_sise=4"],
@@ -114,7 +115,28 @@ CASES = {
   "eval: unknown split": (["eval.py", "--split=dev"], 2, r"invalid choice: 'dev' \(choose from .*validation"),
   "eval: no data": (["eval.py", "--workdir=FOLDER/run", "--data=FOLDER/x"], 1, r"FOLDER/x does not exist"),
   "eval: negative": (["eval.py", "--max-bytes=-1"], 1, r"--max-bytes is -1; it must not be negative"),
-  "eval: unknown flag": (["eval.py", "--wordir=x"], 2, r"unrecognized arguments: --wordir=x"),
+  "eval: unknown flag": (
+    ["eval.py", "--wordir=x"],
+    2,
+    r"unknown flag --wordir; did you mean --workdir\? \(see python eval\.py --help\)$",
+  ),
+  "eval: a number that is none": (["eval.py", "--stride", "x"], 2, r"--stride must be a whole number, not 'x' \(see"),
+  "plan: unknown flag": (
+    ["-m", "megabyte_jax.plan", "--topolgy=x"],
+    2,
+    r"unknown flag --topolgy; did you mean --top",
+  ),
+  "generate: unknown flag": (
+    ["-m", "megabyte_jax.generate", "--nm_samples", "3"],
+    2,
+    r"unknown flag --nm-samples; did you mean --num-samples\? \(see python -m megabyte_jax\.generate --help\)$",
+  ),
+  "prepare: unknown flag of a subcommand": (
+    ["-m", "megabyte_jax.data.prepare", "pack", "a", "b", "--image-siez=3"],
+    2,
+    r"unknown flag --image-siez; did you mean --image-size\? \(see .*prepare pack --help\)$",
+  ),
+  "compress: one file too many": (["-m", "megabyte_jax.compress", "a", "b", "c"], 2, r"unexpected c \(see .*compress"),
 }
 
 
@@ -181,9 +203,13 @@ def test_a_device_that_is_not_there(wanted, tmp_path):
 
 
 def test_flags_are_spelt_with_hyphens_or_underscores():
-  given = ["--batch_size=4", "--per_byte_out", "a_b.npy", "--data=x_y", "my_file", "--config.batch_size=1", "-n_x"]
-  same = ["--batch-size=4", "--per-byte-out", "a_b.npy", "--data=x_y", "my_file", "--config.batch_size=1", "-n_x"]
-  assert command_line.with_hyphens(given) == same
+  parser = Parser("python test.py")
+  parser.add_argument("file")
+  parser.add_argument("--batch-size", type=int)
+  parser.add_argument("--per-byte-out")
+  expected = {"file": "my_file", "batch_size": 4, "per_byte_out": "a_b.npy"}
+  assert vars(parser.parse_args(["--batch_size=4", "my_file", "--per_byte_out", "a_b.npy"])) == expected
+  assert vars(parser.parse_args(["--batch-size=4", "my_file", "--per-byte-out=a_b.npy"])) == expected
 
 
 def test_too_little_memory(monkeypatch, capsys):

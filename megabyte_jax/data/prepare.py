@@ -11,13 +11,13 @@ All show their progress and can be interrupted and started again; nothing that l
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
 
+from megabyte_jax.arguments import Parser
 from megabyte_jax.config import DataConfig
 from megabyte_jax.config_parsing import dataclass_from_mapping
 from megabyte_jax.data import archives, packed
@@ -76,13 +76,7 @@ def _documents(source: Source, first: int) -> Iterator[tuple[str, Iterator[bytes
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """The command line; raises what a person can put right (see command_line.run)."""
-  from megabyte_jax import command_line  # noqa: PLC0415 - data do not know commands, but this one is one
-
-  parser = argparse.ArgumentParser(
-    prog="python -m megabyte_jax.data.prepare",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = Parser("python -m megabyte_jax.data.prepare", description=__doc__)
   commands = parser.add_subparsers(dest="command", required=True)
   packing = commands.add_parser("pack", help="any source or archive -> one packed folder")
   packing.add_argument("source")
@@ -102,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name == "convert":
       command.add_argument("--out", default="", help="another TFDS folder to write to; default: beside the old files")
   commands.add_parser("verify", help="check a packed folder").add_argument("folder")
-  given = vars(parser.parse_args(command_line.with_hyphens(arguments)))
+  given = vars(parser.parse_args(arguments))
   command = given.pop("command")
   try:
     if command == "pack":
