@@ -21,11 +21,17 @@ from ml_collections import config_flags
 from megabyte_jax import distributed, remote
 from megabyte_jax.checkpoint import CheckpointError
 from megabyte_jax.config import ConfigError, MeshConfig
-from megabyte_jax.config_parsing import did_you_mean, require
+from megabyte_jax.config_parsing import did_you_mean, require, wrong_type
 from megabyte_jax.data.sources import DataError
 from megabyte_jax.plots import PlotError
 
 USER_ERRORS = (ConfigError, CheckpointError, DataError, FloatingPointError, OSError, PlotError)
+# How what absl and Python say of a value begins: what the flag takes.
+_REFUSALS = {
+  "invalid literal for int()": int,
+  "could not convert string to float": float,
+  "('Non-boolean argument": bool,
+}
 
 
 def run(main: Callable[[], object]) -> None:
@@ -158,6 +164,10 @@ def _one_line(error: Exception, arguments: Sequence[str]) -> str:
   if isinstance(error, flags.UnrecognizedFlagError):
     near = did_you_mean(error.flagname.partition(".")[0], flags.FLAGS, "--")
     return f"unknown flag --{error.flagname}{near} (see --help)"
+  if match := re.fullmatch(r"flag (--[^=]+)=(.*?): (.*)", text, re.DOTALL):
+    wanted = next((kind for begin, kind in _REFUSALS.items() if match[3].startswith(begin)), None)
+    if wanted:
+      return wrong_type(match[1], wanted, match[2])
   if isinstance(error, flags.Error | ValueError):  # perhaps with the traceback of an error within the config file
     *_, text = re.split(r"^\S*(?:Error|Exception): ", text, flags=re.MULTILINE)
   elif isinstance(error, OSError):  # the last of several messages in one

@@ -38,8 +38,22 @@ CASES = {
     2,
     r"no such key: --config\.model\.levels\[5\]\.num_layers=3",
   ),
-  "wrong type": (["train.py", "--config.batch_size=abc"], 2, r"--config\.batch_size=abc: invalid literal for int"),
-  "wrong type of number": (["train.py", "--config.optimizer.learning_rate=x"], 2, r"could not convert string to float"),
+  "wrong type": (
+    ["train.py", "--config.batch_size=abc"],
+    2,
+    r"--config\.batch_size must be a whole number, not 'abc'$",
+  ),
+  "wrong type of number": (
+    ["train.py", "--config.optimizer.learning_rate=x"],
+    2,
+    r"--config\.optimizer\.learning_rate must be a number, not 'x'$",
+  ),
+  "wrong type of choice": (
+    ["train.py", "--config.model.levels[0].rotary=2"],
+    2,
+    r"--config\.model\.levels\[0\]\.rotary must be True or False, not '2'$",
+  ),
+  "wrong type of a flag": (["train.py", "--start_timeout=x"], 2, r"--start_timeout must be a whole number, not 'x'$"),
   "missing value": (
     ["train.py", "--workdir=FOLDER/new", "--config.batch_size"],
     2,
