@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import io
 import os
 import re
@@ -172,10 +173,16 @@ def _one_line(error: Exception, arguments: Sequence[str]) -> str:
     *_, text = re.split(r"^\S*(?:Error|Exception): ", text, flags=re.MULTILINE)
   elif isinstance(error, OSError):  # the last of several messages in one
     text = re.sub(r".*\[Errno \d+\] ", "", text, flags=re.DOTALL)
+    if (file := re.search("'(.+)'", text)) and (folder := os.path.dirname(file[1])):
+      text += did_you_mean(file[1], glob.glob(os.path.join(folder, "*.py")))
+    text = f"--config: {text}"
   else:  # an override of what is not there
     key, *_ = re.findall(r"\w+", text)
     close = re.search('Did you mean "(.*?)"', text)
     overrides = [argument for argument in arguments if re.match(r"--?\w+\.", argument)]
     named = [argument for argument in overrides if re.search(rf"[.]{key}\b", argument)] or overrides
-    text = f"there is no such key: {' '.join(named)}" + (f"; did you mean {close[1]}?" if close else "")
+    hint = f"did you mean {close[1]}?" if close else "all are in megabyte_jax/config.py and models/config.py beside it"
+    text = f"there is no such key: {' '.join(named)}; {hint}"
+  if text.startswith("get_config() takes 0 positional arguments"):
+    text = "this config file has one config: leave out the colon after its name, and what follows"
   return " ".join(text.split())

@@ -32,6 +32,13 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
   return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
+def require_known(what: str, name: str, known: Iterable[str]) -> None:
+  """Raises `ConfigError` unless `name` is known: there is no `what`, which one may be meant, and which there are."""
+  names = list(known)
+  near = did_you_mean(name, names)
+  require(name in names, f"there is no {what}{f'{near} All are' if near else '; choose one of'} {', '.join(names)}")
+
+
 def wrong_type(name: str, wanted: type, value: object) -> str:
   """What is said of a value of another type than its key or flag takes."""
   return f"{name} must be {_IN_WORDS.get(wanted, wanted.__name__)}, not {value!r}"

@@ -22,7 +22,11 @@ DATA = "--config.data.train"
 # name: (arguments, exit code, pattern); FOLDER stands for a folder with the files of `folder` below
 CASES = {
   "unknown flag": (["train.py", "--confg=x"], 2, r"unknown flag --confg; did you mean --config\? \(see --help\)$"),
-  "unknown key": (["train.py", "--config.nokey=1"], 2, r"no such key: --config\.nokey=1"),
+  "unknown key": (
+    ["train.py", "--config.nokey=1"],
+    2,
+    r"no such key: --config\.nokey=1; all are in megabyte_jax/config",
+  ),
   "misspelt key": (
     ["train.py", TINY, "--config.seed=1", "--config.batch_sise=4"],
     2,
@@ -61,21 +65,43 @@ CASES = {
   ),
   "override first": (["train.py", "--config.seed=1", TINY], 2, r"--config\.seed=1 in argv before a value for --config"),
   "positional": (["train.py", "configs/quickstart.py"], 1, r"unexpected configs/quickstart\.py; flags begin with --"),
-  "no config file": (
-    ["train.py", "--config=nothing.py"],
+  "no config file": (["train.py", "--config=nothing.py"], 2, r"No such file or directory: 'nothing\.py'$"),
+  "no name of a config file": (["train.py", "--config="], 2, r"--config: .* empty string"),
+  "misspelt config file": (
+    ["train.py", "--config=configs/smal.py"],
     2,
-    r"No such file or directory: 'nothing\.py'",
+    r"No such file or directory: 'configs/smal\.py'; did you mean configs/small\.py\?",
   ),
-  "no row": (["train.py", "--config=configs/paper/table2.py:x"], 2, r"no row 'x' in this file; take one of pg19_"),
+  "a row of a file without rows": (
+    ["train.py", "--config=configs/quickstart.py:x"],
+    2,
+    r"this config file has one config: leave out the colon",
+  ),
+  "no row": (["train.py", "--config=configs/paper/table2.py:x"], 2, r"no row 'x' in this file; choose one of pg19_"),
+  "misspelt row": (
+    ["train.py", "--config=configs/paper/table2.py:bookz_megabyte"],
+    2,
+    r"no row 'bookz_megabyte' in this file; did you mean books_megabyte\? All are pg19_",
+  ),
   "no row of the small ones": (
     ["train.py", "--config=configs/small.py:table2:books_megabite"],
     2,
-    r"no row 'books_megabite' in table2; take one of pg19_",
+    r"no row 'books_megabite' in table2; did you mean books_megabyte\? All are pg19_",
   ),
   "a row without its table": (
     ["train.py", "--config=configs/small.py:books_megabyte"],
     2,
-    r"there is no table 'books_megabyte' in configs/paper; take one of audio, table10",
+    r"'books_megabyte' names no row; write TABLE:ROW, such as table2:books_megabyte \(",
+  ),
+  "a table without its row": (
+    ["train.py", "--config=configs/small.py:table5"],
+    2,
+    r"'table5' names no row; write TABLE:ROW, such as table5:",
+  ),
+  "misspelt table": (
+    ["train.py", "--config=configs/small.py:tabel2:books_megabyte"],
+    2,
+    r"there is no table 'tabel2' in configs/paper; did you mean table2\? All are audio, table10",
   ),
   "a method that does not fit": (
     ["train.py", "--config=configs/small.py:table2:books_transformer", "--config.eval.method=strided"],
