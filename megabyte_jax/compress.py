@@ -202,7 +202,7 @@ def main() -> None:
     length = read(data)[0].length if args.decompress else len(data)
     model, _, step = load(args.workdir, args.step)
     print(f"step {step} of {args.workdir}", file=sys.stderr)
-    with Progress("decompressing" if args.decompress else "compressing", total=length) as progress:
+    with Progress("decompressing" if args.decompress else "compressing", total=length, compiles=True) as progress:
       if args.decompress:
         made = decompress(model, data, on_bytes=progress.add)
       else:

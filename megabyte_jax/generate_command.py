@@ -81,7 +81,7 @@ def main() -> None:
   show = Output()
   if streams:
     show.write(prompt.kept.tobytes())
-  progress = Progress("generating", total=num_bytes * args.num_samples, enabled=not streams)
+  progress = Progress("generating", total=num_bytes * args.num_samples, compiles=True, enabled=not streams)
 
   def on_bytes(new: np.ndarray) -> None:
     if streams:

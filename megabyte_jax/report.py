@@ -73,7 +73,7 @@ def evaluate_and_print(
   total = int(np.sum(source.lengths))
   compare = with_compressors and total <= _COMPRESSED_BYTES and jax.process_index() == 0
   before = primer() if compare and primer else None  # opened before the work, lest it fails after it
-  with Progress("scoring", enabled=jax.process_index() == 0) as progress:
+  with Progress("scoring", compiles=True, enabled=jax.process_index() == 0) as progress:
     result = evaluate(config, parameters, source, mesh=mesh, on_progress=progress.update, **options)
   compressors = {}
   if compare:
