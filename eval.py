@@ -30,7 +30,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from megabyte_jax import command_line, distributed, perplexity, plots, report
+from megabyte_jax import command_line, distributed, outputs, perplexity, plots, report
 from megabyte_jax.arguments import Parser, add_run_arguments
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.checkpoint import load_config
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
         with replacing(os.path.join(args.workdir, name)) as path:
           path.write_text(line + "\n")
     except (OSError, plots.PlotError) as error:  # somebody else's run, perhaps; the result is worth more than its files
-      print(f"warning: not all is kept in {args.workdir}: {error}", file=sys.stderr)
+      print(f"warning: not all is kept in {args.workdir}: {outputs.in_words(error)}", file=sys.stderr)
     print(line)
     return line
   return ""
@@ -147,7 +147,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
   if args.per_byte_out:
     if is_remote(args.per_byte_out):
       raise ConfigError(f"--per-byte-out={args.per_byte_out} is not on this machine's disks; name a file there")
-    command_line.check_output_file("--per-byte-out", args.per_byte_out)
+    outputs.check_output_file("--per-byte-out", args.per_byte_out)
   if args.words and args.max_bytes:
     raise ConfigError("--words and --max-bytes exclude each other: the words are those of the whole text")
   return args

@@ -9,6 +9,8 @@ passed over.
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 import time
 import uuid
@@ -160,7 +162,13 @@ class Checkpoints:
       self._manager.wait_until_finished()
     except Exception as error:
       self._saved.discard(self._saving_step)
-      error.add_note(f"The checkpoint of step {self._saving_step} in {self.folder} was not saved.")
+      where = f"The checkpoint of step {self._saving_step} in {self.folder}"
+      note = f"{where} was not saved; the same command goes on from the one before, if there is one."
+      if number := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's words for a disk that is full
+        refused = OSError(int(number[1]), os.strerror(int(number[1])), str(self.folder))
+        refused.add_note(note)
+        raise refused from error
+      error.add_note(note)
       raise
 
   def close(self) -> None:

@@ -19,7 +19,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from megabyte_jax import distributed, remote
+from megabyte_jax import distributed, outputs, remote
 from megabyte_jax.checkpoint import CheckpointError
 from megabyte_jax.config import ConfigError, MeshConfig
 from megabyte_jax.config_parsing import did_you_mean, require, wrong_type
@@ -49,7 +49,7 @@ def run(main: Callable[[], object]) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except USER_ERRORS as error:
     notes = (note for note in getattr(error, "__notes__", ()) if "removed its internal frames" not in note)
-    print("\n".join([f"error: {error}", *notes]), file=sys.stderr)
+    print("\n".join([f"error: {outputs.in_words(error)}", *notes]), file=sys.stderr)
     distributed.end(1)
   except ImportError as error:
     if not (line := remote.missing_package(error)):
@@ -133,18 +133,6 @@ def parse_mesh(text: str, data: int = -1) -> MeshConfig:
 def run_with_flags(main: Callable[[list[str]], object]) -> None:
   """`run` for a command with absl's flags; main() gets the command's name and what is no flag."""
   run(lambda: app.run(main, flags_parser=parse_config_flags))
-
-
-def check_output_file(name: str, path: str) -> None:
-  """Raises ConfigError where the argument `name` gives a path at which no file can be written; for before any work."""
-  if remote.is_remote(path):
-    return
-  require(not os.path.isdir(path) and path[-1:] != "/", f"{name}={path} is a folder; name a file")
-  folder = os.path.dirname(os.path.abspath(path))
-  while not os.path.exists(folder):  # missing ones are made
-    folder = os.path.dirname(folder)
-  require(os.path.isdir(folder), f"{name}={path}: {folder} is a file, not a folder")
-  require(os.access(folder, os.W_OK), f"{name}={path}: the folder {folder} cannot be written to")
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ import jaxlib
 import numpy as np
 from flax import nnx
 
-from megabyte_jax import arguments, coding, command_line
+from megabyte_jax import arguments, coding, command_line, outputs
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.config import ConfigError
 from megabyte_jax.config_parsing import mapping_from_dataclass, require
@@ -188,7 +188,7 @@ def parse_arguments() -> argparse.Namespace:
   args = parser.parse_args()
   require(args.batch_size >= 0, f"--batch-size is {args.batch_size}; it must not be negative")
   require(not (args.decompress and args.batch_size), "--batch-size is for compressing; the file says the rest")
-  command_line.check_output_file("OUT", args.out)
+  outputs.check_output_file("OUT", args.out)
   return args
 
 

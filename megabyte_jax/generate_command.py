@@ -14,7 +14,7 @@ import sys
 
 import numpy as np
 
-from megabyte_jax import arguments, command_line, media_files
+from megabyte_jax import arguments, command_line, media_files, outputs
 from megabyte_jax.checkpoint import load_config
 from megabyte_jax.config_parsing import require
 from megabyte_jax.media_files import Prompt
@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     what = "is a folder" if os.path.isdir(args.prompt_file) else "does not exist"
     require(os.path.isfile(args.prompt_file), f"--prompt-file={args.prompt_file} {what}; name one file")
   if args.output:
-    command_line.check_output_file("--output", args.output)
+    outputs.check_output_file("--output", args.output)
   return args
 
 

@@ -39,6 +39,7 @@ from megabyte_jax.config import Config, ConfigError, PerceiverARConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.models.build import abstract_model, cast_for_decoding
 from megabyte_jax.models.config import Remat
+from megabyte_jax.outputs import check_output_file
 from megabyte_jax.progress import duration, human
 from megabyte_jax.sharding import batch_sharding, check_mesh, make_mesh, shard_abstract
 from megabyte_jax.train_state import abstract_state, make_eval_step, make_train_step
@@ -321,6 +322,8 @@ def main(arguments: list[str]) -> None:
   require(len(arguments) < 2, f"unexpected {' '.join(arguments[1:])}; flags begin with --")
   jax.config.update("jax_platforms", "cpu")  # nothing runs here, and a TPU of this machine may be busy
   values = flags.FLAGS
+  if values.save:
+    check_output_file("--save", values.save)
   config = changed(
     Config.from_dict(values.config),
     batch_size=values.batch_size,

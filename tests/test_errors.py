@@ -1,7 +1,6 @@
 """What the commands say when something is wrong: one line, no traceback, and an exit code other than 0."""
 
 import dataclasses
-import os
 import re
 import signal
 import subprocess
@@ -131,7 +130,27 @@ CASES = {
     1,
     r"FOLDER/nothing does not exist",
   ),
-  "workdir below a file": (["train.py", TINY, "--workdir=FOLDER/short/run"], 1, r"Not a directory: '.*FOLDER/short"),
+  "workdir below a file": (
+    ["train.py", TINY, "--workdir=FOLDER/short/run"],
+    1,
+    r"--workdir=FOLDER/short/run: FOLDER/short is a f",
+  ),
+  "prepare: folder below a file": (
+    ["-m", "megabyte_jax.data.prepare", "pack", "docs", "FOLDER/short/packed"],
+    1,
+    r"=FOLDER/short/packed: FOLDER/short is a file, not a folder; choose another ",
+  ),
+  "tables: picture below a file": (
+    ["-m", "megabyte_jax.tables", "figure3", "--plot=FOLDER/short/figure3.png"],
+    1,
+    r"--plot=FOLDER/short/figure3\.png: FOLDER/short is a file, not a folder; choose another --plot$",
+  ),
+  "plan: result below a file": (
+    ["-m", "megabyte_jax.plan", TINY, "--save=FOLDER/short/step"],
+    1,
+    r"--save=FOLDER/short/step: FOLDER/short is a file, not a folder; choose another --save$",
+  ),
+  "compress: no such file": (["-m", "megabyte_jax.compress", "FOLDER/x", "FOLDER/y"], 1, r"FOLDER/x does not exist$"),
   "no such run to start from": (["train.py", TINY, "--init_from=FOLDER/folder"], 1, r"FOLDER/folder holds no run"),
   "plan: no such remat": (
     ["-m", "megabyte_jax.plan", "--remat=most"],
@@ -321,9 +340,13 @@ def test_two_trainings_in_one_folder(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to the superuser")
-def test_a_folder_that_may_not_be_written(tmp_path):
-  tmp_path.chmod(0o500)
-  command = [sys.executable, "train.py", TINY, f"--workdir={tmp_path / 'run'}"]
+def test_a_checkpoint_for_which_there_is_no_room(tmp_path):
+  program = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+  program += "runpy.run_path('train.py', run_name='__main__')"  # a disk takes no large file, as if it were full
+  command = [sys.executable, "-c", program, TINY, f"--workdir={tmp_path}", "--config.sample_bytes=0"]
   result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-  assert result.returncode == 1 and "error: " in result.stderr and "Permission denied" in result.stderr
+  assert result.returncode == 1
+  assert (  # libraries tell of it, too
+    f"error: {tmp_path}/checkpoints: File too large; make room there, or name another place\n"
+    f"The checkpoint of step 12 in {tmp_path}/checkpoints was not saved; the same command goes on from the one before"
+  ) in result.stderr

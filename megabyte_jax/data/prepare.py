@@ -25,6 +25,7 @@ from megabyte_jax.data.open_data import open_path
 from megabyte_jax.data.pack_writer import PackWriter
 from megabyte_jax.data.read_ahead import read_ahead
 from megabyte_jax.data.sources import DataError, Source
+from megabyte_jax.outputs import check_output_folder
 
 _BLOCK = 1 << 24  # bytes read at once of a long document
 _SPLITS = ("train", "validation", "test", "train_weights", "documents")  # of no meaning here
@@ -101,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   try:
     if command == "pack":
       spec, folder = given.pop("source"), given.pop("folder")
+      check_output_folder("FOLDER", folder)
       pack(spec, folder, dataclass_from_mapping(DataConfig, given, "option"))
     elif command == "verify":
       packed.verify(given["folder"])
