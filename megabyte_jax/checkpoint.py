@@ -117,8 +117,10 @@ class Checkpoints:
     """
     return self._manager.reached_preemption(step)
 
-  def save(self, step: int, params: Any, opt_state: Any, meta: Mapping[str, Any]) -> bool:
+  def save(self, step: int, params: Any, opt_state: Any, meta: Mapping[str, Any]) -> None:
     """Starts saving and returns as soon as the arrays are copied, so that they may be donated to the next step.
+
+    A step that is saved already is left as it is.
 
     Args:
       step: optimizer steps taken.
@@ -126,16 +128,13 @@ class Checkpoints:
       meta: what JSON can hold. `check_same_run` reads `config`, `fingerprint` and
         `validation_fingerprint`; `step` and `format` are added.
 
-    Returns:
-      Whether a save was started: not if the step is saved already.
-
     Raises:
       CheckpointError: opened for reading only, or `meta` is nothing that JSON can hold.
     """
     if self._read_only:
       raise CheckpointError(f"{self.folder} was opened for reading only; save() needs read_only=False")
     if step in self._manager.all_steps():
-      return False
+      return
     meta = {**meta, "step": int(step), "format": FORMAT}
     try:
       json.dumps(meta)
@@ -154,7 +153,6 @@ class Checkpoints:
     )
     self._saved.add(step)
     self._last_save = time.monotonic()
-    return True
 
   def wait(self) -> None:
     """Returns when the save that is under way is on disk; raises what went wrong with it."""
