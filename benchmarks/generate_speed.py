@@ -25,7 +25,6 @@ import datetime
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # what is left is told at its true size
 
 import jax
+import own_process
 import peers
 from device_limits import copy_bandwidth
 from flax import nnx
@@ -228,12 +228,10 @@ def measure_peer(config: MegabyteConfig, count: int, batches: list[int]) -> list
 
 def peer_rows() -> list[dict]:
   """Those of `measure_peer`, in a process of its own that gives its memory back; none where it fails."""
-  command = [sys.executable, __file__, "--peer-only", *sys.argv[1:]]
-  done = subprocess.run(command, capture_output=True, text=True, check=False)
-  if done.returncode == 0:
-    return json.loads(done.stdout.splitlines()[-1])
-  reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-  print(f"{PEER} could not be timed: {reason[:200]}", flush=True)
+  found = own_process.last_line(__file__, ["--peer-only", *sys.argv[1:]])
+  if isinstance(found, list):
+    return found
+  print(f"{PEER} could not be timed: {found['error']}", flush=True)
   return []
 
 

@@ -33,6 +33,7 @@ import tempfile
 import time
 from typing import Any
 
+import own_process
 from train_speed import cases, cells
 
 from megabyte_jax.arguments import Parser
@@ -168,12 +169,9 @@ def in_own_process(arguments: list[str], devices: list[int]) -> dict:
   else:
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
   begin = time.perf_counter()
-  command = [sys.executable, __file__, *arguments]
-  done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+  found = own_process.last_line(__file__, arguments, environment)
   print(f"{time.perf_counter() - begin:6.0f} s  {' '.join(arguments)}", file=sys.stderr, flush=True)
-  if done.returncode:
-    return {"error": next((x for x in done.stderr.splitlines()[::-1] if "rror" in x or "EXHAUSTED" in x), "failed")}
-  return json.loads(done.stdout.splitlines()[-1])
+  return found
 
 
 def run(wanted: list[tuple[str, dict[str, int]]], devices: int, args: argparse.Namespace) -> list[dict]:

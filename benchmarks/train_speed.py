@@ -32,11 +32,11 @@ import datetime
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
 
+import own_process
 import peers
 
 from megabyte_jax.arguments import Parser
@@ -247,22 +247,13 @@ def cells(row: dict, columns: dict[str, str], width: int) -> str:
 
 
 def in_own_process(arguments: list[str], name: str, patience: float, *, preallocate: bool = True) -> dict:
-  """The row that this file prints in another process, which gives its memory back; or why there is none."""
+  """The row that this file prints in another process, or why there is none."""
   environment = {
     **os.environ,
     "XLA_PYTHON_CLIENT_PREALLOCATE": str(preallocate).lower(),
     "XLA_PYTHON_CLIENT_MEM_FRACTION": os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", ".95"),
   }
-  command = [sys.executable, __file__, *arguments]
-  try:
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=patience, check=False)
-  except subprocess.TimeoutExpired:
-    return {"case": name, "error": f"not done after {patience:.0f} s"}
-  if done.returncode == 0:
-    return json.loads(done.stdout.splitlines()[-1])
-  reason = next((line for line in done.stderr.splitlines()[::-1] if "Error" in line or "MEMORY" in line), "")
-  memory = "out of memory: " if "RESOURCE_EXHAUSTED" in done.stderr or "OutOfMemory" in done.stderr else ""
-  return {"case": name, "error": f"{memory}{reason[:200]}", "stderr": done.stderr[-2000:]}
+  return {"case": name} | own_process.last_line(__file__, arguments, environment, patience)
 
 
 def ahead(wanted: list[tuple[str, str]], at_once: int, patience: float) -> dict[tuple[str, str], float]:
