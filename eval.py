@@ -30,7 +30,8 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from megabyte_jax import command_line, distributed, perplexity, plots, report
+from megabyte_jax import command_line, distributed, outputs, perplexity, plots, report
+from megabyte_jax.arguments import Parser, add_run_arguments
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.checkpoint import load_config
 from megabyte_jax.config import Config, ConfigError
@@ -114,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
         with replacing(os.path.join(args.workdir, name)) as path:
           path.write_text(line + "\n")
     except (OSError, plots.PlotError) as error:  # somebody else's run, perhaps; the result is worth more than its files
-      print(f"warning: not all is kept in {args.workdir}: {error}", file=sys.stderr)
+      print(f"warning: not all is kept in {args.workdir}: {outputs.in_words(error)}", file=sys.stderr)
     print(line)
     return line
   return ""
@@ -122,8 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> str:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
   """See the head of this file."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  command_line.add_run_arguments(parser)
+  parser = Parser("python eval.py", description=__doc__)
+  add_run_arguments(parser)
   parser.add_argument("--split", default="validation", choices=["train", "validation", "test"])
   parser.add_argument("--data", default="", help="file, folder, glob or data set, instead of a split")
   parser.add_argument("--skip-bad", action="store_true", help="leave out and count what is empty or unreadable")
@@ -139,14 +140,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     "--compressors", action=argparse.BooleanOptionalAction, default=True, help="compare with gzip ..."
   )
   distributed.add_arguments(parser)
-  args = parser.parse_args(command_line.with_hyphens(arguments))
+  args = parser.parse_args(arguments)
   for name in ("stride", "batch_size", "max_bytes"):
     if getattr(args, name) < 0:
       raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative")
   if args.per_byte_out:
     if is_remote(args.per_byte_out):
       raise ConfigError(f"--per-byte-out={args.per_byte_out} is not on this machine's disks; name a file there")
-    command_line.check_output_file("--per-byte-out", args.per_byte_out)
+    outputs.check_output_file("--per-byte-out", args.per_byte_out)
   if args.words and args.max_bytes:
     raise ConfigError("--words and --max-bytes exclude each other: the words are those of the whole text")
   return args

@@ -22,7 +22,7 @@ import optax
 from absl import flags
 from jax.sharding import Mesh
 
-from megabyte_jax import command_line, distributed, plots, report, windows
+from megabyte_jax import command_line, distributed, outputs, plots, report, windows
 from megabyte_jax.checkpoint import CheckpointError, Checkpoints, check_same_run, save_config
 from megabyte_jax.config import Config, ConfigError
 from megabyte_jax.data.batches import batches, open_windows
@@ -296,6 +296,7 @@ def main(arguments: list[str]) -> None:
   if len(arguments) > 1:
     raise ConfigError(f"unexpected {' '.join(arguments[1:])}; flags begin with --")
   config = Config.from_dict(_CONFIG.value)
+  outputs.check_output_folder("--workdir", _WORKDIR.value)
   distributed.start_from_flags()
   distributed.outlive_readers()
   train(config, _WORKDIR.value, _INIT_FROM.value)

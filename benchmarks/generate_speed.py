@@ -25,7 +25,6 @@ import datetime
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,11 +33,13 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # what is left is told at its true size
 
 import jax
+import own_process
 import peers
 from device_limits import copy_bandwidth
 from flax import nnx
 
 from megabyte_jax import Level, MegabyteConfig, generate, windows
+from megabyte_jax.arguments import Parser
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.models.build import initial_parameters, make_model
 from megabyte_jax.models.layers import compute_dtype
@@ -227,17 +228,15 @@ def measure_peer(config: MegabyteConfig, count: int, batches: list[int]) -> list
 
 def peer_rows() -> list[dict]:
   """Those of `measure_peer`, in a process of its own that gives its memory back; none where it fails."""
-  command = [sys.executable, __file__, "--peer-only", *sys.argv[1:]]
-  done = subprocess.run(command, capture_output=True, text=True, check=False)
-  if done.returncode == 0:
-    return json.loads(done.stdout.splitlines()[-1])
-  reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-  print(f"{PEER} could not be timed: {reason[:200]}", flush=True)
+  found = own_process.last_line(__file__, ["--peer-only", *sys.argv[1:]])
+  if isinstance(found, list):
+    return found
+  print(f"{PEER} could not be timed: {found['error']}", flush=True)
   return []
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser("python benchmarks/generate_speed.py", description=__doc__)
   parser.add_argument("--size", default="full", choices=list(SIZES))
   parser.add_argument("--bytes", type=int, default=0, help="a sample; default: 8,192, tiny 256")
   parser.add_argument("--batches", default="", help="such as 1,8; default: 1,8,64,256, tiny 1,8")

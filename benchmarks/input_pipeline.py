@@ -10,7 +10,6 @@ MB/s; that time is compared with nothing.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import glob
 import io
@@ -22,6 +21,7 @@ import time
 import numpy as np
 from PIL import Image
 
+from megabyte_jax.arguments import Parser
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data import prepare
 from megabyte_jax.data.batches import batches
@@ -116,7 +116,7 @@ def verdict(result: dict) -> str:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser("python benchmarks/input_pipeline.py", description=__doc__)
   parser.add_argument("--seconds", type=float, default=5.0)
   seconds = parser.parse_args().seconds
   with tempfile.TemporaryDirectory() as folder:

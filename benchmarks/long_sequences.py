@@ -14,7 +14,6 @@ Writes OUTPUT.json, OUTPUT_time.png and OUTPUT_memory.png, and prints a table.
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import dataclasses
 import datetime
@@ -28,6 +27,7 @@ import jax
 import numpy as np
 
 from megabyte_jax import flops, plan, plots
+from megabyte_jax.arguments import Parser
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.config import Config, Level, MegabyteConfig
 from megabyte_jax.loss import bits_per_byte
@@ -130,7 +130,7 @@ def draw(rows: list[dict], device: str, output: str) -> None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser("python benchmarks/long_sequences.py", description=__doc__)
   parser.add_argument("--size", default="full", choices=("full", "tiny"))
   parser.add_argument("--shortest", type=float, default=0, help="leave out sequences of fewer bytes")
   parser.add_argument("--longest", type=float, default=math.inf, help="leave out sequences of more bytes")

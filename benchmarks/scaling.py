@@ -33,8 +33,10 @@ import tempfile
 import time
 from typing import Any
 
+import own_process
 from train_speed import cases, cells
 
+from megabyte_jax.arguments import Parser
 from megabyte_jax.atomic_file import replacing
 
 CASES = ("text24", "image640", "tiny")
@@ -167,12 +169,9 @@ def in_own_process(arguments: list[str], devices: list[int]) -> dict:
   else:
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
   begin = time.perf_counter()
-  command = [sys.executable, __file__, *arguments]
-  done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+  found = own_process.last_line(__file__, arguments, environment)
   print(f"{time.perf_counter() - begin:6.0f} s  {' '.join(arguments)}", file=sys.stderr, flush=True)
-  if done.returncode:
-    return {"error": next((x for x in done.stderr.splitlines()[::-1] if "rror" in x or "EXHAUSTED" in x), "failed")}
-  return json.loads(done.stdout.splitlines()[-1])
+  return found
 
 
 def run(wanted: list[tuple[str, dict[str, int]]], devices: int, args: argparse.Namespace) -> list[dict]:
@@ -249,17 +248,17 @@ def count_gpus() -> int:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser("python benchmarks/scaling.py", description=__doc__)
   parser.add_argument("--devices", type=int, default=0, help="default: all GPUs; on a CPU (JAX_PLATFORMS=cpu) 8")
   parser.add_argument("--cases", default="", help=f"of {', '.join(CASES)}; default: text24,image640, on a CPU tiny")
   parser.add_argument("--axes", default="data,fsdp,seq,tensor")
   parser.add_argument("--seconds", type=float, default=8.0, help="of steps that are timed")
-  parser.add_argument("--batch_size", type=int, default=0, help="rows of one device; default: as train_speed.py has it")
+  parser.add_argument("--batch-size", type=int, default=0, help="rows of one device; default: as train_speed.py has it")
   parser.add_argument("--output", default="", help="the rows, as JSON")
   parser.add_argument("--ahead", type=int, default=0, help="programs compiled at a time before any runs; 0: none")
   for hidden in ("only", "mesh", "workdir", "resume"):
     parser.add_argument(f"--{hidden}", default="", help=argparse.SUPPRESS)
-  for hidden in ("reference", "compile_only"):
+  for hidden in ("reference", "compile-only"):
     parser.add_argument(f"--{hidden}", action="store_true", help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.only:

@@ -32,12 +32,14 @@ import datetime
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
 
+import own_process
 import peers
+
+from megabyte_jax.arguments import Parser
 
 PEERS = {  # how each is timed
   "MEGABYTE-pytorch shipped": "MEGABYTE-pytorch",
@@ -245,22 +247,13 @@ def cells(row: dict, columns: dict[str, str], width: int) -> str:
 
 
 def in_own_process(arguments: list[str], name: str, patience: float, *, preallocate: bool = True) -> dict:
-  """The row that this file prints in another process, which gives its memory back; or why there is none."""
+  """The row that this file prints in another process, or why there is none."""
   environment = {
     **os.environ,
     "XLA_PYTHON_CLIENT_PREALLOCATE": str(preallocate).lower(),
     "XLA_PYTHON_CLIENT_MEM_FRACTION": os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", ".95"),
   }
-  command = [sys.executable, __file__, *arguments]
-  try:
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=patience, check=False)
-  except subprocess.TimeoutExpired:
-    return {"case": name, "error": f"not done after {patience:.0f} s"}
-  if done.returncode == 0:
-    return json.loads(done.stdout.splitlines()[-1])
-  reason = next((line for line in done.stderr.splitlines()[::-1] if "Error" in line or "MEMORY" in line), "")
-  memory = "out of memory: " if "RESOURCE_EXHAUSTED" in done.stderr or "OutOfMemory" in done.stderr else ""
-  return {"case": name, "error": f"{memory}{reason[:200]}", "stderr": done.stderr[-2000:]}
+  return {"case": name} | own_process.last_line(__file__, arguments, environment, patience)
 
 
 def ahead(wanted: list[tuple[str, str]], at_once: int, patience: float) -> dict[tuple[str, str], float]:
@@ -280,18 +273,18 @@ def ahead(wanted: list[tuple[str, str]], at_once: int, patience: float) -> dict[
 
 def main() -> None:
   """Runs the cases and their peers one after the other."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser("python benchmarks/train_speed.py", description=__doc__)
   parser.add_argument("--cases", default=DEFAULT_CASES)
   parser.add_argument("--peers", help=f"cases whose peers are timed, if installed; default: {PEER_CASES}, if asked for")
   parser.add_argument("--seconds", type=float, default=8.0, help="of training steps that are timed, after half as many")
-  parser.add_argument("--limit_seconds", type=float, default=4.0, help="of matrix products that set the ceiling")
+  parser.add_argument("--limit-seconds", type=float, default=4.0, help="of matrix products that set the ceiling")
   parser.add_argument(
     "--patience", type=float, default=300.0, help="seconds that one case may take, compiling included"
   )
   parser.add_argument("--ahead", type=int, default=0, help="cases compiled at a time, before any is timed; 0: none")
   parser.add_argument("--kernels", type=int, default=0, help="so many of the largest kernels of our cases are shown")
   parser.add_argument("--output", default="", help="JSON lines are added to this file, too")
-  parser.add_argument("--compile_only", action="store_true", help=argparse.SUPPRESS)
+  parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
   parser.add_argument("--only", default="", help=argparse.SUPPRESS)
   parser.add_argument("--peer", default="", help=argparse.SUPPRESS)
   args = parser.parse_args()

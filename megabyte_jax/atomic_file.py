@@ -22,6 +22,10 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
   try:
     yield temporary
     temporary.replace(path)
+  except OSError as error:
+    if error.errno is not None and error.filename in (None, str(temporary)):  # that of a full disk names no file
+      error.filename, error.filename2 = str(path), None
+    raise
   finally:
     if temporary.exists():
       temporary.unlink()

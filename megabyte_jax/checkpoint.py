@@ -9,6 +9,8 @@ passed over.
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 import time
 import uuid
@@ -115,8 +117,10 @@ class Checkpoints:
     """
     return self._manager.reached_preemption(step)
 
-  def save(self, step: int, params: Any, opt_state: Any, meta: Mapping[str, Any]) -> bool:
+  def save(self, step: int, params: Any, opt_state: Any, meta: Mapping[str, Any]) -> None:
     """Starts saving and returns as soon as the arrays are copied, so that they may be donated to the next step.
+
+    A step that is saved already is left as it is.
 
     Args:
       step: optimizer steps taken.
@@ -124,16 +128,13 @@ class Checkpoints:
       meta: what JSON can hold. `check_same_run` reads `config`, `fingerprint` and
         `validation_fingerprint`; `step` and `format` are added.
 
-    Returns:
-      Whether a save was started: not if the step is saved already.
-
     Raises:
       CheckpointError: opened for reading only, or `meta` is nothing that JSON can hold.
     """
     if self._read_only:
       raise CheckpointError(f"{self.folder} was opened for reading only; save() needs read_only=False")
     if step in self._manager.all_steps():
-      return False
+      return
     meta = {**meta, "step": int(step), "format": FORMAT}
     try:
       json.dumps(meta)
@@ -152,7 +153,6 @@ class Checkpoints:
     )
     self._saved.add(step)
     self._last_save = time.monotonic()
-    return True
 
   def wait(self) -> None:
     """Returns when the save that is under way is on disk; raises what went wrong with it."""
@@ -160,7 +160,13 @@ class Checkpoints:
       self._manager.wait_until_finished()
     except Exception as error:
       self._saved.discard(self._saving_step)
-      error.add_note(f"The checkpoint of step {self._saving_step} in {self.folder} was not saved.")
+      where = f"The checkpoint of step {self._saving_step} in {self.folder}"
+      note = f"{where} was not saved; the same command goes on from the one before, if there is one."
+      if number := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's words for a disk that is full
+        refused = OSError(int(number[1]), os.strerror(int(number[1])), str(self.folder))
+        refused.add_note(note)
+        raise refused from error
+      error.add_note(note)
       raise
 
   def close(self) -> None:

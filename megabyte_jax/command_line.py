@@ -1,10 +1,10 @@
-"""What the commands share: flags, and one line instead of a traceback for what a user can put right."""
+"""What the commands share: one line instead of a traceback for what a user can put right; flags read by absl."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
+import glob
 import io
 import os
 import re
@@ -13,20 +13,26 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from megabyte_jax import distributed, remote
+from megabyte_jax import distributed, outputs, remote
 from megabyte_jax.checkpoint import CheckpointError
 from megabyte_jax.config import ConfigError, MeshConfig
-from megabyte_jax.config_parsing import require
+from megabyte_jax.config_parsing import did_you_mean, require, wrong_type
 from megabyte_jax.data.sources import DataError
 from megabyte_jax.plots import PlotError
 
 USER_ERRORS = (ConfigError, CheckpointError, DataError, FloatingPointError, OSError, PlotError)
+# How what absl and Python say of a value begins: what the flag takes.
+_REFUSALS = {
+  "invalid literal for int()": int,
+  "could not convert string to float": float,
+  "('Non-boolean argument": bool,
+}
 
 
 def run(main: Callable[[], object]) -> None:
@@ -43,7 +49,7 @@ def run(main: Callable[[], object]) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except USER_ERRORS as error:
     notes = (note for note in getattr(error, "__notes__", ()) if "removed its internal frames" not in note)
-    print("\n".join([f"error: {error}", *notes]), file=sys.stderr)
+    print("\n".join([f"error: {outputs.in_words(error)}", *notes]), file=sys.stderr)
     distributed.end(1)
   except ImportError as error:
     if not (line := remote.missing_package(error)):
@@ -129,40 +135,6 @@ def run_with_flags(main: Callable[[list[str]], object]) -> None:
   run(lambda: app.run(main, flags_parser=parse_config_flags))
 
 
-def with_hyphens(arguments: Sequence[str] | None) -> list[str]:
-  """Arguments (None: the command line's) for argparse, where --batch_size is --batch-size, as in absl's commands."""
-  given = sys.argv[1:] if arguments is None else arguments
-  return [re.sub(r"^--\w+", lambda name: name[0].replace("_", "-"), argument) for argument in given]
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-  """--workdir and --step: which run, and which of its checkpoints."""
-  parser.add_argument("--workdir", default="runs/quickstart", help="the folder of a train.py run")
-  parser.add_argument("--step", type=step_argument, metavar="N|best", help="checkpoint; default: the newest")
-
-
-def step_argument(text: str) -> int | Literal["best"]:
-  """The value of a command's --step: a number, or best."""
-  if text == "best":
-    return "best"
-  try:
-    return int(text)
-  except ValueError as error:
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor best") from error
-
-
-def check_output_file(name: str, path: str) -> None:
-  """Raises ConfigError where the argument `name` gives a path at which no file can be written; for before any work."""
-  if remote.is_remote(path):
-    return
-  require(not os.path.isdir(path) and path[-1:] != "/", f"{name}={path} is a folder; name a file")
-  folder = os.path.dirname(os.path.abspath(path))
-  while not os.path.exists(folder):  # missing ones are made
-    folder = os.path.dirname(folder)
-  require(os.path.isdir(folder), f"{name}={path}: {folder} is a file, not a folder")
-  require(os.access(folder, os.W_OK), f"{name}={path}: the folder {folder} cannot be written to")
-
-
 @contextlib.contextmanager
 def _wrong_flags(arguments: Sequence[str]) -> Iterator[None]:
   try:
@@ -171,21 +143,34 @@ def _wrong_flags(arguments: Sequence[str]) -> Iterator[None]:
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     if isinstance(error, (AttributeError, LookupError)) and "ml_collections" not in raised_in:
       raise  # a bug in the file that --config names, whose traceback is of use
-    print(f"error: {_one_line(error, arguments)}\nsee --help, and megabyte_jax/config.py", file=sys.stderr)
+    print(f"error: {_one_line(error, arguments)}", file=sys.stderr)
     sys.exit(2)
 
 
 def _one_line(error: Exception, arguments: Sequence[str]) -> str:
   """What went wrong, without the tracebacks and quotes that ml_collections wraps it in."""
   text = str(error).strip()
+  if isinstance(error, flags.UnrecognizedFlagError):
+    near = did_you_mean(error.flagname.partition(".")[0], flags.FLAGS, "--")
+    return f"unknown flag --{error.flagname}{near} (see --help)"
+  if match := re.fullmatch(r"flag (--[^=]+)=(.*?): (.*)", text, re.DOTALL):
+    wanted = next((kind for begin, kind in _REFUSALS.items() if match[3].startswith(begin)), None)
+    if wanted:
+      return wrong_type(match[1], wanted, match[2])
   if isinstance(error, flags.Error | ValueError):  # perhaps with the traceback of an error within the config file
     *_, text = re.split(r"^\S*(?:Error|Exception): ", text, flags=re.MULTILINE)
   elif isinstance(error, OSError):  # the last of several messages in one
     text = re.sub(r".*\[Errno \d+\] ", "", text, flags=re.DOTALL)
+    if (file := re.search("'(.+)'", text)) and (folder := os.path.dirname(file[1])):
+      text += did_you_mean(file[1], glob.glob(os.path.join(folder, "*.py")))
+    text = f"--config: {text}"
   else:  # an override of what is not there
     key, *_ = re.findall(r"\w+", text)
     close = re.search('Did you mean "(.*?)"', text)
     overrides = [argument for argument in arguments if re.match(r"--?\w+\.", argument)]
     named = [argument for argument in overrides if re.search(rf"[.]{key}\b", argument)] or overrides
-    text = f"there is no such key: {' '.join(named)}" + (f"; did you mean {close[1]}?" if close else "")
+    hint = f"did you mean {close[1]}?" if close else "all are in megabyte_jax/config.py and models/config.py beside it"
+    text = f"there is no such key: {' '.join(named)}; {hint}"
+  if text.startswith("get_config() takes 0 positional arguments"):
+    text = "this config file has one config: leave out the colon after its name, and what follows"
   return " ".join(text.split())

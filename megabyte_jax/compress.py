@@ -29,7 +29,7 @@ import jaxlib
 import numpy as np
 from flax import nnx
 
-from megabyte_jax import coding, command_line
+from megabyte_jax import arguments, coding, command_line, outputs
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.config import ConfigError
 from megabyte_jax.config_parsing import mapping_from_dataclass, require
@@ -179,16 +179,16 @@ def fingerprint(model: Model) -> str:
 
 def parse_arguments() -> argparse.Namespace:
   """The command line; see the head of this file."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser("python -m megabyte_jax.compress", description=__doc__)
   parser.add_argument("file", help="what to compress; with --decompress the compressed file")
   parser.add_argument("out", help="where the result goes")
   parser.add_argument("--decompress", action="store_true", help="get the original back")
-  command_line.add_run_arguments(parser)
+  arguments.add_run_arguments(parser)
   parser.add_argument("--batch-size", type=int, default=0, help=f"windows side by side; default {BATCH}")
-  args = parser.parse_args(command_line.with_hyphens(None))
+  args = parser.parse_args()
   require(args.batch_size >= 0, f"--batch-size is {args.batch_size}; it must not be negative")
   require(not (args.decompress and args.batch_size), "--batch-size is for compressing; the file says the rest")
-  command_line.check_output_file("OUT", args.out)
+  outputs.check_output_file("OUT", args.out)
   return args
 
 
@@ -202,7 +202,7 @@ def main() -> None:
     length = read(data)[0].length if args.decompress else len(data)
     model, _, step = load(args.workdir, args.step)
     print(f"step {step} of {args.workdir}", file=sys.stderr)
-    with Progress("decompressing" if args.decompress else "compressing", total=length) as progress:
+    with Progress("decompressing" if args.decompress else "compressing", total=length, compiles=True) as progress:
       if args.decompress:
         made = decompress(model, data, on_bytes=progress.add)
       else:

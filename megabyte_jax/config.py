@@ -181,7 +181,8 @@ class EvalConfig:
 
   Attributes:
     every_steps: evaluate the validation split during training every so many steps; 0 only at the end.
-    max_bytes: during training, score only the first so many bytes; 0 scores all.
+    max_bytes: of the evaluations every so many steps, score only the first so many bytes; 0 scores all. After the last
+      step all are scored in any case: a shorter data.validation, or none and eval.py --max-bytes, shortens that.
     batch_size: windows scored at once; 0 takes what training takes at once, batch_size / accumulate.
     method: basic | sliding | strided | both (section 2.3.3 and Table 11); during training, too.
   """

@@ -6,13 +6,14 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
   from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+_IN_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
 
 class ConfigError(ValueError):
@@ -25,6 +26,24 @@ def require(condition: bool, message: str) -> None:
     raise ConfigError(message)
 
 
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+  """`; did you mean NEAREST?`, or nothing where none of the known names comes near; with `prefix` before the name."""
+  close = difflib.get_close_matches(name, known, n=1)
+  return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def require_known(what: str, name: str, known: Iterable[str]) -> None:
+  """Raises `ConfigError` unless `name` is known: there is no `what`, which one may be meant, and which there are."""
+  names = list(known)
+  near = did_you_mean(name, names)
+  require(name in names, f"there is no {what}{f'{near} All are' if near else '; choose one of'} {', '.join(names)}")
+
+
+def wrong_type(name: str, wanted: type, value: object) -> str:
+  """What is said of a value of another type than its key or flag takes."""
+  return f"{name} must be {_IN_WORDS.get(wanted, wanted.__name__)}, not {value!r}"
+
+
 def dataclass_from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
   """Builds dataclass `cls` from `values`, recursively; `where` is the key path for error messages.
 
@@ -35,8 +54,7 @@ def dataclass_from_mapping(cls: type[T], values: Mapping[str, Any], where: str) 
   hints = typing.get_type_hints(cls)
   fields = {field.name: field for field in dataclasses.fields(cls)}
   for key in values:
-    close = difflib.get_close_matches(str(key), fields, n=1)
-    hint = f"; did you mean {where}.{close[0]}?" if close else f"; known keys: {', '.join(fields)}"
+    hint = did_you_mean(str(key), fields, f"{where}.") or f"; known keys: {', '.join(fields)}"
     require(key in fields, f"unknown key {where}.{key}{hint}")
   for name, field in fields.items():
     optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
@@ -64,7 +82,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
   exact = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-  require(exact, f"{where} must be {hint.__name__}, not {value!r}")
+  require(exact, wrong_type(where, hint, value))
   return value
 
 

@@ -14,7 +14,7 @@ import sys
 
 import numpy as np
 
-from megabyte_jax import command_line, media_files
+from megabyte_jax import arguments, command_line, media_files, outputs
 from megabyte_jax.checkpoint import load_config
 from megabyte_jax.config_parsing import require
 from megabyte_jax.media_files import Prompt
@@ -26,8 +26,8 @@ from megabyte_jax.sharding import make_mesh
 
 def parse_arguments() -> argparse.Namespace:
   """The command line; see the head of this file."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  command_line.add_run_arguments(parser)
+  parser = arguments.Parser("python -m megabyte_jax.generate", description=__doc__)
+  arguments.add_run_arguments(parser)
   parser.add_argument("--prompt", default="", help="text to continue")
   parser.add_argument("--prompt-file", default="", help="a file to continue, instead of --prompt")
   parser.add_argument("--keep", type=float, help="the share of the file to keep; default: 0.5 of an image, else 1")
@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     "(without {} a grid), .wav of an audio model, else raw bytes",
   )
   parser.add_argument("--mesh", default="", help="spread the model over all devices, such as fsdp=4,tensor=2")
-  args = parser.parse_args(command_line.with_hyphens(None))
+  args = parser.parse_args()
   require(not (args.prompt and args.prompt_file), "give --prompt or --prompt-file, not both")
   require(args.bytes is None or args.bytes >= 0, f"--bytes is {args.bytes}; it must not be negative")
   require(args.num_samples >= 1, f"--num-samples is {args.num_samples}; it must be at least 1")
@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     what = "is a folder" if os.path.isdir(args.prompt_file) else "does not exist"
     require(os.path.isfile(args.prompt_file), f"--prompt-file={args.prompt_file} {what}; name one file")
   if args.output:
-    command_line.check_output_file("--output", args.output)
+    outputs.check_output_file("--output", args.output)
   return args
 
 
@@ -81,7 +81,7 @@ def main() -> None:
   show = Output()
   if streams:
     show.write(prompt.kept.tobytes())
-  progress = Progress("generating", total=num_bytes * args.num_samples, enabled=not streams)
+  progress = Progress("generating", total=num_bytes * args.num_samples, compiles=True, enabled=not streams)
 
   def on_bytes(new: np.ndarray) -> None:
     if streams:

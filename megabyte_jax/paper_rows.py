@@ -26,7 +26,7 @@ from megabyte_jax.config import (
   PerceiverARConfig,
   Scan,
 )
-from megabyte_jax.config_parsing import require
+from megabyte_jax.config_parsing import require, require_known
 
 Shape = tuple[int, int]  # (width, layers) as Table 15 writes it; for a global model the width of a whole patch
 
@@ -126,9 +126,8 @@ def with_method(config: Config, method: Method) -> Config:
 
 def select(rows: Mapping[str, Config], name: str) -> ml_collections.ConfigDict:
   """The row called `name`, as a config file returns it; raises ConfigError listing the names."""
-  known = ", ".join(rows)
-  require(name != "", f"this file holds several rows; write --config=FILE.py:NAME with one of {known}")
-  require(name in rows, f"there is no row {name!r} in this file; take one of {known}")
+  require(name != "", f"this file holds several rows; write --config=FILE.py:NAME with one of {', '.join(rows)}")
+  require_known(f"row {name!r} in this file", name, rows)
   return rows[name].to_config_dict()
 
 

@@ -39,6 +39,7 @@ from megabyte_jax.config import Config, ConfigError, PerceiverARConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.models.build import abstract_model, cast_for_decoding
 from megabyte_jax.models.config import Remat
+from megabyte_jax.outputs import check_output_file
 from megabyte_jax.progress import duration, human
 from megabyte_jax.sharding import batch_sharding, check_mesh, make_mesh, shard_abstract
 from megabyte_jax.train_state import abstract_state, make_eval_step, make_train_step
@@ -46,6 +47,13 @@ from megabyte_jax.train_state import abstract_state, make_eval_step, make_train_
 STEPS = ("train", "eval", "generate")
 _GIB = 2**30
 _BETWEEN = " between slices"
+_LIBTPU = {  # environment variables that libtpu reads as it is loaded, unless they are set already
+  "TPU_SKIP_MDS_QUERY": "1",  # do not ask a cloud which TPU this machine has
+  "TPU_WORKER_HOSTNAMES": "localhost",  # nor complain that it has none: a topology is what its name says
+  "TPU_HOST_BOUNDS": "1,1,1",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # a training run on this machine may hold it
+  "TPU_STDERR_LOG_LEVEL": "3",
+}
 _QUICK: dict[str, Any] = {"exec_time_optimization_effort": -1.0}  # Any: JAX declares texts and booleans alone
 
 
@@ -97,9 +105,8 @@ def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
     ConfigError: libtpu is missing, or does not know the topology.
   """
   require(importlib.util.find_spec("libtpu") is not None, 'planning for TPUs needs libtpu: pip install "jax[tpu]"')
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask a cloud which TPU this machine has
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a training run on this machine may hold it
-  os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+  for name, value in _LIBTPU.items():
+    os.environ.setdefault(name, value)
   from jax.experimental import topologies  # noqa: PLC0415
 
   more = {"num_slices": slices} if slices > 1 else {}
@@ -315,6 +322,8 @@ def main(arguments: list[str]) -> None:
   require(len(arguments) < 2, f"unexpected {' '.join(arguments[1:])}; flags begin with --")
   jax.config.update("jax_platforms", "cpu")  # nothing runs here, and a TPU of this machine may be busy
   values = flags.FLAGS
+  if values.save:
+    check_output_file("--save", values.save)
   config = changed(
     Config.from_dict(values.config),
     batch_size=values.batch_size,

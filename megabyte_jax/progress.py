@@ -57,6 +57,7 @@ class Progress:
     label: str,
     total: float | None = None,
     *,
+    compiles: bool = False,
     stream: TextIO | None = None,
     enabled: bool = True,
   ):
@@ -65,11 +66,13 @@ class Progress:
     Args:
       label: what is being done.
       total: bytes of work, None where it is not known.
+      compiles: the work begins with compiling, which the last line says: a short one takes most of its time for it.
       stream: None takes stderr.
       enabled: False shows nothing at all: for all processes but one.
     """
     self.done = 0.0
     self._label, self._total = label, total
+    self._included = ", compilation included" if compiles else ""
     self._stream = stream or sys.stderr
     self._enabled = enabled
     self._live = enabled and self._stream.isatty()
@@ -107,9 +110,9 @@ class Progress:
     """Replaces the line by the final amount, time and rate."""
     if self._enabled:
       seconds = time.monotonic() - self._start
-      amount = human(self.done, "B")
+      done = f"{human(self.done, 'B')} in {duration(seconds)}{self._rate(seconds, self._included)}"
       start, end = ("\r", "\x1b[K\n") if self._live else ("", "\n")
-      self._stream.write(f"{start}{self._label}: {amount} in {duration(seconds)}{self._rate(seconds)}{end}")
+      self._stream.write(f"{start}{self._label}: {done}{end}")
       self._stream.flush()
 
   def _line(self, seconds: float) -> str:
@@ -120,5 +123,5 @@ class Progress:
     of = f"{human(self.done, 'B')} of {human(self._total, 'B')}"
     return f"{self._label}: {share}  {of}{self._rate(seconds)}, {duration(left)} left"
 
-  def _rate(self, seconds: float) -> str:
-    return f" ({human(self.done / seconds, 'B/s')})" if self.done and seconds > 0 else ""
+  def _rate(self, seconds: float, included: str = "") -> str:
+    return f" ({human(self.done / seconds, 'B/s')}{included})" if self.done and seconds > 0 else ""

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from megabyte_jax.compressors import Compressed, compress_all
 from megabyte_jax.config import Config
+from megabyte_jax.data.open_data import decodable_as
 from megabyte_jax.data.sources import Source
 from megabyte_jax.evaluate import Evaluation, evaluate
 from megabyte_jax.flops import flops_per_byte, parameter_count
@@ -27,12 +28,18 @@ def describe_run(config: Config, mesh: Mesh, source: Source, first_step: int) ->
   device = jax.devices()[0]
   axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
   model = config.model
+  notices = {
+    "image": ["notice  all are pictures, read as the raw bytes of their files; --config.data.form=image reads pixels"],
+    "audio": ["notice  all are recordings, read as the raw bytes of their files; --config.data.form=audio reads sound"],
+  }
+  form = decodable_as(source.names) if config.data.form == "bytes" else ""
   return "\n".join(
     [
       f"device  {jax.device_count()} x {device.device_kind}" + (f" (mesh: {axes})" if axes else ""),
       f"model   {model.family}, {human(parameter_count(model))} parameters, context {model.context:,} bytes, "
       f"{human(flops_per_byte(model, training=True), 'FLOP')} per byte of training",
       f"data    {int(source.lengths.sum()):,} bytes in {count_documents(source)}",
+      *notices.get(form, []),
       f"steps   {first_step:,} of {config.num_steps:,} done, {config.batch_size} x {model.context:,} bytes each",
     ]
   )
@@ -66,7 +73,7 @@ def evaluate_and_print(
   total = int(np.sum(source.lengths))
   compare = with_compressors and total <= _COMPRESSED_BYTES and jax.process_index() == 0
   before = primer() if compare and primer else None  # opened before the work, lest it fails after it
-  with Progress("scoring", enabled=jax.process_index() == 0) as progress:
+  with Progress("scoring", compiles=True, enabled=jax.process_index() == 0) as progress:
     result = evaluate(config, parameters, source, mesh=mesh, on_progress=progress.update, **options)
   compressors = {}
   if compare:

@@ -101,7 +101,7 @@ def check_same_run(
     raise CheckpointError(
       f"the checkpoint at step {meta.get('step', '?')} belongs to another run (saved -> given):\n"
       + "\n".join(lines)
-      + "\ntake the saved values, use another --workdir, or start a new run from these parameters with --init_from=DIR"
+      + "\ntake the saved values, or another --workdir (with --init_from=DIR, this one, to start from its parameters)"
     )
 
 

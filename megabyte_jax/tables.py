@@ -23,6 +23,7 @@ from absl import flags
 from megabyte_jax import flops, measured
 from megabyte_jax.config import Config, ModelConfig, PerceiverARConfig
 from megabyte_jax.config_parsing import require
+from megabyte_jax.outputs import check_output_file
 from megabyte_jax.paper_configs import CONFIGS, ROOT, all_rows, config_of, rows_of_file
 from megabyte_jax.paper_numbers import REPEATED, TABLES, Row
 
@@ -210,6 +211,8 @@ def main(argv: Sequence[str]) -> None:
   options = flags.FLAGS
   names = [name.lower().removeprefix("table") for name in argv[1:]] or sorted([*TABLES, *REPEATED], key=_order)
   require(not options.plot or names == [FIGURE_3], f"--plot goes with {FIGURE_3} only")
+  if options.plot:
+    check_output_file("--plot", options.plot)
   found = measured.from_results(RESULTS, ROOT)
   if options.runs:
     runs = measured.from_runs(pathlib.Path(options.runs), all_rows())

@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from megabyte_jax.arguments import step_argument
 from megabyte_jax.checkpoint import CheckpointError, Checkpoints
-from megabyte_jax.command_line import step_argument
 from megabyte_jax.config import CheckpointConfig
 
 BPB = {1: 3.0, 2: 2.0, 3: 2.5, 4: 2.0, 5: 2.7, 6: float("nan"), 7: 2.9}

@@ -44,7 +44,7 @@ def assert_same(a, b):
 def save_steps(workdir, *steps, **config):
   with Checkpoints(workdir, CheckpointConfig(**{"keep": 9} | config)) as checkpoints:
     for step in steps:
-      assert checkpoints.save(step, *make_state(step), {"config": {"a": 1}, "seconds": 1.5})
+      checkpoints.save(step, *make_state(step), {"config": {"a": 1}, "seconds": 1.5})
 
 
 def array_files(workdir, step, item="params"):
@@ -173,7 +173,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capfd, damage):
     assert restored.step == 2
     assert_same((restored.params, restored.opt_state), (params, opt_state))
     # The run goes on, and saves the step again that was damaged.
-    assert checkpoints.save(3, *make_state(33), {})
+    checkpoints.save(3, *make_state(33), {})
     assert_same(checkpoints.restore_params(abstract(params)).params, make_state(33)[0])
   with Checkpoints(tmp_path, read_only=True) as checkpoints:
     assert checkpoints.latest_step() == 3
@@ -218,9 +218,10 @@ def test_saved_by_step_and_kept_by_count_and_period(tmp_path):
     for step in range(1, 16):
       assert checkpoints.should_save(step) == (step % 2 == 0)
       if checkpoints.should_save(step):
-        assert checkpoints.save(step, *make_state(), {})
-    assert checkpoints.save(15, *make_state(), {})
-    assert not checkpoints.save(15, *make_state(), {})  # it is there already
+        checkpoints.save(step, *make_state(), {})
+    checkpoints.save(15, *make_state(), {"saved": "once"})
+    checkpoints.save(15, *make_state(), {"saved": "twice"})  # it is there already
+    assert checkpoints.meta(15)["saved"] == "once"
   kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
   assert kept == [6, 12, 14, 15]
 
@@ -233,7 +234,7 @@ def test_saved_by_the_clock(tmp_path, monkeypatch):
     now[0] += 119
     assert not checkpoints.should_save(1001)
     now[0] += 1
-    assert checkpoints.save(1002, *make_state(), {})
+    checkpoints.save(1002, *make_state(), {})
     assert not checkpoints.should_save(1003)
     assert not checkpoints.preempted(1003)
 
@@ -304,7 +305,7 @@ def test_a_half_written_checkpoint_is_named_and_removed(tmp_path, capfd):
   (half / "params").mkdir(parents=True)
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.latest_step() == 1
-    assert checkpoints.save(2, *make_state(), {})
+    checkpoints.save(2, *make_state(), {})
   assert re.search(r"warning: .*/2\.orbax-checkpoint-tmp was left half-written", capfd.readouterr().err)
   assert not half.exists()
   assert json.loads((tmp_path / "checkpoints/2/files.json").read_text())

@@ -89,6 +89,24 @@ def test_what_is_left_out_is_told(run_on_images, tmp_path, monkeypatch):
   assert "bytes in 11 documents\n" in report.describe_run(config, mesh, open_source(config.data, "train"), 0)
 
 
+@pytest.mark.parametrize(
+  ("train", "form", "told"),
+  [
+    ("images/train", "bytes", "--config.data.form=image reads pixels"),
+    ("audio/train", "bytes", "--config.data.form=audio reads sound"),
+    ("text/train", "bytes", ""),
+    ("images/train,sample:text/train", "bytes", ""),
+    ("images/train", "image", ""),
+  ],
+)
+def test_pictures_and_recordings_that_are_read_as_bytes_are_told(train, form, told):
+  config = Config.from_dict(tiny_config.get_config())
+  config = dataclasses.replace(config, data=DataConfig(train=f"sample:{train}", form=form))
+  text = report.describe_run(config, make_mesh(config.mesh), open_source(config.data, "train"), 0)
+  notices = [line for line in text.splitlines() if line.startswith("notice")]
+  assert len(notices) == bool(told) and told in "".join(notices)
+
+
 def test_empty_files_of_a_folder_are_left_out_and_told(run_on_images, tmp_path, monkeypatch):
   """A model of bytes: the same run, told that its data are bytes."""
   _, workdir = run_on_images

@@ -71,6 +71,22 @@ def test_pipes_are_no_files(folder):
   assert find_files(str(folder))[1] == find_files(f"{folder}/**")[1] == ["a.txt", "b/c.txt"]
 
 
+def test_a_folder_of_other_files_says_what_it_has(folder):
+  (folder / "notes.MD").touch()
+  (folder / "b" / "README").touch()
+  (folder / ".hidden").touch()
+  with pytest.raises(DataError) as error:
+    open_path(str(folder), DataConfig(form="image"))
+  assert str(error.value) == (
+    f"no files in folder {folder} (looked for .jpg, .jpeg, .png, .webp), but others: 2 .txt, 1 hidden, "
+    "1 without ending, 1 .md; name another folder, or set config.data.form to what these are"
+  )
+  (folder / "b" / "README").rename(folder / "b" / ".README")
+  (folder / "b" / "c.txt").unlink()
+  with pytest.raises(DataError, match=r"no files in folder .*/b, but others: 1 hidden; name another folder$"):
+    open_path(str(folder / "b"), PLAIN)
+
+
 def test_names_need_not_be_utf8(folder, tmp_path):
   odd = os.fsencode(folder) + b"/\xe9t\xe9.txt"
   with open(odd, "wb") as file:

@@ -12,7 +12,7 @@ import pytest
 import tfds_copies
 from test_data_prepare import NO_ROOM, as_tfrecords
 
-from megabyte_jax.config import DataConfig
+from megabyte_jax.config import ConfigError, DataConfig
 from megabyte_jax.data import pack_writer, packed, prepare
 from megabyte_jax.data.open_data import open_path
 from megabyte_jax.data.pack_writer import PackWriter
@@ -143,7 +143,7 @@ def test_the_manifest_tells_changed_data_apart(tmp_path):
 
 def test_a_target_that_cannot_be_written_is_one_line(tmp_path):
   (tmp_path / "file").write_bytes(b"x")
-  with pytest.raises(OSError, match=r"File exists|Not a directory"):
+  with pytest.raises(ConfigError, match=r"file/p: .*/file is a file, not a folder; choose another FOLDER"):
     prepare.main(["pack", str(tmp_path / "file"), str(tmp_path / "file" / "p")])
 
 

@@ -205,6 +205,14 @@ def test_progress_elsewhere_is_one_line_when_done():
   assert stream.getvalue() == ""
 
 
+def test_progress_says_that_compiling_is_included(clock):
+  stream = io.StringIO()
+  with Progress("scoring", compiles=True, stream=stream) as progress:
+    clock[0] += 4
+    progress.add(10_000)
+  assert stream.getvalue() == "scoring: 10.0 kB in 4.0s (2.50 kB/s, compilation included)\n"
+
+
 def test_progress_of_unknown_length(clock):
   stream = Terminal()
   progress = Progress("reading", stream=stream)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -109,6 +110,14 @@ def test_saved_executable_runs_without_compiling(tmp_path):
 def test_unknown_topology_is_one_clear_error(topology):
   with pytest.raises(ConfigError, match="libtpu has no topology"):
     plan.topology_devices(topology)
+
+
+@needs_libtpu
+def test_nothing_is_said_of_the_tpu_that_is_not_here():
+  code = f"from megabyte_jax import plan; print(len(plan.topology_devices({TOPOLOGY!r})))"
+  here = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "TF_CPP"))}
+  done = subprocess.run([sys.executable, "-c", code], env=here, capture_output=True, text=True, check=True)
+  assert (done.stdout, done.stderr) == ("4\n", "")
 
 
 @needs_libtpu

@@ -45,9 +45,24 @@ def test_a_results_file_fills_table_9(monkeypatch, tmp_path, capsys):
 def test_a_peer_that_fails_costs_its_rows_and_no_more(monkeypatch, capsys):
   speed = module(monkeypatch, "generate_speed")
   broken = types.SimpleNamespace(returncode=1, stdout="", stderr="Traceback\nImportError: no kernel image\n")
-  monkeypatch.setattr(speed.subprocess, "run", lambda *_, **__: broken)
+  monkeypatch.setattr(speed.own_process.subprocess, "run", lambda *_, **__: broken)
   assert speed.peer_rows() == []
   assert "MEGABYTE-pytorch could not be timed: ImportError: no kernel image" in capsys.readouterr().out
+
+
+def test_a_measurement_in_its_own_process(monkeypatch, tmp_path):
+  own_process = module(monkeypatch, "own_process")
+  script = tmp_path / "script.py"
+  script.write_text("import sys, time\nexec(sys.argv[1])\n")
+
+  def found(code, patience=60.0):
+    return own_process.last_line(str(script), [code], patience=patience)
+
+  assert found("print('words'); print('[1, 2]')") == [1, 2]
+  assert found("raise ValueError('no such card')")["error"] == "ValueError: no such card"
+  assert found("sys.exit('RESOURCE_EXHAUSTED: 5 GiB')")["error"] == "out of memory: RESOURCE_EXHAUSTED: 5 GiB"
+  assert found("sys.exit(3)")["error"] == "exit code 3"
+  assert found("time.sleep(60)", patience=1.0) == {"error": "not done after 1 s"}
 
 
 def test_one_batch_of_a_peer_that_fails_is_an_error_in_its_row(monkeypatch):

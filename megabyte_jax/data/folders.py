@@ -6,6 +6,7 @@ import functools
 import glob
 import os
 import stat
+from collections import Counter
 from collections.abc import Sequence
 
 from etils import epath
@@ -28,19 +29,33 @@ def find_files(spec: str, suffixes: Sequence[str] = ()) -> tuple[list[str], list
   if any(c in spec for c in "*?[") and not os.path.exists(spec):
     base = _fixed_part(spec)
     paths = _remote_glob(base, spec) if is_remote else _local_glob(base, spec)
-    kind = "no file matches"
   else:
     path = epath.Path(spec)
     if not path.exists():
       raise DataError(f"{spec} does not exist; name a file, a folder, a glob, sample:NAME or tfds:NAME:SPLIT")
     if not path.is_dir():
       return [spec], [path.name]
-    base, kind = spec, "no files in folder"
-    paths = [p for p in (_walk_remote if is_remote else _walk)(spec) if _wanted(os.path.basename(p), suffixes)]
+    base = spec
+    everything = (_walk_remote if is_remote else _walk)(spec)
+    paths = [p for p in everything if _wanted(os.path.basename(p), suffixes)]
+    if not paths:
+      raise DataError(_nothing_in(spec, suffixes, everything))
   if not paths:
-    raise DataError(f"{kind} {spec}" + (f" (looked for {', '.join(suffixes)})" if suffixes else ""))
+    raise DataError(f"no file matches {spec}; name a file, a folder or another glob")
   paths.sort()
   return paths, [p[len(base) :].lstrip("/") for p in paths]
+
+
+def _nothing_in(folder: str, suffixes: Sequence[str], others: Sequence[str]) -> str:
+  """What is said of a folder without wanted files: what it has instead, and what to do."""
+  looked = f" (looked for {', '.join(suffixes)})" if suffixes else ""
+  if not others:
+    return f"no files in folder {folder}{looked}; name one that has some"
+  names = [os.path.basename(path) for path in others]
+  kinds = Counter("hidden" if n.startswith(".") else os.path.splitext(n)[1].lower() or "without ending" for n in names)
+  shown = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(4)) + ", ..." * (len(kinds) > 4)
+  form = ", or set config.data.form to what these are" if suffixes else ""
+  return f"no files in folder {folder}{looked}, but others: {shown}; name another folder{form}"
 
 
 def _fixed_part(pattern: str) -> str:

@@ -72,23 +72,20 @@ def _patch_scan(height: int, width: int, p: int) -> np.ndarray:
   return np.arange(height * width * 3).reshape(height // p, p, width // p, p, 3).swapaxes(1, 2).reshape(-1)
 
 
-def bytes_to_image(
-  x: np.ndarray, scan: str, scan_patch: int = 3, *, height: int | None = None, width: int | None = None
-) -> np.ndarray:
-  """The inverse of `image_to_bytes`: uint8 [height, width, 3]; by default the image is square.
+def bytes_to_image(x: np.ndarray, scan: str, scan_patch: int = 3) -> np.ndarray:
+  """The inverse of `image_to_bytes` for square images: uint8 [side, side, 3].
 
   Raises:
     DataError: the number of bytes is not that of such an image.
   """
   x = np.asarray(x, np.uint8)
-  if height is None or width is None:
-    height = width = math.isqrt(x.size // 3)
-  if x.size != height * width * 3 or not x.size:
-    raise DataError(f"{x.size:,} bytes are no {height} x {width} image of 3 bytes a pixel")
+  side = math.isqrt(x.size // 3)
+  if x.size != side * side * 3 or not x.size:
+    raise DataError(f"{x.size:,} bytes are no {side} x {side} image of 3 bytes a pixel")
   if scan == "raster":
-    return x.reshape(height, width, 3)
-  p = _fitting_side(scan_patch, height, width)
-  return x.reshape(height // p, width // p, p, p, 3).swapaxes(1, 2).reshape(height, width, 3)
+    return x.reshape(side, side, 3)
+  p = _fitting_side(scan_patch, side, side)
+  return x.reshape(side // p, side // p, p, p, 3).swapaxes(1, 2).reshape(side, side, 3)
 
 
 def _fitting_side(scan_patch: int, height: int, width: int) -> int:

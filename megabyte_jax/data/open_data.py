@@ -10,6 +10,7 @@ One file, image or recording is one document.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from megabyte_jax import remote
 from megabyte_jax.config import ConfigError, DataConfig
@@ -54,6 +55,12 @@ def open_path(spec: str, data: DataConfig, skip_empty: bool = False) -> Source:
   """
   sources = [_open_one(one, data, skip_empty) for one in _split_list(spec)]
   return sources[0] if len(sources) == 1 else Joined(sources)
+
+
+def decodable_as(names: Sequence[str]) -> str:
+  """The form of data, image or audio, that files of these names have; "" where not all of them have one."""
+  endings = {"image": images.SUFFIXES, "audio": audio.SUFFIXES}
+  return next((form for form, ends in endings.items() if all(name.lower().endswith(ends) for name in names)), "")
 
 
 def _split_list(spec: str) -> list[str]:

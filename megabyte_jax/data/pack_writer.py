@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,13 +17,13 @@ from megabyte_jax.data.fingerprints import same_fingerprint
 from megabyte_jax.data.packed import FORMAT, MANIFEST, PART, read_manifest, sha256_of
 from megabyte_jax.data.sources import DataError
 from megabyte_jax.folder_lock import locked
+from megabyte_jax.outputs import NO_ROOM
 from megabyte_jax.progress import Progress
 
 _SAVE_EVERY = 1 << 26  # bytes between points from which a restart goes on
 _STATE = "state.json"
 # Key of the state, name, bytes of each that the state counts.
 _FILES = (("bytes", "data.bin", 1), ("documents", "ends", 8), ("names", "names.txt", 1))
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Item = tuple[str, Iterator[bytes]] | None
 
@@ -88,7 +87,7 @@ class PackWriter:
           self._write_items(items, lambda: progress.update((place() if place else self._written) - begun))
         self._finish(skipped)
       except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
           raise
         done = self._state["bytes"]
         raise DataError(

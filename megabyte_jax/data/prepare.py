@@ -11,13 +11,13 @@ All show their progress and can be interrupted and started again; nothing that l
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
 
+from megabyte_jax.arguments import Parser
 from megabyte_jax.config import DataConfig
 from megabyte_jax.config_parsing import dataclass_from_mapping
 from megabyte_jax.data import archives, packed
@@ -25,6 +25,7 @@ from megabyte_jax.data.open_data import open_path
 from megabyte_jax.data.pack_writer import PackWriter
 from megabyte_jax.data.read_ahead import read_ahead
 from megabyte_jax.data.sources import DataError, Source
+from megabyte_jax.outputs import check_output_folder
 
 _BLOCK = 1 << 24  # bytes read at once of a long document
 _SPLITS = ("train", "validation", "test", "train_weights", "documents")  # of no meaning here
@@ -76,13 +77,7 @@ def _documents(source: Source, first: int) -> Iterator[tuple[str, Iterator[bytes
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """The command line; raises what a person can put right (see command_line.run)."""
-  from megabyte_jax import command_line  # noqa: PLC0415 - data do not know commands, but this one is one
-
-  parser = argparse.ArgumentParser(
-    prog="python -m megabyte_jax.data.prepare",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = Parser("python -m megabyte_jax.data.prepare", description=__doc__)
   commands = parser.add_subparsers(dest="command", required=True)
   packing = commands.add_parser("pack", help="any source or archive -> one packed folder")
   packing.add_argument("source")
@@ -102,11 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name == "convert":
       command.add_argument("--out", default="", help="another TFDS folder to write to; default: beside the old files")
   commands.add_parser("verify", help="check a packed folder").add_argument("folder")
-  given = vars(parser.parse_args(command_line.with_hyphens(arguments)))
+  given = vars(parser.parse_args(arguments))
   command = given.pop("command")
   try:
     if command == "pack":
       spec, folder = given.pop("source"), given.pop("folder")
+      check_output_folder("FOLDER", folder)
       pack(spec, folder, dataclass_from_mapping(DataConfig, given, "option"))
     elif command == "verify":
       packed.verify(given["folder"])
