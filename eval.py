@@ -54,9 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> str:
   args = parse_arguments(arguments)
   distributed.start_from_arguments(args)
   config = load_config(args.workdir)
+  tiles = config.data.image_tiles if args.image_tiles is None else args.image_tiles
   config = dataclasses.replace(
     config,
-    data=dataclasses.replace(config.data, skip_bad=args.skip_bad or config.data.skip_bad),
+    data=dataclasses.replace(config.data, skip_bad=args.skip_bad or config.data.skip_bad, image_tiles=tiles),
     eval=dataclasses.replace(config.eval, batch_size=args.batch_size or config.eval.batch_size),
   )
   mesh = evaluation_mesh(config.mesh)
@@ -68,6 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> str:
   model, _, step = load(args.workdir, args.step, mesh)
   parameters = nnx.to_pure_dict(nnx.state(model))
   print(f"step {step} of {args.workdir}, {report.count_documents(source)} of {args.data or args.split}")
+  if tiles:
+    print(
+      f"images are scaled to {tiles} pixels and cut into tiles, as the run has it; --image-tiles=0 takes them whole"
+    )
 
   compare = args.compressors and config.data.form == "bytes" and not args.max_bytes
   with contextlib.ExitStack() as writing:
@@ -103,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
     if images:
       print(images)
       more |= {"images": images.images, "mean_bpb": images.mean_bpb, "standard_error": images.standard_error}
+      more |= {"tiles": images.tiles} if images.tiles else {}
     line = report.result_json(result, **more)
     try:
       write_positions(args.workdir, result)
@@ -128,6 +134,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument("--split", default="validation", choices=["train", "validation", "test"])
   parser.add_argument("--data", default="", help="file, folder, glob or data set, instead of a split")
   parser.add_argument("--skip-bad", action="store_true", help="leave out and count what is empty or unreadable")
+  parser.add_argument(
+    "--image-tiles", type=int, metavar="N", help="scale images to N pixels and cut tiles; 0: whole; default: the run's"
+  )
   parser.add_argument("--method", default="", choices=["", *METHODS], help="default: config.eval.method")
   parser.add_argument("--stride", type=int, default=0, help="bytes between sliding windows; default: half a window")
   parser.add_argument("--batch-size", type=int, default=0, help="windows at once; default: config.eval.batch_size")
@@ -141,8 +150,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
   )
   distributed.add_arguments(parser)
   args = parser.parse_args(arguments)
-  for name in ("stride", "batch_size", "max_bytes"):
-    if getattr(args, name) < 0:
+  for name in ("stride", "batch_size", "max_bytes", "image_tiles"):
+    if (getattr(args, name) or 0) < 0:
       raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative")
   if args.per_byte_out:
     if is_remote(args.per_byte_out):
@@ -202,7 +211,8 @@ def summarize_images(config: Config, source: Source, result: Evaluation) -> imag
   """Mean and standard error over whole images; None where the data are no images, or none was scored whole."""
   if config.data.form != "image" or not (result.document_bytes == source.lengths).any():
     return None
-  return image_report.summarize(result.document_nats, result.document_bytes, source.lengths)
+  tiles = source.names if config.data.image_tiles else ()
+  return image_report.summarize(result.document_nats, result.document_bytes, source.lengths, tiles)
 
 
 _POINTS = 4096  # a file or a picture of more positions helps nobody

@@ -14,7 +14,7 @@ from processes import run
 
 from megabyte_jax import report
 from megabyte_jax.checkpoint import Checkpoints
-from megabyte_jax.config import Config, DataConfig, EvalConfig
+from megabyte_jax.config import Config, ConfigError, DataConfig, EvalConfig
 from megabyte_jax.data.open_data import open_source
 from megabyte_jax.data.sources import DataError
 from megabyte_jax.saved_run import save_config
@@ -124,6 +124,19 @@ def test_empty_files_of_a_folder_are_left_out_and_told(run_on_images, tmp_path, 
       evaluate_command(monkeypatch, *arguments, source / "__init__.py")
   finally:
     (workdir / "config.json").write_text(json.dumps(saved))
+
+
+def test_tiles_are_said_and_counted_by_the_image_that_they_are_of(run_on_images, monkeypatch):
+  _, workdir = run_on_images
+  arguments = ["--workdir", workdir, "--split=test"]
+  lines, result = evaluate_command(monkeypatch, *arguments, "--image-tiles=16")
+  said = "\n".join(lines)
+  assert "images are scaled to 16 pixels and cut into tiles" in said and f"{result['tiles']} tiles of 11 images" in said
+  assert result["images"] == 11 and result["bytes"] == result["tiles"] * BYTES and result["tiles"] >= 4 * 11
+  with pytest.raises(ConfigError, match="image_tiles 4 is smaller than image_size 8"):
+    evaluate_command(monkeypatch, *arguments, "--image-tiles=4")
+  with pytest.raises(ConfigError, match="--image-tiles is -1; it must not be negative"):
+    evaluate_command(monkeypatch, *arguments, "--image-tiles=-1")
 
 
 @pytest.mark.slow

@@ -21,6 +21,22 @@ def test_mean_and_standard_error_over_images():
     summarize(np.ones(2), np.ones(2), np.full(2, 12))
 
 
+def test_tiles_count_for_the_standard_error_as_the_images_that_they_are_of():
+  bpb = np.array([3.0, 1.0, 2.0, 4.0])
+  lengths = np.full(4, 12)
+
+  def summary(*tiles):
+    return summarize(bpb * 12 * np.log(2), lengths, lengths, tiles)
+
+  apart = summary("a[0,0]", "b[0,0]", "c[0,0]", "d[0,0]")
+  together = summary("a[0,0]", "b[0,0]", "b[0,1]", "a[1,0]")
+  assert apart.standard_error == pytest.approx(np.sqrt(5 / 3) / 2)
+  assert together.standard_error == pytest.approx(np.array([3.5, 1.5]).std(ddof=1) / np.sqrt(2))
+  assert (together.images, together.tiles, together.mean_bpb) == (2, 4, apart.mean_bpb)
+  assert str(together).endswith("over 4 tiles of 2 images")
+  assert summary(*(f"a[{i},0]" for i in range(4))).standard_error is None
+
+
 def test_best_and_worst_are_the_pictures_themselves(tmp_path):
   data = DataConfig(form="image", image_size=16, scan_patch=48, image_tiles=48)
   source = open_path("sample:images/validation", data)

@@ -152,8 +152,13 @@ class Images:
       for row, column in np.ndindex(height // n, width // n):
         numbers.append(i)
         self._places.append((row * n, column * n))
-        names.append(f"{self.encoded.names[i]}[{row},{column}]")
+        names.append(f"{self.encoded.names[i]}[{row},{column}]")  # image_of knows this
     self._image, self.names = numbers, names
+
+
+def image_of(tile: str) -> str:
+  """The name of the image that a tile of this name was cut from."""
+  return tile.rpartition("[")[0]
 
 
 def _size(data: bytes, name: str) -> tuple[int, int]:
