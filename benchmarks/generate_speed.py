@@ -181,7 +181,7 @@ def paper_speed_up() -> float:
 def results(rows: list[dict], generated: int, run: dict) -> dict:
   """A results file: for the paper's rows those of batch 1 (see megabyte_jax/measured.py), and all that was measured."""
   ours = [r for r in rows if r["model"] in ROWS and r["batch"] == 1 and "error" not in r]
-  note = "untrained, one sample, {generated:,} bytes, {device}, {versions}, {date}"
+  note = "untrained, without cross-patch attention, one sample, {generated:,} bytes, {device}, {versions}, {date}"
   return {
     **run,
     "rows": [

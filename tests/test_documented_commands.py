@@ -60,6 +60,7 @@ RUN_HERE = {
   f"python -m megabyte_jax.compress {TEXT} runs/text.mz --workdir=runs/quickstart": [],
   "python -m megabyte_jax.compress --decompress runs/text.mz runs/text.txt --workdir=runs/quickstart": [],
   "python -m megabyte_jax.tables 5": [],
+  "python -m megabyte_jax.tables figure3 --plot=runs/figure3.png": [],
   "python train.py --config=configs/paper/table5.py:image640_megabyte --workdir=runs/image640": [
     *TINY_IMAGES,
     "--config.model.levels[0].width=192",
@@ -95,7 +96,7 @@ RUN_BY = {
   "ruff": (".ci/run", "ruff check .; ruff format --check ."),
   "mypy": (".ci/run", "mypy"),
   ".ci/plan": (".ci/run", ".ci/plan"),
-  "python -m venv .venv": (".ci/run", "python3 -m venv"),
+  "python -m venv .venv": (".ci/run", '-m venv "$work/venv"'),
   'pip install "jax[tpu]"': (".ci/plan", '"jax[tpu]"'),
   "python -m megabyte_jax.plan --config=configs/paper/table2.py:pg19_megabyte --topology=v5e:8x8": (
     ".ci/plan",
@@ -123,7 +124,7 @@ RUN_BY = {
   "python -m megabyte_jax.data.prepare verify": ("tests/test_data_prepare.py", '"verify"'),
   "python train.py ...": ("tests/test_launch.py", "def test_tpu_vm"),
 }
-NOT_RUN = (".ci/run", 'pip install -e ".[', 'pip install -U "jax[', "JAX_PLATFORMS=cuda pytest")
+NOT_RUN = (".ci/run", ".ci/slow", 'pip install -e ".[', 'pip install -U "jax[', "JAX_PLATFORMS=cuda pytest")
 
 
 def documented() -> dict[str, list[str]]:

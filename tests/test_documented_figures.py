@@ -62,6 +62,31 @@ def test_images_at_small_scale():
     assert f" | {row['bpb']:.3f} | {row['training_seconds'] / 60:.1f} |" in RESULTS, row["row"]
 
 
+def test_the_other_comparisons_at_small_scale():
+  rows = {
+    (name, row["row"].partition(":")[2]): row["bpb"]
+    for name in ("latex", "code", "ablations", "shares", "patch_sizes", "books_seed1")
+    for row in result(name)["rows"]
+  }
+  models = ("megabyte", "transformer", "windowed_transformer", "perceiver_ar")
+  for name, row in (("latex", "arxiv"), ("code", "code")):
+    shown = " | ".join(f"{rows[name, f'{row}_{model}']:.3f}" for model in models)
+    assert f" | {shown} |" in RESULTS
+  for (name, row), bpb in rows.items():
+    if name == "ablations":
+      assert re.search(rf"\| \d+% \| [\d.e-]+ \| {bpb:.3f} \| [\d.]+ \|", RESULTS), row
+  said = "(512 + 512) {:.3f}, 12 + 9 (768 + 512) {:.3f}, 12 + 7 with a large one (1024 + 512) {:.3f}."
+  sizes = ("global350m_local290m", "global760m_local262m", "global1300m_local218m")
+  assert said.format(*(rows["shares", row] for row in sizes)) in flat(RESULTS)
+  said = "P = 48 {:.3f}, 192 {:.3f}, 768 {:.3f}."
+  assert said.format(*(rows["patch_sizes", f"patch{size}"] for size in (48, 192, 768))) in flat(RESULTS)
+  seeds = [rows["books_seed1", f"books_{model}"] for model in models]
+  assert "has {:.3f}, {:.3f}, {:.3f} and {:.3f}: MEGABYTE's distance".format(*seeds) in flat(RESULTS)
+  four = [result(f"image256_four/{model}")["rows"][0] for model in models[:2]]
+  ours, transformer = (f"{row['bpb']:.3f} ({row['training_seconds'] / 60:.1f}" for row in four)
+  assert f"MEGABYTE {ours} minutes), Transformer {transformer})" in flat(RESULTS)
+
+
 def test_the_modern_recipe():
   books, images = ({row["row"].partition("megabyte")[2]: row for row in result(f"modern_{of}")["rows"]} for of in DATA)
   said = "In the time of 60 MB of books it has {:.3f} bits per byte, the paper's recipe {:.3f}; in that of 200 MB of "
