@@ -3,16 +3,18 @@
 import importlib.util
 import math
 import pathlib
+import re
 
 import jax
 import pytest
 from flax import nnx
 
-from megabyte_jax import flops, paper_rows
+from megabyte_jax import flops, paper_rows, perplexity
 from megabyte_jax.config import Config, MegabyteConfig
 from megabyte_jax.config_parsing import ConfigError
 from megabyte_jax.models.megabyte import Megabyte
 from megabyte_jax.models.perceiver_ar import PerceiverAR
+from megabyte_jax.paper_numbers import TABLES
 
 FILES = sorted((pathlib.Path(__file__).parents[1] / "configs" / "paper").glob("*.py"))
 
@@ -30,6 +32,17 @@ ROWS = [(table, name) for table, module in MODULES.items() for name in module.RO
 
 def config(table, name):
   return Config.from_dict(MODULES[table].get_config(name))
+
+
+@pytest.mark.parametrize("table", MODULES)
+def test_the_numbers_that_a_file_quotes_are_the_papers(table):
+  numbers = [value for row in TABLES[table.removeprefix("table")].rows for value in row.paper.values()]
+  known = {value for value in numbers if isinstance(value, int | float)}
+  if table == "table3":
+    size = perplexity.PG19["test"]
+    known |= {round(math.log2(value) * size.words / size.bytes, 3) for value in known}
+  quoted = re.findall(r"(?<![\w.])\d+\.\d{2,4}(?![\w.])|(?<= )\d\d+\.\d(?= )", MODULES[table].__doc__)
+  assert quoted and {float(number) for number in quoted} <= known
 
 
 def abstract_parameter_count(model):
