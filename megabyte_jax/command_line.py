@@ -101,7 +101,7 @@ def define_config(default: str, help_string: str) -> flags.FlagHolder:
 def parse_config_flags(arguments: Sequence[str]) -> list[str]:
   """absl's flag parsing, where a wrong flag or `--config.key` is one line that names it."""
   with _wrong_flags(arguments):
-    rest = flags.FLAGS(arguments)
+    rest = flags.FLAGS([re.sub(r"^--[\w-]+", _with_underscores, argument) for argument in arguments])
     if "config" in flags.FLAGS:
       config: Any = flags.FLAGS["config"]
       if not hasattr(config.value, "items"):  # raises where there is no file
@@ -109,6 +109,11 @@ def parse_config_flags(arguments: Sequence[str]) -> list[str]:
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # libraries tell a lot at INFO
     return rest
+
+
+def _with_underscores(flag: re.Match[str]) -> str:
+  """--batch-size as --batch_size, as argparse's commands take both, too."""
+  return "--" + flag[0][2:].replace("-", "_")
 
 
 def parse_mesh(text: str, data: int = -1) -> MeshConfig:

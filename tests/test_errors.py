@@ -180,6 +180,11 @@ CASES = {
     r"unknown flag --wordir; did you mean --workdir\? \(see python eval\.py --help\)$",
   ),
   "eval: a number that is none": (["eval.py", "--stride", "x"], 2, r"--stride must be a whole number, not 'x' \(see"),
+  "train: hyphens are underscores": (
+    ["train.py", "--num-processes=x"],
+    2,
+    r"--num_processes must be a whole number, not 'x'",
+  ),
   "plan: unknown flag": (
     ["-m", "megabyte_jax.plan", "--topolgy=x"],
     2,
