@@ -53,6 +53,24 @@ def test_importing_a_command_defines_no_flags():
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_nothing_but_kernels_for_gpus_needs_pallas_for_triton():
+  """JAX calls that part deprecated: without it the package is imported, runs a model and generates."""
+  code = """
+import sys
+sys.modules["jax.experimental.pallas.triton"] = None  # an import of it fails
+import jax.numpy as jnp
+from flax import nnx
+from megabyte_jax import Level, MegabyteConfig, byte_nats, generate, make_model
+from megabyte_jax.backend import triton
+assert triton() is None
+levels = [Level(patch_size=size, width=32, num_layers=1, num_heads=2) for size in (4, 1)]
+model = make_model(MegabyteConfig(context=16, levels=tuple(levels), compute_dtype="bfloat16"), nnx.Rngs(0))
+assert byte_nats(model, jnp.zeros((1, 16), jnp.int32))[0].shape == (1, 16)
+assert generate(model, b"ab", 8).bytes_.shape == (1, 8)
+"""
+  subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_public_names_exist_and_are_explained():
   for name in megabyte_jax.__all__:
     assert getattr(megabyte_jax, name).__doc__, name

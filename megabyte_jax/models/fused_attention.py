@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from megabyte_jax.backend import platform
+from megabyte_jax.backend import platform, triton
 from megabyte_jax.models import tile_attention
 from megabyte_jax.models.layout import BATCH
 
@@ -112,6 +112,8 @@ def tile_obstacle(q_BNMHK: jax.Array, earlier: int) -> str:
   """Why tiles of short spans cannot be attended to here, or '' if they can; `earlier` slots of each are a past."""
   if platform() != "gpu":
     return f"the device is {platform()}, not an NVIDIA GPU"
+  if triton() is None:
+    return "this JAX has no Pallas for Triton"
   B, N, M, H, K = q_BNMHK.shape
   on_device = jax.ShapeDtypeStruct((B, N // _mesh().get("seq", 1), M, H, K), q_BNMHK.dtype)
   return _spread_span(q_BNMHK) or tile_attention.obstacle(on_device, earlier) or _uneven(q_BNMHK)
@@ -154,7 +156,7 @@ def splash(
   Args:
     interpret: run the kernel step by step on any device (tests).
   """
-  # Imported here: Pallas takes a second, and only programs for TPUs need it.
+  # Imported here: only programs for TPUs need it.
   from jax.experimental.pallas.ops.tpu.splash_attention import (  # noqa: PLC0415
     splash_attention_kernel as kernels,
   )
