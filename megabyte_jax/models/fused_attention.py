@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +25,6 @@ from jax.sharding import PartitionSpec as P
 from megabyte_jax.backend import platform, triton
 from megabyte_jax.models import tile_attention
 from megabyte_jax.models.layout import BATCH
-
-if TYPE_CHECKING:
-  from megabyte_jax.models.attention import Past
 
 _LANES = 128  # splash's key blocks are whole numbers of TPU vector lanes
 _BLOCK = 1024  # slots a block should have at most: larger ones gain little and take on-chip memory
@@ -119,11 +115,15 @@ def tile_obstacle(q_BNMHK: jax.Array, earlier: int) -> str:
   return _spread_span(q_BNMHK) or tile_attention.obstacle(on_device, earlier) or _uneven(q_BNMHK)
 
 
-def tile(q_BNMHK: jax.Array, k_BNMHK: jax.Array, v_BNMHK: jax.Array, past: Past | None) -> jax.Array:
-  """Causal attention within many short spans, see tile_attention.py; `past` as in `attention.attention`, or None."""
-  earlier = None if past is None else (past.k_BNSHK, past.v_BNSHK, past.visible[:, 0, 0])
+def tile(
+  q_BNMHK: jax.Array,
+  k_BNMHK: jax.Array,
+  v_BNMHK: jax.Array,
+  past: tuple[jax.Array, jax.Array, jax.Array] | None,
+) -> jax.Array:
+  """Causal attention within many short spans; arguments as in `tile_attention.tile_attention`."""
   if not _mesh():
-    return tile_attention.tile_attention(q_BNMHK, k_BNMHK, v_BNMHK, earlier)
+    return tile_attention.tile_attention(q_BNMHK, k_BNMHK, v_BNMHK, past)
   spec = P(BATCH, "seq", None, "tensor")
   mapped = jax.shard_map(
     tile_attention.tile_attention,
@@ -131,7 +131,7 @@ def tile(q_BNMHK: jax.Array, k_BNMHK: jax.Array, v_BNMHK: jax.Array, past: Past 
     out_specs=spec,
     check_vma=False,
   )
-  return mapped(q_BNMHK, k_BNMHK, v_BNMHK, earlier)
+  return mapped(q_BNMHK, k_BNMHK, v_BNMHK, past)
 
 
 def splash_obstacle(q_BNMHK: jax.Array) -> str:
