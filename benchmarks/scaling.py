@@ -146,18 +146,13 @@ def stream(config, mesh, first_step: int):
 
 def resumed_loss(config, mesh, step, workdir: str) -> float:
   """The loss of step `STEPS` from the checkpoint in `workdir`."""
-  import jax  # noqa: PLC0415
-  import numpy as np  # noqa: PLC0415
-
   from megabyte_jax.checkpoint import Checkpoints  # noqa: PLC0415
-  from megabyte_jax.train_state import TrainState, abstract_state  # noqa: PLC0415
+  from megabyte_jax.train_state import restored_state  # noqa: PLC0415
 
-  abstract = abstract_state(config, mesh)
   with Checkpoints(workdir, config.checkpoint) as checkpoints:
-    restored = checkpoints.restore(abstract.parameters, abstract.opt_state)
-  number = jax.device_put(np.int32(restored.step), abstract.step.sharding)
-  [(_, batch)] = stream(config, mesh, restored.step)
-  _, values = step(TrainState(number, restored.params, restored.opt_state), batch.x_BT, None)
+    state = restored_state(config, mesh, checkpoints)
+  [(_, batch)] = stream(config, mesh, int(state.step))
+  _, values = step(state, batch.x_BT, None)
   return float(values["nats"]) / float(values["bytes"])
 
 
