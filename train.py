@@ -14,7 +14,7 @@ import signal
 from typing import Any
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-  signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below: no traceback
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below, the package's own too: no traceback
 
 import jax
 import numpy as np
@@ -35,7 +35,7 @@ from megabyte_jax.media_samples import write_samples
 from megabyte_jax.metrics import Metrics
 from megabyte_jax.optimizer import learning_rate
 from megabyte_jax.sharding import batch_sharding, check_mesh, make_mesh
-from megabyte_jax.train_state import TrainState, abstract_state, initial_state, make_eval_step, make_train_step
+from megabyte_jax.train_state import TrainState, initial_state, make_eval_step, make_train_step, restored_state
 
 _QUICK_START = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "quickstart.py")
 _CONFIG = command_line.define_config(_QUICK_START, "What to train.")
@@ -45,7 +45,19 @@ distributed.define_flags()
 
 
 def train(config: Config, workdir: str, init_from: str = "") -> None:
-  """Trains until `config.num_steps`, from the newest checkpoint in `workdir` if there is one."""
+  """Trains until `config.num_steps`, from the newest checkpoint in `workdir` if there is one.
+
+  Args:
+    config: of the run.
+    workdir: where checkpoints, metrics and pictures go.
+    init_from: the folder of a run whose parameters a new run starts from; '' draws them.
+
+  Raises:
+    ConfigError: mesh, model, batch and evaluation do not suit each other, or the run did not start from `init_from`.
+    DataError: the data cannot be read.
+    CheckpointError: the run in `workdir` had other settings or data, is damaged, or another process trains in it.
+    FloatingPointError: the loss or the parameters are no longer finite; what is saved is from before.
+  """
   mesh = make_mesh(config.mesh)
   check_mesh(mesh, config.model, config.batch_size // config.accumulate)
   windows.check_method(config.model, config.eval.method)
@@ -177,7 +189,12 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
 def restore_or_start(
   config: Config, mesh: Mesh, checkpoints: Checkpoints, fingerprints: tuple[str, str], workdir: str, init_from: str
 ) -> tuple[TrainState, dict[str, Any]]:
-  """The state to train from, and what its checkpoint says of the run so far."""
+  """The state to train from, and what its checkpoint says of the run so far.
+
+  Raises:
+    ConfigError: the run in `workdir` did not start from `init_from`.
+    CheckpointError: it had other settings or data, or is damaged; or there is nothing to start from in `init_from`.
+  """
   if checkpoints.latest_step() is None:
     state = initial_state(config, mesh)
     if init_from:
@@ -189,17 +206,18 @@ def restore_or_start(
       f"{workdir} holds a run already, which did not start from {init_from}; take another --workdir, or drop the flag"
     )
   check_same_run(meta, config.to_dict(), *fingerprints)
-  abstract = abstract_state(config, mesh)
-  restored = checkpoints.restore(abstract.parameters, abstract.opt_state)
-  step = jax.device_put(np.int32(restored.step), abstract.step.sharding)
-  return TrainState(step, restored.params, restored.opt_state), meta
+  return restored_state(config, mesh, checkpoints), meta
 
 
 norm = jax.jit(optax.tree.norm)
 
 
 def check_finite(step: int, values: dict[str, float], checkpoints: Checkpoints, workdir: str) -> None:
-  """Ends a run whose numbers are broken, before they reach a checkpoint."""
+  """Ends a run whose numbers are broken, before they reach a checkpoint.
+
+  Raises:
+    FloatingPointError: a value is not finite; names it, the last good checkpoint and what to change.
+  """
   broken = ", ".join(f"{name} {value}" for name, value in values.items() if not np.isfinite(value))
   if not broken:
     return

@@ -26,11 +26,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from megabyte_jax import flops, plan, plots
+from megabyte_jax import flops, plots
 from megabyte_jax.arguments import Parser
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.config import Config, Level, MegabyteConfig
 from megabyte_jax.loss import bits_per_byte
+from megabyte_jax.lowering import lower, memory_of
 from megabyte_jax.sharding import batch_sharding, make_mesh
 from megabyte_jax.train_state import initial_state
 
@@ -67,15 +68,11 @@ class Program:
   def __init__(self, model: str, length: int, *, tiny: bool):
     self.model, self.length, self.config = model, length, config(model, length, tiny=tiny)
     self.mesh = make_mesh(self.config.mesh, jax.devices()[:1])
-    self.compiled = plan.lower(self.config, self.mesh, "train").compile()
+    self.compiled = lower(self.config, self.mesh, "train").compile()
 
   def run(self) -> dict:
     """The row of one step: of the second, unless the first takes long."""
-    uses: Any = self.compiled.memory_analysis()
-    memory = (
-      uses.argument_size_in_bytes + uses.temp_size_in_bytes + uses.output_size_in_bytes - uses.alias_size_in_bytes
-    )
-    row = {"model": self.model, "bytes": self.length, "memory_bytes": memory}
+    row: dict[str, Any] = {"model": self.model, "bytes": self.length, "memory_bytes": sum(memory_of(self.compiled))}
     with jax.set_mesh(self.mesh):
       state = initial_state(self.config, self.mesh)
       x_BT = np.random.default_rng(0).integers(0, 256, (1, self.length), np.uint8)

@@ -83,15 +83,16 @@ def measure(args: argparse.Namespace) -> dict:
   """
   import jax  # noqa: PLC0415
 
-  from megabyte_jax import flops, hardware, plan  # noqa: PLC0415
+  from megabyte_jax import flops, hardware  # noqa: PLC0415
   from megabyte_jax.checkpoint import Checkpoints  # noqa: PLC0415
   from megabyte_jax.collectives import collectives  # noqa: PLC0415
+  from megabyte_jax.lowering import lower  # noqa: PLC0415
   from megabyte_jax.sharding import make_mesh  # noqa: PLC0415
   from megabyte_jax.train_state import initial_state  # noqa: PLC0415
 
   config = config_of(args.only, json.loads(args.mesh), reference=args.reference, batch_size=args.batch_size)
   made = make_mesh(config.mesh, jax.devices()[:1] if args.reference else None)
-  step = plan.lower(config, made, "train").compile()
+  step = lower(config, made, "train").compile()
   if args.compile_only:
     return {}
   losses: list[float] = []
@@ -108,7 +109,7 @@ def measure(args: argparse.Namespace) -> dict:
     if args.reference and config.accumulate > 1:  # the speed that counts is without parts
       rows = config.batch_size // config.accumulate
       timed, x_BT = dataclasses.replace(config, batch_size=rows, accumulate=1), batch.x_BT[:rows]
-    timed_step = step if timed is config else plan.lower(timed, made, "train").compile()
+    timed_step = step if timed is config else lower(timed, made, "train").compile()
     state, values = timed_step(state, x_BT, None)
     jax.block_until_ready(values)
     begin, count = time.perf_counter(), 0
@@ -145,18 +146,13 @@ def stream(config, mesh, first_step: int):
 
 def resumed_loss(config, mesh, step, workdir: str) -> float:
   """The loss of step `STEPS` from the checkpoint in `workdir`."""
-  import jax  # noqa: PLC0415
-  import numpy as np  # noqa: PLC0415
-
   from megabyte_jax.checkpoint import Checkpoints  # noqa: PLC0415
-  from megabyte_jax.train_state import TrainState, abstract_state  # noqa: PLC0415
+  from megabyte_jax.train_state import restored_state  # noqa: PLC0415
 
-  abstract = abstract_state(config, mesh)
   with Checkpoints(workdir, config.checkpoint) as checkpoints:
-    restored = checkpoints.restore(abstract.parameters, abstract.opt_state)
-  number = jax.device_put(np.int32(restored.step), abstract.step.sharding)
-  [(_, batch)] = stream(config, mesh, restored.step)
-  _, values = step(TrainState(number, restored.params, restored.opt_state), batch.x_BT, None)
+    state = restored_state(config, mesh, checkpoints)
+  [(_, batch)] = stream(config, mesh, int(state.step))
+  _, values = step(state, batch.x_BT, None)
   return float(values["nats"]) / float(values["bytes"])
 
 

@@ -153,12 +153,12 @@ def measure(case: str, seconds: float, limit_seconds: float, kernels: int) -> di
 def compile_only(case: str) -> dict:
   """Compiles the training step of one of our models for the cache on disk."""
 
-  from megabyte_jax import plan  # noqa: PLC0415
+  from megabyte_jax.lowering import lower  # noqa: PLC0415
   from megabyte_jax.sharding import make_mesh  # noqa: PLC0415
 
   config = config_of(case)
   begin = time.perf_counter()
-  plan.lower(config, make_mesh(config.mesh), "train").compile()
+  lower(config, make_mesh(config.mesh), "train").compile()
   return {"case": case, "compile s": time.perf_counter() - begin}
 
 

@@ -1,6 +1,9 @@
-"""What kind of device the program at hand is compiled for, and what that means for its arrays."""
+"""What kind of device the program at hand is compiled for, and what that means for its arrays and kernels."""
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -17,3 +20,13 @@ def row_major(x: jax.Array) -> jax.Array:
   if platform() != "gpu":
     return x
   return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+
+@functools.cache
+def triton() -> Any:
+  """Pallas's part for Triton, or None where JAX has none: it is deprecated, and only kernels for GPUs need it."""
+  try:
+    from jax.experimental.pallas import triton as part  # noqa: PLC0415
+  except ImportError:
+    return None
+  return part

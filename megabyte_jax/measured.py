@@ -43,7 +43,11 @@ class Measured:
 
 
 def from_results(folder: pathlib.Path, root: pathlib.Path) -> list[Measured]:
-  """What the results files in `folder` hold, other JSON aside; `source` names them relative to `root`."""
+  """What the results files in `folder` hold, other JSON aside; `source` names them relative to `root`.
+
+  Raises:
+    ConfigError: one of them is not JSON.
+  """
   found = []
   for path in sorted(folder.glob("**/*.json")):
     content = _read(path)
@@ -56,7 +60,12 @@ def from_results(folder: pathlib.Path, root: pathlib.Path) -> list[Measured]:
 
 
 def from_runs(folder: pathlib.Path, rows: Mapping[str, Config]) -> list[Measured]:
-  """What the run directories under `folder` (or `folder` itself) hold for the given rows, each evaluation once."""
+  """What the run directories under `folder` (or `folder` itself) hold for the given rows, each evaluation once.
+
+  Raises:
+    ConfigError: it is not a folder, or an evaluation in it is not JSON.
+    CheckpointError: the config beside an evaluation cannot be read.
+  """
   require(folder.is_dir(), f"--runs={folder} is not a folder; name one that holds run directories of train.py")
   found = []
   for path in sorted(folder.glob("**/eval_*_*.json")):

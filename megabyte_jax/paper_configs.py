@@ -23,7 +23,11 @@ def rows_of_file(table: str) -> dict[str, Config]:
 
 
 def config_of(reference: str) -> Config:
-  """The config that `table5:image640_megabyte` names."""
+  """The config that `table5:image640_megabyte` names.
+
+  Raises:
+    ConfigError: there is no such table or row, which names the nearest one; or the package lies outside a clone.
+  """
   table, _, name = reference.partition(":")
   if not name:
     meant = next((known for known in all_rows() if table in known.split(":")), "table2:books_megabyte")

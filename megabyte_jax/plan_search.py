@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh
 from megabyte_jax import flops, hardware, roofline
 from megabyte_jax.config import Config, ConfigError, MegabyteConfig, MeshConfig
 from megabyte_jax.models.config import Remat
-from megabyte_jax.plan import Plan, axes_text, changed, for_tpu, make_plan
+from megabyte_jax.planning import Plan, axes_text, changed, for_tpu, make_plan
 from megabyte_jax.sharding import check_mesh
 
 _REMAT: tuple[Remat, ...] = ("none", "named", "full")  # from the fastest to the smallest

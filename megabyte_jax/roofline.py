@@ -72,11 +72,14 @@ def bounds(
   Args:
     devices, tensor: on the mesh, and on its axis `tensor`.
     wire_bytes, network_bytes: that each device sends in one step, within its slice and to other slices.
+
+  Raises:
+    ValueError: hardware.py does not know the device.
   """
-  chip, per_chip = hardware.tpu_chip(device), hardware.devices_per_chip(device)
   peak = hardware.peak_flops(device)
-  if peak is None:
-    raise ValueError(f"hardware.py does not know the peak of {device.device_kind}")
+  if peak is None or not hardware.is_known_tpu(device):
+    raise ValueError(f"hardware.py does not know {device.device_kind}")
+  chip, per_chip = hardware.tpu_chip(device), hardware.devices_per_chip(device)
   predicted = config.batch_size * flops.predicted_bytes(config.model)
   forward = flops.flops_per_byte(config.model) * predicted / devices / peak
   traffic = memory_traffic(config, devices, tensor, step)

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from megabyte_jax.checkpoint import Checkpoints
 from megabyte_jax.config import Config, PerceiverARConfig
 from megabyte_jax.loss import byte_nats, sum_of_nats
 from megabyte_jax.models.build import abstract_model, initial_parameters, trained_model
@@ -49,6 +51,19 @@ def initial_state(config: Config, mesh: Mesh) -> TrainState:
     return TrainState(jnp.int32(0), parameters, opt_state)
 
   return jax.jit(make, out_shardings=shardings)(jax.random.key(config.seed))
+
+
+def restored_state(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> TrainState:
+  """The state of the newest whole checkpoint, laid out on any mesh.
+
+  Raises:
+    ConfigError: the mesh does not suit the model or the batch.
+    CheckpointError: see `Checkpoints.restore`.
+  """
+  abstract = abstract_state(config, mesh)
+  restored = checkpoints.restore(abstract.parameters, abstract.opt_state)
+  step = jax.device_put(np.int32(restored.step), abstract.step.sharding)
+  return TrainState(step, restored.params, restored.opt_state)
 
 
 def make_train_step(config: Config) -> jax.stages.Wrapped:

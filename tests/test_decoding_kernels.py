@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from megabyte_jax.config import Level, MegabyteConfig
-from megabyte_jax.models import build, cached_attention, stack_kernel
+from megabyte_jax.models import build, cached_attention, fused_attention, stack_kernel
 from megabyte_jax.models.stack import Cache, Stack, stack_weights
 
 
@@ -148,3 +148,40 @@ def test_a_step_with_kernels_gives_the_logits_of_the_full_forward_pass(monkeypat
     state, _, logits_BSV = decode(prepared, state)
     difference = jnp.abs(logits_BSV - expected[:, t : t + patch]).max()
     assert difference < 2 * rounding + 1e-3, (t, difference, rounding)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("without", ["attention=xla", "no Triton"])
+def test_decoding_does_without_kernels(monkeypatch, without, rows):
+  """Where a config says so or JAX has none, with parameters merely cast, as on a CPU."""
+  monkeypatch.setattr(cached_attention, "on_one_gpu", lambda dtype: True)
+
+  def prepared_and_kernels(config):
+    graph, parameters = nnx.split(build.make_model(config, nnx.Rngs(0)))
+    prepared = build.in_compute_dtype(config, parameters, rows)
+    x_BT = jnp.zeros((rows, config.context), jnp.int32)
+
+    def decode(parameters):
+      model = nnx.merge(graph, parameters)
+      return model.decode_patch(model.read_prompt(x_BT, 4), lambda logits_BV, _: jnp.argmax(logits_BV, axis=-1))[1]
+
+    return prepared, str(jax.make_jaxpr(decode)(prepared)).count("pallas_call")
+
+  config = dataclasses.replace(MODELS["levels"], compute_dtype="bfloat16")
+  assert prepared_and_kernels(config)[1] > 0
+  if without == "attention=xla":
+    config = dataclasses.replace(config, attention="xla")
+  else:
+    monkeypatch.setattr(cached_attention, "triton", lambda: None)
+  prepared, kernels = prepared_and_kernels(config)
+  assert kernels == 0
+  assert not any(isinstance(leaf.get_value(), tuple) for leaf in jax.tree.leaves(prepared, is_leaf=build.is_variable))
+
+
+def test_tiles_of_short_spans_need_triton(monkeypatch):
+  """Without, attention=auto takes what is left."""
+  monkeypatch.setattr(fused_attention, "platform", lambda: "gpu")
+  q_BNMHK = jax.ShapeDtypeStruct((1, 8, 8, 2, 64), jnp.bfloat16)
+  assert not fused_attention.tile_obstacle(q_BNMHK, 0)
+  monkeypatch.setattr(fused_attention, "triton", lambda: None)
+  assert "Triton" in fused_attention.tile_obstacle(q_BNMHK, 0)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from megabyte_jax import plan
 from megabyte_jax import sampling as sampling_module
 from megabyte_jax.config import Config, ConfigError, Level, MegabyteConfig, MeshConfig, PerceiverARConfig
+from megabyte_jax.lowering import lower
 from megabyte_jax.models.build import abstract_model, in_compute_dtype, make_model
 from megabyte_jax.sampling import generate
 from megabyte_jax.sharding import make_mesh, shard_abstract
@@ -129,7 +129,7 @@ def test_decoding_on_a_mesh_moves_activations_and_no_parameters():
   )
   model = MegabyteConfig(context=64, levels=levels)
   config = Config(model=model, batch_size=8, num_steps=1, mesh=MeshConfig(data=1, fsdp=4, tensor=2))
-  program = plan.lower(config, make_mesh(config.mesh), "generate").compile().as_text()
+  program = lower(config, make_mesh(config.mesh), "generate").compile().as_text()
   moved = re.findall(r" = \w+\[([\d,]*)\]\S* (?:all-gather|all-reduce|all-to-all|reduce-scatter)\(", program)
   assert len(moved) > 4
   assert max(math.prod(map(int, shape.split(","))) for shape in moved) <= 8 * 8 * 256  # the logits of a patch
@@ -145,7 +145,7 @@ def test_decoding_copies_no_cache_as_a_whole(full_compile, name, axes):
   """Each step reads all of a cache and writes one slot of it; a copy would cost more than both."""
   config = Config(model=CACHES[name], batch_size=4, num_steps=1, mesh=MeshConfig(**axes))
   devices = jax.devices()[: math.prod(axes.values())]
-  program = plan.lower(config, make_mesh(config.mesh, devices), "generate").compile(full_compile).as_text()
+  program = lower(config, make_mesh(config.mesh, devices), "generate").compile(full_compile).as_text()
   inside, kept = re.split(r"^ENTRY ", program, flags=re.MULTILINE)
   kept = set(re.findall(r" = (\w+\[\d+,\d+,1,\d+,\d+,\d+\])\S* parameter\(", kept))  # of the program: the caches
   assert kept and all(shape in inside for shape in kept)

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from jax.experimental.serialize_executable import deserialize_and_load
 
-from megabyte_jax import flops, plan, plan_search, roofline
+from megabyte_jax import flops, plan, plan_search, planning, roofline
+from megabyte_jax.command_line import parse_mesh
 from megabyte_jax.config import Config, ConfigError, Level, MegabyteConfig, MeshConfig, PerceiverARConfig
+from megabyte_jax.lowering import lower
 from megabyte_jax.sharding import batch_sharding, make_mesh
 from megabyte_jax.train_state import initial_state, make_eval_step
 
@@ -39,18 +41,18 @@ SMALL = Config(
 
 
 def test_mesh_and_batch_of_the_command_line():
-  assert plan.parse_mesh("fsdp=16,seq=4") == MeshConfig(data=-1, fsdp=16, seq=4)
-  assert plan.parse_mesh("fsdp=-1,seq=4") == MeshConfig(data=1, fsdp=-1, seq=4)
+  assert parse_mesh("fsdp=16,seq=4") == MeshConfig(data=-1, fsdp=16, seq=4)
+  assert parse_mesh("fsdp=-1,seq=4") == MeshConfig(data=1, fsdp=-1, seq=4)
   with pytest.raises(ConfigError, match="write it like"):
-    plan.parse_mesh("fdsp=16")
-  larger = plan.changed(SMALL, batch_size=16, accumulate=2, remat="full", mesh="seq=4")
+    parse_mesh("fdsp=16")
+  larger = planning.changed(SMALL, batch_size=16, accumulate=2, remat="full", mesh="seq=4")
   assert (larger.batch_size, larger.num_steps, larger.accumulate, larger.model.remat) == (16, 500, 2, "full")
 
 
 def test_without_libtpu_it_says_how_to_get_it(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ConfigError, match=r'pip install "jax\[tpu\]"'):
-    plan.topology_devices(TOPOLOGY)
+    planning.topology_devices(TOPOLOGY)
 
 
 def test_recomputation_costs_time_but_counts_as_no_use(monkeypatch):
@@ -82,7 +84,7 @@ def test_what_cannot_fit_is_not_tried_again():
   def failed(remat, parts, needed):
     config = dataclasses.replace(variant(remat, parts), mesh=MeshConfig(data=1, fsdp=4))
     sizes = {"memory": 16 * mb, "total": needed, "devices": 4, "chips": 4}
-    return plan.Plan(config=config, step="train", topology=TOPOLOGY, kind="", mesh={}, **sizes)
+    return planning.Plan(config=config, step="train", topology=TOPOLOGY, kind="", mesh={}, **sizes)
 
   assert plan_search.rules_out(failed("none", 1, 110 * mb), variant("none", 4))
   assert not plan_search.rules_out(failed("none", 1, 110 * mb), variant("none", 8))
@@ -94,7 +96,7 @@ def test_what_cannot_fit_is_not_tried_again():
 def test_saved_executable_runs_without_compiling(tmp_path):
   devices = jax.devices()[:4]
   mesh = make_mesh(SMALL.mesh, devices)
-  plan.save(plan.lower(SMALL, mesh, "eval").compile(), tmp_path / "step.pickle")
+  plan.save(lower(SMALL, mesh, "eval").compile(), tmp_path / "step.pickle")
   assert [path.name for path in tmp_path.iterdir()] == ["step.pickle"]
   loaded = deserialize_and_load(*pickle.loads((tmp_path / "step.pickle").read_bytes()), execution_devices=devices)
   with jax.set_mesh(mesh):
@@ -109,12 +111,12 @@ def test_saved_executable_runs_without_compiling(tmp_path):
 @pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "v5e:3x77"])
 def test_unknown_topology_is_one_clear_error(topology):
   with pytest.raises(ConfigError, match="libtpu has no topology"):
-    plan.topology_devices(topology)
+    planning.topology_devices(topology)
 
 
 @needs_libtpu
 def test_nothing_is_said_of_the_tpu_that_is_not_here():
-  code = f"from megabyte_jax import plan; print(len(plan.topology_devices({TOPOLOGY!r})))"
+  code = f"from megabyte_jax import planning; print(len(planning.topology_devices({TOPOLOGY!r})))"
   here = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "TF_CPP"))}
   done = subprocess.run([sys.executable, "-c", code], env=here, capture_output=True, text=True, check=True)
   assert (done.stdout, done.stderr) == ("4\n", "")
@@ -125,7 +127,7 @@ def test_devices_of_a_chip():
   from megabyte_jax import hardware  # noqa: PLC0415
 
   for topology, devices, per_chip in (("v4:2x2x2", 16, 2), ("v5p:2x2x2", 8, 1), ("tpu7x:2x2x2", 16, 2)):
-    found = plan.topology_devices(topology)
+    found = planning.topology_devices(topology)
     assert (len(found), hardware.devices_per_chip(found[0])) == (devices, per_chip)
 
 
@@ -175,8 +177,8 @@ def test_search_tries_batches_replicas_and_slices():
 
 @needs_libtpu
 def test_train_step_for_four_chips(tmp_path):
-  devices = plan.topology_devices(TOPOLOGY)
-  found, executable = plan.make_plan(SMALL, TOPOLOGY, devices)
+  devices = planning.topology_devices(TOPOLOGY)
+  found, executable = planning.make_plan(SMALL, TOPOLOGY, devices)
   assert found.fits and found.memory == 15.75 * 2**30
   assert found.config.model.compute_dtype == "bfloat16"
   assert "tpu_custom_call" in executable.as_text(), "the global model has 128 slots: auto takes splash"
@@ -195,7 +197,7 @@ def test_train_step_for_four_chips(tmp_path):
 
 @needs_libtpu
 def test_search_over_two_slices_ends_with_the_real_program(capsys):
-  devices = plan.topology_devices(TOPOLOGY, 2)
+  devices = planning.topology_devices(TOPOLOGY, 2)
   found, executable = plan_search.search(SMALL, TOPOLOGY, devices, "eval", batch_sizes=[8])
   assert found.fits and not found.quick and executable is not None
   assert (found.chips, found.mesh["data"] % 2) == (8, 0)
@@ -207,7 +209,7 @@ def test_search_over_two_slices_ends_with_the_real_program(capsys):
 @pytest.mark.slow
 def test_gradients_between_slices_go_at_the_networks_rate():
   config = dataclasses.replace(SMALL, mesh=MeshConfig(data=2, fsdp=4))
-  found, _ = plan.make_plan(config, TOPOLOGY, plan.topology_devices(TOPOLOGY, 2), quick=True)
+  found, _ = planning.make_plan(config, TOPOLOGY, planning.topology_devices(TOPOLOGY, 2), quick=True)
   [(count, sent)] = [size for kind, size in found.wire.items() if kind.endswith("between slices")]
   # In bfloat16, summed by two slices: each device sends its quarter of them once, and small ones whole.
   gradients = 2 * flops.parameter_count(SMALL.model) / 4
@@ -222,7 +224,7 @@ def test_gradients_between_slices_go_at_the_networks_rate():
 def test_other_steps(step):
   model = PerceiverARConfig(context=256, latents=128, width=64, num_layers=1, num_heads=2, dropout=0.0)
   config = dataclasses.replace(SMALL, model=model if step == "eval" else SMALL.model, mesh=MeshConfig(fsdp=4, data=1))
-  found, _ = plan.make_plan(config, TOPOLOGY, plan.topology_devices(TOPOLOGY), step)
+  found, _ = planning.make_plan(config, TOPOLOGY, planning.topology_devices(TOPOLOGY), step)
   assert found.fits
   assert found.days is None
 
@@ -231,7 +233,7 @@ def test_other_steps(step):
 def test_too_large_is_an_answer():
   levels = (level(8, 8192, ff_width=65_536), level(1, 64))
   config = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, levels=levels))
-  found, executable = plan.make_plan(config, TOPOLOGY, plan.topology_devices(TOPOLOGY))
+  found, executable = planning.make_plan(config, TOPOLOGY, planning.topology_devices(TOPOLOGY))
   assert not found.fits and executable is None
   assert found.total > found.memory
   assert "fits        no" in plan.describe(found)
@@ -239,9 +241,7 @@ def test_too_large_is_an_answer():
 
 def test_decoding_has_the_parameters_as_generation_casts_them():
   model = dataclasses.replace(SMALL.model, compute_dtype="bfloat16")
-  lowered = plan.lower(
-    dataclasses.replace(SMALL, model=model), make_mesh(MeshConfig(data=1), jax.devices()[:1]), "generate"
-  )
+  lowered = lower(dataclasses.replace(SMALL, model=model), make_mesh(MeshConfig(data=1), jax.devices()[:1]), "generate")
   parameters, *_ = lowered.args_info[0]
   wide = [
     jax.tree_util.keystr(path, simple=True, separator=".")

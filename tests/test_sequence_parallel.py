@@ -14,12 +14,12 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from megabyte_jax import plan
 from megabyte_jax.collectives import collectives
 from megabyte_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig
 from megabyte_jax.data.batches import batches
 from megabyte_jax.data.open_data import open_source
 from megabyte_jax.loss import byte_nats
+from megabyte_jax.lowering import lower
 from megabyte_jax.models.build import abstract_model
 from megabyte_jax.models.config import Level, MegabyteConfig
 from megabyte_jax.sharding import batch_sharding, make_mesh, shard_abstract
@@ -137,7 +137,7 @@ def test_a_training_step_leaves_the_state_where_it_was():
   """Otherwise the second step is compiled again, for other shardings."""
   config = Config(model=model(), batch_size=1, num_steps=2, mesh=MeshConfig(data=1, seq=DEVICES))
   mesh = seq_mesh()
-  compiled_step = plan.lower(config, mesh, "train").compile()
+  compiled_step = lower(config, mesh, "train").compile()
   after, _ = compiled_step.output_shardings
   before = abstract_state(config, mesh)
   for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):

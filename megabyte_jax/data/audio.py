@@ -63,7 +63,12 @@ def bytes_to_samples(x: np.ndarray, encoding: str) -> np.ndarray:
 
 
 def write_wav(path: epath.PathLike, x: np.ndarray, encoding: str, sample_rate: int) -> None:
-  """Writes bytes in `encoding` as a 16-bit WAV file, which appears whole or not at all."""
+  """Writes bytes in `encoding` as a 16-bit WAV file, which appears whole or not at all.
+
+  Raises:
+    ConfigError: the sample rate is not positive.
+    DataError: soundfile is not installed.
+  """
   require(sample_rate > 0, "a WAV file needs a sample rate; set config.data.sample_rate")
   file = io.BytesIO()
   samples = bytes_to_samples(x, encoding)

@@ -79,7 +79,8 @@ def attention(
     return _windowed(q_BNMHK, k_BNMHK, v_BNMHK, window, dropout if drops else 0.0, dropout_key)
   plain = not drops and not 0 < window < M
   if plain and implementation == "auto" and not _tile_obstacle(q_BNMHK, past):
-    return fused_attention.tile(q_BNMHK, k_BNMHK, v_BNMHK, past)
+    of_past = None if past is None else (past.k_BNSHK, past.v_BNSHK, past.visible[:, 0, 0])
+    return fused_attention.tile(q_BNMHK, k_BNMHK, v_BNMHK, of_past)
   sees_past = plain and past is not None and M >= _FUSED_MIN_SLOTS
   if sees_past and implementation in ("auto", "cudnn") and not fused_attention.masked_cudnn_obstacle(q_BNMHK):
     return _masked(q_BNMHK, k_BNMHK, v_BNMHK, past)

@@ -56,12 +56,12 @@ def initial_parameters(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
 def in_compute_dtype(config: ModelConfig, parameters: nnx.State, rows: int) -> nnx.State:
   """Parameters as every step of decoding `rows` rows uses them: cast once, not each time. Those of norms stay float32.
 
-  What is cast here, a step would cast itself before using it. For one GPU they also lie as its kernels read them, and
+  What is cast here, a step would cast itself before using it. For kernels they also lie as these read them, and
   layers that no single kernel takes together (stack_kernel.py) become arrays of their own.
   """
   sharding = jax.tree.leaves(parameters)[0].sharding
-  one_gpu = cached_attention.on_one_gpu(compute_dtype(config)) and len(sharding.device_set) == 1
-  if not one_gpu or not all(cached_attention.serves(level) for level in config.levels):
+  kernels = cached_attention.wanted(config, compute_dtype(config)) and len(sharding.device_set) == 1
+  if not kernels or not all(cached_attention.serves(level) for level in config.levels):
     return cast_for_decoding(config, parameters)
   stacked = all(stack_kernel.serves(level, config, rows) for level in config.levels)
   return _prepare(config, sharding, stacked)(parameters)

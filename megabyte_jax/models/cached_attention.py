@@ -13,13 +13,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
-from megabyte_jax.backend import platform
-from megabyte_jax.models.config import Level
+from megabyte_jax.backend import platform, triton
+from megabyte_jax.models.config import BlockOptions, Level
 
 _SLOTS = 128  # that a program has in registers at once
 LOWEST, SMALLEST = -1e30, 1e-30  # of logits that are not there, of sums
+
+
+def wanted(options: BlockOptions, dtype: jnp.dtype) -> bool:
+  """Whether decoding takes kernels: where it can, unless attention=xla asks for what they are tested against."""
+  return options.attention != "xla" and on_one_gpu(dtype) and triton() is not None
 
 
 def on_one_gpu(dtype: jnp.dtype) -> bool:
@@ -65,7 +69,7 @@ def attend(qkv_R3HK: jax.Array, past: Filled) -> jax.Array:
       inside_S = start + jnp.arange(slots) < end
       mask_SK = jnp.broadcast_to(inside_S[:, None], (slots, K))
       cached = (ref.at[layer, row, pl.ds(start, slots), head] for ref in (k_cache, v_cache))
-      k_SK, v_SK = (plgpu.load(ref, mask=mask_SK, other=0) for ref in cached)
+      k_SK, v_SK = (triton().load(ref, mask=mask_SK, other=0) for ref in cached)
       return softmax_step(carry, q_K, k_SK, v_SK, inside_S)
 
     own = jnp.sum(q_K * k_K), jnp.float32(1), v_K  # the slot itself
@@ -76,7 +80,7 @@ def attend(qkv_R3HK: jax.Array, past: Filled) -> jax.Array:
     kernel,
     grid=(R, H),
     out_shape=jax.ShapeDtypeStruct((R, H, K), qkv_R3HK.dtype),
-    compiler_params=plgpu.CompilerParams(num_warps=4 if slots > 16 else 1, num_stages=1),
+    compiler_params=triton().CompilerParams(num_warps=4 if slots > 16 else 1, num_stages=1),
     interpret=platform() != "gpu",
     name="attend",
   )(qkv_R3HK, *past)

@@ -115,7 +115,7 @@ class BlockOptions:
     compute_dtype: auto | bfloat16 | float32; auto is float32 on CPU and bfloat16 elsewhere.
     scan_layers: always | never | auto: whether one compiled block serves all layers of a level, or each is compiled by
       itself, which is faster but, with remat=named, keeps more activations; auto is never on a GPU, always elsewhere.
-    attention: auto | xla | cudnn | splash, see models/attention.py.
+    attention: auto | xla | cudnn | splash, see models/attention.py; with xla decoding has no kernels either.
   """
 
   norm: Literal["layernorm", "rmsnorm"] = "layernorm"

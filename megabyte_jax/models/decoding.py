@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from megabyte_jax.models.config import MegabyteConfig
 from megabyte_jax.models.layers import compute_dtype
+from megabyte_jax.models.level import LevelModel
 from megabyte_jax.models.patch_embedder import check_length
 from megabyte_jax.models.stack import Cache
-
-if TYPE_CHECKING:
-  from megabyte_jax.models.megabyte import LevelModel
 
 Pick = Callable[[jax.Array, jax.Array], jax.Array]  # (logits [B, V], position) -> bytes [B] int32
 

@@ -16,19 +16,15 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from megabyte_jax.backend import platform
+from megabyte_jax.backend import platform, triton
 from megabyte_jax.models import tile_attention
 from megabyte_jax.models.layout import BATCH
-
-if TYPE_CHECKING:
-  from megabyte_jax.models.attention import Past
 
 _LANES = 128  # splash's key blocks are whole numbers of TPU vector lanes
 _BLOCK = 1024  # slots a block should have at most: larger ones gain little and take on-chip memory
@@ -112,16 +108,22 @@ def tile_obstacle(q_BNMHK: jax.Array, earlier: int) -> str:
   """Why tiles of short spans cannot be attended to here, or '' if they can; `earlier` slots of each are a past."""
   if platform() != "gpu":
     return f"the device is {platform()}, not an NVIDIA GPU"
+  if triton() is None:
+    return "this JAX has no Pallas for Triton"
   B, N, M, H, K = q_BNMHK.shape
   on_device = jax.ShapeDtypeStruct((B, N // _mesh().get("seq", 1), M, H, K), q_BNMHK.dtype)
   return _spread_span(q_BNMHK) or tile_attention.obstacle(on_device, earlier) or _uneven(q_BNMHK)
 
 
-def tile(q_BNMHK: jax.Array, k_BNMHK: jax.Array, v_BNMHK: jax.Array, past: Past | None) -> jax.Array:
-  """Causal attention within many short spans, see tile_attention.py; `past` as in `attention.attention`, or None."""
-  earlier = None if past is None else (past.k_BNSHK, past.v_BNSHK, past.visible[:, 0, 0])
+def tile(
+  q_BNMHK: jax.Array,
+  k_BNMHK: jax.Array,
+  v_BNMHK: jax.Array,
+  past: tuple[jax.Array, jax.Array, jax.Array] | None,
+) -> jax.Array:
+  """Causal attention within many short spans; arguments as in `tile_attention.tile_attention`."""
   if not _mesh():
-    return tile_attention.tile_attention(q_BNMHK, k_BNMHK, v_BNMHK, earlier)
+    return tile_attention.tile_attention(q_BNMHK, k_BNMHK, v_BNMHK, past)
   spec = P(BATCH, "seq", None, "tensor")
   mapped = jax.shard_map(
     tile_attention.tile_attention,
@@ -129,7 +131,7 @@ def tile(q_BNMHK: jax.Array, k_BNMHK: jax.Array, v_BNMHK: jax.Array, past: Past 
     out_specs=spec,
     check_vma=False,
   )
-  return mapped(q_BNMHK, k_BNMHK, v_BNMHK, earlier)
+  return mapped(q_BNMHK, k_BNMHK, v_BNMHK, past)
 
 
 def splash_obstacle(q_BNMHK: jax.Array) -> str:
@@ -154,7 +156,7 @@ def splash(
   Args:
     interpret: run the kernel step by step on any device (tests).
   """
-  # Imported here: Pallas takes a second, and only programs for TPUs need it.
+  # Imported here: only programs for TPUs need it.
   from jax.experimental.pallas.ops.tpu.splash_attention import (  # noqa: PLC0415
     splash_attention_kernel as kernels,
   )

@@ -1,4 +1,4 @@
-"""MEGABYTE, read beside section 2 of the paper; decoding with caches is in decoding.py.
+"""MEGABYTE, read beside section 2 of the paper; a level is in level.py, decoding with caches in decoding.py.
 
 The model is a list of levels, from coarse to fine; the paper's global and local models are levels 1 and 2.
 Level i cuts its input into spans of S_{i-1} bytes (S_0 is the context) and each span into M_i = S_{i-1} / S_i
@@ -10,62 +10,22 @@ In the paper's letters, for patches of P bytes of which the context has K:
   level 1, global:  N = 1 span of M = K slots, each a patch;  D = P D_G
   level 2, local:   N = K spans of M = P slots, each a byte;  D = D_L;  w_GL is its `from_parent`
 
-Shapes: B batch, T bytes, N spans, M slots of a span, D width, V vocabulary; E the width of the parent level's output
-for a span, s that of a slice of it, the part for one slot.
+Shapes: B batch, T bytes, N spans, M slots of a span, D width, V vocabulary; E the width of a level's output for
+a span of the next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from megabyte_jax.models.config import Level, MegabyteConfig
+from megabyte_jax.models.config import MegabyteConfig
 from megabyte_jax.models.decoding import Decoding
-from megabyte_jax.models.layers import init_normal
-from megabyte_jax.models.layout import constrain
-from megabyte_jax.models.patch_embedder import PatchEmbedder, check_length
-from megabyte_jax.models.stack import Stack
-
-
-class LevelModel(nnx.Module):
-  """One level: the patch embedder, the projection of the parent level's output, and the decoder."""
-
-  def __init__(self, level: Level, span: int, parent_byte_width: int, config: MegabyteConfig, rngs: nnx.Rngs):
-    self.span, self.slots_per_span = span, span // level.patch_size
-    self.embedder = PatchEmbedder(level, span, config.vocab_size, config, rngs)
-    if parent_byte_width:  # w_i, (S_i * d_{i-1}) x D_i, shared by all slots: w_GL of eq. (4) for the local model
-      shape = (level.patch_size * parent_byte_width, level.width)
-      scale = 1.0 if config.parent_init == "paper" else shape[0] ** -0.5
-      self.from_parent = nnx.Param(init_normal(config, scale)(rngs.params(), shape, jnp.float32))
-    self.decoder = Stack(level, config, rngs)
-
-  def add_parent(self, slots_BNMD: jax.Array, parent_BNE: jax.Array) -> jax.Array:
-    """Eq. (4): to slot j of each span, slice j of the parent's output for that span, times w_i."""
-    B, N, M, _ = slots_BNMD.shape
-    slices_BNMs = parent_BNE.reshape(B, N, M, self.from_parent.shape[0])
-    return slots_BNMD + slices_BNMs @ self.from_parent.astype(slots_BNMD.dtype)
-
-  def __call__(self, x_BT: jax.Array, parent_BNE: jax.Array | None, **options) -> tuple[jax.Array, Any]:
-    """Eqs. (1)-(3) for the first level, (4)-(5) for the others.
-
-    Args:
-      x_BT: whole spans of bytes, or the beginning of a single one.
-      parent_BNE: the parent level's output for each span; None at the first level.
-      options: passed on to the decoder, `Stack.__call__`.
-
-    Returns:
-      Hidden states [B, N, M, D], and what the decoder was asked to keep.
-    """
-    B, T = x_BT.shape
-    slots_BNMD = self.embedder.slots(x_BT.reshape(B, -1, min(self.span, T)))
-    if parent_BNE is not None:
-      slots_BNMD = self.add_parent(slots_BNMD, parent_BNE)
-    one_span = slots_BNMD.shape[1] == 1  # on a mesh its slots are spread over devices, of several whole spans are
-    return self.decoder(constrain(slots_BNMD, "slots" if one_span else "spans"), **options)
+from megabyte_jax.models.level import LevelModel
+from megabyte_jax.models.patch_embedder import check_length
 
 
 def fold_level(dropout_key: jax.Array | None, i: int) -> jax.Array | None:

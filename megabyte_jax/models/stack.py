@@ -81,7 +81,7 @@ class Stack(nnx.Module):
   def step(
     self, x_B11D: jax.Array, cache: Cache, slot: jax.Array, has_previous: jax.Array | bool
   ) -> tuple[jax.Array, Cache]:
-    """One slot, given the cache of the earlier ones: by the block of training or, on one GPU, by its twins.
+    """One slot, given the cache of the earlier ones: by the block of training or, on one GPU, by its faster twins.
 
     Args:
       x_B11D: the slot's input.
@@ -133,7 +133,7 @@ class Stack(nnx.Module):
     return (
       not isinstance(parameter, tuple)
       and parameter.dtype == compute_dtype(self.options)
-      and cached_attention.on_one_gpu(parameter.dtype)
+      and cached_attention.wanted(self.options, parameter.dtype)
       and stack_kernel.serves(self.level, self.options, rows)
     )
 

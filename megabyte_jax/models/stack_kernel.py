@@ -33,9 +33,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
-from megabyte_jax.backend import platform
+from megabyte_jax.backend import platform, triton
 from megabyte_jax.models import cached_attention
 from megabyte_jax.models.cached_attention import LOWEST, SMALLEST, softmax_step
 from megabyte_jax.models.config import BlockOptions, Level
@@ -186,7 +185,7 @@ class _Call:
       def wait(phases):
         seen = jax.lax.while_loop(
           lambda seen: seen < phases * self.programs,
-          lambda _: plgpu.load(arrived.at[0], volatile=True),
+          lambda _: triton().load(arrived.at[0], volatile=True),
           jnp.int32(-1),
         )
 
@@ -197,13 +196,13 @@ class _Call:
       def layer(i, _):
         for p, phase in enumerate(self.phases):
           phase(refs, i, functools.partial(wait, i * len(self.phases) + p))
-          plgpu.debug_barrier()  # all threads have written
-          plgpu.atomic_add(arrived, 0, 1)
+          triton().debug_barrier()  # all threads have written
+          triton().atomic_add(arrived, 0, 1)
         return 0
 
       jax.lax.fori_loop(0, num_layers, layer, 0)
 
-    params = plgpu.CompilerParams(num_warps=self.warps, num_stages=1)
+    params = triton().CompilerParams(num_warps=self.warps, num_stages=1)
     return self._run(kernel, given, changed, between, compiler_params=params, name="stack_step")
 
   def _one_by_one(self, given, changed, between, num_layers):
@@ -272,7 +271,7 @@ class _Call:
         inside_S = start + jnp.arange(_SLOTS) < stop
         mask_S2K = jnp.broadcast_to(inside_S[:, None, None], (_SLOTS, *q_2K.shape))
         cached = (refs[name].at[layer, pl.ds(start, _SLOTS), head] for name in "kv")
-        k_S2K, v_S2K = (plgpu.load(ref, mask=mask_S2K, other=0) for ref in cached)
+        k_S2K, v_S2K = (triton().load(ref, mask=mask_S2K, other=0) for ref in cached)
         return softmax_step(carry, q_2K, k_S2K, v_S2K, inside_S)
 
       nothing = jnp.float32(LOWEST), jnp.float32(0), jnp.zeros_like(q_2K)
@@ -425,7 +424,7 @@ class _Call:
 
 def fresh(ref, *place) -> jax.Array:
   """What other programs wrote: read past the multiprocessor's own cache, which may have what was there before."""
-  return plgpu.load(ref.at[*(jnp.int32(i) if isinstance(i, int) else i for i in place)], volatile=True)
+  return triton().load(ref.at[*(jnp.int32(i) if isinstance(i, int) else i for i in place)], volatile=True)
 
 
 def sum_of(arrays: Iterable[jax.Array]) -> jax.Array:

@@ -16,7 +16,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
+
+from megabyte_jax.backend import triton
 
 _TILE = 64  # slots of a tile
 _SMALLEST = 16  # rows that a product on the matrix units has at least
@@ -96,7 +97,7 @@ def _call(kernel, results, arrays_BNMHK, past, interpret):
     in_specs=in_specs,
     out_specs=out_specs,
     out_shape=out_shapes,
-    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+    compiler_params=triton().CompilerParams(num_warps=4, num_stages=1),
     interpret=interpret,
     name=kernel.__name__.strip("_"),
   )(*inputs)
