@@ -250,11 +250,11 @@ class StopSignal:
   def __enter__(self) -> StopSignal:
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     while self._before:  # signals do again what they did before
       signal.signal(*self._before.popitem())
 
-  def check(self, *_) -> None:
+  def check(self, *_: object) -> None:
     """Raises Interrupted once a stop is requested; what a long evaluation calls as it goes."""
     if self.requested:
       raise Interrupted
@@ -288,7 +288,7 @@ class Trace:
   def __enter__(self) -> Trace:
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     self._stop()
 
   def before(self, step: int) -> None:

@@ -63,7 +63,7 @@ def decode(
   """
   decoder, family = constriction().stream.queue.RangeDecoder(words.astype(np.uint32)), _family()
 
-  def code(_, p_BV: np.ndarray) -> np.ndarray:
+  def code(_: np.ndarray, p_BV: np.ndarray) -> np.ndarray:
     try:
       return decoder.decode(family, p_BV).astype(np.uint8)
     except AssertionError as error:  # how the library tells of words that no text leads to
@@ -119,7 +119,9 @@ def _rounds(length: int, config: ModelConfig, batch: int) -> Iterator[list[Windo
     yield batch_of_rows
 
 
-def _start(graph, parameters, text: np.ndarray, rows: list[Window], batch: int):
+def _start(
+  graph: nnx.GraphDef, parameters: nnx.State, text: np.ndarray, rows: list[Window], batch: int
+) -> tuple[Any, int]:
   """The state before the first byte that the windows score, and that byte's place in them."""
   config = nnx.merge(graph, parameters).config
   if not isinstance(config, PerceiverARConfig):

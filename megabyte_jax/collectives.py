@@ -11,6 +11,7 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
@@ -102,7 +103,7 @@ def _between_slices(shape: str, slices: str, kind: str, times: int) -> Collectiv
   return Collective(kind, tuple(sizes), group, times, "", between_slices=True)
 
 
-def _lines(hlo: str):
+def _lines(hlo: str) -> Iterator[tuple[str, str]]:
   """(name of its computation, line) of every instruction."""
   computation = ""
   for line in hlo.splitlines():

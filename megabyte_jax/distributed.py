@@ -171,7 +171,7 @@ def _end_at_second_interrupt() -> None:
   threading.Thread(target=listen, daemon=True).start()
 
 
-def _end_by_exception(*error) -> None:
+def _end_by_exception(*error: Any) -> None:
   sys.__excepthook__(*error)
   end(1)
 

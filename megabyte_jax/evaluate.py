@@ -160,7 +160,7 @@ def _add(result: Evaluation, document: int, window: Window, nats: np.ndarray, ma
   result.patch_bytes += np.bincount(place, mask, len(result.patch_nats))
 
 
-def _rows(lengths, config: Config, method: str, stride: int, max_bytes: int) -> Iterator[Row]:
+def _rows(lengths: np.ndarray, config: Config, method: str, stride: int, max_bytes: int) -> Iterator[Row]:
   left = max_bytes or int(lengths.sum())
   for document, length in enumerate(lengths):
     used = int(min(length, left))

@@ -78,7 +78,7 @@ class Metrics:
   def __enter__(self) -> Metrics:
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     self.close()
 
   @property

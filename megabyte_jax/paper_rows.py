@@ -37,7 +37,7 @@ IMAGENET64_BYTES = 1_400_000_000_000  # Table 4
 TRAINING: dict[str, Any] = {"dropout": 0.1, "remat": "full"}
 
 
-def level(patch_size: int, shape: Shape, **options) -> Level:
+def level(patch_size: int, shape: Shape, **options: Any) -> Level:
   """A level of one of the standard widths.
 
   Where the patch size does not divide it, the width is the next one that the patch size and 8 divide
@@ -210,7 +210,7 @@ def text_megabyte(
   context: int = 8192,
   train_bytes: int = BYTES,
   method: Method = "basic",
-  **model,
+  **model: Any,
 ) -> Config:
   """Text, MEGABYTE: 758M + 262M unless said otherwise. Longer contexts keep the bytes of a batch."""
   return run(
@@ -228,7 +228,7 @@ def image256_megabyte(
   *,
   patch_size: int = 192,
   scan: Scan = "patch",
-  **model,
+  **model: Any,
 ) -> Config:
   """Image256, MEGABYTE: 125M + 125M unless said otherwise."""
   return run(
@@ -243,6 +243,8 @@ def image256_perceiver_ar(scan: Scan = "patch") -> Config:
   return run(perceiver_ar((768, 6), 8192, 768), imagenet(256, scan=scan), batch_size=256)
 
 
-def audio_megabyte(global_shape: Shape | None = (1024, 24), local_shape: Shape | None = (768, 12), **model) -> Config:
+def audio_megabyte(
+  global_shape: Shape | None = (1024, 24), local_shape: Shape | None = (768, 12), **model: Any
+) -> Config:
   """Audio, MEGABYTE: 350M + 125M unless said otherwise."""
   return run(megabyte(global_shape, local_shape, patch_size=32, context=524_288, **model), audio(), batch_size=32)

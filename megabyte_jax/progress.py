@@ -82,7 +82,7 @@ class Progress:
   def __enter__(self) -> Progress:
     return self
 
-  def __exit__(self, kind, *_) -> None:
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     if kind is None:
       self.finish()
     elif self._live:

@@ -115,7 +115,9 @@ def _allow_many_lines() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _welcome(line: socket.socket, count: int, present: dict[int, socket.socket], selector) -> None:
+def _welcome(
+  line: socket.socket, count: int, present: dict[int, socket.socket], selector: selectors.BaseSelector
+) -> None:
   """Writes a caller down, or tells it why not."""
   try:
     line.settimeout(5)

@@ -289,7 +289,7 @@ def _find_ends(stop: Stop, text: np.ndarray, ends: np.ndarray, start: int, first
       ends[b] = start + min(max(length, 0), done - start)
 
 
-def _mesh_of(parameters) -> Mesh | None:
+def _mesh_of(parameters: nnx.State) -> Mesh | None:
   """The mesh that the parameters are spread over, None where they lie on one device."""
   sharding = jax.tree.leaves(parameters)[0].sharding
   mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None

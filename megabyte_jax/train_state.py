@@ -87,7 +87,9 @@ def make_train_step(config: Config) -> jax.stages.Wrapped:
 
   gradient_of_sum = jax.value_and_grad(summed_nats, has_aux=True)
 
-  def train_step(state: TrainState, x_BT: jax.Array, length_B: jax.Array | None = None):
+  def train_step(
+    state: TrainState, x_BT: jax.Array, length_B: jax.Array | None = None
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     if parts == 1:
       (nats, count), gradient = gradient_of_sum(state.parameters, x_BT, length_B, key)

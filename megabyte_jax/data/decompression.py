@@ -5,7 +5,7 @@ from __future__ import annotations
 import bz2
 import io
 import lzma
-from typing import IO
+from typing import IO, Any
 
 _BLOCK = 1 << 20
 
@@ -30,7 +30,7 @@ class Decompressed(io.RawIOBase):
     """Always."""
     return True
 
-  def readinto(self, buffer) -> int:
+  def readinto(self, buffer: Any) -> int:
     """Fills `buffer` and returns how many bytes there were; 0 at the end."""
     while True:
       if self._stream.eof and not self._next_stream():

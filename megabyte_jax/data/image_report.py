@@ -60,7 +60,8 @@ def summarize(
     raise ValueError("not a single image was scored as a whole; score more bytes")
   bpb = np.asarray(document_nats, np.float64)[whole] / np.asarray(document_bytes)[whole] / np.log(2)
   order = np.argsort(bpb, kind="stable")
-  image = np.unique([image_of(tiles[int(i)]) for i in whole], return_inverse=True)[1] if tiles else np.arange(len(whole))
+  names = [image_of(tiles[int(i)]) for i in whole] if tiles else np.arange(len(whole))
+  image = np.unique(names, return_inverse=True)[1]
   sums = np.bincount(image, bpb - bpb.mean())  # one for each image
   n = len(sums)
   error = float(np.sqrt(n / (n - 1) * np.sum(sums**2)) / len(bpb)) if n > 1 else None

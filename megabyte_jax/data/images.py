@@ -153,7 +153,7 @@ def _png_chunks(data: bytes) -> list[tuple[bytes, int, int]]:
   return chunks
 
 
-def _plain_png(data: bytes, chunks: list[tuple[bytes, int, int]]):
+def _plain_png(data: bytes, chunks: list[tuple[bytes, int, int]]) -> Image.Image | None:
   """Decodes a small PNG of 8-bit RGB without alpha or animation; None for any other file.
 
   The pixels are those that `Image.open` gives, by the same decoder, without what it does in Python for each file, which
@@ -172,7 +172,7 @@ def _plain_png(data: bytes, chunks: list[tuple[bytes, int, int]]):
   return Image.frombytes("RGB", (width, height), pixels, "zip", "RGB")
 
 
-def _oddity(image, data: bytes) -> str:
+def _oddity(image: Image.Image, data: bytes) -> str:
   """What keeps an image from being 8-bit RGB; empty if nothing does."""
   sixteen_bits = image.format == "PNG" and data[24] == 16  # Pillow shows 16-bit RGB as RGB
   if sixteen_bits or image.mode.startswith(("I", "F")):

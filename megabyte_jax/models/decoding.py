@@ -129,7 +129,17 @@ class Decoding:
     after = DecodeState(done.caches, done.memories, done.bytes_BS, state.position + patch)
     return after, done.bytes_BS, done.logits_BSV
 
-  def _decode_slot(self, i, slot, byte, parent_B11s, previous_BS, made: _Patch, patch_start, pick: Pick) -> _Patch:
+  def _decode_slot(
+    self,
+    i: int,
+    slot: jax.Array,
+    byte: jax.Array,
+    parent_B11s: jax.Array | None,
+    previous_BS: jax.Array,
+    made: _Patch,
+    patch_start: jax.Array,
+    pick: Pick,
+  ) -> _Patch:
     """Slot number `slot` of level i, whose first byte is byte `byte` of the context; then the levels below."""
     caches, memories, bytes_BS, logits_BSV = made
     level, config = self.levels[i], self.config.levels[i]
@@ -149,7 +159,7 @@ class Decoding:
     below = self.config.levels[i + 1]
     parts_BMs = h_B11D.reshape(B, config.patch_size // below.patch_size, -1)
 
-    def one_slot(j, made: _Patch) -> _Patch:
+    def one_slot(j: jax.Array, made: _Patch) -> _Patch:
       start = byte + j * below.patch_size
       before = jnp.maximum(start - below.patch_size - patch_start, 0)
       previous = jax.lax.dynamic_slice_in_dim(made.bytes_BS, before, below.patch_size, axis=1)

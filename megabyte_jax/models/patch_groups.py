@@ -52,7 +52,9 @@ def grouped_sum_of_nats(
   return _sum_in_one_pass(group_sum, levels, h_gBGD, (x_gBGP, scored_gBGP, keys))
 
 
-def _sum_in_one_pass(function: Callable[..., jax.Array], parameters: Any, inputs_g: jax.Array, rest_g: Any):
+def _sum_in_one_pass(
+  function: Callable[..., jax.Array], parameters: Any, inputs_g: jax.Array, rest_g: Any
+) -> jax.Array:
   """sum over g of function(parameters, inputs_g[g], *rest_g[g]), differentiable in parameters and inputs."""
 
   @jax.custom_vjp

@@ -57,7 +57,14 @@ class CrossAttention(nnx.Module):
       k = rotate(k, first_slot + jnp.arange(k.shape[2]))
     return k, v
 
-  def __call__(self, latents_B1ND, k_B1THK, v_B1THK, first_slot_B, dropout_key=None) -> jax.Array:
+  def __call__(
+    self,
+    latents_B1ND: jax.Array,
+    k_B1THK: jax.Array,
+    v_B1THK: jax.Array,
+    first_slot_B: jax.Array,
+    dropout_key: jax.Array | None = None,
+  ) -> jax.Array:
     """Latents attend to the keys and values of the context up to their own slots: `first_slot`, `first_slot` + 1, ...
 
     Args:

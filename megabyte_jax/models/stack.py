@@ -6,7 +6,7 @@ Shapes: B batch, N spans, M slots of a span, S slots of a cache, D width, H head
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -146,7 +146,7 @@ class Stack(nnx.Module):
     return Cache(cache.k_LBNSHK.at[:, :, :, :r].set(k_tail), cache.v_LBNSHK.at[:, :, :, :r].set(v_tail))
 
 
-def _written(cache: Cache, new_LB11HK, at: jax.Array) -> Cache:
+def _written(cache: Cache, new_LB11HK: Sequence[jax.Array], at: jax.Array) -> Cache:
   """The cache with the keys and values of one slot, of all layers, at its entry `at`."""
   start = (0, 0, 0, at, 0, 0)
   return Cache(*(jax.lax.dynamic_update_slice(a, b, start) for a, b in zip(cache, new_LB11HK, strict=True)))

@@ -49,6 +49,9 @@ _INTERPRETED_PROGRAMS = 4
 
 Refs = dict[str, Any]
 Place = tuple[Any, ...]  # indices of a weight, but for its layer and its inputs
+Wait = Callable[[], None]  # for the phase before
+Inputs = Callable[[], list[jax.Array]]  # of a product, in chunks
+Phase = Callable[[Refs, jax.Array, Wait], None]  # given the layer's number
 
 
 class Weights(NamedTuple):
@@ -150,7 +153,7 @@ class _Call:
     return parts
 
   @property
-  def phases(self) -> list[Callable[[Refs, jax.Array, Callable[[], None]], None]]:
+  def phases(self) -> list[Phase]:
     """What is done in every layer; each is given the layer's number and what waits for the phase before."""
     return [self.qkv, *([] if self.short else [self.attend]), self.out, self.ff_in, self.ff_out]
 
@@ -179,7 +182,7 @@ class _Call:
   def _in_one(self, given, changed, between, num_layers):
     """All phases of all layers in one kernel."""
 
-    def kernel(refs: Refs):
+    def kernel(refs: Refs) -> None:
       arrived = refs["arrived"]
 
       def wait(phases):
@@ -211,7 +214,7 @@ class _Call:
     for layer in range(num_layers):
       for phase in self.phases:
 
-        def kernel(refs: Refs, phase=phase, layer=layer):
+        def kernel(refs: Refs, phase: Phase = phase, layer: int = layer) -> None:
           phase(refs, jnp.int32(layer), lambda: None)
 
         changed = self._run(kernel, given, changed, {}, interpret=True)
@@ -235,7 +238,7 @@ class _Call:
 
   # --- Phases. Each asks for weights, waits, reads what other programs wrote, and writes its columns. ---
 
-  def qkv(self, refs: Refs, layer, wait):
+  def qkv(self, refs: Refs, layer: jax.Array, wait: Wait) -> None:
     heads, head_width = self.level.heads
     own, half = heads * head_width // 2 // self.programs, head_width // 2
     columns = min(_power_of_two_in(own), half, max(1, _PIECE // 2 // self.chunk(self.level.width)))
@@ -254,7 +257,7 @@ class _Call:
       to = refs["q"].at[head, both, where] if i == 0 else refs["qkv"[i]].at[layer, at, head, both, where]
       to[...] = y_2C
 
-  def attend(self, refs: Refs, layer, wait):
+  def attend(self, refs: Refs, layer: jax.Array, wait: Wait) -> None:
     heads, head_width = self.level.heads
     first, end = refs["places"][0], refs["places"][1] + 1
     per_part = pl.cdiv(pl.cdiv(end - first, self.parts), _SLOTS) * _SLOTS
@@ -285,7 +288,7 @@ class _Call:
       place = task + pl.program_id(0)
       pl.when(place < heads * self.parts)(functools.partial(one, place))
 
-  def out(self, refs: Refs, layer, wait):
+  def out(self, refs: Refs, layer: jax.Array, wait: Wait) -> None:
     heads, head_width = self.level.heads
     attended = self.attended if self.short else self.added_up
     per_chunk = self.chunk(heads * head_width) // head_width
@@ -296,7 +299,7 @@ class _Call:
 
     self.product(refs, "out", "out_LDE", "middle", layer, heads * head_width, wait, inputs, added="x")
 
-  def ff_in(self, refs: Refs, layer, wait):
+  def ff_in(self, refs: Refs, layer: jax.Array, wait: Wait) -> None:
     inputs = self.normed(refs, "ff", "middle", layer)
     if not self.options.gated:
       activation = getattr(jax.nn, self.options.activation)
@@ -310,7 +313,7 @@ class _Call:
     for place, gate_C, up_C in zip(places, sums[::2], sums[1::2], strict=True):
       refs["hidden"][place] = (jax.nn.silu(gate_C) * up_C).astype(refs["hidden"].dtype)
 
-  def ff_out(self, refs: Refs, layer, wait):
+  def ff_out(self, refs: Refs, layer: jax.Array, wait: Wait) -> None:
     hidden = self.options.hidden(self.level)
     chunk = self.chunk(hidden)
 
@@ -321,7 +324,7 @@ class _Call:
 
   # --- The input of a product, float32, in chunks. ---
 
-  def normed(self, refs: Refs, norm: str, source: str, layer) -> Callable[[], list[jax.Array]]:
+  def normed(self, refs: Refs, norm: str, source: str, layer: jax.Array) -> Inputs:
     """What gives the normed residual stream, rounded as the weights are; the norm's parameters are asked for now."""
     D, chunk = self.level.width, self.chunk(self.level.width)
     chunks = [pl.ds(c, chunk) for c in range(0, D, chunk)]
@@ -339,7 +342,7 @@ class _Call:
 
     return inputs
 
-  def attended(self, refs: Refs, layer, which) -> jax.Array:
+  def attended(self, refs: Refs, layer: jax.Array, which: Any) -> jax.Array:
     """The attended values of some heads over a short cache."""
     head_width = self.level.heads[1]
     first, at = refs["places"][0], refs["places"][1]
@@ -355,7 +358,7 @@ class _Call:
     total_H = sum_of(weights)
     return sum_of(w_H[:, None, None] * v for w_H, v in zip(weights, values, strict=True)) / total_H[:, None, None]
 
-  def added_up(self, refs: Refs, layer, which) -> jax.Array:
+  def added_up(self, refs: Refs, layer: jax.Array, which: Any) -> jax.Array:
     """The attended values of some heads from those of parts of the cache."""
     del layer
     log_sums = [fresh(refs["log_sum"], p, which) for p in range(self.parts)]
@@ -377,8 +380,18 @@ class _Call:
     return [pl.ds(pl.program_id(0) * own + first, columns) for first in range(0, own, columns)]
 
   def product(
-    self, refs: Refs, name: str, weight: str, to: str, layer, inputs: int, wait, made, activation=None, added=""
-  ):
+    self,
+    refs: Refs,
+    name: str,
+    weight: str,
+    to: str,
+    layer: jax.Array,
+    inputs: int,
+    wait: Wait,
+    made: Inputs,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+    added: str = "",
+  ) -> None:
     """Writes refs[added] + activation(made @ weight + bias) to refs[to]."""
     places = self.places(refs[weight].shape[1], inputs)
     wanted = [(place,) for place in places]
@@ -391,12 +404,14 @@ class _Call:
       y_C = y_C if activation is None else activation(y_C)
       refs[to][place] = (y_C + residual_C).astype(refs[to].dtype)
 
-  def biases(self, refs: Refs, name: str, layer, wanted: list[Place]) -> list[Any]:
+  def biases(self, refs: Refs, name: str, layer: jax.Array, wanted: list[Place]) -> list[Any]:
     """Those of the wanted places, float32, or zeros."""
     bias = refs.get(f"{name}_bias")
     return [0.0 if bias is None else bias[layer, *place].astype(jnp.float32) for place in wanted]
 
-  def products(self, weight, layer, wanted: list[Place], inputs: int, wait, made) -> list[jax.Array]:
+  def products(
+    self, weight: Any, layer: jax.Array, wanted: list[Place], inputs: int, wait: Wait, made: Inputs
+  ) -> list[jax.Array]:
     """For each of the wanted places of a weight the sums over its inputs, which `made` gives in chunks; float32."""
     chunk = self.chunk(inputs)
     chunks = [pl.ds(c, chunk) for c in range(0, inputs, chunk)]
@@ -422,7 +437,7 @@ class _Call:
     return sums
 
 
-def fresh(ref, *place) -> jax.Array:
+def fresh(ref: Any, *place: Any) -> jax.Array:
   """What other programs wrote: read past the multiprocessor's own cache, which may have what was there before."""
   return triton().load(ref.at[*(jnp.int32(i) if isinstance(i, int) else i for i in place)], volatile=True)
 
