@@ -89,7 +89,7 @@ RUN_HERE = {
   ],
 }
 # Command, or its beginning: the file whose tests run it, or which is itself run, and what must be found there.
-# Those of benchmarks are slow tests: `pytest -m slow` runs them, pytest alone and .ci/run do not.
+# Those of benchmarks are slow tests, which .ci/slow runs and .ci/run does not.
 RUN_BY = {
   "pip install -r requirements.txt": (".ci/run", "pip install -q -r requirements.txt"),
   'pip install -e ".[test]"': (".ci/run", 'pip install -q -e ".[test]"'),
