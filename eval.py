@@ -35,6 +35,7 @@ from megabyte_jax.arguments import Parser, add_run_arguments
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.checkpoint import load_config
 from megabyte_jax.config import Config, ConfigError
+from megabyte_jax.config_parsing import require
 from megabyte_jax.data import image_report
 from megabyte_jax.data.open_data import open_path, open_source
 from megabyte_jax.data.sources import DataError, Source
@@ -57,7 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> str:
   tiles = config.data.image_tiles if args.image_tiles is None else args.image_tiles
   config = dataclasses.replace(
     config,
-    data=dataclasses.replace(config.data, skip_bad=args.skip_bad or config.data.skip_bad, image_tiles=tiles),
+    data=dataclasses.replace(
+      config.data,
+      skip_bad=args.skip_bad or config.data.skip_bad,
+      convert_images=args.convert_images or config.data.convert_images,
+      image_tiles=tiles,
+    ),
     eval=dataclasses.replace(config.eval, batch_size=args.batch_size or config.eval.batch_size),
   )
   mesh = evaluation_mesh(config.mesh)
@@ -66,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> str:
   else:
     source = open_source(config.data, args.split)
   words = number_of_words(args.words, args.split if not args.data else "", source) if args.words else 0
+  length = int(source.lengths.sum())
+  require(words <= length, f"--words={args.words}: {words:,} words cannot be those of {length:,} bytes")
   model, _, step = load(args.workdir, args.step, mesh)
   parameters = nnx.to_pure_dict(nnx.state(model))
   print(f"step {step} of {args.workdir}, {report.count_documents(source)} of {args.data or args.split}")
@@ -134,6 +142,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument("--split", default="validation", choices=["train", "validation", "test"])
   parser.add_argument("--data", default="", help="file, folder, glob or data set, instead of a split")
   parser.add_argument("--skip-bad", action="store_true", help="leave out and count what is empty or unreadable")
+  parser.add_argument("--convert-images", action="store_true", help="make grey, transparent and 16-bit images RGB")
   parser.add_argument(
     "--image-tiles", type=int, metavar="N", help="scale images to N pixels and cut tiles; 0: whole; default: the run's"
   )
@@ -198,8 +207,13 @@ class PerByte:
 
   def __init__(self, path: epath.Path, lengths: np.ndarray):
     self.first = np.concatenate([[0], np.cumsum(lengths)])
-    self.nats = np.lib.format.open_memmap(path, "w+", np.float32, (int(self.first[-1]),))
-    self.nats[:] = np.nan  # what --max-bytes leaves out
+    count = int(self.first[-1])
+    nothing = np.full(min(count, 1 << 20), np.nan, np.float32)  # as --max-bytes leaves it
+    with open(path, "wb") as file:  # a full disk is told here; writing to memory-mapped holes it would kill the process
+      np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count,)})
+      for start in range(0, count, len(nothing)):
+        file.write(nothing[: count - start].data)
+    self.nats = np.load(path, mmap_mode="r+")
 
   def put(self, document: int, start: int, nats: np.ndarray, mask: np.ndarray) -> None:
     """Keeps the nats of a window where its mask is True."""

@@ -1,5 +1,11 @@
 """MEGABYTE (arXiv 2305.07185) in JAX: bytes in, next-byte probabilities out, no tokenizer."""
 
+import signal
+import sys
+
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # python -m megabyte_jax.X: no traceback of Ctrl-C during the imports
+
 from megabyte_jax.config import Config, ConfigError, Level, MegabyteConfig, PerceiverARConfig
 from megabyte_jax.loss import bits_per_byte, byte_nats
 from megabyte_jax.models.build import make_model

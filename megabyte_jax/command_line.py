@@ -102,8 +102,10 @@ def parse_config_flags(arguments: Sequence[str]) -> list[str]:
   """absl's flag parsing, where a wrong flag or `--config.key` is one line that names it."""
   with _wrong_flags(arguments):
     rest = flags.FLAGS([re.sub(r"^--[\w-]+", _with_underscores, argument) for argument in arguments])
-    if "config" in flags.FLAGS:
-      config: Any = flags.FLAGS["config"]
+    for name in flags.FLAGS:
+      config: Any = flags.FLAGS[name]
+      if not ((config.present or name == "config") and hasattr(config, "config_filename")):
+        continue
       if not hasattr(config.value, "items"):  # raises where there is no file
         raise flags.Error(f"get_config() of {config.config_filename} must return Config(...).to_config_dict()")
     if not flags.FLAGS["verbosity"].present:
@@ -144,6 +146,13 @@ def run_with_flags(main: Callable[[list[str]], object]) -> None:
 def _wrong_flags(arguments: Sequence[str]) -> Iterator[None]:
   try:
     yield
+  except BrokenPipeError:  # the reader of --help has seen enough
+    raise
+  except SystemExit:  # absl's --help, which ends as if it were an error
+    sys.exit(0)
+  except SyntaxError as error:
+    print(f"error: --config: {error.filename}, line {error.lineno}: {error.msg}", file=sys.stderr)
+    sys.exit(2)
   except (flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError) as error:
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     if isinstance(error, (AttributeError, LookupError)) and "ml_collections" not in raised_in:
@@ -158,6 +167,8 @@ def _one_line(error: Exception, arguments: Sequence[str]) -> str:
   if isinstance(error, flags.UnrecognizedFlagError):
     near = did_you_mean(error.flagname.partition(".")[0], flags.FLAGS, "--")
     return f"unknown flag --{error.flagname}{near} (see --help)"
+  if match := re.fullmatch(r"flag (--\w+)=None: Flag .* must have a value other than None\.", text):
+    return f"{match[1]} is missing (see --help)"
   if match := re.fullmatch(r"flag (--[^=]+)=(.*?): (.*)", text, re.DOTALL):
     wanted = next((kind for begin, kind in _REFUSALS.items() if match[3].startswith(begin)), None)
     if wanted:
@@ -169,6 +180,8 @@ def _one_line(error: Exception, arguments: Sequence[str]) -> str:
     if (file := re.search("'(.+)'", text)) and (folder := os.path.dirname(file[1])):
       text += did_you_mean(file[1], glob.glob(os.path.join(folder, "*.py")))
     text = f"--config: {text}"
+  elif "get_config" in text:
+    text = f"--config: {text}; a config file has a function get_config()"
   else:  # an override of what is not there
     key, *_ = re.findall(r"\w+", text)
     close = re.search('Did you mean "(.*?)"', text)

@@ -147,7 +147,8 @@ class MeshConfig:
     sizes = dataclasses.astuple(self)
     require(
       all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1,
-      f"mesh sizes {sizes} must be at least 1, and at most one of them -1 (all devices that are left)",
+      f"mesh sizes {sizes} must be at least 1, and at most one of them -1, which takes all devices that are left; "
+      "they are those of data, fsdp, seq and tensor, so set one more of these, such as --config.mesh.seq=1",
     )
 
 

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import pickle
+import signal
 from typing import get_args
 
 import jax
@@ -114,6 +115,7 @@ def main(arguments: list[str]) -> None:
     mesh=values.mesh,
   )
   devices = topology_devices(values.topology, values.slices)
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # compilers hold Python for minutes, and nothing is lost
   require(not (values.search and values.quick), "--search ends with the real program; leave out --quick")
   if values.search:
     sizes = (config.batch_size,) if values.batch_size else ()

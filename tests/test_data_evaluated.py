@@ -133,6 +133,7 @@ def test_tiles_are_said_and_counted_by_the_image_that_they_are_of(run_on_images,
   said = "\n".join(lines)
   assert "images are scaled to 16 pixels and cut into tiles" in said and f"{result['tiles']} tiles of 11 images" in said
   assert result["images"] == 11 and result["bytes"] == result["tiles"] * BYTES and result["tiles"] >= 4 * 11
+  assert evaluate_command(monkeypatch, *arguments, "--convert-images")[1]["images"] == 11
   with pytest.raises(ConfigError, match="image_tiles 4 is smaller than image_size 8"):
     evaluate_command(monkeypatch, *arguments, "--image-tiles=4")
   with pytest.raises(ConfigError, match="--image-tiles is -1; it must not be negative"):

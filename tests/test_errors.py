@@ -65,6 +65,12 @@ CASES = {
   "override first": (["train.py", "--config.seed=1", TINY], 2, r"--config\.seed=1 in argv before a value for --config"),
   "positional": (["train.py", "configs/quickstart.py"], 1, r"unexpected configs/quickstart\.py; flags begin with --"),
   "no config file": (["train.py", "--config=nothing.py"], 2, r"No such file or directory: 'nothing\.py'$"),
+  "a config file that is no Python": (["train.py", "--config=README.md"], 2, r"--config: README\.md, line 3: "),
+  "a config file without a config": (
+    ["train.py", "--config=megabyte_jax/config.py"],
+    2,
+    r"has no attribute 'get_config'; a config file has a function get_config\(\)$",
+  ),
   "no name of a config file": (["train.py", "--config="], 2, r"--config: .* empty string"),
   "misspelt config file": (
     ["train.py", "--config=configs/smal.py"],
@@ -327,6 +333,21 @@ runpy.run_path({script!r}, run_name="__main__")
 """
   result = subprocess.run(
     [sys.executable, "-c", program], cwd=ROOT, env=here, capture_output=True, text=True, check=False
+  )
+  assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
+
+
+def test_an_interrupt_while_a_module_of_ours_is_imported(tmp_path):
+  (tmp_path / "jax.py").write_text("import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(20)\n")
+  command = [sys.executable, "-m", "megabyte_jax.tables"]
+  program = f"import os, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv({command[0]!r}, {command!r})"
+  result = subprocess.run(
+    [sys.executable, "-c", program],
+    cwd=ROOT,
+    env=environment() | {"PYTHONPATH": str(tmp_path)},
+    capture_output=True,
+    text=True,
+    check=False,
   )
   assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
 

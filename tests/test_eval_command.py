@@ -130,6 +130,8 @@ def test_words(workdir, folder, monkeypatch):
   for words in ("some", "pg19-dev", "pg19validation", "0"):
     with pytest.raises(ConfigError, match=f"--words={words} is neither"):
       evaluate_command(monkeypatch, "--workdir", workdir, f"--words={words}")
+  with pytest.raises(ConfigError, match="--words=pg19-test: 6,966,499 words cannot be those of "):
+    evaluate_command(monkeypatch, "--workdir", workdir, "--words=pg19-test")
   with pytest.raises(ConfigError, match="--words and --max-bytes exclude each other"):
     evaluate_command(monkeypatch, "--workdir", workdir, "--words=count", "--max-bytes=50")
 

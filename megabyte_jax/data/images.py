@@ -127,7 +127,7 @@ def open_image(data: bytes, name: str, convert: str = "") -> Image.Image:
   fine = convert == "all" or (convert == "colours" and odd in (_GREY_IMAGE, _CMYK_IMAGE))
   if odd and (animated or not fine):
     how = f"remove it, or skip such images with {SKIP_HINT}"
-    how += "" if animated else ", or make them RGB with --config.data.convert_images=True"
+    how += "" if animated else ", or make them RGB with --config.data.convert_images=True (eval.py: --convert-images)"
     raise DataError(f"{name} is {odd}, not an 8-bit RGB image; {how}")
   if image.mode in ("I;16", "I;16B", "I;16L", "I"):  # grey of 16 bits
     upper = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
