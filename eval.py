@@ -77,10 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> str:
   model, _, step = load(args.workdir, args.step, mesh)
   parameters = nnx.to_pure_dict(nnx.state(model))
   print(f"step {step} of {args.workdir}, {report.count_documents(source)} of {args.data or args.split}")
-  if tiles:
-    print(
-      f"images are scaled to {tiles} pixels and cut into tiles, as the run has it; --image-tiles=0 takes them whole"
-    )
+  if tiles and config.data.form == "image":
+    print(f"images are scaled to {tiles} pixels and cut into tiles; --image-tiles=0 takes them whole")
 
   compare = args.compressors and config.data.form == "bytes" and not args.max_bytes
   with contextlib.ExitStack() as writing:

@@ -169,7 +169,7 @@ def try_rates(run: Run, args: argparse.Namespace, steps: int) -> tuple[float, di
   """The best learning rate, bits per byte by factor of the paper's, and whether the best is the first or last tried."""
   paper_rate = run.config().optimizer.learning_rate
   if args.like:
-    return run.file.get_or_make("taken", lambda: taken(run, args.like))["learning_rate"], {}, False
+    return taken(run, args.like)["learning_rate"], {}, False
   if len(args.rates) == 1:
     return paper_rate * args.rates[0], {}, False
   trials = {}

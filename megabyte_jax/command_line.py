@@ -148,8 +148,10 @@ def _wrong_flags(arguments: Sequence[str]) -> Iterator[None]:
     yield
   except BrokenPipeError:  # the reader of --help has seen enough
     raise
-  except SystemExit:  # absl's --help, which ends as if it were an error
-    sys.exit(0)
+  except SystemExit as error:
+    if traceback.extract_tb(error.__traceback__)[-1].filename != app.__file__:
+      raise  # of the file that --config names
+    sys.exit(0)  # absl's --help, which ends as if it were an error
   except SyntaxError as error:
     print(f"error: --config: {error.filename}, line {error.lineno}: {error.msg}", file=sys.stderr)
     sys.exit(2)

@@ -282,6 +282,13 @@ def test_flags_are_spelt_with_hyphens_or_underscores():
   assert vars(parser.parse_args(["--batch-size=4", "my_file", "--per-byte-out=a_b.npy"])) == expected
 
 
+def test_help_ends_well_and_a_config_file_as_it_says(tmp_path):
+  (tmp_path / "ends.py").write_text("import sys\n\ndef get_config():\n  sys.exit(3)\n")
+  commands = {"help": ["train.py", "--help"], "config": ["train.py", f"--config={tmp_path / 'ends.py'}"]}
+  ended = run_each(commands, tmp_path / "outputs")
+  assert {name: code for name, (code, _) in ended.items()} == {"help": 0, "config": 3}
+
+
 def test_too_little_memory(monkeypatch, capsys):
   def main():
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
