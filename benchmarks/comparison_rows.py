@@ -78,5 +78,6 @@ COMPARISONS = {
     "books", tuple(f"table2:books_{m}@4" for m in ("megabyte", "transformer", "windowed_transformer"))
   ),
   "modern_books": Comparison("books", recipe_rows("table2:books_megabyte"), vary="bytes"),
+  "modern_models": Comparison("books", tuple(f"{row}+modern" for row in text_rows("books"))),
   "modern_images": Comparison("photos", recipe_rows("table5:image256_megabyte"), vary="bytes", flags=TILES),
 }
