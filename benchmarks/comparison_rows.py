@@ -62,7 +62,11 @@ COMPARISONS = {
     tuple(f"table16:{m}_{s}_scan" for m in ("megabyte", "perceiver_ar") for s in ("patch", "raster")),
     flags=TILES,
   ),
-  "audio": Comparison("audio", ("table10:audio_megabyte",), flags=("--config.data.skip_bad=True",)),  # one is empty
+  "audio": Comparison(
+    "audio",
+    tuple(f"audio:{model}" for model in ("megabyte", "transformer", "perceiver_ar")),
+    flags=("--config.data.skip_bad=True",),  # one is empty
+  ),
   "ablations": Comparison(
     "latex",
     tuple(

@@ -53,13 +53,23 @@ def test_books_at_small_scale():
 
 
 def test_images_at_small_scale():
-  rows = {row["row"]: row for name in ("image256", "image640", "scans") for row in result(name)["rows"]}
+  rows = {row["row"]: row for name in ("image256", "image640", "scans", "image64") for row in result(name)["rows"]}
   ours, transformer, perceiver = (
     rows[f"table5:image256_{model}"]["bpb"] for model in ("megabyte", "transformer", "perceiver_ar")
   )
   assert f"{ours:.3f}, {transformer:.3f} (Transformer) and {perceiver:.3f}" in flat(README)
   for row in rows.values():
     assert f" | {row['bpb']:.3f} | {row['training_seconds'] / 60:.1f} |" in RESULTS, row["row"]
+  windows = result("image256_windows")["rows"][0]["bpb"]
+  assert f"With pieces of 16 instead it has {windows:.3f}" in flat(README)
+  assert f"It has **{windows:.3f}** instead of {ours:.3f}" in flat(RESULTS)
+
+
+def test_audio_and_more_code_at_small_scale():
+  audio, code = (result(name)["rows"][0] for name in ("audio", "code300"))
+  assert f"has {audio['bpb']:.3f} bits per byte after {audio['training_seconds'] / 60:.1f} minutes" in flat(RESULTS)
+  assert f"With 300 MB of code, 4.5 times the data, MEGABYTE has {code['bpb']:.3f}" in flat(RESULTS)
+  assert f"9,155 steps, {code['training_seconds'] / 60:.1f} minutes" in flat(RESULTS)
 
 
 def test_the_other_comparisons_at_small_scale():
@@ -99,6 +109,14 @@ def test_the_modern_recipe():
       for row in (books[change], images[change])
     )
     assert f" | {' | '.join(shown)} |" in RESULTS, change
+
+
+def test_models_with_the_modern_recipe():
+  paper = {row["row"]: row["bpb"] for row in result("books")["rows"]}
+  for row in result("modern_models")["rows"]:
+    before = paper[row["row"].removesuffix("+modern")]
+    shown = f"{short(row['learning_rate'])} | {row['bpb']:.3f} | {before:.3f} | {row['training_seconds'] / 60:.1f}"
+    assert f" | {shown} |" in RESULTS, row["row"]
 
 
 def test_several_gpus():
