@@ -178,7 +178,7 @@ def try_rates(run: Run, args: argparse.Namespace, steps: int) -> tuple[float, di
 
     def one_trial(factor=factor, workdir=workdir):
       try:
-        run.train(workdir, *schedule(paper_rate * factor, max(2, round(steps * args.trial_share))))
+        run.train(workdir, *schedule(run.config(), paper_rate * factor, max(2, round(steps * args.trial_share))))
       except FloatingPointError as error:
         print(f"learning rate {paper_rate * factor:g} is out: {error}", flush=True)
         return {"bpb": None, "error": str(error)}
@@ -212,7 +212,7 @@ def complete(run: Run, comparison: Comparison, args: argparse.Namespace) -> tupl
   }
 
   def whole_run():
-    run.train(workdir, *schedule(rate, steps))
+    run.train(workdir, *schedule(config, rate, steps))
     methods = dict.fromkeys((config.eval.method, *(m for m in comparison.methods if fits(config, m))))
     limit = (f"--max-bytes={args.test_bytes}",) if args.test_bytes else ()
     words = ("--words=count",) if comparison.words and not limit else ()
@@ -250,9 +250,9 @@ def fits(config: Config, method: str) -> bool:
   return True
 
 
-def schedule(rate: float, steps: int) -> tuple[str, ...]:
-  """Flags of train.py."""
-  warmup = max(1, steps // 25)
+def schedule(config: Config, rate: float, steps: int) -> tuple[str, ...]:
+  """Flags of train.py for another number of steps, with the config's share of them to warm up."""
+  warmup = max(1, round(steps * config.optimizer.warmup_steps / config.num_steps))
   return (
     f"--config.optimizer.learning_rate={rate}",
     f"--config.optimizer.warmup_steps={warmup}",

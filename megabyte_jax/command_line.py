@@ -153,7 +153,8 @@ def _wrong_flags(arguments: Sequence[str]) -> Iterator[None]:
       raise  # of the file that --config names
     sys.exit(0)  # absl's --help, which ends as if it were an error
   except SyntaxError as error:
-    print(f"error: --config: {error.filename}, line {error.lineno}: {error.msg}", file=sys.stderr)
+    flag = _config_flag(error.filename or "", arguments)
+    print(f"error: {flag}: {error.filename}, line {error.lineno}: {error.msg}", file=sys.stderr)
     sys.exit(2)
   except (flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError) as error:
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
@@ -161,6 +162,14 @@ def _wrong_flags(arguments: Sequence[str]) -> Iterator[None]:
       raise  # a bug in the file that --config names, whose traceback is of use
     print(f"error: {_one_line(error, arguments)}", file=sys.stderr)
     sys.exit(2)
+
+
+def _config_flag(file: str, arguments: Sequence[str]) -> str:
+  """The flag that names the config file."""
+  named = [
+    argument.partition("=")[0] for argument in arguments if "=" in argument and os.path.basename(file) in argument
+  ]
+  return named[0] if file and named else "--config"
 
 
 def _one_line(error: Exception, arguments: Sequence[str]) -> str:
@@ -181,9 +190,10 @@ def _one_line(error: Exception, arguments: Sequence[str]) -> str:
     text = re.sub(r".*\[Errno \d+\] ", "", text, flags=re.DOTALL)
     if (file := re.search("'(.+)'", text)) and (folder := os.path.dirname(file[1])):
       text += did_you_mean(file[1], glob.glob(os.path.join(folder, "*.py")))
-    text = f"--config: {text}"
+    text = f"{_config_flag(file[1] if file else '', arguments)}: {text}"
   elif "get_config" in text:
-    text = f"--config: {text}; a config file has a function get_config()"
+    flag = re.sub(r".*module '(\w+)_config'.*", r"--\1", text, flags=re.DOTALL)  # ml_collections calls it so
+    text = f"{flag}: {text}; a config file has a function get_config()"
   else:  # an override of what is not there
     key, *_ = re.findall(r"\w+", text)
     close = re.search('Did you mean "(.*?)"', text)

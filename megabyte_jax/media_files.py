@@ -11,8 +11,8 @@ from megabyte_jax.atomic_file import replacing
 from megabyte_jax.config import DataConfig
 from megabyte_jax.config_parsing import require
 from megabyte_jax.data import audio, images
-from megabyte_jax.data.image_source import ImageFiles, Images
-from megabyte_jax.data.sources import Source
+from megabyte_jax.data.files import read_whole
+from megabyte_jax.data.image_source import centred_square
 
 _AUDIO_SECONDS = 2  # generated where nobody says how long
 
@@ -54,15 +54,15 @@ def read_prompt(path: str, data: DataConfig, keep: float | None = None) -> Promp
     name.endswith((*decodable, ".bin")),
     f"{path} is no {data.form} file that can be decoded ({', '.join(decodable)}); raw bytes are taken from NAME.bin",
   )
-  source: Source | None = None
   if data.form == "image" and name.endswith(images.SUFFIXES):
-    whole_square = dataclasses.replace(data, image_tiles=0, skip_bad=False, convert_images=True)
-    source = Images(ImageFiles([path], [path]), whole_square)
+    whole = centred_square(read_whole(path), path, data)
     keep = 0.5 if keep is None else keep
   elif data.form == "audio" and name.endswith(audio.SUFFIXES):
     source = audio.AudioFiles([path], [path], dataclasses.replace(data, skip_bad=False))
     unit, rate = source.unit, data.sample_rate or audio.read_head(path).rate
-  whole = source.read(0, 0, int(source.lengths[0])) if source else np.fromfile(path, np.uint8)
+    whole = source.read(0, 0, int(source.lengths[0]))
+  else:
+    whole = np.fromfile(path, np.uint8)
   kept = whole if keep is None else whole[: int(keep * whole.size) // unit * unit]
   return Prompt(kept, whole, rate)
 

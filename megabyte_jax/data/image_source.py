@@ -16,11 +16,12 @@ from megabyte_jax.data import images
 from megabyte_jax.data.files import fingerprint_files, read_whole, sizes_of
 from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.shared_cache import DOCUMENT_BYTES, SharedCache, array_bytes
-from megabyte_jax.data.sources import DataError, check_range, said
+from megabyte_jax.data.sources import SKIP_HINT, DataError, check_range, said
 
 if TYPE_CHECKING:
   from PIL import Image
 
+_REMEDY = f"remove it, or skip such images with {SKIP_HINT}"
 _SCALED = 16  # images kept whole while their tiles are cut
 
 
@@ -41,6 +42,10 @@ class EncodedImages(Protocol):
     """The encoded image number i."""
     ...
 
+  def place(self, i: int) -> str:
+    """Where it is, for errors."""
+    ...
+
 
 class ImageFiles:
   """JPEG, PNG and WebP files."""
@@ -56,6 +61,10 @@ class ImageFiles:
   def load(self, i: int) -> bytes:
     """See `EncodedImages.load`."""
     return read_whole(self.paths[i])
+
+  def place(self, i: int) -> str:
+    """See `EncodedImages.place`."""
+    return self.paths[i]
 
 
 class Images:
@@ -126,7 +135,7 @@ class Images:
     return images.scaled_image(self._open(i), self.data.image_tiles)
 
   def _open(self, i: int) -> Image.Image:
-    return images.open_image(self.encoded.load(i), self.encoded.names[i], self.convert)
+    return images.open_image(self.encoded.load(i), self.encoded.place(i), self.convert, _REMEDY)
 
   def _good_images(self) -> list[int]:
     count = len(self.encoded.names)
@@ -134,7 +143,7 @@ class Images:
       good = [i for i, is_good in enumerate(pool.map(self._is_good, range(count))) if is_good]
     self.skipped = count - len(good)
     if not good:
-      raise DataError(f"none of {self.skipped} images can be read, {self.encoded.names[0]} for one")
+      raise DataError(f"none of {self.skipped} images can be read, {self.encoded.place(0)} for one")
     return good
 
   def _is_good(self, i: int) -> bool:
@@ -148,12 +157,22 @@ class Images:
     n = self.data.image_size
     numbers, names = [], []
     for i in good:
-      width, height = images.scaled_size(_size(self.encoded.load(i), self.encoded.names[i]), self.data.image_tiles)
+      width, height = images.scaled_size(_size(self.encoded.load(i), self.encoded.place(i)), self.data.image_tiles)
       for row, column in np.ndindex(height // n, width // n):
         numbers.append(i)
         self._places.append((row * n, column * n))
         names.append(f"{self.encoded.names[i]}[{row},{column}]")  # image_of knows this
     self._image, self.names = numbers, names
+
+
+def centred_square(data: bytes, name: str, config: DataConfig) -> np.ndarray:
+  """The bytes of the centred square of an encoded image, which is made RGB; also where training cuts tiles.
+
+  Raises:
+    DataError: it cannot be decoded.
+  """
+  square = images.square_image(images.open_image(data, name, "all"), config.image_size)
+  return images.image_to_bytes(square, config.scan, config.scan_patch)
 
 
 def image_of(tile: str) -> str:
@@ -169,4 +188,4 @@ def _size(data: bytes, name: str) -> tuple[int, int]:
     with Image.open(io.BytesIO(data)) as image:
       return image.size
   except Exception as error:  # see images.open_image
-    raise DataError(f"{name} is not a JPEG, PNG or WebP image ({said(error)})") from error
+    raise DataError(f"{name} is not a JPEG, PNG or WebP image ({said(error)}); {_REMEDY}") from error

@@ -15,7 +15,7 @@ from etils import epath
 from megabyte_jax.atomic_file import replacing
 from megabyte_jax.config import DataConfig
 from megabyte_jax.config_parsing import require
-from megabyte_jax.data.sources import SKIP_HINT, DataError, said
+from megabyte_jax.data.sources import DataError, said
 
 if TYPE_CHECKING:
   from PIL import Image
@@ -97,7 +97,7 @@ def _fitting_side(scan_patch: int, height: int, width: int) -> int:
   return p
 
 
-def open_image(data: bytes, name: str, convert: str = "") -> Image.Image:
+def open_image(data: bytes, name: str, convert: str = "", remedy: str = "") -> Image.Image:
   """Decodes a JPEG, PNG or WebP file to a Pillow image of mode RGB, in the file's own size.
 
   EXIF orientation is not applied, as TFDS does not. What is not plain 8-bit RGB is an error unless `convert` allows it.
@@ -108,9 +108,10 @@ def open_image(data: bytes, name: str, convert: str = "") -> Image.Image:
     name: of the item, for errors.
     convert: "colours" repeats grey over the three channels and turns CMYK to RGB by Pillow's formula; "all" also drops
       alpha and keeps the upper 8 of 16 bits.
+    remedy: what may be done about any item that is refused.
 
   Raises:
-    DataError: names the item and what is wrong with it.
+    DataError: names the item, what is wrong with it, and remedies.
   """
   from PIL import Image  # noqa: PLC0415
 
@@ -122,13 +123,14 @@ def open_image(data: bytes, name: str, convert: str = "") -> Image.Image:
       animated = image.format != "JPEG" and getattr(image, "is_animated", False)
       image.load()
   except Exception as error:  # decoders of damaged files raise nearly everything
-    raise DataError(f"{name} is not a whole JPEG, PNG or WebP image ({said(error)})") from error
+    problem = f"{name} is not a whole JPEG, PNG or WebP image ({said(error)})"
+    raise DataError("; ".join(filter(None, (problem, remedy)))) from error
   odd = _oddity(image, data) or ("an animation" if animated else "")
   fine = convert == "all" or (convert == "colours" and odd in (_GREY_IMAGE, _CMYK_IMAGE))
   if odd and (animated or not fine):
-    how = f"remove it, or skip such images with {SKIP_HINT}"
-    how += "" if animated else ", or make them RGB with --config.data.convert_images=True (eval.py: --convert-images)"
-    raise DataError(f"{name} is {odd}, not an 8-bit RGB image; {how}")
+    convertible = "" if animated else "make it RGB with --config.data.convert_images=True (eval.py: --convert-images)"
+    remedies = ", or ".join(filter(None, (remedy, convertible)))
+    raise DataError(f"{name} is {odd}, not an 8-bit RGB image{remedies and '; ' + remedies}")
   if image.mode in ("I;16", "I;16B", "I;16L", "I"):  # grey of 16 bits
     upper = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
     return Image.fromarray(upper).convert("RGB")

@@ -184,6 +184,10 @@ class Records:
     part = repr([(shard.skip, shard.take) for shard in self._shards])
     return combine_fingerprints([fingerprint_files(paths, names, sizes_of(paths)), part, self.feature])
 
+  def place(self, i: int) -> str:
+    """See `EncodedImages.place`."""
+    return self.names[i]
+
   def load(self, i: int) -> bytes:
     """The stored bytes of record number i. Raises DataError naming it and its file."""
     k = bisect.bisect_right(self._ends, i)
