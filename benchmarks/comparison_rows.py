@@ -49,12 +49,14 @@ def recipe_rows(row: str) -> tuple[str, ...]:
 
 
 TILES = ("--config.data.image_tiles=512",)  # four times as many images of 256 pixels as centred squares would give
+RGB_TILES = (*TILES, "--config.data.convert_images=True")  # a photograph of those is grey
 
 COMPARISONS = {
   "books": Comparison("books", text_rows("books"), methods=("basic", "sliding", "strided", "both"), words=True),
   "code": Comparison("code", text_rows("code")),
   "latex": Comparison("latex", text_rows("arxiv")),
-  "image64": Comparison("photos", image_rows("image64"), flags=(*TILES, "--config.data.convert_images=True")),
+  "image64": Comparison("photos", image_rows("image64"), flags=RGB_TILES),
+  "image64_quarter": Comparison("photos", tuple(f"{row}@4" for row in image_rows("image64")), flags=RGB_TILES),
   "image256": Comparison("photos", image_rows("image256"), flags=TILES),
   "image640": Comparison("photos", image_rows("image640"), flags=("--config.data.image_tiles=960",)),  # twice as many
   "scans": Comparison(  # image256 has the patch scans already; --rows=raster trains the others alone

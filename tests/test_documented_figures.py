@@ -61,7 +61,7 @@ def test_images_at_small_scale():
   for row in rows.values():
     assert f" | {row['bpb']:.3f} | {row['training_seconds'] / 60:.1f} |" in RESULTS, row["row"]
   windows = result("image256_windows")["rows"][0]["bpb"]
-  assert f"With pieces of 16 instead it has {windows:.3f}" in flat(README)
+  assert f"With pieces of 16 images a step MEGABYTE has {windows:.3f}" in flat(README)
   assert f"It has **{windows:.3f}** instead of {ours:.3f}" in flat(RESULTS)
 
 
@@ -117,6 +117,8 @@ def test_models_with_the_modern_recipe():
     before = paper[row["row"].removesuffix("+modern")]
     shown = f"{short(row['learning_rate'])} | {row['bpb']:.3f} | {before:.3f} | {row['training_seconds'] / 60:.1f}"
     assert f" | {shown} |" in RESULTS, row["row"]
+  ours, transformer = (row["bpb"] for row in result("modern_models")["rows"])
+  assert f"on 120 MB of books {transformer:.3f}, MEGABYTE {ours:.3f}." in flat(README)
 
 
 def test_several_gpus():
