@@ -105,7 +105,6 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
       scoring: dict[str, Any] = {"mesh": mesh, "eval_step": eval_step, "method": config.eval.method}
       most = config.eval.max_bytes  # during training
       schedule = learning_rate(config.optimizer, config.num_steps)
-      may_be_short = config.data.documents == "whole" or not source.joinable
       # (step, its metrics): read one step late, while the devices are busy with the next.
       waiting: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
       nats, count = meta["since_logged"]  # sums since the last progress line
@@ -157,7 +156,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
             print(f"step {number}: validation bpb {result.bpb:.4f} ({result.bytes:,} bytes)", flush=True)
           step = number + 1
           trace.before(step)
-          state, values = train_step(state, batch.x_BT, batch.length_B if may_be_short else None)
+          state, values = train_step(state, batch.x_BT, batch.length_B if config.data.windows_may_be_short else None)
           waiting.append((step, values))
           trace.after(step, values)
           stopping = stop.requested or checkpoints.preempted(step)

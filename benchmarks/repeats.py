@@ -80,12 +80,13 @@ def learn(config: MegabyteConfig, multiple: int, steps: int, name: str) -> list[
 
 def main() -> None:
   parser = Parser("python benchmarks/repeats.py", description=__doc__)
-  parser.add_argument("--steps", type=int, default=4000)
+  parser.add_argument("--steps", type=int, default=8000)
   parser.add_argument("--output", default="", help="the curves, as JSON; a picture is drawn beside it")
   args = parser.parse_args()
-  curves = {name: learn(*case, args.steps, name) for name, case in CASES.items()}
-  for name, bits in curves.items():
-    print(f"{name:<32}", *(f"{bits[i * (len(bits) - 1) // 8]:6.2f}" for i in range(1, 9)))
+  curves = {}
+  for name, case in CASES.items():
+    curves[name] = bits = learn(*case, args.steps, name)
+    print(f"{name:<32}", *(f"{bits[i * (len(bits) - 1) // 8]:6.2f}" for i in range(1, 9)), flush=True)
   if args.output:
     run = {
       "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

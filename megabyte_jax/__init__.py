@@ -3,8 +3,12 @@
 import signal
 import sys
 
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-  signal.signal(signal.SIGINT, signal.SIG_DFL)  # python -m megabyte_jax.X: no traceback of Ctrl-C during the imports
+if (  # python -m megabyte_jax.X: no traceback of Ctrl-C during its imports
+  sys.argv[:1] == ["-m"]
+  and any(argument.startswith("megabyte_jax.") for argument in sys.orig_argv)
+  and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from megabyte_jax.config import Config, ConfigError, Level, MegabyteConfig, PerceiverARConfig
 from megabyte_jax.loss import bits_per_byte, byte_nats

@@ -80,6 +80,11 @@ class DataConfig:
     for name in ("image_tiles", "sample_rate"):
       require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; it must not be negative")
 
+  @property
+  def windows_may_be_short(self) -> bool:
+    """Whether a window of training may end with its document, before the context does. Images are always whole."""
+    return self.documents == "whole" or self.form == "image"
+
   def source(self, split: str) -> str:
     """The source named for `split`; raises ConfigError where there is none."""
     require(split in ("train", "validation", "test"), f"split {split!r} is unknown; take train, validation or test")

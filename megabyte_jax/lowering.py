@@ -20,7 +20,7 @@ from megabyte_jax.train_state import abstract_state, make_eval_step, make_train_
 def lower(config: Config, mesh: Mesh, step: str) -> jax.stages.Lowered:
   """The step for abstract arguments laid out as in a real run: nothing is allocated."""
   is_perceiver = isinstance(config.model, PerceiverARConfig)
-  may_be_short = config.data.documents == "whole" or config.data.form == "image"
+  may_be_short = config.data.windows_may_be_short
 
   def rows(shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))

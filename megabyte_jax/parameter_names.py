@@ -6,5 +6,5 @@ import jax
 
 
 def parameter_name(path: jax.tree_util.KeyPath) -> str:
-  """`levels.0.decoder.blocks.attention.qkv.kernel` of a path that `jax.tree_util` gives."""
+  """`levels.0.decoder.blocks.qkv.kernel` of a path that `jax.tree_util` gives."""
   return jax.tree_util.keystr(path, simple=True, separator=".")

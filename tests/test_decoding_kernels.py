@@ -151,9 +151,9 @@ def test_a_step_with_kernels_gives_the_logits_of_the_full_forward_pass(monkeypat
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("without", ["attention=xla", "no Triton"])
+@pytest.mark.parametrize("without", ["attention=xla", "no Triton", "heads of 48"])
 def test_decoding_does_without_kernels(monkeypatch, without, rows):
-  """Where a config says so or JAX has none, with parameters merely cast, as on a CPU."""
+  """Where a config says so, JAX has none or they cannot serve a level: parameters are merely cast, as on a CPU."""
   monkeypatch.setattr(cached_attention, "on_one_gpu", lambda dtype: True)
 
   def prepared_and_kernels(config):
@@ -171,6 +171,8 @@ def test_decoding_does_without_kernels(monkeypatch, without, rows):
   assert prepared_and_kernels(config)[1] > 0
   if without == "attention=xla":
     config = dataclasses.replace(config, attention="xla")
+  elif without == "heads of 48":
+    config = dataclasses.replace(config, levels=(Level(**COARSE | dict(width=96)), config.levels[1]))
   else:
     monkeypatch.setattr(cached_attention, "triton", lambda: None)
   prepared, kernels = prepared_and_kernels(config)

@@ -124,6 +124,16 @@ def test_kernels_without_a_mesh_of_their_own_are_spread(monkeypatch, mesh, spans
     np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
 
 
+def test_cudnn_is_not_asked_for_what_it_cannot_differentiate(monkeypatch):
+  """An odd number of slots or keys; forward alone it takes them."""
+  monkeypatch.setattr(fused_attention, "platform", lambda: "gpu")
+  even, odd = (jnp.zeros((1, 1, slots, 2, 64), jnp.bfloat16) for slots in (126, 125))
+  assert fused_attention.cudnn_obstacle(even) == fused_attention.masked_cudnn_obstacle(even, 502) == ""
+  assert fused_attention.cudnn_obstacle(odd) == "it has no gradients for an odd number of slots, 125"
+  assert "odd number of slots, 125" in fused_attention.masked_cudnn_obstacle(odd, 502)
+  assert "odd number of slots, 501" in fused_attention.masked_cudnn_obstacle(even, 501)
+
+
 def test_head_trade_needs_enough_heads(monkeypatch):
   monkeypatch.setattr(fused_attention, "platform", lambda: "gpu")
   q = jnp.zeros((8, 1, 64, 2, 64), jnp.bfloat16)

@@ -81,12 +81,13 @@ def attention(
   if plain and implementation == "auto" and not _tile_obstacle(q_BNMHK, past):
     of_past = None if past is None else (past.k_BNSHK, past.v_BNSHK, past.visible[:, 0, 0])
     return fused_attention.tile(q_BNMHK, k_BNMHK, v_BNMHK, of_past)
+  earlier = past.k_BNSHK.shape[2] if past is not None else 0  # a cache of a short span holds that of the one before
   sees_past = plain and past is not None and M >= _FUSED_MIN_SLOTS
-  if sees_past and implementation in ("auto", "cudnn") and not fused_attention.masked_cudnn_obstacle(q_BNMHK):
+  may_be_cudnn = implementation in ("auto", "cudnn")
+  if sees_past and may_be_cudnn and not fused_attention.masked_cudnn_obstacle(q_BNMHK, earlier + M):
     return _masked(q_BNMHK, k_BNMHK, v_BNMHK, past)
   distance_MM = jnp.arange(M)[:, None] - jnp.arange(M)[None, :]
   visible_MM = (distance_MM >= 0) & (distance_MM < (window or M))
-  earlier = past.k_BNSHK.shape[2] if past is not None else 0  # a cache of a short span holds that of the one before
   if M <= _SHORT_SPAN and earlier <= 2 * _SHORT_SPAN and not drops and platform() == "gpu":
     return _short(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past)
   return _xla(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past, dropout if drops else 0.0, dropout_key)
@@ -113,8 +114,8 @@ def cross_attention(
   """
   drops = dropout > 0 and dropout_key is not None
   visible_B1NT = visible_BNT[:, None]
-  large = q_B1NHK.shape[2] >= _FUSED_MIN_SLOTS
-  if large and implementation in ("auto", "cudnn") and not drops and not fused_attention.masked_cudnn_obstacle(q_B1NHK):
+  may_be_cudnn = q_B1NHK.shape[2] >= _FUSED_MIN_SLOTS and implementation in ("auto", "cudnn") and not drops
+  if may_be_cudnn and not fused_attention.masked_cudnn_obstacle(q_B1NHK, k_B1THK.shape[2]):
     return fused_attention.masked_cudnn(q_B1NHK, k_B1THK, v_B1THK, visible_B1NT)
   return _xla(q_B1NHK, k_B1THK, v_B1THK, visible_B1NT, None, dropout if drops else 0.0, dropout_key)
 

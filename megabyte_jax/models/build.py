@@ -12,12 +12,12 @@ import jax
 from flax import nnx
 from jax.experimental.layout import Format, Layout
 
-from megabyte_jax.models import cached_attention, stack_kernel
+from megabyte_jax.models import cached_attention
 from megabyte_jax.models.config import MegabyteConfig, ModelConfig
 from megabyte_jax.models.layers import compute_dtype
 from megabyte_jax.models.megabyte import Megabyte
 from megabyte_jax.models.perceiver_ar import PerceiverAR
-from megabyte_jax.models.stack import is_variable, unstacked
+from megabyte_jax.models.stack import each_in_one_kernel, is_variable, unstacked
 from megabyte_jax.parameter_names import parameter_name
 
 Model = Megabyte | PerceiverAR
@@ -63,8 +63,7 @@ def in_compute_dtype(config: ModelConfig, parameters: nnx.State, rows: int) -> n
   kernels = cached_attention.wanted(config, compute_dtype(config)) and len(sharding.device_set) == 1
   if not kernels or not all(cached_attention.serves(level) for level in config.levels):
     return cast_for_decoding(config, parameters)
-  stacked = all(stack_kernel.serves(level, config, rows) for level in config.levels)
-  return _prepare(config, sharding, stacked)(parameters)
+  return _prepare(config, sharding, each_in_one_kernel(config, rows))(parameters)
 
 
 @functools.cache

@@ -31,15 +31,17 @@ _BLOCK = 1024  # slots a block should have at most: larger ones gain little and 
 _LARGEST_BLOCK = 2048
 
 
-def cudnn_obstacle(q_BNMHK: jax.Array) -> str:
-  """Why cuDNN cannot attend here, or '' if it can."""
+def cudnn_obstacle(q_BNMHK: jax.Array, keys: int | None = None) -> str:
+  """Why cuDNN cannot attend here, or '' if it can; `keys` of a span, if they are not as many as its slots."""
   if platform() != "gpu":
     return f"the device is {platform()}, not an NVIDIA GPU"
   if q_BNMHK.dtype not in (jnp.bfloat16, jnp.float16):
     return f"it needs bfloat16 and compute is {q_BNMHK.dtype}"
   if q_BNMHK.shape[-1] % 8 or q_BNMHK.shape[-1] > 128:
     return f"head_dim {q_BNMHK.shape[-1]} is not a multiple of 8 up to 128"
-  _, N, _, H, _ = q_BNMHK.shape
+  _, N, M, H, _ = q_BNMHK.shape
+  if odd := next((n for n in (M, M if keys is None else keys) if n % 2), 0):
+    return f"it has no gradients for an odd number of slots, {odd}"
   mesh = _mesh()
   if mesh and N == 1 and H // mesh["tensor"] % mesh["seq"]:
     return f"mesh.seq {mesh['seq']} does not divide the {H // mesh['tensor']} heads of a device"
@@ -59,9 +61,9 @@ def _cudnn(q_BNMHK, k_BNMHK, v_BNMHK, window):
   return out.reshape(B, N, M, H, K)
 
 
-def masked_cudnn_obstacle(q_BNMHK: jax.Array) -> str:
-  """Why cuDNN cannot attend here by a mask, or '' if it can."""
-  return _spread_span(q_BNMHK) or cudnn_obstacle(q_BNMHK)
+def masked_cudnn_obstacle(q_BNMHK: jax.Array, keys: int) -> str:
+  """Why cuDNN cannot attend to so many keys of each span by a mask, or '' if it can."""
+  return _spread_span(q_BNMHK) or cudnn_obstacle(q_BNMHK, keys)
 
 
 def masked_cudnn(q_BNMHK: jax.Array, k_BNSHK: jax.Array, v_BNSHK: jax.Array, visible_BNMS: jax.Array) -> jax.Array:

@@ -28,7 +28,7 @@ from megabyte_jax.models.layers import (
   rotate,
 )
 from megabyte_jax.models.patch_embedder import PatchEmbedder, check_length
-from megabyte_jax.models.stack import Cache, Stack
+from megabyte_jax.models.stack import Cache, Stack, rematerialised
 
 
 class CrossAttention(nnx.Module):
@@ -152,7 +152,14 @@ class PerceiverAR(nnx.Module):
     else:
       cut = jax.vmap(lambda a, start: jax.lax.dynamic_slice_in_dim(a, start, N, axis=1))
       latents = cut(context_B1TD, start_B)
-    x_B1ND = self.cross(latents, k, v, start_B, keys[0])
+    graph, parameters = nnx.split(self.cross)
+
+    def cross(parameters, *inputs):
+      return nnx.merge(graph, parameters)(*inputs)
+
+    if self.config.remat == "full":  # what "named" keeps would be all of it where attention is fused
+      cross = rematerialised(cross, "full", is_in_loop=False)
+    x_B1ND = cross(parameters, latents, k, v, start_B, keys[0])
     h_B1ND, kept = self.decoder(x_B1ND, dropout_key=keys[1], keep=keep)
     return self.embedder.logits(h_B1ND[:, 0]), (k, v, kept)
 

@@ -16,7 +16,7 @@ from flax import nnx
 from megabyte_jax.backend import platform, row_major
 from megabyte_jax.models import cached_attention, stack_kernel
 from megabyte_jax.models.attention import Past
-from megabyte_jax.models.config import BlockOptions, Level
+from megabyte_jax.models.config import Level, ModelConfig
 from megabyte_jax.models.layers import Block, compute_dtype, make_norm, normalised, rotate
 
 
@@ -30,7 +30,7 @@ class Cache(NamedTuple):
 class Stack(nnx.Module):
   """The decoder blocks of one level, their parameters stacked along a first axis, and a last norm."""
 
-  def __init__(self, level: Level, options: BlockOptions, rngs: nnx.Rngs):
+  def __init__(self, level: Level, options: ModelConfig, rngs: nnx.Rngs):
     self.level, self.options = level, options
 
     @nnx.split_rngs(splits=level.num_layers)
@@ -66,7 +66,7 @@ class Stack(nnx.Module):
 
     options = self.options
     scans = options.scan_layers == "always" or (options.scan_layers == "auto" and platform() != "gpu")
-    layer = _rematerialised(layer, options.remat, is_in_loop=scans)
+    layer = rematerialised(layer, options.remat, is_in_loop=scans)
     unroll = 1 if scans else self.level.num_layers
     x_BNMD, kept = jax.lax.scan(layer, x_BNMD, (layers, keys), unroll=unroll)
     return self.norm(x_BNMD), kept
@@ -134,7 +134,7 @@ class Stack(nnx.Module):
       not isinstance(parameter, tuple)
       and parameter.dtype == compute_dtype(self.options)
       and cached_attention.wanted(self.options, parameter.dtype)
-      and stack_kernel.serves(self.level, self.options, rows)
+      and each_in_one_kernel(self.options, rows)
     )
 
   def next_span(self, cache: Cache) -> Cache:
@@ -150,6 +150,11 @@ def _written(cache: Cache, new_LB11HK: Sequence[jax.Array], at: jax.Array) -> Ca
   """The cache with the keys and values of one slot, of all layers, at its entry `at`."""
   start = (0, 0, 0, at, 0, 0)
   return Cache(*(jax.lax.dynamic_update_slice(a, b, start) for a, b in zip(cache, new_LB11HK, strict=True)))
+
+
+def each_in_one_kernel(config: ModelConfig, rows: int) -> bool:
+  """Whether the kernel of stack_kernel.py takes each of the model's stacks; parameters are laid out for all or none."""
+  return all(stack_kernel.serves(level, config, rows) for level in config.levels)
 
 
 def stack_weights(stack: Stack) -> stack_kernel.Weights:
@@ -213,7 +218,7 @@ def is_variable(node: Any) -> bool:
   return isinstance(node, nnx.Variable)
 
 
-def _rematerialised(layer: Callable, remat: str, *, is_in_loop: bool) -> Callable:
+def rematerialised(layer: Callable, remat: str, *, is_in_loop: bool) -> Callable:
   """`layer` with its activations recomputed in the backward pass, as `BlockOptions.remat` says."""
   if remat == "none":
     return layer
