@@ -196,13 +196,14 @@ class Checkpoints:
     if self._read_only:
       self._manager.reload()
     self._best.reload()
-    best = self._best.best(self._manager.all_steps())
-    if not best:
+    found = self._best.best(self._manager.all_steps())
+    best = _from_first_process(found[0] if found else -1)  # training may be writing another
+    if best < 0:
       raise CheckpointError(
         f"none of the checkpoints in {self.folder} was evaluated while training; set config.eval.every_steps and "
         "config.checkpoint.keep_best, or take another step"
       )
-    return best[0]
+    return best
 
   def meta(self, step: int | None = None) -> dict[str, Any]:
     """The JSON object saved with `step` (None: the newest whole one); see `save`."""
@@ -234,7 +235,7 @@ class Checkpoints:
         raise CheckpointError(f"no checkpoint in {self.folder}; give the --workdir of a run that has saved one")
     else:
       steps = self._manager.all_steps()
-      if step not in steps:
+      if not _from_first_process(step in steps):
         raise CheckpointError(f"no checkpoint of step {step} in {self.folder}; there are {_list(steps)}")
       if not _from_first_process(jax.process_index() > 0 or self._is_whole(step, items)):
         raise CheckpointError(f"the checkpoint {self.folder / str(step)} is damaged; take another step")
@@ -269,7 +270,7 @@ class Checkpoints:
     if whole >= 0:
       self._move_aside([step for step in steps if step > whole])
       return whole
-    if self._read_only and not all((self.folder / str(step)).exists() for step in steps):
+    if self._read_only and not _from_first_process(all((self.folder / str(step)).exists() for step in steps)):
       return self._latest(items)  # training saved a newer one and deleted these meanwhile
     if steps:
       raise CheckpointError(

@@ -185,7 +185,11 @@ def _one_line(error: Exception, arguments: Sequence[str]) -> str:
     if wanted:
       return wrong_type(match[1], wanted, match[2])
   if isinstance(error, flags.Error | ValueError):  # perhaps with the traceback of an error within the config file
+    places = re.findall(r'^  File "(.+)", line (\d+)', text, re.MULTILINE)
+    own = [place for place in places if any(os.path.basename(place[0]) in argument for argument in arguments)]
+    is_ours = re.search(r"^\S*ConfigError: ", text, re.MULTILINE)  # and says where to look
     *_, text = re.split(r"^\S*(?:Error|Exception): ", text, flags=re.MULTILINE)
+    text += "" if is_ours or not own else " ({}, line {})".format(*own[-1])
   elif isinstance(error, OSError):  # the last of several messages in one
     text = re.sub(r".*\[Errno \d+\] ", "", text, flags=re.DOTALL)
     if (file := re.search("'(.+)'", text)) and (folder := os.path.dirname(file[1])):

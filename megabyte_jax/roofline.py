@@ -41,7 +41,7 @@ class Bounds:
 
   @property
   def step(self) -> float:
-    """All at once, perfectly overlapped: no step is faster."""
+    """All at once, perfectly overlapped: no step is faster, where memory (an estimate) is not the largest."""
     return max(self.compute, self.memory, self.links, self.network)
 
   @property

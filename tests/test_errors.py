@@ -123,7 +123,11 @@ CASES = {
     2,
     r"get_config\(\) of .* must return Config",
   ),
-  "misspelt field": (["train.py", "--config=FOLDER/misspelt.py"], 2, r"unexpected keyword argument 'widht'"),
+  "misspelt field": (
+    ["train.py", "--config=FOLDER/misspelt.py"],
+    2,
+    r"keyword argument 'widht' \(FOLDER/misspelt\.py, line 4\)$",
+  ),
   "impossible value": (["train.py", TINY, "--config.batch_size=0"], 1, r"batch_size is 0; it must be at least 1"),
   "mesh": (["train.py", TINY, "--config.mesh.data=3"], 1, r"does not fit 1 devices: the sizes must multiply to 1"),
   "no data": (["train.py", TINY, f"{DATA}=FOLDER/nothing"], 1, r"FOLDER/nothing does not exist; name a file, a folder"),

@@ -112,7 +112,8 @@ class BlockOptions:
     init_std: standard deviation of the normal (cut at two of them) that parameters are drawn from.
     remat: what backward recomputes: none | full (each block) | named (all but q, k and v, what attention gives, and the
       hidden layer).
-    compute_dtype: auto | bfloat16 | float32; auto is float32 on CPU and bfloat16 elsewhere.
+    compute_dtype: auto | bfloat16 | float32; auto is float32 on CPU and bfloat16 elsewhere. Products of float32 are as
+      precise as JAX's default_matmul_precision: on GPUs and TPUs less than float32, unless that is "highest".
     scan_layers: always | never | auto: whether one compiled block serves all layers of a level, or each is compiled by
       itself, which is faster but, with remat=named, keeps more activations; auto is never on a GPU, always elsewhere.
     attention: auto | xla | cudnn | splash, see models/attention.py; with xla decoding has no kernels either.
