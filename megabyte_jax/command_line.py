@@ -36,7 +36,10 @@ _REFUSALS = {
 
 
 def run(main: Callable[[], object]) -> None:
-  """Calls main(); an error that the user can put right becomes one line on stderr and exit code 1."""
+  """Calls main(); an error that the user can put right becomes one line on stderr and exit code 1.
+
+  With JAX_TRACEBACK_FILTERING=off the traceback comes before that line.
+  """
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
@@ -48,6 +51,7 @@ def run(main: Callable[[], object]) -> None:
   except BrokenPipeError:  # the reader of our output, head for instance, has seen enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except USER_ERRORS as error:
+    _traceback_if_wanted()
     notes = (note for note in getattr(error, "__notes__", ()) if "removed its internal frames" not in note)
     print("\n".join([f"error: {outputs.in_words(error)}", *notes]), file=sys.stderr)
     distributed.end(1)
@@ -59,11 +63,17 @@ def run(main: Callable[[], object]) -> None:
   except (RuntimeError, AssertionError, MemoryError) as error:  # some of them are JAX's for devices that fail
     if not (line := _about_devices(error)):
       raise
+    _traceback_if_wanted()
     print(f"error: {line}", file=sys.stderr)
     distributed.end(1)
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     distributed.end(130, at_once=True)
+
+
+def _traceback_if_wanted() -> None:
+  if jax.config.values["jax_traceback_filtering"] == "off":
+    traceback.print_exc()
 
 
 def _about_devices(error: Exception) -> str:

@@ -124,6 +124,19 @@ def evaluate(
   plan = functools.partial(_rows, lengths, config, method, stride, max_bytes)
   own = (row for place, row in enumerate(plan()) if place % batch_size in own_rows)
   contents = read_ahead(source, ((document, w.start, w.start + w.length) for document, w in own))
+
+  def score(rows: list[Row], nats: jax.Array) -> None:
+    nats_BT = np.asarray(multihost_utils.process_allgather(nats, tiled=True) if jax.process_count() > 1 else nats)
+    for (document, window), nats_T in zip(rows, nats_BT, strict=False):
+      mask = windows.scored_mask(window)
+      scored = np.where(mask, nats_T[: window.length].astype(np.float64), 0.0)
+      _add(result, document, window, scored, mask)
+      if on_byte_nats:
+        on_byte_nats(document, window.start, nats_T[: window.length], mask)
+    if on_progress:
+      on_progress(result.bytes, total)
+
+  under_way: tuple[list[Row], jax.Array] | None = None  # scored while the devices are busy with the next batch
   for rows in _batched(plan(), batch_size):
     x_BT = np.zeros((batch_size, context), np.uint8)
     length_B, start_B = np.zeros(batch_size, np.int32), np.zeros(batch_size, np.int32)
@@ -136,15 +149,11 @@ def evaluate(
     placed = (jax.make_array_from_callback(a.shape, sharding, a.__getitem__) for a in arrays)
     with jax.set_mesh(mesh):
       nats = eval_step(parameters, *placed)
-    nats_BT = np.asarray(multihost_utils.process_allgather(nats, tiled=True) if jax.process_count() > 1 else nats)
-    for (document, window), nats_T in zip(rows, nats_BT, strict=False):
-      mask = windows.scored_mask(window)
-      scored = np.where(mask, nats_T[: window.length].astype(np.float64), 0.0)
-      _add(result, document, window, scored, mask)
-      if on_byte_nats:
-        on_byte_nats(document, window.start, nats_T[: window.length], mask)
-    if on_progress:
-      on_progress(result.bytes, total)
+    if under_way:
+      score(*under_way)
+    under_way = rows, nats
+  if under_way:
+    score(*under_way)
   result.seconds = time.perf_counter() - begin
   return result
 

@@ -12,7 +12,7 @@ from commands import ROOT, environment, run_each
 
 from megabyte_jax import command_line
 from megabyte_jax.arguments import Parser
-from megabyte_jax.config import Config, MeshConfig
+from megabyte_jax.config import Config, ConfigError, MeshConfig
 from megabyte_jax.folder_lock import locked
 from megabyte_jax.sharding import make_mesh
 
@@ -291,6 +291,22 @@ def test_help_ends_well_and_a_config_file_as_it_says(tmp_path):
   commands = {"help": ["train.py", "--help"], "config": ["train.py", f"--config={tmp_path / 'ends.py'}"]}
   ended = run_each(commands, tmp_path / "outputs")
   assert {name: code for name, (code, _) in ended.items()} == {"help": 0, "config": 3}
+
+
+def test_tracebacks_are_shown_when_they_are_wanted(monkeypatch, capsys):
+  def main():
+    raise ConfigError("the size is wrong")
+
+  monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back afterwards
+  before = jax.config.values["jax_traceback_filtering"]
+  for filtering in ("auto", "off"):
+    jax.config.update("jax_traceback_filtering", filtering)
+    with pytest.raises(SystemExit):
+      command_line.run(main)
+    shown = capsys.readouterr().err
+    assert shown.endswith("error: the size is wrong\n")
+    assert ('raise ConfigError("the size is wrong")' in shown) == (filtering == "off")
+  jax.config.update("jax_traceback_filtering", before)
 
 
 def test_too_little_memory(monkeypatch, capsys):
