@@ -7,8 +7,8 @@ but copying: a byte costs 4 bits without it, and 1.5 on average with it, when on
 Transformer all lengths are alike. To MEGABYTE they are not: after a string of 40 bytes the same bytes come in the same
 places of patches (here of 4 bytes) again, after one of 41 in others, and so in other patches.
 
-Every case is the same number of steps on as many bytes, on a CPU a quarter of an hour each. Prints a table, and writes OUTPUT
-and a picture beside it.
+Every case is the same number of steps on as many bytes, on a CPU a quarter of an hour each. Prints a table, and writes
+OUTPUT and a picture beside it.
 """
 
 from __future__ import annotations
