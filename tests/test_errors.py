@@ -71,6 +71,21 @@ CASES = {
     2,
     r"has no attribute 'get_config'; a config file has a function get_config\(\)$",
   ),
+  "matching: no config file": (
+    ["-m", "megabyte_jax.matching", TINY.replace("config", "reference", 1), "--candidate=configs/no.py"],
+    2,
+    r"error: --candidate: No such file or directory: 'configs/no\.py'",
+  ),
+  "matching: a config file that is no Python": (
+    ["-m", "megabyte_jax.matching", "--candidate=README.md"],
+    2,
+    r"error: --candidate: README\.md, line 3: ",
+  ),
+  "matching: a config file without a config": (
+    ["-m", "megabyte_jax.matching", "--candidate=megabyte_jax/config.py"],
+    2,
+    r"error: --candidate: module .* has no attribute 'get_config'",
+  ),
   "no name of a config file": (["train.py", "--config="], 2, r"--config: .* empty string"),
   "misspelt config file": (
     ["train.py", "--config=configs/smal.py"],
@@ -393,6 +408,7 @@ def test_two_trainings_in_one_folder(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_checkpoint_for_which_there_is_no_room(tmp_path):
   program = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
   program += "runpy.run_path('train.py', run_name='__main__')"  # a disk takes no large file, as if it were full
