@@ -6,6 +6,7 @@ import re
 from megabyte_jax.paper_configs import ROOT
 
 DATA = ("books", "images")
+MODELS = ("megabyte", "transformer", "windowed_transformer", "perceiver_ar")
 README, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "docs/results.md"))
 
 
@@ -39,37 +40,63 @@ def test_generation():
       assert f" {row['share_of_floor']:.1%} " in RESULTS
 
 
+def bpb_of(name, *models):
+  """Of the row of each model in a comparison; None where it has no such row."""
+  found = {row["row"]: row["bpb"] for row in result(name)["rows"]}
+  return [next((bpb for row, bpb in found.items() if re.search(rf"[:_]{m}(@4|\+modern)?$", row)), None) for m in models]
+
+
+def test_small_scale_in_the_readme():
+  lines = {
+    "books, 120 MB": bpb_of("books", *MODELS),
+    "the same, modern recipe": bpb_of("modern_models", *MODELS),
+    "code, 40 MB": bpb_of("code", *MODELS),
+    "audio, 200 MB": bpb_of("audio", *MODELS),
+    "Image256, 400 MB, one image a step": bpb_of("image256", *MODELS),
+    "Image256, 2.5 GB, 16 images a step as in the paper (other test tiles)": [
+      None if m == "windowed_transformer" else result(f"image256_sixteen/{m}")["rows"][0]["bpb"] for m in MODELS
+    ],
+  }
+  for line, bpb in lines.items():
+    assert f"| {line} | " + " | ".join("" if b is None else f"{b:.3f}" for b in bpb).replace("|  |", "| |") in README
+
+
 def test_books_at_small_scale():
-  rows = {row["row"]: row for row in result("books")["rows"]}
-  models = ("megabyte", "transformer", "windowed_transformer", "perceiver_ar")
-  bpb = [rows[f"table2:books_{model}"]["bpb"] for model in models]
-  said = (
-    "MEGABYTE has {:.3f} bits per byte, a Transformer {:.3f}, with windowed attention {:.3f}, and PerceiverAR {:.3f}"
-  )
-  assert said.format(*bpb) in flat(README)
-  for model in models:
-    shown = " | ".join(f"{value:.3f}" for value in rows[f"table2:books_{model}"]["methods"].values())
-    assert f" | {shown} | " in RESULTS, model
+  for row in result("books")["rows"]:
+    shown = " | ".join(f"{value:.3f}" for value in row["methods"].values())
+    assert f" | {shown} | " in RESULTS, row["row"]
 
 
 def test_images_at_small_scale():
-  rows = {row["row"]: row for name in ("image256", "image640", "scans", "image64") for row in result(name)["rows"]}
-  ours, transformer, perceiver = (
-    rows[f"table5:image256_{model}"]["bpb"] for model in ("megabyte", "transformer", "perceiver_ar")
-  )
-  assert f"{ours:.3f}, {transformer:.3f} (Transformer) and {perceiver:.3f}" in flat(README)
-  for row in rows.values():
-    assert f" | {row['bpb']:.3f} | {row['training_seconds'] / 60:.1f} |" in RESULTS, row["row"]
-  windows = result("image256_windows")["rows"][0]["bpb"]
-  assert f"With pieces of 16 images a step MEGABYTE has {windows:.3f}" in flat(README)
-  assert f"It has **{windows:.3f}** instead of {ours:.3f}" in flat(RESULTS)
+  for name in ("image256", "image640", "scans", "image64", "image64_quarter"):
+    for row in result(name)["rows"]:
+      assert f" | {row['bpb']:.3f} | {row['training_seconds'] / 60:.1f} |" in RESULTS, row["row"]
+  (ours,) = bpb_of("image256", "megabyte")
+  windows, other_seed = (result(f"image256_windows{seed}")["rows"][0]["bpb"] for seed in ("", "_seed1"))
+  assert f"It has **{windows:.3f}** instead of {ours:.3f} ({other_seed:.3f} with another seed)" in flat(RESULTS)
 
 
-def test_audio_and_more_code_at_small_scale():
-  audio, code = (result(name)["rows"][0] for name in ("audio", "code300"))
-  assert f"has {audio['bpb']:.3f} bits per byte after {audio['training_seconds'] / 60:.1f} minutes" in flat(RESULTS)
+def test_sixteen_photographs_a_step():
+  for model in ("megabyte", "transformer", "perceiver_ar"):
+    (row,) = result(f"image256_sixteen/{model}")["rows"]
+    curve = result(f"image256_sixteen/{model}/table5.image256_{model}")["run"]["curve"]
+    last = [bpb for step, bpb in curve if step > 700]
+    shown = f"{sum(last) / len(last):.3f} | {row['bpb']:.3f} | {row['training_seconds'] / 60:.1f} |"
+    assert f"% | {shown}" in RESULTS, model
+
+
+def test_audio_and_more_text_at_small_scale():
+  for row in result("audio")["rows"]:
+    assert f" | {row['bpb']:.3f} | {row['training_seconds'] / 60:.1f} | " in RESULTS, row["row"]
+  (code,) = result("code300")["rows"]
   assert f"With 300 MB of code, 4.5 times the data, MEGABYTE has {code['bpb']:.3f}" in flat(RESULTS)
   assert f"9,155 steps, {code['training_seconds'] / 60:.1f} minutes" in flat(RESULTS)
+  code, latex = (bpb_of(f"{name}_rate3", "megabyte")[0] for name in ("code", "latex"))
+  assert f"as good: {code:.3f} on code ([code_rate3.json](results/code_rate3.json)) and {latex:.3f}" in flat(RESULTS)
+  trials = result("image64_rates/table5.image64_megabyte")
+  for factor, said in (("0.5", "**{:.3f} at 1.5e-4**"), ("1", "at {:.3f} at the paper's 3e-4")):
+    bpb = trials[f"trial of {factor} times the paper's learning rate"]["bpb"]
+    assert said.format(bpb) in flat(RESULTS)
 
 
 def test_the_other_comparisons_at_small_scale():
@@ -78,9 +105,8 @@ def test_the_other_comparisons_at_small_scale():
     for name in ("latex", "code", "ablations", "shares", "patch_sizes", "books_seed1")
     for row in result(name)["rows"]
   }
-  models = ("megabyte", "transformer", "windowed_transformer", "perceiver_ar")
   for name, row in (("latex", "arxiv"), ("code", "code")):
-    shown = " | ".join(f"{rows[name, f'{row}_{model}']:.3f}" for model in models)
+    shown = " | ".join(f"{rows[name, f'{row}_{model}']:.3f}" for model in MODELS)
     assert f" | {shown} |" in RESULTS
   for (name, row), bpb in rows.items():
     if name == "ablations":
@@ -90,9 +116,9 @@ def test_the_other_comparisons_at_small_scale():
   assert said.format(*(rows["shares", row] for row in sizes)) in flat(RESULTS)
   said = "P = 48 {:.3f}, 192 {:.3f}, 768 {:.3f}."
   assert said.format(*(rows["patch_sizes", f"patch{size}"] for size in (48, 192, 768))) in flat(RESULTS)
-  seeds = [rows["books_seed1", f"books_{model}"] for model in models]
+  seeds = [rows["books_seed1", f"books_{model}"] for model in MODELS]
   assert "has {:.3f}, {:.3f}, {:.3f} and {:.3f}: MEGABYTE's distance".format(*seeds) in flat(RESULTS)
-  four = [result(f"image256_four/{model}")["rows"][0] for model in models[:2]]
+  four = [result(f"image256_four/{model}")["rows"][0] for model in MODELS[:2]]
   ours, transformer = (f"{row['bpb']:.3f} ({row['training_seconds'] / 60:.1f}" for row in four)
   assert f"MEGABYTE {ours} minutes), Transformer {transformer})" in flat(RESULTS)
 
@@ -115,10 +141,9 @@ def test_models_with_the_modern_recipe():
   paper = {row["row"]: row["bpb"] for row in result("books")["rows"]}
   for row in result("modern_models")["rows"]:
     before = paper[row["row"].removesuffix("+modern")]
-    shown = f"{short(row['learning_rate'])} | {row['bpb']:.3f} | {before:.3f} | {row['training_seconds'] / 60:.1f}"
+    rate = short(row["learning_rate"]) + (" (the highest)" if row["best_rate_is_the_last_tried"] else "")
+    shown = f"{rate} | {row['bpb']:.3f} | {before:.3f} | {row['training_seconds'] / 60:.1f}"
     assert f" | {shown} |" in RESULTS, row["row"]
-  ours, transformer = (row["bpb"] for row in result("modern_models")["rows"])
-  assert f"on 120 MB of books {transformer:.3f}, MEGABYTE {ours:.3f}." in flat(README)
 
 
 def test_several_gpus():
