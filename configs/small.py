@@ -10,7 +10,7 @@ One rule for every row:
 - All rows of a data set predict equally many bytes a step, so that they are updated equally often: 32,768, whole
   images that come closest to it, or 524,288 bytes of sound. A batch of many windows is worked through in parts of at
   most 65,536 bytes. So MEGABYTE has one image of 256 pixels a step where the paper takes 16, which costs it much
-  (docs/results.md; others with `--config.batch_size=16 --config.accumulate=4`).
+  (docs/results.md); `--config.batch_size=16 --config.accumulate=4` gives it 16.
 - 134 million bytes in all, a twenty-fifth of the steps to warm up. The learning rate is the paper's for the full size:
   try others.
 - Three things help a short run to leave its first plateau, where a byte is predicted from the one before it; otherwise

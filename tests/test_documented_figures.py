@@ -7,6 +7,7 @@ from megabyte_jax.paper_configs import ROOT
 
 DATA = ("books", "images")
 MODELS = ("megabyte", "transformer", "windowed_transformer", "perceiver_ar")
+IMAGE_MODELS = ("megabyte", "transformer", "perceiver_ar")
 README, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "docs/results.md"))
 
 
@@ -40,32 +41,26 @@ def test_generation():
       assert f" {row['share_of_floor']:.1%} " in RESULTS
 
 
-def bpb_of(name, *models):
-  """Of the row of each model in a comparison; None where it has no such row."""
-  found = {}
-  for row in result(name)["rows"]:
-    if model := re.search(r"(windowed_transformer|transformer|megabyte|perceiver_ar)(@4|\+modern)?$", row["row"]):
-      found[model[1]] = row["bpb"]
-  return [found.get(model) for model in models]
-
-
-def images_a_step(number, models):
-  """The same of the comparisons with so many images a step, for all MODELS."""
-  return [result(f"image256_{number}/{m}")["rows"][0]["bpb"] if m in models else None for m in MODELS]
+def bpb_of(*names):
+  """{model: bits per byte} of the rows of these comparisons."""
+  rows = [row for name in names for row in result(name)["rows"]]
+  return {re.search("|".join(MODELS), row["row"])[0]: row["bpb"] for row in rows}
 
 
 def test_small_scale_in_the_readme():
   lines = {
-    "books, 120 MB": bpb_of("books", *MODELS),
-    "the same, modern recipe": bpb_of("modern_models", *MODELS),
-    "code, 40 MB": bpb_of("code", *MODELS),
-    "audio, 200 MB": bpb_of("audio", *MODELS),
-    "Image256, 400 MB, 2,035 steps of one image": bpb_of("image256", *MODELS),
-    "Image256, 1.6 GB, 2,035 steps of 4 images, other tiles": images_a_step("four", MODELS[:2]),
-    "Image256, 2.5 GB, 800 steps of 16 images, these tiles": images_a_step("sixteen", (*MODELS[:2], MODELS[3])),
+    "books, 120 MB": ["books"],
+    "the same, modern recipe": ["modern_models"],
+    "code, 40 MB": ["code"],
+    "audio, 200 MB": ["audio"],
+    "Image256, 400 MB, 2,035 steps of one image": ["image256"],
+    "Image256, 1.6 GB, 2,035 steps of 4 images, other tiles": [f"image256_four/{m}" for m in MODELS[:2]],
+    "Image256, 2.5 GB, 800 steps of 16 images, these tiles": [f"image256_sixteen/{m}" for m in IMAGE_MODELS],
   }
-  for line, bpb in lines.items():
-    assert f"| {line} | " + " | ".join("" if b is None else f"{b:.3f}" for b in bpb).replace("|  |", "| |") in README
+  for line, names in lines.items():
+    bpb = bpb_of(*names)
+    shown = " ".join(f"{bpb[model]:.3f} |" if model in bpb else "|" for model in MODELS)
+    assert f"| {line} | {shown}" in README
 
 
 def test_books_at_small_scale():
@@ -78,13 +73,13 @@ def test_images_at_small_scale():
   for name in ("image256", "image640", "scans", "image64", "image64_quarter"):
     for row in result(name)["rows"]:
       assert f" | {row['bpb']:.3f} | {row['training_seconds'] / 60:.1f} |" in RESULTS, row["row"]
-  (ours,) = bpb_of("image256", "megabyte")
+  ours = bpb_of("image256")["megabyte"]
   windows, other_seed = (result(f"image256_windows{seed}")["rows"][0]["bpb"] for seed in ("", "_seed1"))
   assert f"It has **{windows:.3f}** instead of {ours:.3f} ({other_seed:.3f} with another seed)" in flat(RESULTS)
 
 
 def test_sixteen_photographs_a_step():
-  for model in ("megabyte", "transformer", "perceiver_ar"):
+  for model in IMAGE_MODELS:
     (row,) = result(f"image256_sixteen/{model}")["rows"]
     curve = result(f"image256_sixteen/{model}/table5.image256_{model}")["run"]["curve"]
     last = [bpb for step, bpb in curve if step > 700]
@@ -98,7 +93,7 @@ def test_audio_and_more_text_at_small_scale():
   (code,) = result("code300")["rows"]
   assert f"With 300 MB of code, 4.5 times the data, MEGABYTE has {code['bpb']:.3f}" in flat(RESULTS)
   assert f"9,155 steps, {code['training_seconds'] / 60:.1f} minutes" in flat(RESULTS)
-  code, latex = (bpb_of(f"{name}_rate3", "megabyte")[0] for name in ("code", "latex"))
+  code, latex = (bpb_of(f"{name}_rate3")["megabyte"] for name in ("code", "latex"))
   assert f"no worse: {code:.3f} on code ([code_rate3.json](results/code_rate3.json)) and {latex:.3f}" in flat(RESULTS)
   trials = result("image64_rates/table5.image64_megabyte")
   for factor, said in (("0.5", "**{:.3f} at 1.5e-4**"), ("1", "at {:.3f} at the paper's 3e-4")):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import signal
 import subprocess
 import sys
 
@@ -337,61 +336,6 @@ def test_too_little_memory(monkeypatch, capsys):
   advised = {axis: int(size) for axis, size in re.findall(r"--config\.mesh\.(\w+)=(-?\d+)", said)}
   for mesh in (MeshConfig(), MeshConfig(data=1, seq=-1), MeshConfig(data=1, fsdp=-1)):  # all that is shipped
     assert make_mesh(dataclasses.replace(mesh, **advised)).shape["fsdp"] == jax.device_count()
-
-
-def test_an_interrupt_that_python_would_forget():
-  """Ctrl-C within a callback of the garbage collector: Python prints it and goes on."""
-  program = """
-import gc, signal, time
-from megabyte_jax import command_line
-from megabyte_jax.folder_lock import locked
-
-def interrupt(phase, info):
-  gc.callbacks.remove(interrupt)
-  signal.raise_signal(signal.SIGINT)
-
-def main():
-  signal.signal(signal.SIGINT, signal.default_int_handler)
-  gc.callbacks.append(interrupt)
-  gc.collect()
-  time.sleep(20)
-
-command_line.run(main)
-"""
-  result = subprocess.run(
-    [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
-  )
-  assert (result.returncode, result.stderr) == (130, "interrupted\n")
-
-
-@pytest.mark.parametrize("script", ["train.py", "eval.py"])
-def test_an_interrupt_while_libraries_are_imported(script, tmp_path):
-  (tmp_path / "jax.py").write_text("import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(20)\n")
-  here = environment() | {"PYTHONPATH": str(tmp_path)}
-  program = f"""
-import runpy, signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal
-runpy.run_path({script!r}, run_name="__main__")
-"""
-  result = subprocess.run(
-    [sys.executable, "-c", program], cwd=ROOT, env=here, capture_output=True, text=True, check=False
-  )
-  assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
-
-
-def test_an_interrupt_while_a_module_of_ours_is_imported(tmp_path):
-  (tmp_path / "jax.py").write_text("import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(20)\n")
-  command = [sys.executable, "-m", "megabyte_jax.tables"]
-  program = f"import os, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv({command[0]!r}, {command!r})"
-  result = subprocess.run(
-    [sys.executable, "-c", program],
-    cwd=ROOT,
-    env=environment() | {"PYTHONPATH": str(tmp_path)},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
 
 
 def test_two_trainings_in_one_folder(tmp_path):

@@ -47,15 +47,6 @@ def test_nor_does_training_bring_tensorflow_or_torch():
   assert not imported("train") & {"tensorflow", "tensorflow_datasets", "torch"}
 
 
-def test_ctrl_c_is_left_alone_in_modules_of_others(tmp_path):
-  """A command of ours, run as a module, changes it during its imports; another program run so keeps it."""
-  (tmp_path / "theirs").mkdir()
-  (tmp_path / "theirs/__init__.py").write_text("import megabyte_jax\n")
-  check = "import signal\nassert signal.getsignal(signal.SIGINT) != signal.SIG_DFL\n"
-  (tmp_path / "theirs/program.py").write_text(check)
-  subprocess.run([sys.executable, "-m", "theirs.program"], cwd=tmp_path, check=True)
-
-
 def test_importing_a_command_defines_no_flags():
   """So that it can be used from programs that have flags of their own."""
   code = "import megabyte_jax.tables, megabyte_jax.matching, megabyte_jax.plan\n"
