@@ -30,20 +30,23 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from megabyte_jax import command_line, distributed, outputs, perplexity, plots, report
-from megabyte_jax.arguments import Parser, add_run_arguments
-from megabyte_jax.atomic_file import replacing
-from megabyte_jax.checkpoint import load_config
-from megabyte_jax.config import Config, ConfigError
-from megabyte_jax.config_parsing import require
-from megabyte_jax.data import image_report
+from megabyte_jax.checkpoints.saved_config import load_config
+from megabyte_jax.checkpoints.trained_model import evaluation_mesh, load
+from megabyte_jax.commands import command_line
+from megabyte_jax.commands.arguments import Parser, add_run_arguments
+from megabyte_jax.config import Config
 from megabyte_jax.data.open_data import open_path, open_source
-from megabyte_jax.data.sources import DataError, Source
-from megabyte_jax.evaluate import Evaluation
-from megabyte_jax.loss import bits_per_byte
-from megabyte_jax.pretrained import evaluation_mesh, load
-from megabyte_jax.remote import is_remote
-from megabyte_jax.windows import METHODS
+from megabyte_jax.data.sources import Source
+from megabyte_jax.display import plots
+from megabyte_jax.errors import ConfigError, DataError, require
+from megabyte_jax.evaluation import image_report, perplexity, report
+from megabyte_jax.evaluation.evaluate import Evaluation
+from megabyte_jax.evaluation.windows import METHODS
+from megabyte_jax.files import outputs
+from megabyte_jax.files.atomic_file import replacing
+from megabyte_jax.files.object_stores import is_remote
+from megabyte_jax.models.loss import bits_per_byte
+from megabyte_jax.parallel import distributed
 
 
 def main(arguments: Sequence[str] | None = None) -> str:

@@ -22,20 +22,26 @@ import optax
 from absl import flags
 from jax.sharding import Mesh
 
-from megabyte_jax import command_line, distributed, outputs, plots, report, windows
-from megabyte_jax.checkpoint import CheckpointError, Checkpoints, check_same_run, save_config
-from megabyte_jax.config import Config, ConfigError
+from megabyte_jax.checkpoints.checkpoints import Checkpoints
+from megabyte_jax.checkpoints.init_from import parameters_from
+from megabyte_jax.checkpoints.saved_config import check_same_run, save_config
+from megabyte_jax.commands import command_line
+from megabyte_jax.config import Config
 from megabyte_jax.data.batches import batches, open_windows
 from megabyte_jax.data.open_data import open_source
-from megabyte_jax.evaluate import Evaluation, evaluate
-from megabyte_jax.fine_tune import parameters_from
-from megabyte_jax.flops import flops_per_byte, predicted_bytes
-from megabyte_jax.folder_lock import locked
-from megabyte_jax.media_samples import write_samples
-from megabyte_jax.metrics import Metrics
-from megabyte_jax.optimizer import learning_rate
-from megabyte_jax.sharding import batch_sharding, check_mesh, make_mesh
-from megabyte_jax.train_state import TrainState, initial_state, make_eval_step, make_train_step, restored_state
+from megabyte_jax.display import plots
+from megabyte_jax.display.metrics import Metrics
+from megabyte_jax.errors import CheckpointError, ConfigError
+from megabyte_jax.evaluation import report, windows
+from megabyte_jax.evaluation.evaluate import Evaluation, evaluate, make_eval_step
+from megabyte_jax.files import outputs
+from megabyte_jax.files.folder_lock import locked
+from megabyte_jax.generation.samples import print_sample, write_samples
+from megabyte_jax.models.flops import flops_per_byte, predicted_bytes
+from megabyte_jax.parallel import distributed
+from megabyte_jax.parallel.sharding import batch_sharding, check_mesh, make_mesh
+from megabyte_jax.training.optimizer import learning_rate
+from megabyte_jax.training.state import TrainState, initial_state, make_train_step, restored_state
 
 _QUICK_START = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "quickstart.py")
 _CONFIG = command_line.define_config(_QUICK_START, "What to train.")
@@ -179,7 +185,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
     picture = os.path.join(workdir, "loss.png")
     if jax.process_index() == 0:
       plots.loss_curve(os.path.join(workdir, "metrics.jsonl"), picture)
-    report.print_sample(config, state.parameters, source)
+    print_sample(config, state.parameters, source)
     for path in write_samples(config, state.parameters, validation or source, workdir):
       print(f"samples: {path}")
     print(report.what_next(workdir, picture, config.data.form))

@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from megabyte_jax import flops, plots
-from megabyte_jax.atomic_file import replacing
+from megabyte_jax.checkpoints.saved_config import all_differences, show_value
 from megabyte_jax.config import Config
-from megabyte_jax.config_parsing import require
-from megabyte_jax.saved_run import all_differences, show_value
+from megabyte_jax.display import plots
+from megabyte_jax.errors import require
+from megabyte_jax.files.atomic_file import replacing
+from megabyte_jax.models import flops
 
 _BINS = 64  # of a context, in files and pictures
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from megabyte_jax import recipe
+from megabyte_jax.paper import recipe
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@
   python benchmarks/comparisons.py books --data=corpora --dry_run       what it would train, and on how many bytes
 
 Every row is the paper's, made smaller by the one rule of configs/small.py; `modern_books` and `modern_images` change
-the paper's recipe as megabyte_jax/recipe.py says, all at once and all but one. Then, for each row:
+the paper's recipe as megabyte_jax/paper/recipe.py says, all at once and all but one. Then, for each row:
 
 1. Rows below the first get the number of layers at which a training step takes the first row's time per byte on this
    machine (megabyte_jax.matching, as in section 4.1 of the paper), or its FLOPs (--match=flops). Recipes keep their
@@ -42,14 +42,17 @@ from absl import flags as absl_flags
 from comparison_rows import COMPARISONS, Comparison
 from ml_collections import config_flags
 
-from megabyte_jax import command_line, flops, matching, windows
-from megabyte_jax.arguments import Parser
-from megabyte_jax.atomic_file import replacing
-from megabyte_jax.checkpoint import Checkpoints
-from megabyte_jax.config import Config, ConfigError
-from megabyte_jax.config_parsing import require
+from megabyte_jax.checkpoints.checkpoints import Checkpoints
+from megabyte_jax.commands import command_line
+from megabyte_jax.commands.arguments import Parser
+from megabyte_jax.config import Config
 from megabyte_jax.data.open_data import open_source
-from megabyte_jax.progress import human
+from megabyte_jax.display.progress import human
+from megabyte_jax.errors import ConfigError, require
+from megabyte_jax.evaluation import windows
+from megabyte_jax.files.atomic_file import replacing
+from megabyte_jax.models import flops
+from megabyte_jax.planning import matching
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -351,7 +354,7 @@ def main() -> None:
 
 
 def write_results(rows: list[dict], comparison: Comparison, args: argparse.Namespace) -> None:
-  """The results file (see megabyte_jax/measured.py)."""
+  """The results file (see megabyte_jax/paper/measured.py)."""
   note = f"{args.config_file.name}, {args.train_bytes / 1e6:.3g} MB of {comparison.data}"
   if args.test_bytes:
     note += f", first {args.test_bytes / 1e6:g} MB of test"

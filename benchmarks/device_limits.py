@@ -8,8 +8,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from megabyte_jax import flops
 from megabyte_jax.config import Config, Level, MegabyteConfig, ModelConfig
+from megabyte_jax.models import flops
 
 
 def matmul_flops(seconds: float = 4.0, size: int = 8192) -> float:

@@ -38,12 +38,13 @@ import peers
 from device_limits import copy_bandwidth
 from flax import nnx
 
-from megabyte_jax import Level, MegabyteConfig, generate, windows
-from megabyte_jax.arguments import Parser
-from megabyte_jax.atomic_file import replacing
+from megabyte_jax import Level, MegabyteConfig, generate
+from megabyte_jax.commands.arguments import Parser
+from megabyte_jax.evaluation import windows
+from megabyte_jax.files.atomic_file import replacing
+from megabyte_jax.models.block import compute_dtype
 from megabyte_jax.models.build import initial_parameters, make_model
-from megabyte_jax.models.layers import compute_dtype
-from megabyte_jax.paper_numbers import TABLES
+from megabyte_jax.paper.printed_numbers import TABLES
 
 PEER = "MEGABYTE-pytorch"
 ROWS = {"Transformer": "table9:transformer", "MEGABYTE": "table9:megabyte"}  # of the paper's table
@@ -179,7 +180,7 @@ def paper_speed_up() -> float:
 
 
 def results(rows: list[dict], generated: int, run: dict) -> dict:
-  """A results file: for the paper's rows those of batch 1 (see megabyte_jax/measured.py), and all that was measured."""
+  """A results file: for the paper's rows those of batch 1 (megabyte_jax/paper/measured.py), and all else."""
   ours = [r for r in rows if r["model"] in ROWS and r["batch"] == 1 and "error" not in r]
   note = "untrained, without cross-patch attention, one sample, {generated:,} bytes, {device}, {versions}, {date}"
   return {

@@ -21,9 +21,9 @@ import time
 import numpy as np
 from PIL import Image
 
-from megabyte_jax.arguments import Parser
+from megabyte_jax.commands import prepare
+from megabyte_jax.commands.arguments import Parser
 from megabyte_jax.config import DataConfig
-from megabyte_jax.data import prepare
 from megabyte_jax.data.batches import batches
 from megabyte_jax.data.open_data import SAMPLE_FOLDER, open_source
 

@@ -26,14 +26,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from megabyte_jax import flops, plots
-from megabyte_jax.arguments import Parser
-from megabyte_jax.atomic_file import replacing
+from megabyte_jax.commands.arguments import Parser
 from megabyte_jax.config import Config, Level, MegabyteConfig
-from megabyte_jax.loss import bits_per_byte
-from megabyte_jax.lowering import lower, memory_of
-from megabyte_jax.sharding import batch_sharding, make_mesh
-from megabyte_jax.train_state import initial_state
+from megabyte_jax.display import plots
+from megabyte_jax.files.atomic_file import replacing
+from megabyte_jax.models import flops
+from megabyte_jax.models.loss import bits_per_byte
+from megabyte_jax.parallel.sharding import batch_sharding, make_mesh
+from megabyte_jax.planning.lowering import lower, memory_of
+from megabyte_jax.training.state import initial_state
 
 # Whole patches of 192 and, from the second on, whole tiles of attention kernels.
 LENGTHS = {

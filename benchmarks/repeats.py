@@ -22,14 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from megabyte_jax import Level, MegabyteConfig, plots
-from megabyte_jax.arguments import Parser
-from megabyte_jax.atomic_file import replacing
+from megabyte_jax import Level, MegabyteConfig
+from megabyte_jax.commands.arguments import Parser
 from megabyte_jax.config import Config, DataConfig, OptimizerConfig
-from megabyte_jax.loss import bits_per_byte
-from megabyte_jax.progress import Progress
-from megabyte_jax.sharding import make_mesh
-from megabyte_jax.train_state import initial_state, make_train_step
+from megabyte_jax.display import plots
+from megabyte_jax.display.progress import Progress
+from megabyte_jax.files.atomic_file import replacing
+from megabyte_jax.models.loss import bits_per_byte
+from megabyte_jax.parallel.sharding import make_mesh
+from megabyte_jax.training.state import initial_state, make_train_step
 
 CONTEXT, BATCH, PATCH, LETTERS = 128, 16, 4, 16
 SHORTEST, LONGEST = 32, 64  # strings

@@ -36,8 +36,8 @@ from typing import Any
 import own_process
 from train_speed import cases, cells
 
-from megabyte_jax.arguments import Parser
-from megabyte_jax.atomic_file import replacing
+from megabyte_jax.commands.arguments import Parser
+from megabyte_jax.files.atomic_file import replacing
 
 CASES = ("text24", "image640", "tiny")
 STEPS = 20  # whose losses are compared
@@ -83,12 +83,13 @@ def measure(args: argparse.Namespace) -> dict:
   """
   import jax  # noqa: PLC0415
 
-  from megabyte_jax import flops, hardware  # noqa: PLC0415
-  from megabyte_jax.checkpoint import Checkpoints  # noqa: PLC0415
-  from megabyte_jax.collectives import collectives  # noqa: PLC0415
-  from megabyte_jax.lowering import lower  # noqa: PLC0415
-  from megabyte_jax.sharding import make_mesh  # noqa: PLC0415
-  from megabyte_jax.train_state import initial_state  # noqa: PLC0415
+  from megabyte_jax.checkpoints.checkpoints import Checkpoints  # noqa: PLC0415
+  from megabyte_jax.models import flops  # noqa: PLC0415
+  from megabyte_jax.parallel import hardware  # noqa: PLC0415
+  from megabyte_jax.parallel.sharding import make_mesh  # noqa: PLC0415
+  from megabyte_jax.planning.collectives import collectives  # noqa: PLC0415
+  from megabyte_jax.planning.lowering import lower  # noqa: PLC0415
+  from megabyte_jax.training.state import initial_state  # noqa: PLC0415
 
   config = config_of(args.only, json.loads(args.mesh), reference=args.reference, batch_size=args.batch_size)
   made = make_mesh(config.mesh, jax.devices()[:1] if args.reference else None)
@@ -131,7 +132,7 @@ def stream(config, mesh, first_step: int):
   from megabyte_jax.config import DataConfig  # noqa: PLC0415
   from megabyte_jax.data.batches import batches  # noqa: PLC0415
   from megabyte_jax.data.open_data import open_source  # noqa: PLC0415
-  from megabyte_jax.sharding import batch_sharding  # noqa: PLC0415
+  from megabyte_jax.parallel.sharding import batch_sharding  # noqa: PLC0415
 
   return batches(
     open_source(DataConfig(), "train"),
@@ -146,8 +147,8 @@ def stream(config, mesh, first_step: int):
 
 def resumed_loss(config, mesh, step, workdir: str) -> float:
   """The loss of step `STEPS` from the checkpoint in `workdir`."""
-  from megabyte_jax.checkpoint import Checkpoints  # noqa: PLC0415
-  from megabyte_jax.train_state import restored_state  # noqa: PLC0415
+  from megabyte_jax.checkpoints.checkpoints import Checkpoints  # noqa: PLC0415
+  from megabyte_jax.training.state import restored_state  # noqa: PLC0415
 
   with Checkpoints(workdir, config.checkpoint) as checkpoints:
     state = restored_state(config, mesh, checkpoints)

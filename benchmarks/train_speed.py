@@ -39,7 +39,7 @@ import time
 import own_process
 import peers
 
-from megabyte_jax.arguments import Parser
+from megabyte_jax.commands.arguments import Parser
 
 PEERS = {  # how each is timed
   "MEGABYTE-pytorch shipped": "MEGABYTE-pytorch",
@@ -65,24 +65,22 @@ COLUMNS = {  # and how their numbers are shown
 
 def cases() -> dict:
   """Configs by name: the sizes of the speed targets, and those of Tables 2 and 5 (appendix A.2)."""
-  from megabyte_jax import paper_rows  # noqa: PLC0415
   from megabyte_jax.config import Config  # noqa: PLC0415
+  from megabyte_jax.paper import rows  # noqa: PLC0415
 
   def case(model, batch_size: int, **options) -> Config:
     options = {"dropout": 0.0, "remat": "named"} | options
     return Config(model=dataclasses.replace(model, **options), batch_size=batch_size, num_steps=1_000_000)
 
   def megabyte(global_shape, local_shape, patch_size, context, *, cross_patch=False):
-    return paper_rows.megabyte(
-      global_shape, local_shape, patch_size=patch_size, context=context, cross_patch=cross_patch
-    )
+    return rows.megabyte(global_shape, local_shape, patch_size=patch_size, context=context, cross_patch=cross_patch)
 
   return {
     "text24": case(megabyte((2048, 24), (1024, 15), 8, 8192), 16),
     "text14": case(megabyte((2048, 14), (1024, 18), 8, 8192), 16),
     "text14_cross_patch": case(megabyte((2048, 14), (1024, 18), 8, 8192, cross_patch=True), 16),
-    "text_transformer": case(paper_rows.transformer((1024, 22), 1024), 64),
-    "text_perceiver_ar": case(paper_rows.perceiver_ar((1024, 17), 8192, 1024), 16),
+    "text_transformer": case(rows.transformer((1024, 22), 1024), 64),
+    "text_perceiver_ar": case(rows.perceiver_ar((1024, 17), 8192, 1024), 16),
     "image256": case(megabyte((768, 12), (768, 12), 192, 196_608), 4, patch_groups=8),
     "image256_cross_patch": case(megabyte((768, 12), (768, 12), 192, 196_608, cross_patch=True), 1),
     "image640": case(megabyte((768, 12), (768, 8), 192, 1_228_800), 1, patch_groups=16),
@@ -109,8 +107,9 @@ def measure(case: str, seconds: float, limit_seconds: float, kernels: int) -> di
   from device_limits import copy_bandwidth, least_seconds, matmul_flops  # noqa: PLC0415
   from kernels import kernel_times, summary  # noqa: PLC0415
 
-  from megabyte_jax import flops, hardware  # noqa: PLC0415
-  from megabyte_jax.step_time import TimedStep  # noqa: PLC0415
+  from megabyte_jax.models import flops  # noqa: PLC0415
+  from megabyte_jax.parallel import hardware  # noqa: PLC0415
+  from megabyte_jax.planning.step_time import TimedStep  # noqa: PLC0415
 
   config = config_of(case)
   begin = time.perf_counter()
@@ -153,8 +152,8 @@ def measure(case: str, seconds: float, limit_seconds: float, kernels: int) -> di
 def compile_only(case: str) -> dict:
   """Compiles the training step of one of our models for the cache on disk."""
 
-  from megabyte_jax.lowering import lower  # noqa: PLC0415
-  from megabyte_jax.sharding import make_mesh  # noqa: PLC0415
+  from megabyte_jax.parallel.sharding import make_mesh  # noqa: PLC0415
+  from megabyte_jax.planning.lowering import lower  # noqa: PLC0415
 
   config = config_of(case)
   begin = time.perf_counter()

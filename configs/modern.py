@@ -1,4 +1,4 @@
-"""Any row of the paper's tables, full-size, with a modern recipe (megabyte_jax/recipe.py) instead of the paper's.
+"""Any row of the paper's tables, full-size, with a modern recipe (megabyte_jax/paper/recipe.py) instead of the paper's.
 
   python train.py --config=configs/modern.py:table2:books_megabyte --workdir=runs/modern/books_megabyte
 
@@ -8,8 +8,8 @@ that file's rule; benchmarks/comparisons.py modern_books and modern_images measu
 change.
 """
 
-from megabyte_jax import recipe
-from megabyte_jax.paper_configs import config_of
+from megabyte_jax.paper import recipe
+from megabyte_jax.paper.configs import config_of
 
 
 def get_config(name="table2:books_megabyte"):

@@ -20,18 +20,19 @@ One rule for every row:
   is a level above, what it says begins no larger than a byte's embedding (`parent_init=balanced`).
 
 benchmarks/comparisons.py runs whole tables of these. `ROW+modern` is the row with the modern recipe of
-megabyte_jax/recipe.py, `ROW+swiglu` and `ROW+modern-swiglu` with one change of it or with all but one. `ROW@4` has a
-quarter of the widths and layers instead of half, `ROW@1` all.
+megabyte_jax/paper/recipe.py, `ROW+swiglu` and `ROW+modern-swiglu` with one change of it or with all but one. `ROW@4`
+has a quarter of the widths and layers instead of half, `ROW@1` all.
 """
 
 import dataclasses
 import math
 import re
 
-from megabyte_jax import flops, recipe
 from megabyte_jax.config import EvalConfig, Level, MegabyteConfig, MeshConfig
-from megabyte_jax.config_parsing import require
-from megabyte_jax.paper_configs import config_of
+from megabyte_jax.errors import require
+from megabyte_jax.models import flops
+from megabyte_jax.paper import recipe
+from megabyte_jax.paper.configs import config_of
 
 BYTES_PER_STEP = 2**15
 BYTES_AT_ONCE = 2**16

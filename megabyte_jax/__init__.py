@@ -1,5 +1,6 @@
 """MEGABYTE (arXiv 2305.07185) in JAX: bytes in, next-byte probabilities out, no tokenizer."""
 
+import os
 import signal
 import sys
 
@@ -10,13 +11,14 @@ if (  # python -m megabyte_jax.X: no traceback of Ctrl-C during its imports
 ):
   signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from megabyte_jax.config import Config, ConfigError, Level, MegabyteConfig, PerceiverARConfig
-from megabyte_jax.loss import bits_per_byte, byte_nats
+from megabyte_jax.checkpoints.trained_model import load
+from megabyte_jax.config import Config, Level, MegabyteConfig, PerceiverARConfig
+from megabyte_jax.errors import ConfigError
+from megabyte_jax.generation.sampling import Sampling, generate
 from megabyte_jax.models.build import make_model
+from megabyte_jax.models.loss import bits_per_byte, byte_nats
 from megabyte_jax.models.megabyte import Megabyte
 from megabyte_jax.models.perceiver_ar import PerceiverAR
-from megabyte_jax.pretrained import load
-from megabyte_jax.sampling import Sampling, generate
 
 __all__ = [
   "Config",
@@ -33,3 +35,6 @@ __all__ = [
   "load",
   "make_model",
 ]
+
+# The first spelling of commands, `python -m megabyte_jax.generate`, still works.
+__path__.append(os.path.join(__path__[0], "commands"))

@@ -7,7 +7,7 @@ import os
 # starts train.py and the like as a person does compiles as it does for a person (`commands.environment`).
 EMITTERS = "xla_cpu_use_fusion_emitters"  # a choice until jaxlib 0.11.0, unknown since
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # cuda: tests/test_accelerator.py
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # cuda: tests/models/test_accelerator.py
 _flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "xla_force_host_platform_device_count" not in f]
 _flags.append("--xla_force_host_platform_device_count=8")
 _quick = os.environ["JAX_PLATFORMS"] == "cpu"

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from megabyte_jax.config import Level, MegabyteConfig, ModelConfig, PerceiverARConfig
 from megabyte_jax.models.build import Model, abstract_model
-from megabyte_jax.models.config import Level, MegabyteConfig, ModelConfig, PerceiverARConfig
 
 
 def _level(patch_size: int, width: int, layers: int = 2, **options) -> Level:

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from megabyte_jax.models.config import PerceiverARConfig
+from megabyte_jax.config import PerceiverARConfig
 
 
 def float64(parameters):

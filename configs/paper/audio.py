@@ -9,18 +9,18 @@ The paper's numbers: transformer 3.567, perceiver_ar 3.543, megabyte 3.477. MEGA
 
 import dataclasses
 
-from megabyte_jax import paper_rows
+from megabyte_jax.paper import rows
 
 ROWS = {
-  "transformer": paper_rows.run(paper_rows.transformer((768, 13), 1024), paper_rows.audio(), batch_size=2048),
-  "perceiver_ar": paper_rows.run(
-    paper_rows.perceiver_ar((768, 6), 8192, 1024),
-    dataclasses.replace(paper_rows.audio(), documents="whole"),  # random spans of each recording
+  "transformer": rows.run(rows.transformer((768, 13), 1024), rows.audio(), batch_size=2048),
+  "perceiver_ar": rows.run(
+    rows.perceiver_ar((768, 6), 8192, 1024),
+    dataclasses.replace(rows.audio(), documents="whole"),  # random spans of each recording
     batch_size=384,
   ),
-  "megabyte": paper_rows.audio_megabyte(),
+  "megabyte": rows.audio_megabyte(),
 }
 
 
 def get_config(name=""):
-  return paper_rows.select(ROWS, name)
+  return rows.select(ROWS, name)

@@ -15,8 +15,8 @@ Names are DATA_ROW. The paper's numbers:
 Without a global model the local one keeps its cross-patch attention: one component is left out at a time.
 """
 
-from megabyte_jax import paper_rows
-from megabyte_jax.paper_rows import audio_megabyte, image256_megabyte, megabyte, run, text, text_megabyte
+from megabyte_jax.paper import rows
+from megabyte_jax.paper.rows import audio_megabyte, image256_megabyte, megabyte, run, text, text_megabyte
 
 ROWS = {
   "arxiv_megabyte": text_megabyte("arxiv"),
@@ -41,4 +41,4 @@ ROWS = {
 
 
 def get_config(name=""):
-  return paper_rows.select(ROWS, name)
+  return rows.select(ROWS, name)

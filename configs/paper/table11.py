@@ -7,12 +7,12 @@ The paper's numbers: basic (1x the compute) 0.9079, sliding (2x) 0.8918, strided
 The rows differ in --config.eval.method alone: train once, evaluate four times.
 """
 
-from megabyte_jax import paper_rows
+from megabyte_jax.paper import rows
 
-MODEL = paper_rows.text_megabyte("pg19", (2048, 24), (1024, 24), train_bytes=paper_rows.LONG_BYTES)
+MODEL = rows.text_megabyte("pg19", (2048, 24), (1024, 24), train_bytes=rows.LONG_BYTES)
 
-ROWS = {method: paper_rows.with_method(MODEL, method) for method in ("basic", "sliding", "strided", "both")}
+ROWS = {method: rows.with_method(MODEL, method) for method in ("basic", "sliding", "strided", "both")}
 
 
 def get_config(name=""):
-  return paper_rows.select(ROWS, name)
+  return rows.select(ROWS, name)

@@ -7,15 +7,15 @@ The paper's numbers: megabyte 3.158 (patch), 3.428 (raster); perceiver_ar 3.373 
 It prints each model's sizes beside the other's name; here they are as in Table 15.
 """
 
-from megabyte_jax import paper_rows
+from megabyte_jax.paper import rows
 
 ROWS = {
-  "megabyte_patch_scan": paper_rows.image256_megabyte(),
-  "megabyte_raster_scan": paper_rows.image256_megabyte(scan="raster"),
-  "perceiver_ar_patch_scan": paper_rows.image256_perceiver_ar(),
-  "perceiver_ar_raster_scan": paper_rows.image256_perceiver_ar(scan="raster"),
+  "megabyte_patch_scan": rows.image256_megabyte(),
+  "megabyte_raster_scan": rows.image256_megabyte(scan="raster"),
+  "perceiver_ar_patch_scan": rows.image256_perceiver_ar(),
+  "perceiver_ar_raster_scan": rows.image256_perceiver_ar(scan="raster"),
 }
 
 
 def get_config(name=""):
-  return paper_rows.select(ROWS, name)
+  return rows.select(ROWS, name)

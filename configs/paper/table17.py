@@ -6,15 +6,15 @@
 The paper's numbers: context8192 0.8751, context16384 0.8787. Both have batches of the same number of bytes.
 """
 
-from megabyte_jax import paper_rows
+from megabyte_jax.paper import rows
 
 ROWS = {
-  f"context{context}": paper_rows.text_megabyte(
-    "pg19", (2048, 24), (1024, 24), context=context, train_bytes=paper_rows.LONG_BYTES, method="both"
+  f"context{context}": rows.text_megabyte(
+    "pg19", (2048, 24), (1024, 24), context=context, train_bytes=rows.LONG_BYTES, method="both"
   )
   for context in (8192, 16_384)
 }
 
 
 def get_config(name=""):
-  return paper_rows.select(ROWS, name)
+  return rows.select(ROWS, name)

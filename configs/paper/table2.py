@@ -15,20 +15,20 @@ DATA_windowed_transformer is not in the paper: the strong rival that later work 
 
 from collections.abc import Callable
 
-from megabyte_jax import paper_rows
 from megabyte_jax.config import Config
+from megabyte_jax.paper import rows
 
 DATA = ("pg19", "stories", "books", "arxiv", "code")
 
 MODELS: dict[str, Callable[[str], Config]] = {
-  "transformer": paper_rows.text_transformer,
-  "windowed_transformer": paper_rows.text_windowed_transformer,
-  "perceiver_ar": paper_rows.text_perceiver_ar,
-  "megabyte": paper_rows.text_megabyte,
+  "transformer": rows.text_transformer,
+  "windowed_transformer": rows.text_windowed_transformer,
+  "perceiver_ar": rows.text_perceiver_ar,
+  "megabyte": rows.text_megabyte,
 }
 
 ROWS = {f"{data}_{model}": make(data) for data in DATA for model, make in MODELS.items()}
 
 
 def get_config(name=""):
-  return paper_rows.select(ROWS, name)
+  return rows.select(ROWS, name)

@@ -13,18 +13,14 @@ The paper's perplexities, with bits per byte of the test set derived from them:
   megabyte       42.8        36.4   0.875
 """
 
-from megabyte_jax import paper_rows
+from megabyte_jax.paper import rows
 
 ROWS = {
-  "transformer": paper_rows.with_method(
-    paper_rows.text_transformer("pg19", context=2048, train_bytes=paper_rows.LONG_BYTES), "sliding"
-  ),
-  "perceiver_ar": paper_rows.text_perceiver_ar("pg19", train_bytes=paper_rows.LONG_BYTES),
-  "megabyte": paper_rows.text_megabyte(
-    "pg19", (2048, 24), (1024, 24), train_bytes=paper_rows.LONG_BYTES, method="both"
-  ),
+  "transformer": rows.with_method(rows.text_transformer("pg19", context=2048, train_bytes=rows.LONG_BYTES), "sliding"),
+  "perceiver_ar": rows.text_perceiver_ar("pg19", train_bytes=rows.LONG_BYTES),
+  "megabyte": rows.text_megabyte("pg19", (2048, 24), (1024, 24), train_bytes=rows.LONG_BYTES, method="both"),
 }
 
 
 def get_config(name=""):
-  return paper_rows.select(ROWS, name)
+  return rows.select(ROWS, name)

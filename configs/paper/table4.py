@@ -6,18 +6,18 @@
 Table 15 prints a batch of 2, which would make 57 million updates; 256 is that of its other Image64 row.
 """
 
-from megabyte_jax import paper_rows
+from megabyte_jax.paper import rows
 
 ROWS = {
-  "megabyte": paper_rows.run(
-    paper_rows.megabyte((2560, 32), (1024, 24), patch_size=12, context=12_288),
-    paper_rows.image64(),
+  "megabyte": rows.run(
+    rows.megabyte((2560, 32), (1024, 24), patch_size=12, context=12_288),
+    rows.image64(),
     batch_size=256,
-    train_bytes=paper_rows.IMAGENET64_BYTES,
+    train_bytes=rows.IMAGENET64_BYTES,
     method="both",
   ),
 }
 
 
 def get_config(name=""):
-  return paper_rows.select(ROWS, name)
+  return rows.select(ROWS, name)

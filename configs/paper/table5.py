@@ -14,27 +14,27 @@ MEGABYTE reads whole images: 12,288, 196,608 and 1,228,800 bytes. Spread the lon
 with --config.mesh.seq.
 """
 
-from megabyte_jax import paper_rows
-from megabyte_jax.paper_rows import imagenet, perceiver_ar, run, transformer
+from megabyte_jax.paper import rows
+from megabyte_jax.paper.rows import imagenet, perceiver_ar, run, transformer
 
 ROWS = {
-  "image64_transformer": run(transformer((1536, 24), 2048), paper_rows.image64(), batch_size=512, learning_rate=3e-4),
+  "image64_transformer": run(transformer((1536, 24), 2048), rows.image64(), batch_size=512, learning_rate=3e-4),
   "image64_perceiver_ar": run(
-    perceiver_ar((1024, 16), 12_288, 1024), paper_rows.image64(), batch_size=512, learning_rate=3e-4
+    perceiver_ar((1024, 16), 12_288, 1024), rows.image64(), batch_size=512, learning_rate=3e-4
   ),
   "image64_megabyte": run(
-    paper_rows.megabyte((2048, 24), (2048, 24), patch_size=12, context=12_288),
-    paper_rows.image64(),
+    rows.megabyte((2048, 24), (2048, 24), patch_size=12, context=12_288),
+    rows.image64(),
     batch_size=256,
     learning_rate=3e-4,
   ),
   "image256_transformer": run(transformer((768, 6), 1024), imagenet(256), batch_size=1536),
-  "image256_perceiver_ar": paper_rows.image256_perceiver_ar(),
-  "image256_megabyte": paper_rows.image256_megabyte(),
+  "image256_perceiver_ar": rows.image256_perceiver_ar(),
+  "image256_megabyte": rows.image256_megabyte(),
   "image640_transformer": run(transformer((768, 8), 1024), imagenet(640), batch_size=4800, learning_rate=3e-4),
   "image640_perceiver_ar": run(perceiver_ar((768, 6), 4096, 1024), imagenet(640), batch_size=2048, learning_rate=3e-4),
   "image640_megabyte": run(
-    paper_rows.megabyte((768, 12), (768, 8), patch_size=192, context=1_228_800),
+    rows.megabyte((768, 12), (768, 8), patch_size=192, context=1_228_800),
     imagenet(640),
     batch_size=32,
     learning_rate=3e-4,
@@ -43,4 +43,4 @@ ROWS = {
 
 
 def get_config(name=""):
-  return paper_rows.select(ROWS, name)
+  return rows.select(ROWS, name)

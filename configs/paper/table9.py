@@ -6,14 +6,14 @@
 The paper's numbers (device not named): transformer 1.064 bpb, 132 s; megabyte 0.991 bpb, 93 s.
 """
 
-from megabyte_jax import paper_rows
-from megabyte_jax.paper_rows import run, text, transformer
+from megabyte_jax.paper import rows
+from megabyte_jax.paper.rows import run, text, transformer
 
 ROWS = {
   "transformer": run(transformer((1024, 24), 1024), text("pg19"), batch_size=72),
-  "megabyte": paper_rows.text_megabyte("pg19", (2048, 24), (1024, 15)),
+  "megabyte": rows.text_megabyte("pg19", (2048, 24), (1024, 15)),
 }
 
 
 def get_config(name=""):
-  return paper_rows.select(ROWS, name)
+  return rows.select(ROWS, name)

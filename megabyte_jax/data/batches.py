@@ -17,11 +17,10 @@ import jax
 import numpy as np
 from grain.experimental import index_shuffle
 
-from megabyte_jax.config_parsing import require
+from megabyte_jax.config.model import check_bytes, latent_stride
 from megabyte_jax.data.read_ahead import THREADS
-from megabyte_jax.data.sources import DataError, Mixture, Source
-from megabyte_jax.models.config import check_bytes
-from megabyte_jax.windows import latent_stride
+from megabyte_jax.data.sources import Mixture, Source
+from megabyte_jax.errors import DataError, require
 
 _AHEAD = 2  # batches on their way to the devices while the current one is worked on
 

@@ -12,8 +12,9 @@ import numpy as np
 from etils import epath
 
 from megabyte_jax.data.fingerprints import pair_fingerprints
-from megabyte_jax.data.sources import SKIP_HINT, DataError, check_range
-from megabyte_jax.remote import in_parallel, is_remote
+from megabyte_jax.data.sources import SKIP_HINT, check_range
+from megabyte_jax.errors import DataError
+from megabyte_jax.files.object_stores import in_parallel, is_remote
 
 _BLOCK = 4096  # bytes per place looked at for a fingerprint
 _SAMPLED_FILES = 1024  # files whose contents are looked at; names and sizes of all are

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from megabyte_jax import remote
-from megabyte_jax.data.sources import DataError
+from megabyte_jax.errors import DataError
+from megabyte_jax.files import object_stores
 
 
 def find_files(spec: str, suffixes: Sequence[str] = ()) -> tuple[list[str], list[str]]:
@@ -25,7 +25,7 @@ def find_files(spec: str, suffixes: Sequence[str] = ()) -> tuple[list[str], list
   Raises:
     DataError: there are no such files, or a folder cannot be listed.
   """
-  is_remote = remote.is_remote(spec)
+  is_remote = object_stores.is_remote(spec)
   if any(c in spec for c in "*?[") and not os.path.exists(spec):
     base = _fixed_part(spec)
     paths = _remote_glob(base, spec) if is_remote else _local_glob(base, spec)
@@ -135,5 +135,5 @@ def _folder_in_a_loop(folder: str) -> bool:
 
 def _remote_glob(base: str, pattern: str) -> list[str]:
   paths = list(epath.Path(base).glob(pattern[len(base) :].lstrip("/")))
-  folders = remote.in_parallel(lambda path: path.is_dir(), paths, remote=True)
+  folders = object_stores.in_parallel(lambda path: path.is_dir(), paths, remote=True)
   return [str(path) for path, is_folder in zip(paths, folders, strict=True) if not is_folder]

@@ -12,12 +12,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from megabyte_jax import remote
-from megabyte_jax.config import ConfigError, DataConfig
-from megabyte_jax.config_parsing import require
-from megabyte_jax.data import audio, files, image_source, images, packed, tfds_source
+from megabyte_jax.config import DataConfig
+from megabyte_jax.data import files, tfds_source
 from megabyte_jax.data.folders import find_files
-from megabyte_jax.data.sources import DataError, Joined, Mixture, Source
+from megabyte_jax.data.media import audio, image_source, images
+from megabyte_jax.data.packing import packed
+from megabyte_jax.data.sources import Joined, Mixture, Source
+from megabyte_jax.errors import ConfigError, DataError, require
+from megabyte_jax.files import object_stores
 
 SAMPLE_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sample")
 
@@ -70,7 +72,7 @@ def _split_list(spec: str) -> list[str]:
 
 
 def _open_one(spec: str, data: DataConfig, skip_empty: bool = False) -> Source:
-  if scheme := remote.unknown_scheme(spec):
+  if scheme := object_stores.unknown_scheme(spec):
     raise DataError(f"{spec}: no data can be read from {scheme}; copy them to a disk or a bucket (gs://)")
   if spec.startswith("sample:"):
     path = os.path.join(SAMPLE_FOLDER, *spec.removeprefix("sample:").split("/"))

@@ -14,10 +14,6 @@ from megabyte_jax.data.fingerprints import combine_fingerprints
 SKIP_HINT = "--config.data.skip_bad=True (eval.py and prepare: --skip-bad)"
 
 
-class DataError(ValueError):
-  """Data that cannot be read as they are; the message names the item and says what to do."""
-
-
 class Source(Protocol):
   """Documents with random access. All methods may be called from several threads at once.
 

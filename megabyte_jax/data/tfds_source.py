@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from megabyte_jax import remote
-from megabyte_jax.config import ConfigError, DataConfig
-from megabyte_jax.config_parsing import require
+from megabyte_jax.config import DataConfig
 from megabyte_jax.data.files import fingerprint_files, sizes_of
 from megabyte_jax.data.fingerprints import combine_fingerprints
-from megabyte_jax.data.image_source import Images
+from megabyte_jax.data.media.image_source import Images
 from megabyte_jax.data.shared_cache import SharedCache
-from megabyte_jax.data.sources import SKIP_HINT, DataError, Source, check_range
+from megabyte_jax.data.sources import SKIP_HINT, Source, check_range
+from megabyte_jax.errors import ConfigError, DataError, require
+from megabyte_jax.files import object_stores
 
 _SPLIT = r"\w+(?:\[[^\]]*\])?"
 _SPEC = re.compile(rf"tfds:(?P<name>.+):(?P<split>{_SPLIT}(?:\+{_SPLIT})*)(?:#(?P<feature>\w+))?")
@@ -75,7 +75,7 @@ def find_builder(name: str, tfds_dir: str) -> Any:
   """TFDS's builder of a data set, or of the one that lies in the folder `name`. Raises DataError if there is none."""
   import tensorflow_datasets as tfds  # noqa: PLC0415
 
-  if remote.is_remote(name) or name.startswith((".", "/", "~")):
+  if object_stores.is_remote(name) or name.startswith((".", "/", "~")):
     folder = epath.Path(name).expanduser()
     if not (folder / "dataset_info.json").exists():
       raise DataError(f"{name} holds no prepared TFDS data set (no dataset_info.json)")
@@ -93,7 +93,7 @@ def find_builder(name: str, tfds_dir: str) -> Any:
     builder = tfds.builder(name, data_dir=tfds_dir or None)
     return tfds.builder_from_directory(builder.data_dir) if builder.info.splits else builder
   except ImportError as error:
-    if line := remote.missing_package(error):
+    if line := object_stores.missing_package(error):
       raise DataError(line) from error
     raise DataError(
       f"tfds:{name} is not in {where}, and TFDS's code that builds it needs TensorFlow or another package that is "
@@ -113,7 +113,7 @@ def find_builder(name: str, tfds_dir: str) -> Any:
 def prepare_command(action: str, name: str, tfds_dir: str) -> str:
   """The command line that builds or converts a data set."""
   where = f" --tfds-dir={tfds_dir}" if tfds_dir else ""
-  return f"python -m megabyte_jax.data.prepare {action} tfds:{name}{where}"
+  return f"python -m megabyte_jax.prepare {action} tfds:{name}{where}"
 
 
 def _check_prepared(builder: Any, name: str, tfds_dir: str) -> None:
@@ -226,7 +226,7 @@ class Texts:
     if count > 1000:
       logging.warning(
         "reading %s once to learn the lengths of its %d texts; pack it to start at once: "
-        "python -m megabyte_jax.data.prepare pack %s DIR",
+        "python -m megabyte_jax.prepare pack %s DIR",
         *(records.spec, count, records.spec),
       )
     with ThreadPoolExecutor() as pool:

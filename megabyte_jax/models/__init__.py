@@ -1,1 +1,1 @@
-"""The models: MEGABYTE and its baselines."""
+"""Holds the models, their loss and their counts of parameters and FLOPs; neither data nor training is known here."""

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from megabyte_jax.backend import platform
-from megabyte_jax.config_parsing import ConfigError
+from megabyte_jax.errors import ConfigError
 from megabyte_jax.models import dropout as dropout_lib
-from megabyte_jax.models import fused_attention
+from megabyte_jax.models.kernels import fused_attention
+from megabyte_jax.parallel.backend import platform
 
 _FUSED: dict[str, Callable[..., jax.Array]] = {"cudnn": fused_attention.cudnn, "splash": fused_attention.splash}
 _FUSED_MIN_SLOTS = 64  # below, the matrix products of a span are too small for a fused kernel to help

@@ -12,13 +12,13 @@ import jax
 from flax import nnx
 from jax.experimental.layout import Format, Layout
 
-from megabyte_jax.models import cached_attention
-from megabyte_jax.models.config import MegabyteConfig, ModelConfig
-from megabyte_jax.models.layers import compute_dtype
+from megabyte_jax.config import MegabyteConfig, ModelConfig
+from megabyte_jax.models.block import compute_dtype
+from megabyte_jax.models.kernels import cached_attention
 from megabyte_jax.models.megabyte import Megabyte
 from megabyte_jax.models.perceiver_ar import PerceiverAR
 from megabyte_jax.models.stack import each_in_one_kernel, is_variable, unstacked
-from megabyte_jax.parameter_names import parameter_name
+from megabyte_jax.parallel.parameter_names import parameter_name
 
 Model = Megabyte | PerceiverAR
 

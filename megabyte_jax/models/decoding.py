@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from megabyte_jax.models.config import MegabyteConfig
-from megabyte_jax.models.layers import compute_dtype
+from megabyte_jax.config import MegabyteConfig
+from megabyte_jax.models.block import compute_dtype
 from megabyte_jax.models.level import LevelModel
 from megabyte_jax.models.patch_embedder import check_length
 from megabyte_jax.models.stack import Cache

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from megabyte_jax.models.config import Level, MegabyteConfig
-from megabyte_jax.models.layers import init_normal
-from megabyte_jax.models.layout import constrain
+from megabyte_jax.config import Level, MegabyteConfig
+from megabyte_jax.models.block import init_normal
 from megabyte_jax.models.patch_embedder import PatchEmbedder
 from megabyte_jax.models.stack import Stack
+from megabyte_jax.parallel.activation_layout import constrain
 
 
 class LevelModel(nnx.Module):

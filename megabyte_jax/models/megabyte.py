@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from megabyte_jax.models.config import MegabyteConfig
+from megabyte_jax.config import MegabyteConfig
 from megabyte_jax.models.decoding import Decoding
 from megabyte_jax.models.level import LevelModel
 from megabyte_jax.models.patch_embedder import check_length

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from megabyte_jax.config_parsing import require
+from megabyte_jax.config import BlockOptions, Level
+from megabyte_jax.errors import require
 from megabyte_jax.models.attention import shift
-from megabyte_jax.models.config import BlockOptions, Level
-from megabyte_jax.models.layers import compute_dtype, init_normal
+from megabyte_jax.models.block import compute_dtype, init_normal
 
 _LOOKUP_BYTES = 1 << 22  # whose one-hot vectors may be in memory together: 2 GiB of bfloat16
 

@@ -14,11 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from megabyte_jax.config import PerceiverARConfig
 from megabyte_jax.models import attention as attention_lib
-from megabyte_jax.models.config import PerceiverARConfig
-from megabyte_jax.models.decoding import Pick
-from megabyte_jax.models.dropout import dropout
-from megabyte_jax.models.layers import (
+from megabyte_jax.models.block import (
   activate,
   make_ff_in,
   make_head_norm,
@@ -27,6 +25,8 @@ from megabyte_jax.models.layers import (
   products_apart,
   rotate,
 )
+from megabyte_jax.models.decoding import Pick
+from megabyte_jax.models.dropout import dropout
 from megabyte_jax.models.patch_embedder import PatchEmbedder, check_length
 from megabyte_jax.models.stack import Cache, Stack, rematerialised
 

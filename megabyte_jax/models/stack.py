@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from megabyte_jax.backend import platform, row_major
-from megabyte_jax.models import cached_attention, stack_kernel
+from megabyte_jax.config import Level, ModelConfig
 from megabyte_jax.models.attention import Past
-from megabyte_jax.models.config import Level, ModelConfig
-from megabyte_jax.models.layers import Block, compute_dtype, make_norm, normalised, rotate
+from megabyte_jax.models.block import Block, compute_dtype, make_norm, normalised, rotate
+from megabyte_jax.models.kernels import cached_attention, decoding_step
+from megabyte_jax.parallel.backend import platform, row_major
 
 
 class Cache(NamedTuple):
@@ -92,7 +92,7 @@ class Stack(nnx.Module):
     r, window = self.level.cross_patch, self.level.attention_window
     first = jnp.maximum(jnp.where(has_previous, 0, r), r + slot - window + 1 if window else 0)  # entry that is seen
     if self._in_one_kernel(x_B11D.shape[0]):
-      x_D, *kv = stack_kernel.step(
+      x_D, *kv = decoding_step.step(
         x_B11D[0, 0, 0],
         stack_weights(self),
         *(a[:, 0, 0] for a in cache),
@@ -154,17 +154,17 @@ def _written(cache: Cache, new_LB11HK: Sequence[jax.Array], at: jax.Array) -> Ca
 
 def each_in_one_kernel(config: ModelConfig, rows: int) -> bool:
   """Whether the kernel of stack_kernel.py takes each of the model's stacks; parameters are laid out for all or none."""
-  return all(stack_kernel.serves(level, config, rows) for level in config.levels)
+  return all(decoding_step.serves(level, config, rows) for level in config.levels)
 
 
-def stack_weights(stack: Stack) -> stack_kernel.Weights:
+def stack_weights(stack: Stack) -> decoding_step.Weights:
   """The stacked parameters as stack_kernel.py takes them: no copies where they lie as build.py puts them."""
   blocks, level = stack.blocks, stack.level
   (heads, width), L, D = level.heads, level.num_layers, level.width
   qkv_LD3HK, out_LHKD = blocks.qkv.kernel[...], blocks.attention_out.kernel[...]
   bias = blocks.qkv.bias is not None
   shift = getattr(blocks.attention_norm, "bias", None) is not None
-  return stack_kernel.Weights(
+  return decoding_step.Weights(
     qkv_LD3HK.transpose(0, 2, 3, 4, 1).reshape(L, 3, heads, 2, width // 2, D),
     blocks.qkv.bias[...].reshape(L, 3, heads, 2, width // 2) if bias else None,
     out_LHKD.transpose(0, 3, 1, 2).reshape(L, D, heads * width),

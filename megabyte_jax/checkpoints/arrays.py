@@ -1,0 +1,70 @@
+"""The arrays of a checkpoint: their names, how they are stored, and whether they are those of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from megabyte_jax.errors import CheckpointError
+from megabyte_jax.parallel.parameter_names import parameter_name
+
+
+def handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+  """How each item is stored, told in advance so that a checkpoint can be examined before it is restored."""
+  registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+  for item in ("params", "opt_state"):
+    arrays = ocp.handlers.StandardCheckpointHandler()
+    registry.add(item, ocp.args.StandardSave, arrays)
+    registry.add(item, ocp.args.StandardRestore, arrays)
+  text = ocp.handlers.JsonCheckpointHandler()
+  registry.add("meta", ocp.args.JsonSave, text)
+  registry.add("meta", ocp.args.JsonRestore, text)
+  return registry
+
+
+def flat_arrays(tree: Any) -> dict[str, Any]:
+  """{dotted path: leaf} of any pytree, in the order of its leaves."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {parameter_name(path): leaf for path, leaf in leaves}
+
+
+def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+  """Shape, dtype and sharding of a leaf; one without a sharding goes to the first local device."""
+  sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def check_same_arrays(
+  folder: epath.Path, metadata: Any, wanted: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]
+) -> None:
+  """Raises CheckpointError unless a checkpoint has exactly the arrays of `wanted`; Orbax would cast or skip.
+
+  Args:
+    folder: of the checkpoint, for the message.
+    metadata: Orbax's, of its items.
+    wanted: item -> {dotted path: array}.
+  """
+  lines = []
+  for item, tree in wanted.items():
+    saved = {name: _describe(leaf) for name, leaf in metadata[item].tree.items()}
+    asked = {name: _describe(leaf) for name, leaf in tree.items()}
+    for name in sorted(saved.keys() | asked.keys()):
+      was, now = saved.get(name, "(absent)"), asked.get(name, "(absent)")
+      if was != now:
+        lines.append(f"  {item}: {name}: {was} -> {now}")
+  if lines:
+    shown = lines[:10] + [f"  and {len(lines) - 10} more"] * (len(lines) > 10)
+    raise CheckpointError(
+      f"{folder} does not fit this model and optimizer (saved -> needed):\n"
+      + "\n".join(shown)
+      + "\nuse the config of the run that saved it, or another --workdir"
+    )
+
+
+def _describe(leaf: Any) -> str:
+  return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"

@@ -1,0 +1,59 @@
+"""Which checkpoints predict the validation data best: written down beside them, and kept from deletion."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from megabyte_jax.files.atomic_file import replacing
+
+BEST_FILE = "validation_bpb.json"
+
+
+class BestSteps:
+  """Bits per byte of checkpoints, in `folder`/validation_bpb.json: {"step": bits per byte}; process 0 writes."""
+
+  def __init__(self, folder: epath.Path, keep: int):
+    """Reads what is there.
+
+    Args:
+      folder: of the checkpoints.
+      keep: how many of the best ones are to stay.
+    """
+    self._path, self._keep = folder / BEST_FILE, keep
+    self._bpb = _read(self._path)
+
+  def put(self, step: int, bpb: float) -> None:
+    """Writes down how well the checkpoint of `step` did, if that is a number."""
+    if not math.isfinite(bpb):
+      return
+    self._bpb[step] = float(bpb)
+    if jax.process_index() == 0:
+      with replacing(self._path) as path:
+        path.write_text(json.dumps({str(step): bpb for step, bpb in sorted(self._bpb.items())}) + "\n")
+
+  def best(self, steps: Sequence[int], count: int = 1) -> list[int]:
+    """The best `count` of `steps`, best first; the later of two that are equal. Those never measured are left out."""
+    measured = [step for step in steps if step in self._bpb]
+    return sorted(measured, key=lambda step: (self._bpb[step], -step))[:count]
+
+  def reload(self) -> None:
+    """Reads what another process has written since."""
+    self._bpb = _read(self._path)
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    """As Orbax's preservation policies: for each checkpoint, in order, whether it stays."""
+    stay = self.best([checkpoint.step for checkpoint in checkpoints], self._keep)
+    return [checkpoint.step in stay for checkpoint in checkpoints]
+
+
+def _read(path: epath.Path) -> dict[int, float]:
+  try:
+    return {int(step): float(bpb) for step, bpb in json.loads(path.read_text()).items()}
+  except (FileNotFoundError, ValueError, TypeError, AttributeError):
+    return {}  # never written, or not by us: it is written anew at the next evaluation

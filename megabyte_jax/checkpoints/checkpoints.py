@@ -1,0 +1,353 @@
+"""Checkpoints: saved in the background, whole or not at all, and never restored in part.
+
+A checkpoint of step n is the folder `WORKDIR/checkpoints/n` with three Orbax items: `params` and `opt_state`, each one
+flat dict of arrays (`levels.0.decoder.blocks.qkv.kernel`: array), and `meta`, a JSON object. Orbax commits it by
+renaming; `files.json` in it holds the checksum of every file. What lies there half-written or damaged is named and
+passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from megabyte_jax.checkpoints.arrays import check_same_arrays, flat_arrays, handlers, placed
+from megabyte_jax.checkpoints.best_steps import BestSteps
+from megabyte_jax.checkpoints.checksums import find_damage, write_digests
+from megabyte_jax.config import CheckpointConfig
+from megabyte_jax.errors import CheckpointError
+
+FORMAT = 1  # raised when older code could no longer read what this code writes
+_ITEMS = ("params", "opt_state", "meta")
+_WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")  # by Orbax, after files.json
+_MULTI_PROCESS_CLOCK_STEPS = 16  # with several processes, the clock is looked at only so often
+
+
+class Restored(NamedTuple):
+  """A checkpoint in memory; `opt_state` is None where only parameters were asked for."""
+
+  step: int
+  params: Any
+  opt_state: Any
+  meta: dict[str, Any]
+
+
+class Checkpoints:
+  """The checkpoints of one run; every process of the run makes one, and calls the same methods in the same order."""
+
+  def __init__(
+    self,
+    workdir: epath.PathLike,
+    config: CheckpointConfig = CheckpointConfig(),  # noqa: B008  (it is frozen)
+    *,
+    read_only: bool = False,
+  ):
+    """Opens `workdir`/checkpoints.
+
+    Args:
+      workdir: the run's folder, or a bucket path (gs://...) that all processes see.
+      config: when to save and what to keep.
+      read_only: change nothing in the folder, so that evaluation can look on while training goes on.
+    """
+    self.folder = epath.Path(workdir).resolve() / "checkpoints"
+    self._config, self._read_only = config, read_only
+    self._damage: dict[tuple[int, str], str | None] = {}  # what was found by checking (step, item)
+    self._saved: set[int] = set()  # steps that this object wrote
+    self._saving_step = -1
+    self._last_save = time.monotonic()
+    if not read_only:
+      self._check_shared()
+      self._warn_of_half_written()
+    self._best = BestSteps(self.folder, config.keep_best)
+    keep = [ocp.checkpoint_managers.LatestN(config.keep), self._best]
+    if config.keep_every_steps:
+      keep.append(ocp.checkpoint_managers.EveryNSteps(config.keep_every_steps))
+    self._manager = ocp.CheckpointManager(
+      self.folder,
+      options=ocp.CheckpointManagerOptions(
+        create=not read_only,
+        cleanup_tmp_directories=not read_only,
+        preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(keep),
+        async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digests),
+      ),
+      handler_registry=handlers(),
+    )
+
+  def __enter__(self) -> Checkpoints:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  # -- Saving --
+
+  def should_save(self, step: int) -> bool:
+    """Whether the config wants a checkpoint of `step`, by its number or by the clock."""
+    if self._config.every_steps and step % self._config.every_steps == 0:
+      return True
+    if not self._config.every_minutes:
+      return False
+    if jax.process_count() > 1 and step % _MULTI_PROCESS_CLOCK_STEPS:
+      return False  # asking process 0 waits for the devices
+    return bool(_from_first_process(time.monotonic() - self._last_save >= 60 * self._config.every_minutes))
+
+  def record(self, step: int, bpb: float) -> None:
+    """Notes the validation bits per byte of the checkpoint of `step`: `keep_best` and `best_step` go by them."""
+    if step in self._manager.all_steps():
+      self._best.put(step, bpb)
+
+  def preempted(self, step: int) -> bool:
+    """Whether the cluster manager has announced the end of this job: the same answer in every process.
+
+    Known only where `jax.distributed` was initialised; False elsewhere.
+    """
+    return self._manager.reached_preemption(step)
+
+  def save(self, step: int, params: Any, opt_state: Any, meta: Mapping[str, Any]) -> None:
+    """Starts saving and returns as soon as the arrays are copied, so that they may be donated to the next step.
+
+    A step that is saved already is left as it is.
+
+    Args:
+      step: optimizer steps taken.
+      params, opt_state: pytrees of arrays.
+      meta: what JSON can hold. `check_same_run` reads `config`, `fingerprint` and
+        `validation_fingerprint`; `step` and `format` are added.
+
+    Raises:
+      CheckpointError: opened for reading only, or `meta` is nothing that JSON can hold.
+    """
+    if self._read_only:
+      raise CheckpointError(f"{self.folder} was opened for reading only; save() needs read_only=False")
+    if step in self._manager.all_steps():
+      return
+    meta = {**meta, "step": int(step), "format": FORMAT}
+    try:
+      json.dumps(meta)
+    except (TypeError, ValueError) as error:
+      raise CheckpointError(f"meta of step {step} does not fit into JSON: {error}") from error
+    self.wait()
+    self._saving_step = step
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(flat_arrays(params)),
+        opt_state=ocp.args.StandardSave(flat_arrays(opt_state)),
+        meta=ocp.args.JsonSave(meta),
+      ),
+      force=True,
+    )
+    self._saved.add(step)
+    self._last_save = time.monotonic()
+
+  def wait(self) -> None:
+    """Returns when the save that is under way is on disk; raises what went wrong with it."""
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      self._saved.discard(self._saving_step)
+      where = f"The checkpoint of step {self._saving_step} in {self.folder}"
+      note = f"{where} was not saved; the same command goes on from the one before, if there is one."
+      if number := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's words for a disk that is full
+        refused = OSError(int(number[1]), os.strerror(int(number[1])), str(self.folder))
+        refused.add_note(note)
+        raise refused from error
+      error.add_note(note)
+      raise
+
+  def close(self) -> None:
+    """Waits for the save that is under way and lets go of threads."""
+    self.wait()
+    self._manager.close()
+
+  # -- Restoring --
+
+  def latest_step(self) -> int | None:
+    """The newest step whose checkpoint is whole, None where there are no checkpoints.
+
+    Every file of a checkpoint is read once to be sure. Damaged ones are named on stderr and, unless this is
+    `read_only`, moved to `checkpoints/damaged`.
+
+    Raises:
+      CheckpointError: there are checkpoints, and all are damaged.
+    """
+    return self._latest(_ITEMS)
+
+  def best_step(self) -> int:
+    """The step whose checkpoint had the fewest validation bits per byte during training.
+
+    Raises:
+      CheckpointError: none of the checkpoints that are there was evaluated.
+    """
+    if self._read_only:
+      self._manager.reload()
+    self._best.reload()
+    found = self._best.best(self._manager.all_steps())
+    best = _from_first_process(found[0] if found else -1)  # training may be writing another
+    if best < 0:
+      raise CheckpointError(
+        f"none of the checkpoints in {self.folder} was evaluated while training; set config.eval.every_steps and "
+        "config.checkpoint.keep_best, or take another step"
+      )
+    return best
+
+  def meta(self, step: int | None = None) -> dict[str, Any]:
+    """The JSON object saved with `step` (None: the newest whole one); see `save`."""
+    return self._read(step, _ITEMS, {}).meta
+
+  def restore(self, abstract_params: Any, abstract_opt_state: Any, step: int | None = None) -> Restored:
+    """The state saved at `step` (None: the newest whole one), placed as the abstract trees say.
+
+    Args:
+      abstract_params, abstract_opt_state: pytrees of ShapeDtypeStruct with shardings, on any mesh. A leaf without
+        a sharding goes to the first local device.
+      step: optimizer steps.
+
+    Raises:
+      CheckpointError: no such checkpoint, a damaged one, or one whose arrays have other names, shapes or dtypes.
+    """
+    return self._read(step, _ITEMS, {"params": abstract_params, "opt_state": abstract_opt_state})
+
+  def restore_params(self, abstract_params: Any, step: int | None = None) -> Restored:
+    """As `restore`, without reading the optimizer's state."""
+    return self._read(step, ("params", "meta"), {"params": abstract_params})
+
+  def _read(self, step: int | None, items: tuple[str, ...], abstract: dict[str, Any]) -> Restored:
+    """Reads `meta` and the items in `abstract` from a checkpoint whose `items` are whole."""
+    self.wait()
+    if step is None:
+      step = self._latest(items)
+      if step is None:
+        raise CheckpointError(f"no checkpoint in {self.folder}; give the --workdir of a run that has saved one")
+    else:
+      steps = self._manager.all_steps()
+      if not _from_first_process(step in steps):
+        raise CheckpointError(f"no checkpoint of step {step} in {self.folder}; there are {_list(steps)}")
+      if not _from_first_process(jax.process_index() > 0 or self._is_whole(step, items)):
+        raise CheckpointError(f"the checkpoint {self.folder / str(step)} is damaged; take another step")
+    meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    if meta.get("format", 0) > FORMAT:
+      raise CheckpointError(
+        f"{self.folder / str(step)} has format {meta['format']}, this megabyte_jax reads up to {FORMAT}; update it"
+      )
+    flat = {name: {key: placed(leaf) for key, leaf in flat_arrays(tree).items()} for name, tree in abstract.items()}
+    if flat:
+      check_same_arrays(self.folder / str(step), self._manager.item_metadata(step), flat)
+      args = {name: ocp.args.StandardRestore(tree) for name, tree in flat.items()}
+      flat = self._manager.restore(step, args=ocp.args.Composite(**args))
+    trees = {
+      name: jax.tree.unflatten(jax.tree.structure(tree), [flat[name][key] for key in flat_arrays(tree)])
+      for name, tree in abstract.items()
+    }
+    return Restored(step, trees.get("params"), trees.get("opt_state"), meta)
+
+  # -- Telling whole from damaged --
+
+  def _latest(self, items: tuple[str, ...]) -> int | None:
+    if self._read_only:
+      self._manager.reload()  # training may have gone on since
+    steps = self._manager.all_steps()
+    # One process checks and decides, so that all restore the same step.
+    newest_first = sorted(steps, reverse=True)
+    whole = -1
+    if jax.process_index() == 0:
+      whole = next((step for step in newest_first if self._is_whole(step, items)), -1)
+    whole = _from_first_process(whole)
+    if whole >= 0:
+      self._move_aside([step for step in steps if step > whole])
+      return whole
+    if self._read_only and not _from_first_process(all((self.folder / str(step)).exists() for step in steps)):
+      return self._latest(items)  # training saved a newer one and deleted these meanwhile
+    if steps:
+      raise CheckpointError(
+        f"all checkpoints in {self.folder} are damaged ({_list(steps)}); "
+        "put back a copy, or delete the folder to start anew"
+      )
+    return None
+
+  def _is_whole(self, step: int, items: tuple[str, ...]) -> bool:
+    """Whether the files of `items` are as they were written; a warning on stderr says what is not."""
+    if step in self._saved:
+      return True
+    if not (self.folder / str(step)).exists():
+      return False
+    for item in items:
+      if (step, item) not in self._damage:
+        damage = self._damage[step, item] = find_damage(self.folder / str(step), item)
+        if damage:
+          _warn(f"the checkpoint {self.folder / str(step)} is damaged and passed over: {damage}")
+      if self._damage[step, item]:
+        return False
+    return True
+
+  def _move_aside(self, steps: list[int]) -> None:
+    """Makes room for new checkpoints of the damaged `steps`, without deleting what may still be of use."""
+    if self._read_only or not steps:
+      return
+    if jax.process_index() == 0:
+      for step in steps:
+        target = self.folder / "damaged" / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
+        target.parent.mkdir(exist_ok=True)
+        (self.folder / str(step)).rename(target)
+        _warn(f"moved it to {target}; delete it when it is of no more use")
+    _from_first_process(0)  # nobody lists the folder before it is done
+    self._manager.reload()
+
+  def _check_shared(self) -> None:
+    """Raises CheckpointError in all processes unless each sees the folder of process 0, where all write their parts."""
+    if jax.process_count() == 1:
+      return
+    self.folder.mkdir(parents=True, exist_ok=True)
+    number = _from_first_process(uuid.uuid4().int % 2**31)
+    sign = self.folder / f".shared-{number}"
+    if jax.process_index() == 0:
+      sign.touch()
+    _from_first_process(0)
+    blind = np.flatnonzero(~multihost_utils.process_allgather(np.asarray(sign.exists())).ravel())
+    if jax.process_index() == 0:
+      sign.unlink()
+    if blind.size:
+      raise CheckpointError(
+        f"processes {_list(blind.tolist()).removeprefix('steps ')} do not see {self.folder} as process 0 does; "
+        "--workdir must be on a file system that all hosts share, or in a bucket"
+      )
+
+  def _warn_of_half_written(self) -> None:
+    if jax.process_index() == 0 and self.folder.exists():
+      for path in sorted(self.folder.iterdir()):
+        if ocp.utils.TMP_DIR_SUFFIX in path.name:
+          _warn(f"{path} was left half-written when an earlier run ended; it is removed")
+
+  def _write_digests(self) -> None:
+    """Called by Orbax when all files of a checkpoint are written, just before it gets its final name."""
+    if jax.process_index() == 0:
+      temporary = [path for path in self.folder.iterdir() if path.name.split(".")[0] == str(self._saving_step)]
+      for folder in temporary:  # one
+        write_digests(folder, skip=_WRITTEN_LAST)
+
+
+def _list(steps: list[int]) -> str:
+  return "steps " + ", ".join(map(str, steps)) if steps else "none"
+
+
+def _from_first_process(value: int) -> int:
+  """`value` as process 0 has it; also a meeting point of all processes."""
+  if jax.process_count() == 1:
+    return value
+  return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _warn(message: str) -> None:
+  print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,175 @@
+"""What a work directory says about its run: the saved config, and whether another config continues that run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from megabyte_jax.config import Config
+from megabyte_jax.config.run import upgraded
+from megabyte_jax.data.fingerprints import same_fingerprint
+from megabyte_jax.errors import CheckpointError, ConfigError
+from megabyte_jax.files.atomic_file import replacing
+
+CONFIG_FILE = "config.json"
+
+# A run continues exactly only where these agree; the rest is about where it runs, what it prints and when it saves.
+_DECISIVE = ("model", "data", "optimizer", "batch_size", "accumulate", "num_steps", "seed")
+_FREE = (  # other ways to compute the same numbers, and where data lie whose contents the fingerprint knows
+  "model.attention",
+  "model.remat",
+  "model.scan_layers",
+  "data.train",
+  "data.test",
+  "data.tfds_dir",
+)
+
+_ABSENT = object()
+
+
+def save_config(workdir: epath.PathLike, config: Config) -> None:
+  """Writes `config` to `workdir`/config.json, where `load_config` finds it; process 0 does, all may call."""
+  if jax.process_index() > 0:
+    return
+  with replacing(epath.Path(workdir) / CONFIG_FILE) as path:
+    path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def load_config(workdir: epath.PathLike) -> Config:
+  """The config of the run in `workdir`.
+
+  Raises:
+    CheckpointError: `workdir` holds no run, or its config cannot be read by this version.
+  """
+  path = epath.Path(workdir) / CONFIG_FILE
+  if not path.exists():
+    raise CheckpointError(f"{workdir} holds no run: {path} does not exist; give the --workdir of a train.py run")
+  try:
+    return Config.from_dict(json.loads(path.read_text()))
+  except json.JSONDecodeError as error:
+    raise CheckpointError(f"{path} is not JSON ({error}); restore it, or start train.py again there") from error
+  except ConfigError as error:
+    raise CheckpointError(f"{path} does not fit this version of megabyte_jax: {error}") from error
+
+
+def changed_keys(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+  """Dotted keys, sorted, in which two configs differ and that matter for continuing a run exactly.
+
+  Args:
+    saved, current: `Config.to_dict()` of the run and of what is asked for now. A key that `saved` lacks, because
+      an older version wrote it, counts as having its default value.
+  """
+  return sorted(_differences(saved, current))
+
+
+def check_same_run(
+  meta: Mapping[str, Any], config: Mapping[str, Any], fingerprint: Any, validation_fingerprint: str = ""
+) -> None:
+  """Checks that a checkpoint can be continued exactly under `config` on the data of `fingerprint`.
+
+  Args:
+    meta: `Checkpoints.meta()`, with the keys `config`, `fingerprint` and, but in old ones, `validation_fingerprint`.
+    config: `Config.to_dict()` of what is asked for now.
+    fingerprint: of the training data, anything that JSON can hold.
+    validation_fingerprint: of the validation data; '' where there are none.
+
+  Raises:
+    CheckpointError: naming every key that differs, with both values.
+  """
+  differences = _differences(upgraded(meta["config"]), config)
+  before, now = _flat(meta.get("fingerprint"), "fingerprint"), _flat(_plain(fingerprint), "fingerprint")
+  for key in sorted(before.keys() | now.keys()):
+    if not same_fingerprint(before.get(key, _ABSENT), now.get(key, _ABSENT)):
+      differences[f"data {key}"] = before.get(key, _ABSENT), now.get(key, _ABSENT)
+  if any(key.startswith("data fingerprint") for key in differences):  # the name that led to other data
+    names = tuple(of.get("data", {}).get("train") for of in (meta["config"], config))
+    if names[0] != names[1]:
+      differences["data.train"] = names
+  if saved := meta.get("validation_fingerprint"):  # then it does not matter where they lie
+    if same_fingerprint(saved, validation_fingerprint):
+      differences.pop("data.validation", None)
+    elif validation_fingerprint:
+      differences["data of validation"] = saved, validation_fingerprint
+  if differences:
+    lines = [f"  {key}: {show_value(was)} -> {show_value(given)}" for key, (was, given) in sorted(differences.items())]
+    raise CheckpointError(
+      f"the checkpoint at step {meta.get('step', '?')} belongs to another run (saved -> given):\n"
+      + "\n".join(lines)
+      + "\ntake the saved values, or another --workdir (with --init_from=DIR, this one, to start from its parameters)"
+    )
+
+
+def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+  """Decisive keys that differ, each with its saved and its current value."""
+  return {key: values for key, values in all_differences(saved, current).items() if _matters(key)}
+
+
+def all_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+  """Dotted keys in which two configs differ, each with its saved and its current value.
+
+  Args:
+    saved, current: `Config.to_dict()`; keys that `saved` lacks count as having their default values.
+  """
+  saved, current = _plain(saved), _plain(current)
+  before, now = _flat(_with_defaults(saved, current)), _flat(current)
+  return {
+    key: (before.get(key, _ABSENT), now.get(key, _ABSENT))
+    for key in before.keys() | now.keys()
+    if before.get(key, _ABSENT) != now.get(key, _ABSENT)
+  }
+
+
+def _matters(key: str) -> bool:
+  return key.replace("[", ".").split(".")[0] in _DECISIVE and key not in _FREE
+
+
+def _with_defaults(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Mapping[str, Any]:
+  """`saved`, where keys that only `current` has are added with their default values."""
+  try:  # leaving those keys out of `current` lets the dataclasses fill them in
+    defaults = Config.from_dict(_common(current, saved)).to_dict()
+  except ConfigError:  # one of them has no default: then it differs
+    return saved
+  return _fill(saved, _plain(defaults))
+
+
+def _common(values: Any, pattern: Any) -> Any:
+  """`values` without the keys that `pattern` lacks, at every depth."""
+  if isinstance(values, dict) and isinstance(pattern, dict):
+    return {key: _common(value, pattern[key]) for key, value in values.items() if key in pattern}
+  if isinstance(values, list) and isinstance(pattern, list) and len(values) == len(pattern):
+    return [_common(*pair) for pair in zip(values, pattern, strict=True)]
+  return values
+
+
+def _fill(values: Any, defaults: Any) -> Any:
+  """`values`, with the keys added that only `defaults` has, at every depth."""
+  if isinstance(values, dict) and isinstance(defaults, dict):
+    return defaults | {key: _fill(value, defaults.get(key)) for key, value in values.items()}
+  if isinstance(values, list) and isinstance(defaults, list) and len(values) == len(defaults):
+    return [_fill(*pair) for pair in zip(values, defaults, strict=True)]
+  return values
+
+
+def _flat(values: Any, key: str = "") -> dict[str, Any]:
+  """Nested dicts and lists of dicts as one dict of dotted keys; other lists stay values."""
+  if isinstance(values, dict):
+    items = [(f"{key}.{name}" if key else name, value) for name, value in values.items()]
+  elif isinstance(values, list) and values and all(isinstance(value, dict) for value in values):
+    items = [(f"{key}[{i}]", value) for i, value in enumerate(values)]
+  else:
+    return {key: values}
+  return {name: value for item in items for name, value in _flat(item[1], item[0]).items()}
+
+
+def _plain(values: Any) -> Any:
+  """As JSON gives it back: tuples are lists, keys are strings."""
+  return json.loads(json.dumps(values))
+
+
+def show_value(value: Any) -> str:
+  """As JSON; `(absent)` where `all_differences` found none."""
+  return "(absent)" if value is _ABSENT else json.dumps(value)

@@ -1,0 +1,1 @@
+"""Holds one file a command and what all commands share; nothing else imports this room."""

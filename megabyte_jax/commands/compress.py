@@ -1,0 +1,79 @@
+"""Compresses any file without loss with a trained model's probabilities: its bits per byte as a file's size.
+
+python -m megabyte_jax.compress FILE OUT --workdir=runs/quickstart
+python -m megabyte_jax.compress --decompress OUT COPY --workdir=runs/quickstart
+
+Decompression needs the same checkpoint on the same kind of device with the same versions: it must compute the same
+probabilities to the last bit. The file says what it was made with, and what differs is refused. The bytes are coded as
+they are: a PNG or MP3 file, compressed already, becomes no smaller.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from megabyte_jax.checkpoints.trained_model import load
+from megabyte_jax.commands import arguments, command_line
+from megabyte_jax.display.progress import Progress, duration, human
+from megabyte_jax.errors import ConfigError, DataError, require
+from megabyte_jax.files import outputs
+from megabyte_jax.files.atomic_file import replacing
+from megabyte_jax.generation import entropy_coding
+from megabyte_jax.generation.compression import BATCH, compress, decompress, read
+
+
+def parse_arguments() -> argparse.Namespace:
+  """The command line; see the head of this file."""
+  parser = arguments.Parser("python -m megabyte_jax.compress", description=__doc__)
+  parser.add_argument("file", help="what to compress; with --decompress the compressed file")
+  parser.add_argument("out", help="where the result goes")
+  parser.add_argument("--decompress", action="store_true", help="get the original back")
+  arguments.add_run_arguments(parser)
+  parser.add_argument("--batch-size", type=int, default=0, help=f"windows side by side; default {BATCH}")
+  args = parser.parse_args()
+  require(args.batch_size >= 0, f"--batch-size is {args.batch_size}; it must not be negative")
+  require(not (args.decompress and args.batch_size), "--batch-size is for compressing; the file says the rest")
+  outputs.check_output_file("OUT", args.out)
+  return args
+
+
+def main() -> None:
+  """Compresses or decompresses one file; the result appears whole or not at all."""
+  args = parse_arguments()
+  entropy_coding.constriction()  # missing? then say so at once
+  with open(args.file, "rb") as file:
+    data = file.read()
+  with _naming(args.file):
+    length = read(data)[0].length if args.decompress else len(data)
+    model, _, step = load(args.workdir, args.step)
+    print(f"step {step} of {args.workdir}", file=sys.stderr)
+    with Progress("decompressing" if args.decompress else "compressing", total=length, compiles=True) as progress:
+      if args.decompress:
+        made = decompress(model, data, on_bytes=progress.add)
+      else:
+        made = compress(model, data, step=step, batch=args.batch_size or BATCH, on_bytes=progress.add)
+  with replacing(args.out) as path:
+    path.write_bytes(made)
+  seconds = progress.seconds
+  speed = f"in {duration(seconds)} ({human(length / seconds, 'B/s')}, compilation included)"
+  if args.decompress:
+    print(f"{len(data):,} bytes -> {len(made):,} {speed}")
+  else:
+    code = read(made)[1].nbytes
+    share = f": {8 * code / length:.4f} bits per byte and {len(made) - code} bytes of header" if length else ""
+    print(f"{length:,} bytes -> {len(made):,} {speed}{share}")
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+  try:
+    yield
+  except (ConfigError, DataError) as error:
+    raise type(error)(f"{path}: {error}") from error
+
+
+if __name__ == "__main__":
+  command_line.run(main)

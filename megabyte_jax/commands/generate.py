@@ -1,0 +1,137 @@
+"""Continues a text, an image or a recording with a trained model.
+
+python -m megabyte_jax.generate --workdir=runs/quickstart --prompt="It is a truth" --bytes=400
+python -m megabyte_jax.generate --workdir=IMAGE_RUN --prompt-file=photo.jpg --num-samples=8 --output=completed.png
+python -m megabyte_jax.generate --workdir=AUDIO_RUN --prompt-file=clip.wav --output=longer.wav
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import os
+import sys
+
+import numpy as np
+
+from megabyte_jax.checkpoints.saved_config import load_config
+from megabyte_jax.checkpoints.trained_model import load
+from megabyte_jax.commands import arguments
+from megabyte_jax.display.progress import Progress, duration, human
+from megabyte_jax.errors import require
+from megabyte_jax.files import outputs
+from megabyte_jax.generation import media_files
+from megabyte_jax.generation.media_files import Prompt
+from megabyte_jax.generation.sampling import Sampling, generate
+from megabyte_jax.parallel.sharding import make_mesh, parse_mesh
+
+
+def parse_arguments() -> argparse.Namespace:
+  """The command line; see the head of this file."""
+  parser = arguments.Parser("python -m megabyte_jax.generate", description=__doc__)
+  arguments.add_run_arguments(parser)
+  parser.add_argument("--prompt", default="", help="text to continue")
+  parser.add_argument("--prompt-file", default="", help="a file to continue, instead of --prompt")
+  parser.add_argument("--keep", type=float, help="the share of the file to keep; default: 0.5 of an image, else 1")
+  parser.add_argument("--bytes", type=int, help="to generate; default: 400, the rest of an image, 2 seconds of audio")
+  parser.add_argument("--stop", default="", help="a text that ends a sample")
+  parser.add_argument("--num-samples", type=int, default=1, help="continuations, generated side by side")
+  parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most probable byte")
+  parser.add_argument("--top-k", type=int, default=0, help="only the k most probable bytes; 0: all")
+  parser.add_argument("--top-p", type=float, default=1.0, help="only the most probable bytes that reach p together")
+  parser.add_argument("--seed", type=int, default=0, help="of the samples, which come again with the same one")
+  parser.add_argument(
+    "--output",
+    default="",
+    help="write samples, prompt included, here instead of to standard output; {} numbers them: .png of an image model "
+    "(without {} a grid), .wav of an audio model, else raw bytes",
+  )
+  parser.add_argument("--mesh", default="", help="spread the model over all devices, such as fsdp=4,tensor=2")
+  args = parser.parse_args()
+  require(not (args.prompt and args.prompt_file), "give --prompt or --prompt-file, not both")
+  require(args.bytes is None or args.bytes >= 0, f"--bytes is {args.bytes}; it must not be negative")
+  require(args.num_samples >= 1, f"--num-samples is {args.num_samples}; it must be at least 1")
+  require(args.keep is None or bool(args.prompt_file), "--keep is for --prompt-file")
+  if args.prompt_file:
+    what = "is a folder" if os.path.isdir(args.prompt_file) else "does not exist"
+    require(os.path.isfile(args.prompt_file), f"--prompt-file={args.prompt_file} {what}; name one file")
+  if args.output:
+    outputs.check_output_file("--output", args.output)
+  return args
+
+
+def main() -> None:
+  """Loads the model, streams one sample or shows progress on several, prints or writes them."""
+  args = parse_arguments()
+  sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+  data = load_config(args.workdir).data
+  if args.prompt_file:
+    prompt = media_files.read_prompt(args.prompt_file, data, args.keep)
+  else:  # bytes that are no UTF-8 come through as they are
+    x = np.frombuffer(args.prompt.encode("utf-8", "surrogateescape"), np.uint8)
+    prompt = Prompt(x, x)
+  num_bytes = media_files.default_bytes(data, prompt) if args.bytes is None else args.bytes
+  media_files.check_output(args.output, data, args.num_samples, prompt, num_bytes)
+  require(not args.stop or data.form == "bytes", "--stop is for models of text")
+  mesh = make_mesh(parse_mesh(args.mesh, data=1)) if args.mesh else None
+  model, _, step = load(args.workdir, args.step, mesh)
+  print(f"step {step} of {args.workdir}", file=sys.stderr)
+  if prompt.kept.size > model.config.context:
+    seen = f"the last {model.config.context:,} of the prompt's {prompt.kept.size:,} bytes"
+    print(f"the model's context holds {seen} at most: it has not seen the others", file=sys.stderr)
+  streams = args.num_samples == 1 and not args.output
+  show = Output()
+  if streams:
+    show.write(prompt.kept.tobytes())
+  progress = Progress("generating", total=num_bytes * args.num_samples, compiles=True, enabled=not streams)
+
+  def on_bytes(new: np.ndarray) -> None:
+    if streams:
+      show.write(new.tobytes())
+    progress.add(new.size)
+
+  options = dict(num_samples=args.num_samples, sampling=sampling, seed=args.seed, on_bytes=on_bytes)
+  stop = args.stop.encode("utf-8", "surrogateescape") or None
+  try:
+    with progress:
+      made = generate(model, prompt.kept.tobytes(), num_bytes, stop=stop, **options)
+  except KeyboardInterrupt:
+    if streams:
+      show.end()
+    raise
+  if streams:
+    show.end()
+    seconds = progress.seconds
+    speed = human(progress.done / seconds, "B/s")
+    print(f"{int(progress.done):,} bytes in {duration(seconds)} ({speed}, compilation included)", file=sys.stderr)
+    return
+  samples = [np.concatenate([prompt.kept, x[:n]]) for x, n in zip(made.bytes_, made.lengths, strict=True)]
+  if args.output:
+    media_files.write(args.output, samples, data, prompt)
+  else:
+    for number, sample in enumerate(samples):
+      show.write(f"--- sample {number} ---\n".encode() + sample.tobytes() + b"\n")
+
+
+class Output:
+  """Standard output: bytes as they are, or text as they come where it is a terminal.
+
+  There a character that is split waits for its other bytes, and what the terminal cannot show becomes a `?`.
+  """
+
+  def __init__(self):
+    self.text = sys.stdout.isatty()
+    self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+  def write(self, data: bytes) -> None:
+    """Writes what is complete."""
+    self._put(self.decoder.decode(data) if self.text else data)
+
+  def end(self) -> None:
+    """Writes what is left, and on a terminal ends the line."""
+    if self.text:
+      self._put(self.decoder.decode(b"", final=True) + "\n")
+
+  def _put(self, data: str | bytes) -> None:
+    sys.stdout.buffer.write(data if isinstance(data, bytes) else data.encode(sys.stdout.encoding, "replace"))
+    sys.stdout.flush()

@@ -1,0 +1,152 @@
+"""What a run would need on TPUs, found without one: the real step is compiled ahead of time for a topology.
+
+  python -m megabyte_jax.plan --config=configs/paper/table5.py:image640_megabyte --topology=v5p:4x4x4
+  python -m megabyte_jax.plan --config=... --topology=v6e:16x16 --mesh=fsdp=64,seq=4 --batch_size=128 --remat=named
+  python -m megabyte_jax.plan --config=... --topology=v5e:16x16 --search       # tries meshes, batch sizes, remat
+  python -m megabyte_jax.plan --config=... --step=generate --json              # train (default), eval or generate
+  python -m megabyte_jax.plan --config=... --save=step.pickle                  # keeps the executable; see `save`
+
+Needs libtpu, not a TPU: pip install "jax[tpu]". Topologies have the form KIND:SIZE, with sizes of chips: v4:2x2x2,
+v5e:4x4 ... 16x16, v5p:2x2x1 ..., v6e:4x4 ... 16x16, tpu7x:2x2x1 ... . Devices of v4 and tpu7x are half a chip.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import signal
+from typing import get_args
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from megabyte_jax.commands import command_line
+from megabyte_jax.config import Config
+from megabyte_jax.config.model import Remat
+from megabyte_jax.display.progress import duration, human
+from megabyte_jax.errors import require
+from megabyte_jax.files.atomic_file import replacing
+from megabyte_jax.files.outputs import check_output_file
+from megabyte_jax.models import flops
+from megabyte_jax.planning.plans import BETWEEN, Plan, axes_text, changed, make_plan, topology_devices
+from megabyte_jax.planning.search import search
+
+STEPS = ("train", "eval", "generate")
+_GIB = 2**30
+
+
+def describe(plan: Plan) -> str:
+  """The plan for people."""
+  config, model = plan.config, plan.config.model
+  axes = axes_text(plan.mesh)
+  forward = flops.flops_per_byte(model)
+  per_byte = forward * (flops.TRAINING_FACTOR if plan.step == "train" else 1)
+  size = [f"{config.batch_size} x {model.context:,} bytes", f"remat {model.remat}"]
+  if config.accumulate > 1 and plan.step == "train":
+    size.append(f"in {config.accumulate} parts")
+  how = "compiled quickly" if plan.quick else "compiled"
+  lines = [
+    f"topology    {plan.topology}: {plan.chips} chips, {plan.devices} devices ({plan.kind}), mesh {axes}",
+    f"model       {human(flops.parameter_count(model))} parameters, {human(per_byte, 'FLOP')} per byte of {plan.step}",
+    f"step        {plan.step}, {', '.join(size)}; {how} in {duration(plan.seconds)}",
+  ]
+  of = f"of {plan.memory / _GIB:.1f} GiB a device"
+  if plan.arguments:
+    parts = [(plan.arguments, "arguments"), (plan.temporaries, "temporaries"), (plan.output, "output")]
+    shown = " + ".join(f"{size / _GIB:.2f} {name}" for size, name in parts)
+    lines.append(f"memory      {plan.total / _GIB:.2f} GiB {of} ({shown})")
+  lines.append("fits        yes" if plan.fits else f"fits        no: {plan.reason}")
+  for kind, (count, sent) in sorted(plan.wire.items()):
+    lines.append(f"{kind:<26}{count:>6} a step, each device sends {human(sent, 'B')}")
+  if plan.bounds:
+    b = plan.bounds
+    network = f", network {1e3 * b.network:.1f} ms" if b.network else ""
+    if not b.network and any(BETWEEN in kind for kind in plan.wire):
+      network = ", network not counted (its rate is not known)"
+    lines += [
+      f"bounds      compute {1e3 * b.compute:.1f} ms, memory ~{1e3 * b.memory:.1f} ms, links {1e3 * b.links:.1f} ms"
+      + network,
+      f"at best     {1e3 * b.step:.1f} ms a step, MFU {100 * b.mfu:.0f}%, "
+      f"{human(config.batch_size * flops.predicted_bytes(model) / b.step, 'B/s')}",
+    ]
+  if plan.days is not None:
+    total = config.num_steps * config.batch_size * flops.predicted_bytes(model)
+    lines.append(f"run         {config.num_steps:,} steps, {human(total, 'B')}: {plan.days:.2f} days at best")
+  return "\n".join(lines)
+
+
+def to_json(plan: Plan) -> str:
+  """The plan as one JSON object on one line."""
+  values = dataclasses.asdict(plan)
+  values["config"] = plan.config.to_dict()
+  values["parameters"] = flops.parameter_count(plan.config.model)
+  values["days"] = plan.days
+  if plan.bounds:
+    values["bounds"] |= {"step": plan.bounds.step, "mfu": plan.bounds.mfu}
+  return json.dumps(values)
+
+
+def save(executable: jax.stages.Compiled, path: str | os.PathLike) -> None:
+  """Writes the executable for devices of the same topology, where JAX and libtpu have the same versions.
+
+  There `jax.experimental.serialize_executable.deserialize_and_load(*pickle.loads(pathlib.Path(path).read_bytes()))`
+  makes it callable, without compiling. Unpickling runs code: load only files that you wrote.
+  """
+  from jax.experimental.serialize_executable import serialize  # noqa: PLC0415
+
+  with replacing(path) as file:
+    file.write_bytes(pickle.dumps(serialize(executable)))
+
+
+def main(arguments: list[str]) -> None:
+  """Reads the flags, compiles, prints."""
+  require(len(arguments) < 2, f"unexpected {' '.join(arguments[1:])}; flags begin with --")
+  jax.config.update("jax_platforms", "cpu")  # nothing runs here, and a TPU of this machine may be busy
+  values = flags.FLAGS
+  if values.save:
+    check_output_file("--save", values.save)
+  config = changed(
+    Config.from_dict(values.config),
+    batch_size=values.batch_size,
+    accumulate=values.accumulate,
+    remat=values.remat,
+    mesh=values.mesh,
+  )
+  devices = topology_devices(values.topology, values.slices)
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # compilers hold Python for minutes, and nothing is lost
+  require(not (values.search and values.quick), "--search ends with the real program; leave out --quick")
+  if values.search:
+    sizes = (config.batch_size,) if values.batch_size else ()
+    plan, executable = search(config, values.topology, devices, values.step, tries=values.tries, batch_sizes=sizes)
+  else:
+    plan, executable = make_plan(config, values.topology, devices, values.step, quick=values.quick)
+  print(to_json(plan) if values.json else describe(plan), flush=True)
+  if values.save:
+    require(executable is not None, f"--save={values.save}: nothing was written, for the step does not fit")
+    save(executable, values.save)
+
+
+def define_flags() -> None:
+  """The command's flags."""
+  config_flags.DEFINE_config_file("config", None, "What to plan.")
+  flags.mark_flag_as_required("config")
+  flags.DEFINE_string("topology", "v5p:4x4x4", "KIND:SIZE, in chips.")
+  flags.DEFINE_integer("slices", 1, "Slices of that topology, joined by the data centre's network.")
+  flags.DEFINE_string("mesh", "", "Devices per axis, like fsdp=16,seq=4; default the config's.")
+  flags.DEFINE_integer("batch_size", 0, "Windows per step; 0 takes the config's.")
+  flags.DEFINE_integer("accumulate", 0, "Parts a batch is worked through in; 0 takes the config's.")
+  flags.DEFINE_enum("remat", "", ["", *get_args(Remat)], "Default: the config's.")
+  flags.DEFINE_enum("step", "train", STEPS, "What to compile.")
+  flags.DEFINE_boolean("quick", False, "Compile in a third of the time; memory may come out a fifth too small.")
+  flags.DEFINE_boolean("search", False, "Try meshes, remat, parts and, without --batch_size, batches; recommend one.")
+  flags.DEFINE_integer("tries", 8, "Combinations that --search compiles at most.")
+  flags.DEFINE_boolean("json", False, "Print one JSON object.")
+  flags.DEFINE_string("save", "", "Keep the serialized executable in this file.")
+
+
+if __name__ == "__main__":
+  define_flags()
+  command_line.run_with_flags(main)

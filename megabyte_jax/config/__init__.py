@@ -1,0 +1,20 @@
+"""Says what can be set: the run, its model and its data, as checked dataclasses; it knows nothing of arrays."""
+
+from megabyte_jax.config.model import BlockOptions, Level, MegabyteConfig, ModelConfig, PerceiverARConfig
+from megabyte_jax.config.run import CheckpointConfig, Config, DataConfig, EvalConfig, MeshConfig, OptimizerConfig
+from megabyte_jax.errors import ConfigError
+
+__all__ = [
+  "BlockOptions",
+  "CheckpointConfig",
+  "Config",
+  "ConfigError",
+  "DataConfig",
+  "EvalConfig",
+  "Level",
+  "MegabyteConfig",
+  "MeshConfig",
+  "ModelConfig",
+  "OptimizerConfig",
+  "PerceiverARConfig",
+]

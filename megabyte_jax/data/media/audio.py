@@ -1,0 +1,221 @@
+"""Recordings <-> bytes: 16-bit little-endian samples or 8-bit mu-law, one channel.
+
+soundfile and soxr are needed only here: pip install -e ".[audio]".
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from megabyte_jax.config import DataConfig
+from megabyte_jax.data.files import fingerprint_files, read_whole, sizes_of
+from megabyte_jax.data.fingerprints import combine_fingerprints
+from megabyte_jax.data.media.sound_files import ogg_problem, wav_problem
+from megabyte_jax.data.shared_cache import DOCUMENT_BYTES, SharedCache, array_bytes
+from megabyte_jax.data.sources import check_range, said
+from megabyte_jax.errors import DataError, require
+from megabyte_jax.files.atomic_file import replacing
+from megabyte_jax.files.object_stores import is_remote
+
+SUFFIXES = (".wav", ".flac", ".ogg", ".oga")
+_MU = 255.0
+_FLAC_WIDTHS = {"PCM_16": 2, "PCM_24": 3}  # bytes a sample of those FLAC files whose checksum is verified
+
+
+def sample_width(encoding: str) -> int:
+  """Bytes a sample."""
+  return 2 if encoding == "pcm16" else 1
+
+
+def samples_to_bytes(samples: np.ndarray, encoding: str) -> np.ndarray:
+  """Samples in [-1, 1) (float) or int16 -> uint8.
+
+  pcm16: two bytes a sample, the lower first. mulaw8: one byte a sample, round((sign(s) ln(1 + 255 |s|) / ln 256 + 1)
+  * 255 / 2), so that neighbouring bytes are neighbouring amplitudes (the codes of G.711 are ordered otherwise).
+  """
+  if samples.dtype != np.int16 and encoding == "pcm16":
+    samples = np.clip(np.rint(samples * 32768.0), -32768, 32767).astype(np.int16)
+  if encoding == "pcm16":
+    return samples.astype("<i2").view(np.uint8)
+  x = samples / np.float32(32768.0) if samples.dtype == np.int16 else np.clip(samples, -1, 1)
+  curve = np.sign(x) * np.log1p(_MU * np.abs(x)) / np.log1p(_MU)
+  return np.floor((curve + 1) / 2 * 255 + 0.5).astype(np.uint8)
+
+
+def bytes_to_samples(x: np.ndarray, encoding: str) -> np.ndarray:
+  """The int16 samples that bytes stand for; half a sample at the end is dropped. Exact for pcm16."""
+  x = np.ascontiguousarray(x, np.uint8)
+  if encoding == "pcm16":
+    return x[: x.size // 2 * 2].view("<i2").astype(np.int16)
+  curve = x / 255.0 * 2 - 1
+  values = np.sign(curve) * (np.power(1 + _MU, np.abs(curve)) - 1) / _MU
+  return np.clip(np.rint(values * 32767), -32768, 32767).astype(np.int16)
+
+
+def write_wav(path: epath.PathLike, x: np.ndarray, encoding: str, sample_rate: int) -> None:
+  """Writes bytes in `encoding` as a 16-bit WAV file, which appears whole or not at all.
+
+  Raises:
+    ConfigError: the sample rate is not positive.
+    DataError: soundfile is not installed.
+  """
+  require(sample_rate > 0, "a WAV file needs a sample rate; set config.data.sample_rate")
+  file = io.BytesIO()
+  samples = bytes_to_samples(x, encoding)
+  _import("soundfile").write(file, samples, sample_rate, format="WAV", subtype="PCM_16")
+  with replacing(path) as temporary:
+    temporary.write_bytes(file.getvalue())
+
+
+class Recording(NamedTuple):
+  """What the head of a file says: samples a channel, samples per second."""
+
+  frames: int
+  rate: int
+
+  def resampled(self, rate: int) -> int:
+    """Samples after resampling to `rate` (0: none), rounded half up."""
+    return (2 * self.frames * rate + self.rate) // (2 * self.rate) if rate else self.frames
+
+
+class AudioFiles:
+  """One document per WAV, FLAC or OGG file: its channels averaged, resampled by soxr ("HQ"), encoded as `data` says.
+
+  Every read needs the whole decoded recording, of which a gigabyte is kept: pack more than that (data/prepare.py).
+
+  Args:
+    paths, names: where the files are and what they are called.
+    data: sample_rate, encoding and skip_bad; with the latter every file is decoded once at the start, and unreadable
+      ones are left out and counted in `skipped`.
+
+  Raises:
+    DataError: a file is empty or no such audio; or, when it is read, damaged.
+  """
+
+  joinable, slow = True, True
+
+  def __init__(self, paths: Sequence[str], names: Sequence[str], data: DataConfig):
+    self.data, self.paths, self.names = data, list(paths), list(names)
+    rate, self.unit = data.sample_rate, sample_width(data.encoding)
+    _import("soundfile"), _import("soxr")
+    with ThreadPoolExecutor() as pool:
+      heads = list(pool.map(self._head, range(len(paths))))
+    kept = [i for i, head in enumerate(heads) if head is not None]
+    self.skipped = len(paths) - len(kept)
+    if not kept:
+      raise DataError(f"none of {self.skipped} recordings can be read, {names[0]} for one")
+    self.paths, self.names = [self.paths[i] for i in kept], [self.names[i] for i in kept]
+    self.lengths = np.array([head.resampled(rate) * self.unit for head in heads if head is not None], np.int64)
+    self._bytes = SharedCache(self._encode, DOCUMENT_BYTES, array_bytes)
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Changes with the files and with how they are turned into bytes."""
+    files = fingerprint_files(self.paths, self.names, sizes_of(self.paths))
+    return combine_fingerprints([files, str(self.data.sample_rate), self.data.encoding])
+
+  def read(self, document: int, start: int, stop: int) -> np.ndarray:
+    """See `Source.read`. Raises DataError naming a file that is damaged."""
+    check_range(self, document, start, stop)
+    return self._bytes(document)[start:stop].copy()
+
+  def _head(self, i: int) -> Recording | None:
+    """None for an unreadable file that is to be skipped."""
+    try:
+      head = read_head(self.paths[i])
+      if self.data.skip_bad:
+        decode(self.paths[i])
+      return head
+    except DataError:
+      if self.data.skip_bad:
+        return None
+      raise
+
+  def _encode(self, document: int) -> np.ndarray:
+    samples, rate = decode(self.paths[document])
+    wanted = self.data.sample_rate or rate
+    if wanted != rate:
+      count = Recording(len(samples), rate).resampled(wanted)
+      if samples.dtype == np.int16:
+        samples = samples.astype(np.float32) / 32768
+      samples = _import("soxr").resample(samples, rate, wanted, quality="HQ")[:count]
+      samples = np.pad(samples, (0, count - len(samples)))
+    x = samples_to_bytes(samples, self.data.encoding)
+    if x.size != self.lengths[document]:
+      raise DataError(f"{self.paths[document]} is no longer as long as when it was opened; start again")
+    return x
+
+
+def read_head(path: str) -> Recording:
+  """Length and rate of a recording. Raises DataError naming the file where it is empty, cut short or no audio."""
+  soundfile = _import("soundfile")
+  try:
+    with epath.Path(path).open("rb") if is_remote(path) else open(path, "rb") as file:
+      if problem := wav_problem(file):
+        raise DataError(f"{path} {problem}")
+      file.seek(0)
+      info = soundfile.info(file)
+  except DataError:
+    raise
+  except Exception as error:  # soundfile's own errors, OSError, and whatever the parsing of damaged heads raises
+    raise DataError(f"{path} is not a readable WAV, FLAC or OGG file ({said(error)})") from error
+  if not 0 < info.frames < 1 << 40 or not 0 < info.samplerate < 1 << 24:
+    raise DataError(f"{path} has {info.frames} samples at {info.samplerate} Hz by its head; remove it or write it anew")
+  return Recording(info.frames, info.samplerate)
+
+
+def decode(path: str) -> tuple[np.ndarray, int]:
+  """(samples, samples per second): int16 [n] for 16-bit files of one channel, else float32 [n], channels averaged.
+
+  Raises:
+    DataError: names a file that is damaged or cut short.
+  """
+  soundfile, head = _import("soundfile"), read_head(path)
+  data = read_whole(path)
+  if data.startswith(b"OggS") and (problem := ogg_problem(data)):
+    raise DataError(f"{path} {problem}")
+  try:
+    with soundfile.SoundFile(io.BytesIO(data)) as file:
+      kind, subtype, channels = file.format, file.subtype, file.channels
+      exact = "int16" if subtype == "PCM_16" else "int32" if subtype == "PCM_24" else "float32"
+      samples = file.read(dtype=exact, always_2d=True)
+  except Exception as error:  # see read_head
+    raise DataError(f"{path} cannot be decoded ({said(error)})") from error
+  if len(samples) != head.frames:
+    raise DataError(f"{path} is damaged or cut short: {len(samples):,} of {head.frames:,} samples can be decoded")
+  if kind == "FLAC" and subtype in _FLAC_WIDTHS and not _flac_is_whole(data, samples, _FLAC_WIDTHS[subtype]):
+    raise DataError(f"{path} is damaged: its samples do not have the checksum in its head")
+  if exact == "float32" and not np.isfinite(samples).all():
+    raise DataError(f"{path} has samples that are no numbers; remove it or write it anew")
+  if exact == "int16" and channels == 1:
+    return samples[:, 0], head.rate
+  scale = {"int16": 1 / 32768, "int32": 1 / 2147483648, "float32": 1.0}[exact]
+  return (samples.astype(np.float32) * np.float32(scale)).mean(axis=1), head.rate
+
+
+def _flac_is_whole(data: bytes, samples: np.ndarray, width: int) -> bool:
+  """Whether the decoded samples [n, channels] have the MD5 that STREAMINFO promises (all zeros promise nothing)."""
+  start = data.find(b"fLaC") + 4
+  promised = data[start + 4 + 18 : start + 4 + 34]
+  if not any(promised):
+    return True
+  raw = np.ascontiguousarray(samples, samples.dtype.newbyteorder("<")).view(np.uint8)
+  raw = raw.reshape(-1, samples.itemsize)[:, samples.itemsize - width :]  # int32 holds 24 bits in its upper bytes
+  return hashlib.md5(raw.tobytes()).digest() == promised
+
+
+def _import(name: str) -> ModuleType:
+  try:
+    return importlib.import_module(name)
+  except ImportError as error:
+    raise DataError(f'audio needs {name}; install it with: pip install -e ".[audio]"') from error

@@ -1,0 +1,191 @@
+"""Images as documents: decoded, scaled and scanned when they are read."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from megabyte_jax.config import DataConfig
+from megabyte_jax.data.files import fingerprint_files, read_whole, sizes_of
+from megabyte_jax.data.fingerprints import combine_fingerprints
+from megabyte_jax.data.media import images
+from megabyte_jax.data.shared_cache import DOCUMENT_BYTES, SharedCache, array_bytes
+from megabyte_jax.data.sources import SKIP_HINT, check_range, said
+from megabyte_jax.errors import DataError, require
+
+if TYPE_CHECKING:
+  from PIL import Image
+
+_REMEDY = f"remove it, or skip such images with {SKIP_HINT}"
+_SCALED = 16  # images kept whole while their tiles are cut
+
+
+class EncodedImages(Protocol):
+  """Where encoded images come from: files, or records of a data set."""
+
+  @property
+  def names(self) -> Sequence[str]:
+    """One name per image."""
+    ...
+
+  @property
+  def fingerprint(self) -> str:
+    """See `Source.fingerprint`."""
+    ...
+
+  def load(self, i: int) -> bytes:
+    """The encoded image number i."""
+    ...
+
+  def place(self, i: int) -> str:
+    """Where it is, for errors."""
+    ...
+
+
+class ImageFiles:
+  """JPEG, PNG and WebP files."""
+
+  def __init__(self, paths: Sequence[str], names: Sequence[str]):
+    self.paths, self.names = paths, names
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """See `fingerprint_files`."""
+    return fingerprint_files(self.paths, self.names, sizes_of(self.paths))
+
+  def load(self, i: int) -> bytes:
+    """See `EncodedImages.load`."""
+    return read_whole(self.paths[i])
+
+  def place(self, i: int) -> str:
+    """See `EncodedImages.place`."""
+    return self.paths[i]
+
+
+class Images:
+  """One document per image, or per tile of an image, of image_size^2 * 3 bytes, in the order of the scan.
+
+  With data.image_tiles = 0 an image gives its centred square (`images.square_image`). Otherwise its short side is
+  scaled to image_tiles pixels and it is cut into as many squares as fit side by side from the top left corner.
+
+  Args:
+    encoded: where the images are.
+    data: size, scan and what to do with odd or bad images. With skip_bad every image is decoded once at the start;
+      unreadable ones are left out and counted in `skipped`.
+    convert: what is made RGB (see `images.open_image`) where data.convert_images does not ask for all.
+  """
+
+  joinable, unit, slow = False, 1, True
+
+  def __init__(self, encoded: EncodedImages, data: DataConfig, convert: str = ""):
+    if data.scan == "patch":
+      p = images.patch_side(data.scan_patch)
+      require(
+        data.image_size % p == 0,
+        f"config.data.image_size {data.image_size} is not a multiple of the {p} pixels of a patch "
+        f"(config.data.scan_patch={data.scan_patch})",
+      )
+    require(
+      data.image_tiles == 0 or data.image_tiles >= data.image_size,
+      f"config.data.image_tiles {data.image_tiles} is smaller than image_size {data.image_size}",
+    )
+    self.encoded, self.data, self.convert = encoded, data, "all" if data.convert_images else convert
+    self.skipped = 0
+    self._scaled = SharedCache(self._scale, _SCALED)
+    self._documents = SharedCache(self._document, DOCUMENT_BYTES, array_bytes)
+    good = self._good_images() if data.skip_bad else range(len(encoded.names))
+    self._image: Sequence[int] = good  # of each document
+    self._places: list[tuple[int, int]] = []  # (top, left) of each document where tiles are cut
+    self.names = encoded.names
+    if data.image_tiles:
+      self._place_tiles(good)
+    elif len(good) < len(encoded.names):
+      self.names = [encoded.names[i] for i in good]
+    self.lengths = np.full(len(self.names), data.image_size**2 * 3, np.int64)
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Changes with the images and with how they are turned into bytes."""
+    d = self.data
+    how = (d.image_size, d.image_tiles, d.scan, d.scan_patch if d.scan == "patch" else 0, self.convert, self.skipped)
+    return combine_fingerprints([self.encoded.fingerprint, repr(how)])
+
+  def read(self, document: int, start: int, stop: int) -> np.ndarray:
+    """See `Source.read`. Raises DataError naming an image that cannot be decoded."""
+    check_range(self, document, start, stop)
+    return self._documents(document)[start:stop].copy()
+
+  def _document(self, document: int) -> np.ndarray:
+    """The bytes of a document."""
+    i, d = self._image[document], self.data
+    if not self._places:
+      square = images.square_image(self._open(i), d.image_size)
+    else:
+      top, left = self._places[document]
+      square = self._scaled(i)[top : top + d.image_size, left : left + d.image_size]
+    return images.image_to_bytes(square, d.scan, d.scan_patch)
+
+  def _scale(self, i: int) -> np.ndarray:
+    """An image from which tiles are cut."""
+    return images.scaled_image(self._open(i), self.data.image_tiles)
+
+  def _open(self, i: int) -> Image.Image:
+    return images.open_image(self.encoded.load(i), self.encoded.place(i), self.convert, _REMEDY)
+
+  def _good_images(self) -> list[int]:
+    count = len(self.encoded.names)
+    with ThreadPoolExecutor() as pool:
+      good = [i for i, is_good in enumerate(pool.map(self._is_good, range(count))) if is_good]
+    self.skipped = count - len(good)
+    if not good:
+      raise DataError(f"none of {self.skipped} images can be read, {self.encoded.place(0)} for one")
+    return good
+
+  def _is_good(self, i: int) -> bool:
+    try:
+      self._open(i)
+    except DataError:
+      return False
+    return True
+
+  def _place_tiles(self, good: Sequence[int]) -> None:
+    n = self.data.image_size
+    numbers, names = [], []
+    for i in good:
+      width, height = images.scaled_size(_size(self.encoded.load(i), self.encoded.place(i)), self.data.image_tiles)
+      for row, column in np.ndindex(height // n, width // n):
+        numbers.append(i)
+        self._places.append((row * n, column * n))
+        names.append(f"{self.encoded.names[i]}[{row},{column}]")  # image_of knows this
+    self._image, self.names = numbers, names
+
+
+def centred_square(data: bytes, name: str, config: DataConfig) -> np.ndarray:
+  """The bytes of the centred square of an encoded image, which is made RGB; also where training cuts tiles.
+
+  Raises:
+    DataError: it cannot be decoded.
+  """
+  square = images.square_image(images.open_image(data, name, "all"), config.image_size)
+  return images.image_to_bytes(square, config.scan, config.scan_patch)
+
+
+def image_of(tile: str) -> str:
+  """The name of the image that a tile of this name was cut from."""
+  return tile.rpartition("[")[0]
+
+
+def _size(data: bytes, name: str) -> tuple[int, int]:
+  """(width, height) from the head of an image file."""
+  from PIL import Image  # noqa: PLC0415
+
+  try:
+    with Image.open(io.BytesIO(data)) as image:
+      return image.size
+  except Exception as error:  # see images.open_image
+    raise DataError(f"{name} is not a JPEG, PNG or WebP image ({said(error)}); {_REMEDY}") from error

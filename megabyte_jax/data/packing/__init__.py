@@ -1,0 +1,1 @@
+"""Builds packed folders and prepared data sets once, for training to read."""

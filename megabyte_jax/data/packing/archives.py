@@ -1,0 +1,213 @@
+"""Archives of text files, read from front to back: zip, tar (also gz, bz2, xz) and single gz, bz2, xz files.
+
+Every regular file is read that is not hidden, a hard link as the file that it links to. Symbolic links are left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import io
+import lzma
+import os
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from typing import IO, Protocol
+
+from megabyte_jax.data.files import fingerprint_files, sizes_of
+from megabyte_jax.data.packing.decompression import Decompressed
+from megabyte_jax.errors import DataError
+
+_TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+_SINGLE: dict[str, Callable[[IO[bytes]], _Readable]] = {
+  ".gz": lambda file: gzip.GzipFile(fileobj=file),
+  ".bz2": lambda file: io.BufferedReader(Decompressed(file, "bz2"), _BLOCK),
+  ".xz": lambda file: io.BufferedReader(Decompressed(file, "xz"), _BLOCK),
+}
+_BLOCK = 1 << 22
+_RECORD = 512  # bytes; a tar archive consists of such
+_ERRORS = (
+  OSError,
+  EOFError,
+  zlib.error,
+  lzma.LZMAError,
+  tarfile.TarError,
+  zipfile.BadZipFile,
+  RuntimeError,
+  ValueError,
+)
+
+
+class BadItem(DataError):
+  """A file in an archive that cannot be read, while those after it can."""
+
+
+def is_archive(spec: str) -> bool:
+  """Whether a name ends like that of an archive and is a local file."""
+  return spec.lower().endswith((".zip", *_TAR, *_SINGLE)) and os.path.isfile(spec)
+
+
+def fingerprint(path: str) -> str:
+  """Changes with the archive; see `fingerprint_files`."""
+  return fingerprint_files([path], [os.path.basename(path)], sizes_of([path]))
+
+
+def documents(
+  path: str, first: int = 0, skip_bad: bool = False, on_place: Callable[[int], None] = lambda place: None
+) -> Iterator[tuple[str, Iterator[bytes]] | None]:
+  """(name, blocks of bytes) of the files in an archive from number `first` on; None for an empty one to be skipped.
+
+  Hidden files are left out.
+
+  Args:
+    path: of the archive.
+    first: how many files were read before.
+    skip_bad: take empty files for ones to be skipped.
+    on_place: called now and then with the byte of the archive that has been reached.
+
+  Raises:
+    DataError: the archive is damaged or cut short; or, without `skip_bad`, a file in it is empty.
+    BadItem: while blocks are read: that file is damaged, which is no hindrance to the next.
+  """
+  name = path
+  try:
+    with open(path, "rb") as archive:
+      number = 0
+      for name, size, opened in _members(path, archive):
+        on_place(archive.tell())
+        number += 1
+        if number <= first:
+          continue
+        if size == 0 and not skip_bad:
+          raise DataError(f"{name} in {path} is empty; skip such files with --skip-bad")
+        yield None if size == 0 else (name, _blocks(opened, name, path, lambda: on_place(archive.tell())))
+  except _ERRORS as error:
+    if isinstance(error, DataError):
+      raise
+    raise DataError(f"{path} is damaged or cut short at {name} ({error})") from error
+
+
+class _Readable(Protocol):
+  def read(self, size: int, /) -> bytes: ...
+
+
+Opened = Callable[[], _Readable]
+
+
+def _members(path: str, file: IO[bytes]) -> Iterator[tuple[str, int, Opened]]:
+  """(name, bytes or -1 where they are not known, what opens it)."""
+  lower = path.lower()
+  if lower.endswith(".zip"):
+    yield from _zip_members(path, file)
+  elif lower.endswith(_TAR):
+    for member, opened in _tar_members(path, file):
+      if member.isfile() and not _hidden(member.name):
+        yield member.name, member.size, opened
+      elif member.islnk() and not _hidden(member.name):
+        yield member.name, -1, functools.partial(_linked, path, member)
+  else:
+    stem, suffix = os.path.splitext(os.path.basename(path))
+    stream = _SINGLE[suffix.lower()](file)
+    yield stem, -1, lambda: stream
+
+
+def _zip_members(path: str, file: IO[bytes]) -> Iterator[tuple[str, int, Opened]]:
+  with zipfile.ZipFile(file) as archive:
+    _check_count(path, len(archive.infolist()))
+    for entry in archive.infolist():
+      if entry.is_dir() or _hidden(entry.filename):
+        archive.open(entry).close()  # compares the name with the one at the file: it may be left out by damage
+      else:
+        yield entry.filename, entry.file_size, functools.partial(archive.open, entry)
+
+
+def _check_count(path: str, found: int) -> None:
+  """Raises ValueError unless a zip file's directory has entries, as many as its end says; zipfile does not look."""
+  with open(path, "rb") as file:
+    file.seek(max(0, os.path.getsize(path) - 22 - 65535))
+    tail = file.read()
+  place = tail.rfind(b"PK\5\6")
+  promised = int.from_bytes(tail[place + 10 : place + 12], "little")
+  if not found or promised not in (found, 0xFFFF):  # 0xFFFF: in the zip64 record
+    raise ValueError(f"{found} of {promised} entries are in its directory")
+
+
+def _open_tar(path: str, file: IO[bytes]) -> _Readable:
+  lower = path.lower()
+  return next((opener(file) for suffix, opener in _SINGLE.items() if lower.endswith((suffix, f".t{suffix[1:]}"))), file)
+
+
+def _tar_members(path: str, file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, Opened]]:
+  """All members of an archive, or of several one after the other (as `cat` and tar's own appending leave them)."""
+  stream = _Watched(_open_tar(path, file))
+  block = stream.read(_RECORD)
+  while block:
+    stream.put_back(block)
+    # Reads of one record: so it stops where an archive ends, and does not take the beginning of the next one along.
+    # Typeshed wants a whole file, of which tarfile needs no more than read().
+    with tarfile.open(fileobj=stream, mode="r|", bufsize=_RECORD) as archive:  # type: ignore[call-overload]
+      for member in archive:
+        yield member, functools.partial(_extracted, archive, member)
+    block = bytes(_RECORD)
+    while block == bytes(_RECORD):
+      block = stream.read(_RECORD)
+  stream.check_end()
+
+
+def _extracted(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+  file = archive.extractfile(member)
+  if file is None:
+    raise ValueError(f"{member.name} is no regular file")
+  return file
+
+
+def _linked(path: str, link: tarfile.TarInfo) -> _Readable:
+  """The file of a hard link, which lies before it in the archive: found by reading that once more."""
+  file = open(path, "rb")  # noqa: SIM115  (closed with the last reference, as what reads from it is)
+  for member, opened in _tar_members(path, file):
+    if member.isfile() and member.name == link.linkname:
+      return opened()
+  raise ValueError(f"it is a link to {link.linkname}, which is not in the archive")
+
+
+class _Watched:
+  """A stream that knows how it ended: tarfile takes an archive cut between files, or mid-stream, for a whole one."""
+
+  def __init__(self, file: _Readable):
+    self._file, self._tail, self._again = file, b"", b""
+
+  def read(self, size: int) -> bytes:
+    if self._again:
+      block, self._again = self._again, b""
+    else:
+      block = self._file.read(size)
+      self._tail = (self._tail + block)[-2 * _RECORD :]
+    return block
+
+  def put_back(self, block: bytes) -> None:
+    """The next read gives this block once more."""
+    self._again = block
+
+  def check_end(self) -> None:
+    """Raises ValueError unless two blocks of zeros are at the end, as every archive has them."""
+    if self._tail != bytes(2 * _RECORD):
+      raise ValueError("no end-of-archive mark")
+
+
+def _hidden(name: str) -> bool:
+  return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
+def _blocks(opened: Opened, name: str, path: str, after_block: Callable[[], None]) -> Iterator[bytes]:
+  try:
+    file = opened()
+    while block := file.read(_BLOCK):
+      yield block
+      after_block()
+  except _ERRORS as error:
+    what = f"{path} is damaged or cut short at {name} ({error})"
+    if path.lower().endswith(".zip"):
+      raise BadItem(f"{what}; skip such files with --skip-bad") from error
+    raise DataError(what) from error

@@ -1,0 +1,1 @@
+"""Shows people progress, pictures and metrics; it computes no result of its own."""

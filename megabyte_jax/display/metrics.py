@@ -1,0 +1,222 @@
+"""What a training run tells: a line on the terminal, `metrics.jsonl` and TensorBoard events."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from megabyte_jax.display.progress import duration, human
+from megabyte_jax.files.atomic_file import replacing
+from megabyte_jax.files.object_stores import is_remote
+from megabyte_jax.parallel.hardware import memory_in_use, peak_flops
+
+METRICS_FILE = "metrics.jsonl"
+_REMOTE_SECONDS = 30.0  # object stores cannot append: there the file is written anew so often
+
+
+class Metrics:
+  """Measures the speed of training and writes down how it goes; only process 0 writes, all may call.
+
+  `metrics.jsonl` holds one JSON object a line, each with `step`. Those of `log` have `loss` (nats per byte), `bpb`,
+  `learning_rate`, `grad_norm`, `bytes_per_second`, `flops_per_second`, `mfu`, `seconds`, `memory_bytes`, and what the
+  caller adds; those of `write` have what the caller gives. What is unknown is null.
+  """
+
+  def __init__(
+    self,
+    workdir: epath.PathLike,
+    *,
+    num_steps: int,
+    bytes_per_step: int,
+    start_step: int = 0,
+    seconds: float = 0.0,
+    flops_per_byte: float | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    tensorboard: bool = True,
+  ):
+    """Opens the files in `workdir`; what is there of later steps is cut off, the run does them again.
+
+    That goes for the evaluation of `start_step`, too: it comes after the checkpoint from which a run goes on.
+
+    Args:
+      workdir: the run's folder.
+      num_steps: optimizer steps of the whole run.
+      bytes_per_step: bytes of a batch, over all devices.
+      start_step: steps that were taken when the run stopped.
+      seconds: how long it had trained by then.
+      flops_per_byte: of a training step, by `flops.flops_per_byte(..., training=True)`.
+      devices: all that train, of every process; None takes `jax.devices()`.
+      tensorboard: write events to `workdir`/tensorboard, too.
+    """
+    self._devices = list(jax.devices() if devices is None else devices)
+    peaks = [peak_flops(device) for device in self._devices]
+    known = [peak for peak in peaks if peak]
+    self._peak = sum(known) if len(known) == len(peaks) else None
+    self._num_steps, self._bytes_per_step, self._flops_per_byte = num_steps, bytes_per_step, flops_per_byte
+    self._seconds_before, self._opened = seconds, time.monotonic()
+    self._seconds_per_step: float | None = None  # smoothed, for the time left
+    self.start(start_step)
+    self._writes = jax.process_index() == 0
+    self._path = epath.Path(workdir) / METRICS_FILE
+    self._file = self._board = None
+    if self._writes:
+      self._lines = _keep_until(self._path, start_step)  # for `_rewrite`
+      self._file = self._path.open("a") if not is_remote(self._path) else None
+      self._flushed = time.monotonic()
+      if tensorboard:
+        from tensorboardX import SummaryWriter  # noqa: PLC0415  (half a second that evaluation need not wait)
+
+        self._board = SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=start_step + 1)
+
+  def __enter__(self) -> Metrics:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  @property
+  def seconds(self) -> float:
+    """How long the run has gone on, with its earlier parts: to be saved with a checkpoint."""
+    return self._seconds_before + time.monotonic() - self._opened
+
+  def start(self, step: int) -> None:
+    """Measures speed from here on, with `step` steps taken: call it when the first step is compiled and done."""
+    self._clock, self._clock_step = time.monotonic(), step
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Leaves the time of a `with` block (an evaluation, say) out of the speed."""
+    begin = time.monotonic()
+    try:
+      yield
+    finally:
+      self._clock += time.monotonic() - begin
+
+  def log(self, step: int, *, loss: float, learning_rate: float, grad_norm: float) -> dict[str, Any]:
+    """Writes the state after `step` and shows it in one line.
+
+    Args:
+      step: steps taken; the speed is that since the previous call.
+      loss: nats per byte.
+      learning_rate, grad_norm: of that step, the norm before clipping.
+
+    Returns:
+      What was written.
+    """
+    speed = self._speed(step)
+    flops = speed * self._flops_per_byte if speed and self._flops_per_byte else None
+    record = {
+      "step": int(step),
+      "loss": float(loss),
+      "bpb": float(loss) / math.log(2),
+      "learning_rate": float(learning_rate),
+      "grad_norm": float(grad_norm),
+      "bytes_per_second": speed,
+      "flops_per_second": flops,
+      "mfu": flops / self._peak if flops and self._peak else None,
+      "seconds": round(self.seconds, 3),
+      "memory_bytes": memory_in_use(self._devices),
+    }
+    self._put(record)
+    if self._writes:
+      print(self._line(record), flush=True)
+    return record
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Writes other values of `step`, such as {"validation_bpb": 1.23}, and shows nothing."""
+    self._put({"step": int(step), **{name: float(value) for name, value in values.items()}})
+
+  def flush(self) -> None:
+    """Writes what is left: the process may end without `close`."""
+    if self._writes and self._file is None:
+      self._rewrite()
+    if self._board is not None:
+      self._board.flush()
+
+  def close(self) -> None:
+    """Writes what is left and closes the files."""
+    self.flush()
+    for file in (self._file, self._board):
+      if file is not None:
+        file.close()
+
+  def _speed(self, step: int) -> float | None:
+    """Bytes per second since the previous call, None where no step was taken."""
+    seconds, steps = time.monotonic() - self._clock, step - self._clock_step
+    self.start(step)
+    if steps <= 0 or seconds <= 0:
+      return None
+    newest = seconds / steps
+    self._seconds_per_step = newest if self._seconds_per_step is None else 0.8 * self._seconds_per_step + 0.2 * newest
+    return self._bytes_per_step / newest
+
+  def _line(self, record: Mapping[str, Any]) -> str:
+    width = len(str(self._num_steps))
+    parts = [
+      f"step {record['step']:{width}}/{self._num_steps}",
+      f"loss {record['loss']:.4f}",
+      f"bpb {record['bpb']:.4f}",
+      f"lr {record['learning_rate']:.1e}",
+      f"grad {record['grad_norm']:.2f}",
+    ]
+    if record["bytes_per_second"]:
+      parts.append(f"{human(record['bytes_per_second'], 'B/s'):>9}")
+    if record["flops_per_second"]:
+      share = f" ({100 * record['mfu']:.1f}% of peak)" if record["mfu"] else ""
+      parts.append(f"{human(record['flops_per_second'], 'FLOP/s')}{share}")
+    if self._seconds_per_step is not None and record["step"] < self._num_steps:
+      parts.append(f"{duration((self._num_steps - record['step']) * self._seconds_per_step)} left")
+    if record["memory_bytes"]:
+      parts.append(f"mem {human(record['memory_bytes'], 'B')}")
+    return "  ".join(parts)
+
+  def _put(self, record: Mapping[str, Any]) -> None:
+    if not self._writes:
+      return
+    # JSON knows no NaN and no infinity.
+    plain = {name: value if value is not None and math.isfinite(value) else None for name, value in record.items()}
+    line = json.dumps(plain) + "\n"
+    if self._file is not None:
+      self._file.write(line)
+      self._file.flush()  # another program may look on, and a killed run loses no more than a line
+    else:
+      self._lines.append(line)
+      if time.monotonic() - self._flushed >= _REMOTE_SECONDS:
+        self._rewrite()
+    if self._board is not None:
+      for name, value in record.items():
+        if name != "step" and value is not None:
+          self._board.add_scalar(name, value, record["step"])
+
+  def _rewrite(self) -> None:
+    self._path.write_text("".join(self._lines))
+    self._flushed = time.monotonic()
+
+
+def _keep_until(path: epath.Path, last_step: int) -> list[str]:
+  """Drops the lines of `path` after the `log` of `last_step`, and broken ones; returns those that stay."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if not path.exists():
+    return []
+  text = path.read_text()
+  lines = [line for line in text.splitlines(keepends=True) if _stays(line, last_step)]
+  if "".join(lines) != text:
+    with replacing(path) as temporary:
+      temporary.write_text("".join(lines))
+  return lines
+
+
+def _stays(line: str, last_step: int) -> bool:
+  """Whether a line is whole and comes before the end of `last_step`."""
+  try:
+    record = json.loads(line) if line.endswith("\n") else {"step": math.inf}
+    return record["step"] < last_step or (record["step"] == last_step and "loss" in record)
+  except (ValueError, KeyError, TypeError):
+    return False

@@ -1,0 +1,277 @@
+"""Every picture that the project draws, as PNG files.
+
+matplotlib is imported when the first picture is drawn, and used without pyplot: no window system, no global state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from etils import epath
+
+from megabyte_jax.errors import PlotError
+from megabyte_jax.files.atomic_file import replacing
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_GREY = "#8a8a8a"
+_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
+_STYLE: dict[Any, Any] = {  # Any: matplotlib declares a type of all its keys
+  "axes.axisbelow": True,
+  "axes.edgecolor": "#b0b0b0",
+  "axes.grid": True,
+  "axes.labelsize": 10,
+  "axes.spines.right": False,
+  "axes.spines.top": False,
+  "axes.titlelocation": "left",
+  "axes.titlesize": 12,
+  "axes.titleweight": "bold",
+  "font.size": 9.5,
+  "grid.color": "#e8e8e8",
+  "legend.frameon": False,
+  "lines.solid_capstyle": "round",
+  "xtick.color": "#b0b0b0",
+  "xtick.labelcolor": "#404040",
+  "ytick.color": "#b0b0b0",
+  "ytick.labelcolor": "#404040",
+}
+_WHOLE_CURVE = 30  # shorter training curves are shown without smoothing
+
+
+def loss_curve(metrics_jsonl: epath.PathLike, out_png: epath.PathLike) -> None:
+  """Bits per byte over training: every progress line, a smoothed curve, and the validation points.
+
+  Args:
+    metrics_jsonl: as `metrics.Metrics` writes it; `bpb` and `validation_bpb` are drawn.
+    out_png: where the picture goes.
+
+  Raises:
+    PlotError: the file is missing, or no line in it has a bpb.
+  """
+  if not epath.Path(metrics_jsonl).exists():
+    raise PlotError(f"{metrics_jsonl} does not exist; train.py writes it into its --workdir")
+  records = _records(epath.Path(metrics_jsonl).read_text())
+  steps, bpb = _series(records, "bpb")
+  validation_steps, validation = _series(records, "validation_bpb")
+  if not len(steps) and not len(validation_steps):
+    raise PlotError(f"{metrics_jsonl} has no bpb in any line; train for at least config.log_every steps")
+  with _axes(out_png, "Training", "optimizer steps", "bits per byte") as axes:
+    values = list(validation)
+    if len(steps) < _WHOLE_CURVE:
+      axes.plot(steps, bpb, color=_COLORS[0], marker=".", label="training")
+      values += list(bpb)
+    else:
+      smooth = _smooth(bpb)
+      axes.plot(steps, bpb, color=_COLORS[0], alpha=0.3, linewidth=1)
+      axes.plot(steps, smooth, color=_COLORS[0], linewidth=2, label="training (smoothed)")
+      values += list(smooth)
+      # The first steps fall from 8 bits within a moment, and would press all the rest into the lowest part.
+      late = bpb[len(bpb) // 50 :]
+      low, high = min([late.min(), *validation]), max([*smooth[len(smooth) // 20 :], *validation])
+      margin = 0.12 * (high - low) or 0.1
+      axes.set_ylim(low - margin, high + 2 * margin)
+    if len(validation_steps):
+      axes.plot(
+        validation_steps, validation, "o", color=_COLORS[1], markersize=5, markeredgecolor="white", label="validation"
+      )
+      axes.annotate(
+        f"{validation[-1]:.3f}",
+        (validation_steps[-1], validation[-1]),
+        xytext=(0, 9),
+        textcoords="offset points",
+        ha="right" if len(validation_steps) > 1 or len(steps) else "center",
+        color=_COLORS[1],
+        fontweight="bold",
+      )
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlim(left=0)
+    axes.legend(loc="upper right")
+
+
+def loss_by_position(
+  values_by_position: Sequence[float] | Mapping[str, Sequence[float]],
+  out_png: epath.PathLike,
+  title: str,
+  xlabel: str,
+  *,
+  bin_width: int = 1,
+) -> None:
+  """Mean loss of the bytes at each position, of a patch (Fig. 5 of the paper) or of the context (Fig. 4).
+
+  Args:
+    values_by_position: mean loss at each position or in each bin; several curves as {name: values}. NaN leaves a
+      gap where nothing was scored.
+    out_png: where the picture goes.
+    title, xlabel: texts.
+    bin_width: bytes that each value stands for, drawn at the middle of its bin; 1 draws at positions 0, 1, ...
+
+  Raises:
+    PlotError: a curve has no finite value.
+  """
+  several = isinstance(values_by_position, Mapping)
+  given = values_by_position if isinstance(values_by_position, Mapping) else {"": values_by_position}
+  curves = {name: np.asarray(values, np.float64) for name, values in given.items()}
+  for name, values in curves.items():
+    if not np.isfinite(values).any():
+      raise PlotError(f"no position of {name or 'the curve'} has a loss to draw in {out_png}")
+  with _axes(out_png, title, xlabel, "bits per byte") as axes:
+    for (name, values), color in zip(curves.items(), _cycle(_COLORS), strict=False):
+      x = np.arange(len(values)) * bin_width + (bin_width - 1) / 2
+      marker: dict[str, Any] = {"marker": "o", "markersize": 6, "markeredgecolor": "white"} if len(values) <= 64 else {}
+      axes.plot(x, values, color=color, linewidth=2, label=name, **marker)
+      if not several:
+        mean = float(np.nanmean(values))
+        axes.axhline(mean, color=_GREY, linewidth=1, linestyle=_DASHES[1], zorder=1)
+        axes.annotate(
+          f"mean {mean:.3f}",
+          (1, mean),
+          xycoords=axes.get_yaxis_transform(),
+          xytext=(-2, 4),
+          textcoords="offset points",
+          ha="right",
+          color=_GREY,
+        )
+    positions = max(map(len, curves.values()))
+    if bin_width == 1 and positions <= 16:
+      axes.set_xticks(range(positions))
+    else:
+      axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.margins(y=0.15)
+    if several:
+      axes.legend(loc="best")
+
+
+def flops_per_byte(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], out_png: epath.PathLike) -> None:
+  """Operations per byte over the sequence length, both on logarithmic axes (Fig. 3 of the paper).
+
+  Args:
+    curves: {name: (sequence lengths in bytes, operations per byte)}. The last word of a name is the model's size: names
+      that agree in the rest share a colour.
+    out_png: where the picture goes.
+
+  Raises:
+    PlotError: there is no curve.
+  """
+  if not curves:
+    raise PlotError(f"no curve to draw in {out_png}")
+  families: dict[str, list[str]] = {}
+  for name in curves:
+    families.setdefault(name.rpartition(" ")[0] or name, []).append(name)
+  with _axes(out_png, "Compute per byte", "sequence length (bytes)", "forward FLOPs per byte", width=8) as axes:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    for (family, names), color in zip(families.items(), _cycle(_COLORS), strict=False):
+      for i, name in enumerate(names):
+        line: dict[str, Any] = {"color": color, "linestyle": _DASHES[i % len(_DASHES)], "linewidth": 2}
+        axes.plot(*curves[name], label=family if i == 0 else None, **line)
+    lengths = sorted({length for xs, _ in curves.values() for length in xs})
+    ticks = lengths if len(lengths) <= 7 else lengths[:: -(-len(lengths) // 7)]
+    axes.set_xticks(ticks, [f"{length:,}" for length in ticks])
+    axes.minorticks_off()
+    colors = {name: color for names, color in zip(families.values(), _cycle(_COLORS), strict=False) for name in names}
+    _label_ends(axes, {name: (xs[-1], ys[-1], colors[name]) for name, (xs, ys) in curves.items()})
+    axes.legend(loc="upper left")
+
+
+def lines(
+  curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+  title: str,
+  xlabel: str,
+  ylabel: str,
+  out_png: epath.PathLike,
+  *,
+  log: bool = False,
+  training: bool = False,
+) -> None:
+  """Some curves in one picture.
+
+  Args:
+    curves: {name: (x, y)}.
+    title, xlabel, ylabel: of the picture.
+    out_png: where the picture goes.
+    log: makes both axes logarithmic and marks every point.
+    training: smooths the curves; their first losses, a tenth of all points, may lie above the picture.
+
+  Raises:
+    PlotError: there is no curve.
+  """
+  if not curves:
+    raise PlotError(f"no curve to draw in {out_png}")
+  with _axes(out_png, title, xlabel, ylabel) as axes:
+    for i, (name, (x, y)) in enumerate(curves.items()):
+      dash = _DASHES[i // len(_COLORS) % len(_DASHES)]  # another one when all colours are taken
+      line: dict[str, Any] = {"color": _COLORS[i % len(_COLORS)], "linestyle": dash, "linewidth": 2, "label": name}
+      if log:
+        line |= {"marker": "o", "markersize": 5}
+      values = np.asarray(y, np.float64)
+      axes.plot(x, _smooth(values) if training and len(values) > _WHOLE_CURVE else values, **line)
+    if log:
+      axes.set_xscale("log")
+      axes.set_yscale("log")
+    if training:
+      every = np.concatenate([np.asarray(y, np.float64) for _, y in curves.values()])
+      low, high = every.min(), np.quantile(every, 0.9)
+      axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-6)
+    axes.legend()
+
+
+def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> None:
+  """Writes the last word of each name beside the end (x, y, color) of its curve, without overlaps."""
+  bottom, top = np.log10(axes.get_ylim())
+  gap = (top - bottom) * 0.042
+  last = -np.inf
+  for name, (x, y, color) in sorted(ends.items(), key=lambda item: item[1][1]):
+    last = max(np.log10(y), last + gap)
+    size = name.rpartition(" ")[2]
+    axes.annotate(
+      size, (x, 10**last), xytext=(6, 0), textcoords="offset points", va="center", color=color, annotation_clip=False
+    )
+
+
+@contextlib.contextmanager
+def _axes(out_png: epath.PathLike, title: str, xlabel: str, ylabel: str, width: float = 7.0) -> Iterator[Axes]:
+  """Axes to draw on, saved as `out_png` when the block ends well."""
+  import matplotlib as mpl  # noqa: PLC0415  (slow, and few commands draw)
+  from matplotlib.figure import Figure  # noqa: PLC0415
+  from matplotlib.layout_engine import ConstrainedLayoutEngine  # noqa: PLC0415
+
+  with mpl.rc_context(_STYLE):
+    figure = Figure(figsize=(width, 4.2), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+    axes = figure.add_subplot()
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    yield axes
+    with replacing(out_png) as path, path.open("wb") as file:
+      figure.savefig(file, format="png", dpi=150)
+
+
+def _records(text: str) -> list[dict[str, Any]]:
+  """The whole lines of a JSONL file; the last one may still be in the making."""
+  lines = text.splitlines(keepends=True)
+  return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+  """(steps, values) of the records that have a finite `key`."""
+  found = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+  steps, values = np.asarray(found, np.float64).reshape(-1, 2).T
+  return steps, values
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+  """A running mean, weighted by a bell of 1% of the curve to each side, that does not run ahead at the ends."""
+  width = max(1.0, len(values) / 100)
+  reach = int(3 * width)
+  bell = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+  return np.convolve(values, bell, "same") / np.convolve(np.ones_like(values), bell, "same")
+
+
+def _cycle(colors: Sequence[str]) -> Iterator[str]:
+  while True:
+    yield from colors

@@ -1,0 +1,1 @@
+"""Scores every byte of documents exactly once and reports bits per byte."""

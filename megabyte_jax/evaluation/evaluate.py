@@ -1,0 +1,199 @@
+"""Bits per byte of documents: every byte scored exactly once, whatever the method."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from megabyte_jax.config import Config, MegabyteConfig
+from megabyte_jax.config.model import check_bytes
+from megabyte_jax.data.batches import rows_of_this_process
+from megabyte_jax.data.read_ahead import read_ahead
+from megabyte_jax.data.sources import Source
+from megabyte_jax.errors import require
+from megabyte_jax.evaluation import windows
+from megabyte_jax.evaluation.windows import Window
+from megabyte_jax.models.build import trained_model
+from megabyte_jax.models.loss import bits_per_byte, byte_nats
+from megabyte_jax.parallel.sharding import batch_sharding
+
+Row = tuple[int, Window]  # document number, window
+
+
+@dataclasses.dataclass
+class Evaluation:
+  """What was measured. Sums are float64.
+
+  Attributes:
+    method: as in windows.py.
+    cost: nominal, of documents much longer than the context: what reading each byte once costs is 1 (Table 11).
+    bytes_read: of all windows, prefixes of PerceiverAR too; over `bytes` it is the cost of these very documents.
+    document_nats, document_bytes: [documents], summed over each.
+    context_nats, context_bytes: [T], by a byte's position in the window that scored it (Fig. 4).
+    patch_nats, patch_bytes: [P], by a byte's position in its patch (Fig. 5), or in its span without a global model.
+    seconds: wall time, compilation included.
+  """
+
+  method: str
+  cost: float
+  document_nats: np.ndarray
+  document_bytes: np.ndarray
+  context_nats: np.ndarray
+  context_bytes: np.ndarray
+  patch_nats: np.ndarray
+  patch_bytes: np.ndarray
+  bytes_read: int = 0
+  seconds: float = 0.0
+
+  @property
+  def nats(self) -> float:
+    """Of all bytes."""
+    return float(self.document_nats.sum())
+
+  @property
+  def bytes(self) -> int:
+    """Bytes scored."""
+    return int(self.document_bytes.sum())
+
+  @property
+  def bpb(self) -> float:
+    """Bits per byte."""
+    return bits_per_byte(self.nats, self.bytes)
+
+
+def make_eval_step(config: Config) -> jax.stages.Wrapped:
+  """The jitted (parameters, x_BT, length_B, start_B) -> nats_BT; see `byte_nats`. `start_B` is for PerceiverAR."""
+
+  @jax.jit
+  def eval_step(parameters, x_BT, length_B, start_B=None):
+    return byte_nats(trained_model(config.model, parameters), x_BT, length_B=length_B, start_B=start_B)[0]
+
+  return eval_step
+
+
+def evaluate(
+  config: Config,
+  parameters: Any,
+  source: Source,
+  *,
+  mesh: Mesh,
+  method: str = "basic",
+  stride: int = 0,
+  max_bytes: int = 0,
+  eval_step: Callable[..., jax.Array] | None = None,
+  on_byte_nats: Callable[[int, int, np.ndarray, np.ndarray], None] | None = None,
+  on_progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+  """Scores every byte of every document of `source` exactly once.
+
+  Args:
+    parameters: nested dicts, laid out on `mesh`.
+    method, stride: see windows.py.
+    max_bytes: stop once this many bytes are in the plan; 0 scores all.
+    eval_step: from `make_eval_step`, to reuse its compilation.
+    on_byte_nats: called with (document, start, nats, mask) of every window: of document bytes start,
+      start + 1, ... those with mask True are scored by this window.
+    on_progress: called with (bytes scored, bytes to score).
+
+  Raises:
+    ConfigError: the method does not fit the model, or the model does not know one of the bytes.
+  """
+  begin = time.perf_counter()
+  windows.check_method(config.model, method, stride)
+  eval_step = eval_step or make_eval_step(config)
+  context = config.model.context
+  patch = config.model.alignment if isinstance(config.model, MegabyteConfig) else 1
+  lengths = np.asarray(source.lengths, np.int64)
+  require(bool(lengths.sum() > 0), "there is not a single byte to evaluate")
+  total = int(lengths.sum()) if not max_bytes else min(int(lengths.sum()), max_bytes)
+  result = Evaluation(
+    method,
+    windows.cost_factor(method, config.model, stride),
+    document_nats=np.zeros(len(lengths)),
+    document_bytes=np.zeros(len(lengths)),
+    context_nats=np.zeros(context),
+    context_bytes=np.zeros(context),
+    patch_nats=np.zeros(patch),
+    patch_bytes=np.zeros(patch),
+  )
+  batch_size = config.scored_at_once
+  share = mesh.shape["data"] * mesh.shape["fsdp"]
+  batch_size += -batch_size % share
+  sharding = batch_sharding(mesh)
+  own_rows = set(rows_of_this_process(sharding, batch_size, context).tolist())
+  with_latents = not isinstance(config.model, MegabyteConfig)
+
+  plan = functools.partial(_rows, lengths, config, method, stride, max_bytes)
+  own = (row for place, row in enumerate(plan()) if place % batch_size in own_rows)
+  contents = read_ahead(source, ((document, w.start, w.start + w.length) for document, w in own))
+
+  def score(rows: list[Row], nats: jax.Array) -> None:
+    nats_BT = np.asarray(multihost_utils.process_allgather(nats, tiled=True) if jax.process_count() > 1 else nats)
+    for (document, window), nats_T in zip(rows, nats_BT, strict=False):
+      mask = windows.scored_mask(window)
+      scored = np.where(mask, nats_T[: window.length].astype(np.float64), 0.0)
+      _add(result, document, window, scored, mask)
+      if on_byte_nats:
+        on_byte_nats(document, window.start, nats_T[: window.length], mask)
+    if on_progress:
+      on_progress(result.bytes, total)
+
+  under_way: tuple[list[Row], jax.Array] | None = None  # scored while the devices are busy with the next batch
+  for rows in _batched(plan(), batch_size):
+    x_BT = np.zeros((batch_size, context), np.uint8)
+    length_B, start_B = np.zeros(batch_size, np.int32), np.zeros(batch_size, np.int32)
+    for b, (_, window) in enumerate(rows):
+      length_B[b], start_B[b] = window.length, window.latent_start
+      if b in own_rows:
+        x_BT[b, : window.length] = next(contents)
+    check_bytes(x_BT, config.model.vocab_size)
+    arrays = (x_BT, length_B, start_B) if with_latents else (x_BT, length_B)
+    placed = (jax.make_array_from_callback(a.shape, sharding, a.__getitem__) for a in arrays)
+    with jax.set_mesh(mesh):
+      nats = eval_step(parameters, *placed)
+    if under_way:
+      score(*under_way)
+    under_way = rows, nats
+  if under_way:
+    score(*under_way)
+  result.seconds = time.perf_counter() - begin
+  return result
+
+
+def _add(result: Evaluation, document: int, window: Window, nats: np.ndarray, mask: np.ndarray) -> None:
+  result.bytes_read += window.length
+  result.document_nats[document] += nats.sum()
+  result.document_bytes[document] += mask.sum()
+  result.context_nats[: window.length] += nats
+  result.context_bytes[: window.length] += mask
+  place = np.arange(window.length) % len(result.patch_nats)
+  result.patch_nats += np.bincount(place, nats, len(result.patch_nats))
+  result.patch_bytes += np.bincount(place, mask, len(result.patch_nats))
+
+
+def _rows(lengths: np.ndarray, config: Config, method: str, stride: int, max_bytes: int) -> Iterator[Row]:
+  left = max_bytes or int(lengths.sum())
+  for document, length in enumerate(lengths):
+    used = int(min(length, left))
+    for window in windows.windows_of(used, config.model, method, stride) if used else ():
+      yield document, window
+    left -= used
+
+
+def _batched(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+  batch: list[Row] = []
+  for row in rows:
+    batch.append(row)
+    if len(batch) == size:
+      yield batch
+      batch = []
+  if batch:
+    yield batch

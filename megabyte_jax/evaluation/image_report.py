@@ -1,0 +1,86 @@
+"""Bits per byte over a set of images: mean, standard error, and the best and worst images as pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from megabyte_jax.config import DataConfig
+from megabyte_jax.data.media import images
+from megabyte_jax.data.media.image_source import image_of
+from megabyte_jax.data.sources import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSummary:
+  """Of the images, or tiles of images, all of whose bytes were scored.
+
+  Attributes:
+    images: how many, or of how many images they are tiles.
+    tiles: how many; 0 where images were not cut.
+    mean_bpb: the mean of their bits per byte; they are equally large, so it is also that of all their bytes.
+    standard_error: of the mean, over images: standard deviation (n - 1) / sqrt(n); None for a single image. Tiles of
+      one image are alike, so it is not taken over them: their deviations from the mean are summed for each image.
+    ranked: document numbers, lowest bits per byte first.
+    bpb: bits per byte of each of `ranked`.
+  """
+
+  images: int
+  tiles: int
+  mean_bpb: float
+  standard_error: float | None
+  ranked: np.ndarray
+  bpb: np.ndarray
+
+  def __str__(self) -> str:
+    spread = f" +- {self.standard_error:.4f} (standard error)" if self.images > 1 else ""
+    images = f"{self.images:,} image{'s' * (self.images != 1)}"
+    return f"{self.mean_bpb:.4f} bpb{spread} over " + (f"{self.tiles:,} tiles of {images}" if self.tiles else images)
+
+
+def summarize(
+  document_nats: np.ndarray, document_bytes: np.ndarray, lengths: np.ndarray, tiles: Sequence[str] = ()
+) -> ImageSummary:
+  """The summary of an evaluation.
+
+  Args:
+    document_nats, document_bytes: [documents], summed over each image; bytes are those that were scored.
+    lengths: [documents], bytes per image. Images with fewer bytes scored are left out.
+    tiles: the names of the documents, if these are tiles of images.
+
+  Raises:
+    ValueError: not a single image was scored as a whole.
+  """
+  whole = np.flatnonzero(np.asarray(document_bytes) == lengths)
+  if not len(whole):
+    raise ValueError("not a single image was scored as a whole; score more bytes")
+  bpb = np.asarray(document_nats, np.float64)[whole] / np.asarray(document_bytes)[whole] / np.log(2)
+  order = np.argsort(bpb, kind="stable")
+  names = [image_of(tiles[int(i)]) for i in whole] if tiles else np.arange(len(whole))
+  image = np.unique(names, return_inverse=True)[1]
+  sums = np.bincount(image, bpb - bpb.mean())  # one for each image
+  n = len(sums)
+  error = float(np.sqrt(n / (n - 1) * np.sum(sums**2)) / len(bpb)) if n > 1 else None
+  return ImageSummary(n, len(whole) if tiles else 0, float(bpb.mean()), error, whole[order], bpb[order])
+
+
+def write_best_and_worst(
+  summary: ImageSummary, source: Source, data: DataConfig, folder: epath.PathLike, count: int = 16
+) -> list[str]:
+  """Writes `folder`/images_best.png and images_worst.png, the most extreme image first, and returns their paths."""
+  chosen = {"best": summary.ranked[:count], "worst": summary.ranked[::-1][:count]}
+  paths = []
+  for name, documents in chosen.items():
+    pictures = [
+      images.bytes_to_image(source.read(int(i), 0, int(source.lengths[i])), data.scan, data.scan_patch)
+      for i in documents
+    ]
+    width = max(1, min(8, len(pictures), 2048 // pictures[0].shape[1]))
+    rows = [pictures[i : i + width] for i in range(0, len(pictures), width)]
+    paths.append(os.path.join(os.fspath(folder), f"images_{name}.png"))
+    images.write_png(paths[-1], images.image_grid(rows))
+  return paths

@@ -1,0 +1,54 @@
+"""Word-level perplexity of a byte model, as PG-19 defines it: exp(total nats / number of words).
+
+The number of words is the data set's, whatever the model's units, so that models of bytes, subwords and words
+compare (Rae et al., 2019; Table 3 of MEGABYTE). Total nats must cover the same text as the words: a copy whose
+line ends were changed has other bytes, but its nats over the official count of words still compare.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from megabyte_jax.errors import require
+
+_WHITESPACE = np.isin(np.arange(256), list(b" \t\n\r\x0b\x0c"))
+_CHUNK = 2**24
+
+
+class TextSize(NamedTuple):
+  """Size of a split: raw bytes (None where not published) and words."""
+
+  bytes: int | None
+  words: int
+
+
+# The release notes of PG-19 (https://github.com/google-deepmind/pg19).
+PG19 = {
+  "train": TextSize(None, 1_973_136_207),
+  "validation": TextSize(None, 3_007_061),
+  "test": TextSize(41_289_101, 6_966_499),
+}
+
+
+def word_perplexity(nats: float, words: int) -> float:
+  """Perplexity per word of a text that costs `nats` in total, perhaps inf; raises ConfigError without words."""
+  require(words > 0, f"words is {words}; word-level perplexity needs the number of words of the text scored")
+  try:
+    return math.exp(nats / words)
+  except OverflowError:
+    return math.inf
+
+
+def count_words(text: bytes | np.ndarray) -> int:
+  """Runs of bytes that are not ASCII white space; `text` may be a memory-mapped uint8 array of any size."""
+  data = np.frombuffer(text, np.uint8) if isinstance(text, bytes | bytearray | memoryview) else text
+  words, after_space = 0, True
+  for start in range(0, len(data), _CHUNK):
+    space = _WHITESPACE[data[start : start + _CHUNK]]
+    before = np.concatenate([[after_space], space[:-1]])
+    words += int(np.count_nonzero(before & ~space))
+    after_space = bool(space[-1])
+  return words

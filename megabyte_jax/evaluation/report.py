@@ -1,0 +1,135 @@
+"""What train.py and eval.py print for people: the run, the table of results, a sample, what to do next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from megabyte_jax.config import Config
+from megabyte_jax.data.open_data import decodable_as
+from megabyte_jax.data.sources import Source
+from megabyte_jax.display.progress import Progress, duration, human
+from megabyte_jax.evaluation.compressors import Compressed, compress_all
+from megabyte_jax.evaluation.evaluate import Evaluation, evaluate
+from megabyte_jax.models.flops import flops_per_byte, parameter_count
+
+_COMPRESSED_BYTES = 20_000_000  # with those of the primer; beyond this xz would run for minutes
+
+
+def describe_run(config: Config, mesh: Mesh, source: Source, first_step: int) -> str:
+  """Device, model, data and where the run stands."""
+  device = jax.devices()[0]
+  axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+  model = config.model
+  notices = {
+    "image": ["notice  all are pictures, read as the raw bytes of their files; --config.data.form=image reads pixels"],
+    "audio": ["notice  all are recordings, read as the raw bytes of their files; --config.data.form=audio reads sound"],
+  }
+  form = decodable_as(source.names) if config.data.form == "bytes" else ""
+  return "\n".join(
+    [
+      f"device  {jax.device_count()} x {device.device_kind}" + (f" (mesh: {axes})" if axes else ""),
+      f"model   {model.family}, {human(parameter_count(model))} parameters, context {model.context:,} bytes, "
+      f"{human(flops_per_byte(model, training=True), 'FLOP')} per byte of training",
+      f"data    {int(source.lengths.sum()):,} bytes in {count_documents(source)}",
+      *notices.get(form, []),
+      f"steps   {first_step:,} of {config.num_steps:,} done, {config.batch_size} x {model.context:,} bytes each",
+    ]
+  )
+
+
+def count_documents(source: Source) -> str:
+  """How many documents a source has, and how many items were left out as empty or unreadable."""
+  return _documents(len(source.lengths)) + (f", {source.skipped:,} skipped" if source.skipped else "")
+
+
+def _documents(count: int) -> str:
+  return f"{count:,} document" if count == 1 else f"{count:,} documents"
+
+
+def evaluate_and_print(
+  config: Config,
+  parameters: Any,
+  source: Source,
+  mesh: Mesh,
+  *,
+  primer: Callable[[], Source | None] | None = None,
+  with_compressors: bool = True,
+  **options: Any,
+) -> Evaluation:
+  """Evaluates with a progress line and prints the table of bits per byte, compressors included.
+
+  Args:
+    primer: opens the training data, for the compressors' primed figures; called only if they are wanted.
+    options: further arguments of `evaluate`.
+  """
+  total = int(np.sum(source.lengths))
+  compare = with_compressors and total <= _COMPRESSED_BYTES and jax.process_index() == 0
+  before = primer() if compare and primer else None  # opened before the work, lest it fails after it
+  with Progress("scoring", compiles=True, enabled=jax.process_index() == 0) as progress:
+    result = evaluate(config, parameters, source, mesh=mesh, on_progress=progress.update, **options)
+  compressors = {}
+  if compare:
+    text = read_all(source)
+    if before and not (before.joinable and total + int(np.sum(before.lengths)) <= _COMPRESSED_BYTES):
+      before = None
+    compressors = compress_all(text, read_all(before) if before else None)
+  if jax.process_index() == 0:
+    print(results_table(config, result, compressors), flush=True)
+  return result
+
+
+def read_all(source: Source) -> bytes:
+  """All documents joined."""
+  return b"".join(source.read(i, 0, int(length)).tobytes() for i, length in enumerate(source.lengths))
+
+
+def results_table(config: Config, result: Evaluation, compressors: dict[str, Compressed]) -> str:
+  """Bits per byte of the model and of the compressors, one line each."""
+  name = "MEGABYTE" if config.model.family == "megabyte" else "PerceiverAR"
+  if config.model.family == "megabyte" and len(config.model.levels) == 1 and config.model.levels[0].patch_size == 1:
+    name = "Transformer"
+  documents = _documents(int(np.count_nonzero(result.document_bytes)))
+  lines = [
+    f"bits per byte on {result.bytes:,} bytes ({documents}, {duration(result.seconds)})",
+    f"  {name:<12}{result.bpb:7.3f}   {result.method} inference, {result.cost:g}x",
+  ]
+  for compressor, bits in sorted(compressors.items(), key=lambda item: item[1].alone):
+    primed = "" if bits.primed is None else f"   {bits.primed:.3f} primed with the training data"
+    lines.append(f"  {compressor:<12}{bits.alone:7.3f}{primed}")
+  return "\n".join(lines)
+
+
+def what_next(workdir: str, picture: str, form: str) -> str:
+  """Commands to try after training on data of a form (config.data.form)."""
+  prompt = '--prompt="It is a truth" --bytes=400'
+  what = {"bytes": prompt, "image": "--output=sampled.png", "audio": "--output=sampled.wav"}[form]
+  lines = [
+    f"loss curve: {picture}",
+    "try next:",
+    f"  python eval.py --workdir={workdir} --data=YOUR_FILE_OR_FOLDER",
+    f"  python -m megabyte_jax.generate --workdir={workdir} {what} --temperature=0.7",
+  ]
+  if form == "bytes" and not workdir.rstrip("/").endswith("runs/mine"):  # of the default config
+    data = "--config.data.train=YOUR_FOLDER --config.data.validation=YOUR_FILE"
+    lines.append(f"  python train.py --workdir=runs/mine {data}")
+  return "\n".join(lines)
+
+
+def result_json(result: Evaluation, **more: Any) -> str:
+  """The evaluation as one JSON object on one line."""
+  values = {
+    "bpb": result.bpb,
+    "bytes": result.bytes,
+    "nats": result.nats,
+    "seconds": round(result.seconds, 3),
+    "method": result.method,
+    "cost": result.cost,
+    "bytes_read": result.bytes_read,
+  }
+  return json.dumps({**values, **more})

@@ -1,0 +1,183 @@
+"""Which windows of a document a model reads, and which bytes each of them scores.
+
+Evaluation, compression and generation past the context all take their windows from here. Section 2.3.3 of
+the paper has the two ways to spend more compute on a better estimate, Table 11 their price:
+
+  basic     windows side by side                                                               1x
+  sliding   windows overlap by half, each scores only what is new                              2x
+  strided   every window twice, patches shifted by half a patch; each pass keeps the first
+            half of its patches, where predictions are best (Fig. 5)                           2x
+  both      strided inside sliding                                                             4x
+
+Whatever the method, the windows of a document score each of its bytes exactly once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import get_args
+
+import numpy as np
+
+from megabyte_jax.config import MegabyteConfig, ModelConfig, PerceiverARConfig
+from megabyte_jax.config.model import latent_stride
+from megabyte_jax.config.run import Method
+from megabyte_jax.errors import require
+
+METHODS: tuple[str, ...] = get_args(Method)
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+  """Bytes [start, start + length) of a document, read together; all other fields are relative to `start`.
+
+  Position i is scored if score_from <= i < score_to and (i % patch < kept or i < whole).
+
+  Attributes:
+    patch, kept: only the first `kept` positions of each patch of `patch` bytes are scored; (1, 1) keeps all.
+    whole: positions before this one are scored whatever their place in the patch.
+    latent_start: PerceiverAR: the position of the first latent; there are at most N up to the window's end
+      (fewer only where the document ends).
+  """
+
+  start: int
+  length: int
+  score_from: int
+  score_to: int
+  patch: int = 1
+  kept: int = 1
+  whole: int = 0
+  latent_start: int = 0
+
+
+def scored_mask(window: Window) -> np.ndarray:
+  """bool [window.length]: the positions that this window scores."""
+  position = np.arange(window.length)
+  in_range = (window.score_from <= position) & (position < window.score_to)
+  return in_range & ((position % window.patch < window.kept) | (position < window.whole))
+
+
+def windows_of(document_length: int, config: ModelConfig, method: str = "basic", stride: int = 0) -> Iterator[Window]:
+  """The windows that score a document of `document_length` bytes.
+
+  Args:
+    method: basic | sliding | strided | both. PerceiverAR's basic is its paper's own evaluation, which
+      slides by half the latents; its sliding is the same thing.
+    stride: bytes from one sliding window to the next; 0 takes `default_stride(config)`.
+
+  Raises:
+    ConfigError: the method or stride does not fit the model.
+  """
+  check_method(config, method, stride)
+  if isinstance(config, PerceiverARConfig):
+    return _latent_windows(document_length, config, stride or default_stride(config))
+  step = (stride or default_stride(config)) if method in ("sliding", "both") else config.context
+  windows = _sliding_windows(document_length, config.context, step)
+  if method in ("strided", "both"):
+    windows = _strided(windows, config.levels[0].patch_size)
+  return windows
+
+
+def check_method(config: ModelConfig, method: str, stride: int = 0) -> None:
+  """Raises ConfigError unless `config` can be evaluated by `method` with `stride`."""
+  require(method in METHODS, f"method is {method!r}; choose one of {', '.join(METHODS)}")
+  perceiver = isinstance(config, PerceiverARConfig)
+  require(
+    method in ("basic", "sliding") or (isinstance(config, MegabyteConfig) and config.levels[0].patch_size > 1),
+    f"method={method} shifts patches, but this model's first level reads single bytes; take basic or sliding",
+  )
+  require(
+    stride == 0 or perceiver or method in ("sliding", "both"),
+    f"stride is {stride}, but method={method} does not slide; leave it 0 or take method=sliding or both",
+  )
+  if isinstance(config, PerceiverARConfig):
+    limit, name = config.latents, "model.latents"
+  else:
+    limit, name = config.context, "model.context"
+  require(0 <= stride <= limit, f"stride is {stride}; it must be between 1 and {name} ({limit}), or 0 for half of it")
+
+
+def default_stride(config: ModelConfig) -> int:
+  """Half the context, in whole patches (whole spans where `config.span` cuts them); PerceiverAR: half the latents."""
+  if isinstance(config, PerceiverARConfig):
+    return latent_stride(config.latents)
+  unit = config.span or config.levels[0].patch_size
+  return config.context // 2 // unit * unit or max(1, config.context // 2)
+
+
+def cost_factor(method: str, config: ModelConfig, stride: int = 0) -> float:
+  """Compute relative to reading each byte once: 1, 2, 2, 4 (Table 11) at the default stride.
+
+  Nominal: documents are taken to be much longer than the context. One that fits into it is read once, whatever the
+  stride.
+
+  For PerceiverAR that is latents computed per byte scored: 2 at its default stride.
+
+  Raises:
+    ConfigError: the method or stride does not fit the model.
+  """
+  check_method(config, method, stride)
+  if isinstance(config, PerceiverARConfig):
+    return config.latents / (stride or default_stride(config))
+  slide = config.context / (stride or default_stride(config)) if method in ("sliding", "both") else 1.0
+  return slide * (2.0 if method in ("strided", "both") else 1.0)
+
+
+def window_start(position: int, config: ModelConfig) -> int:
+  """Start (PerceiverAR: of the latents) of the window that predicts byte `position` when generating.
+
+  A full window keeps its last half (in whole patches), reads it again and goes on, so that each byte gets the
+  probability that `windows_of` with method=sliding gives it. PerceiverAR's latents move by half their number each time
+  they are full, as in its evaluation; its window starts at `latents_window`.
+  """
+  size = config.latents if isinstance(config, PerceiverARConfig) else config.context
+  stride = default_stride(config)
+  return max(0, -(-(position + 1 - size) // stride)) * stride
+
+
+def latents_window(latents_start: int, config: PerceiverARConfig) -> int:
+  """Start of the window whose full set of latents starts at `latents_start`."""
+  return max(0, latents_start + config.latents - config.context)
+
+
+def generation_window(position: int, config: ModelConfig) -> tuple[int, int, int]:
+  """Where byte `position` is generated: (start of the window, bytes it can hold, PerceiverAR's latent start in it)."""
+  start = window_start(position, config)
+  if not isinstance(config, PerceiverARConfig):
+    return start, config.context, 0
+  window = latents_window(start, config)
+  return window, start - window + config.latents, start - window
+
+
+def _sliding_windows(document_length: int, context: int, stride: int) -> Iterator[Window]:
+  """Windows of `context` bytes at multiples of `stride`, each scoring what the one before did not reach."""
+  scored, start = 0, 0
+  while scored < document_length:
+    length = min(context, document_length - start)
+    yield Window(start, length, scored - start, length)
+    scored, start = start + length, start + stride
+
+
+def _latent_windows(document_length: int, config: PerceiverARConfig, stride: int) -> Iterator[Window]:
+  """The first window has only latents; then the latents move by `stride` and the prefix grows up to the context."""
+  scored, latents = 0, 0
+  while scored < document_length:
+    start = latents_window(latents, config)
+    length = min(latents + config.latents, document_length) - start
+    yield Window(start, length, scored - start, length, latent_start=latents - start)
+    scored, latents = start + length, latents + stride
+
+
+def _strided(windows: Iterator[Window], patch: int) -> Iterator[Window]:
+  """Each window as pass A and pass B, whose patches start floor(patch / 2) bytes later.
+
+  Pass A keeps floor(patch / 2) positions of a patch and B the others. All of a window's first patch falls
+  to A: to B its first half is unknown.
+  """
+  half = patch // 2
+  for w in windows:
+    a = dataclasses.replace(w, patch=patch, kept=half, whole=patch)
+    b_from = max(w.score_from, patch) - half
+    b = Window(w.start + half, w.length - half, b_from, w.score_to - half, patch=patch, kept=patch - half)
+    yield from (window for window in (a, b) if scored_mask(window).any())

@@ -1,0 +1,1 @@
+"""Samples bytes with caches and codes bytes with a model's probabilities."""

@@ -1,0 +1,235 @@
+"""The decoder block that every model is made of.
+
+Shapes: B batch, N spans, M slots of a span, D width, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from megabyte_jax.config import BlockOptions, Level
+from megabyte_jax.models import attention as attention_lib
+from megabyte_jax.models.attention import Past
+from megabyte_jax.models.dropout import dropout
+from megabyte_jax.models.kernels import cached_attention
+from megabyte_jax.parallel.backend import platform, row_major
+
+KeyValue = tuple[jax.Array, jax.Array]  # k_BNMHK, v_BNMHK
+
+
+def compute_dtype(options: BlockOptions) -> jnp.dtype:
+  """The dtype of activations; `auto` is float32 on CPU and bfloat16 elsewhere."""
+  if options.compute_dtype == "auto":
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+  return jnp.dtype(options.compute_dtype)
+
+
+def init_normal(options: BlockOptions, scale: float = 1.0) -> Callable:
+  """Normal(0, init_std * scale), cut at two standard deviations (appendix A.1)."""
+  return nnx.initializers.truncated_normal(stddev=options.init_std * scale, lower=-2.0, upper=2.0)
+
+
+def make_norm(width: int, options: BlockOptions, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:
+  """LayerNorm or RMSNorm; statistics in float32, result in the compute dtype."""
+  arguments: dict[str, Any] = dict(num_features=width, epsilon=1e-5, dtype=compute_dtype(options), rngs=rngs)
+  if options.norm == "rmsnorm":
+    return nnx.RMSNorm(**arguments)
+  return nnx.LayerNorm(use_bias=options.bias, **arguments)
+
+
+def normalised(norm: nnx.LayerNorm | nnx.RMSNorm, x: jax.Array) -> jax.Array:
+  """norm(x) of a few rows on a GPU: the variance from the deviations, of which XLA makes one kernel, not two."""
+  if isinstance(norm, nnx.RMSNorm):
+    return norm(x)
+  deviation = x.astype(jnp.float32)
+  deviation -= jnp.mean(deviation, axis=-1, keepdims=True)
+  variance = jnp.mean(deviation * deviation, axis=-1, keepdims=True)
+  scale, bias = norm.scale, norm.bias
+  assert scale is not None  # make_norm gives every norm one
+  y = deviation * (jax.lax.rsqrt(variance + norm.epsilon) * scale[...])
+  return (y if bias is None else y + bias[...]).astype(norm.dtype)
+
+
+def make_linear(
+  shape_in: tuple[int, ...], shape_out: tuple[int, ...], options: BlockOptions, rngs: nnx.Rngs, *, scale: float = 1.0
+) -> nnx.LinearGeneral:
+  """A matrix product over the last axes; `scale` shrinks the initial weights."""
+  return nnx.LinearGeneral(
+    shape_in,
+    shape_out,
+    axis=tuple(range(-len(shape_in), 0)),
+    use_bias=options.bias,
+    kernel_init=init_normal(options, scale),
+    dtype=compute_dtype(options),
+    rngs=rngs,
+  )
+
+
+def make_ff_in(level: Level, options: BlockOptions, rngs: nnx.Rngs) -> nnx.LinearGeneral:
+  """The feed-forward layer's first product: D to F, or to 2, F if it is gated."""
+  hidden = options.hidden(level)
+  return make_linear((level.width,), (2, hidden) if options.gated else (hidden,), options, rngs)
+
+
+def make_head_norm(level: Level, options: BlockOptions, rngs: nnx.Rngs) -> nnx.RMSNorm:
+  """RMSNorm over a head's width (`qk_norm`); one scale for all heads."""
+  return nnx.RMSNorm(level.heads[1], epsilon=1e-5, dtype=compute_dtype(options), rngs=rngs)
+
+
+@jax.custom_jvp
+def relu(x: jax.Array) -> jax.Array:
+  """max(x, 0), whose derivative is taken from the result, so that backward need not keep x."""
+  return jnp.maximum(x, 0)
+
+
+@relu.defjvp
+def _relu_jvp(primals, tangents):
+  y = checkpoint_name(relu(*primals), "hidden")
+  return y, jnp.where(y > 0, tangents[0], 0)
+
+
+def activate(hidden: jax.Array, options: BlockOptions) -> jax.Array:
+  """The feed-forward layer's activation: [.., F] to [.., F], or if gated (SwiGLU; Shazeer, 2020) from [.., 2, F]."""
+  hidden = row_major(hidden)
+  if options.activation == "relu":
+    return relu(hidden)
+  hidden = checkpoint_name(hidden, "hidden")
+  if options.gated:
+    return jax.nn.silu(hidden[..., 0, :]) * hidden[..., 1, :]
+  return getattr(jax.nn, options.activation)(hidden)
+
+
+def rotate(x_BNMHK: jax.Array, slots_M: jax.Array) -> jax.Array:
+  """Rotary positions (Su et al., 2021): turns the pair (x_i, x_{i+K/2}) by slot * 10000^(-2i/K).
+
+  Rotations add up: rotating the keys of slots j by -m makes them the keys of slots j - m.
+  """
+  half = x_BNMHK.shape[-1] // 2
+  frequency = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle_M1F = slots_M.astype(jnp.float32)[:, None, None] * frequency
+  a, b = jnp.split(x_BNMHK.astype(jnp.float32), 2, axis=-1)
+  sin, cos = jnp.sin(angle_M1F), jnp.cos(angle_M1F)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNMHK.dtype)
+
+
+def products_apart(linear: nnx.LinearGeneral, x_BNMD: jax.Array) -> tuple[jax.Array, ...]:
+  """linear(x), [B, N, M, C, H, K], as C arrays: queries, keys and values, or the latter two.
+
+  On a GPU these are C products: slices of one would be copied for its attention kernels.
+  """
+  D, C, H, K = linear.kernel.shape
+  if platform() != "gpu":
+    y_BNMCHK = checkpoint_name(linear(x_BNMD), "qkv")
+    return tuple(y_BNMCHK[:, :, :, i] for i in range(C))
+  kernel_DCF, x_BNMD = (a.astype(linear.dtype) for a in (linear.kernel.reshape(D, C, H * K), x_BNMD))
+  products = [x_BNMD @ kernel_DCF[:, i] for i in range(C)]
+  if linear.bias is not None:
+    bias_CF = linear.bias.reshape(C, H * K).astype(linear.dtype)
+    products = [product + bias_CF[i] for i, product in enumerate(products)]
+  return tuple(checkpoint_name(product.reshape(*product.shape[:-1], H, K), "qkv") for product in products)
+
+
+def product_with_transposed(linear: nnx.LinearGeneral, x: jax.Array) -> jax.Array:
+  """linear(x), whose weights lie with their input axes last: XLA alone would transpose them in memory."""
+  kernel, axes = linear.kernel[...], len(linear.in_features)
+  weight = kernel.transpose(*range(axes, kernel.ndim), *range(axes))
+  weight_FD = row_major(weight.reshape(-1, math.prod(linear.in_features)))
+  y_RF = jnp.einsum("RD,FD->RF", x.reshape(-1, weight_FD.shape[1]).astype(weight_FD.dtype), weight_FD)
+  y_RF = y_RF if linear.bias is None else y_RF + linear.bias[...].reshape(-1)
+  return y_RF.reshape(*x.shape[: x.ndim - axes], *linear.out_features)
+
+
+class Block(nnx.Module):
+  """Pre-norm decoder block: attention, then feed-forward, each added to its input."""
+
+  def __init__(self, level: Level, options: BlockOptions, rngs: nnx.Rngs):
+    self.level, self.options = level, options
+    heads = level.heads
+    out_scale = (2 * level.num_layers) ** -0.5  # metaseq's scaling of residual outputs
+    self.attention_norm = make_norm(level.width, options, rngs)
+    self.qkv = make_linear((level.width,), (3, *heads), options, rngs)
+    self.attention_out = make_linear(heads, (level.width,), options, rngs, scale=out_scale)
+    self.ff_norm = make_norm(level.width, options, rngs)
+    self.ff_in = make_ff_in(level, options, rngs)
+    self.ff_out = make_linear((options.hidden(level),), (level.width,), options, rngs, scale=out_scale)
+    if options.qk_norm:
+      self.q_norm, self.k_norm = make_head_norm(level, options, rngs), make_head_norm(level, options, rngs)
+
+  def __call__(
+    self,
+    x_BNMD: jax.Array,
+    *,
+    slots_M: jax.Array,
+    past: Past | cached_attention.Filled | None = None,
+    dropout_key: jax.Array | None = None,
+  ) -> tuple[jax.Array, KeyValue]:
+    """One layer over M consecutive slots of each span.
+
+    Args:
+      x_BNMD: the residual stream.
+      slots_M: the slots' numbers within their span.
+      past: what a cache holds of earlier slots. Without one, the slots start their span, and see the
+        end of the previous span if the level has cross-patch attention.
+      dropout_key: None in evaluation and generation.
+
+    Returns:
+      The new residual stream, and the keys and values of its slots (what a cache keeps).
+    """
+    level, options = self.level, self.options
+    if isinstance(past, cached_attention.Filled):
+      return self._one_slot(x_BNMD, slots_M, past)
+    keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+    q, k, v = products_apart(self.qkv, self.attention_norm(x_BNMD))
+    if options.qk_norm:
+      q, k = self.q_norm(q), self.k_norm(k)
+    if level.rotary:
+      q, k = rotate(q, slots_M), rotate(k, slots_M)
+    if past is None and level.cross_patch:
+      past = past_of_previous_span(k, v, level.cross_patch)
+    attended = attention_lib.attention(
+      q,
+      k,
+      v,
+      past=past,
+      window=level.attention_window,
+      implementation=options.attention,
+      dropout=options.attention_dropout,
+      dropout_key=keys[0],
+    )
+    attended = checkpoint_name(attended, "attended")
+    x_BNMD += dropout(self.attention_out(attended), options.dropout, keys[1])
+    hidden = activate(self.ff_in(self.ff_norm(x_BNMD)), options)
+    x_BNMD += dropout(self.ff_out(hidden), options.dropout, keys[2])
+    return x_BNMD, (k, v)
+
+  def _one_slot(
+    self, x_B11D: jax.Array, slots_1: jax.Array, past: cached_attention.Filled
+  ) -> tuple[jax.Array, KeyValue]:
+    """`__call__` for a single slot on one GPU: attention by a kernel, weights as build.py lays them out for it."""
+    qkv_B113HK = product_with_transposed(self.qkv, normalised(self.attention_norm, x_B11D))
+    q, k, v = (qkv_B113HK[:, :, :, i] for i in range(3))
+    if self.options.qk_norm:
+      q, k = self.q_norm(q), self.k_norm(k)
+    if self.level.rotary:
+      q, k = rotate(q, slots_1), rotate(k, slots_1)
+    if self.options.qk_norm or self.level.rotary:
+      qkv_B113HK = jnp.stack([q, k, v], axis=3)
+    attended_B11HK = cached_attention.attend(qkv_B113HK[:, 0, 0], past)[:, None, None]
+    x_B11D += product_with_transposed(self.attention_out, attended_B11HK)
+    hidden = activate(product_with_transposed(self.ff_in, normalised(self.ff_norm, x_B11D)), self.options)
+    return x_B11D + product_with_transposed(self.ff_out, hidden), (k, v)
+
+
+def past_of_previous_span(k_BNMHK: jax.Array, v_BNMHK: jax.Array, r: int) -> Past:
+  """Cross-patch attention (section 2.3.2): the last r keys and values of the previous span, slots -r .. -1."""
+  M = k_BNMHK.shape[2]
+  k_tail = rotate(k_BNMHK[:, :, M - r :], jnp.full((r,), -M))
+  has_previous = jnp.arange(k_BNMHK.shape[1])[:, None, None] > 0
+  return Past(attention_lib.previous_span(k_tail), attention_lib.previous_span(v_BNMHK[:, :, M - r :]), has_previous)

@@ -1,0 +1,124 @@
+"""Our own numbers for the rows of the paper's tables: from docs/results/ and from run directories.
+
+A results file is JSON with a list `rows`, each an object with `row` (such as `table5:image640_megabyte`), any of
+the numbers that eval.py reports, and optionally `note` (what was smaller than in the paper, on what device).
+A run directory has config.json and an eval_SPLIT_METHOD.json for each whole split that eval.py scored. It counts for a
+row whose method that is, if its path ends in TABLE/ROW or if its model and data are the row's; what else is not as in
+the row stands beside its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from megabyte_jax.checkpoints.saved_config import CONFIG_FILE, changed_keys, load_config
+from megabyte_jax.config import Config
+from megabyte_jax.display.progress import human
+from megabyte_jax.errors import ConfigError, require
+from megabyte_jax.evaluation import windows
+from megabyte_jax.models import flops
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """One measurement.
+
+  Attributes:
+    row: which row it is for.
+    numbers: by metric.
+    source: the file they came from.
+    note: what was not as in the row; runs of a row with equal notes differ in their seeds at most.
+    split: of which split, if known.
+  """
+
+  row: str
+  numbers: Mapping[str, float]
+  source: str
+  note: str = ""
+  split: str = ""
+
+
+def from_results(folder: pathlib.Path, root: pathlib.Path) -> list[Measured]:
+  """What the results files in `folder` hold, other JSON aside; `source` names them relative to `root`.
+
+  Raises:
+    ConfigError: one of them is not JSON.
+  """
+  found = []
+  for path in sorted(folder.glob("**/*.json")):
+    content = _read(path)
+    rows = content.get("rows") if isinstance(content, dict) else None
+    for entry in rows if isinstance(rows, list) else []:
+      if isinstance(entry, dict) and "row" in entry:
+        note, split = entry.get("note", ""), entry.get("split", "")
+        found.append(Measured(entry["row"], _numbers(entry), _relative(path, root), note, split))
+  return found
+
+
+def from_runs(folder: pathlib.Path, rows: Mapping[str, Config]) -> list[Measured]:
+  """What the run directories under `folder` (or `folder` itself) hold for the given rows, each evaluation once.
+
+  Raises:
+    ConfigError: it is not a folder, or an evaluation in it is not JSON.
+    CheckpointError: the config beside an evaluation cannot be read.
+  """
+  require(folder.is_dir(), f"--runs={folder} is not a folder; name one that holds run directories of train.py")
+  found = []
+  for path in sorted(folder.glob("**/eval_*_*.json")):
+    content = _read(path)
+    if not (path.parent / CONFIG_FILE).exists() or not isinstance(content, dict) or "bpb" not in content:
+      continue
+    config = load_config(path.parent)
+    name = _row_of(path.parent, config, content.get("method"), rows)
+    if name:
+      note, split = _what_differs(config, content, rows[name]), content.get("split", "")
+      found.append(Measured(name, _numbers(content), str(path), note, split))
+  return found
+
+
+def _row_of(run: pathlib.Path, config: Config, method: str | None, rows: Mapping[str, Config]) -> str | None:
+  """The row that an evaluation belongs to; the first of several with the same settings."""
+  named = ":".join(run.resolve().parts[-2:])
+  same = [named] if named in rows else []
+  same += [name for name, row in rows.items() if (row.model, row.data) == (config.model, config.data)]
+  return next((name for name in same if rows[name].eval.method == method), None)
+
+
+def _what_differs(config: Config, evaluation: Mapping[str, Any], row: Config) -> str:
+  """What is not the row's: model size, bytes trained on, settings, the cost of the evaluation."""
+  is_same = config.model == row.model
+  other = [] if is_same else [f"{flops.parameter_count(config.model) / 1e6:.3g}M parameters"]
+  trained = (evaluation.get("step") or 0) * config.batch_size * flops.predicted_bytes(config.model)
+  planned = row.num_steps * row.batch_size * flops.predicted_bytes(row.model)
+  if not 0.99 * planned <= trained <= 1.01 * planned:
+    other.append(f"trained on {human(trained, 'B')} of {human(planned, 'B')}")
+  keys = changed_keys(row.to_dict(), config.to_dict())
+  other += [f"other {key}" for key in keys if key.startswith(("optimizer", "batch_size") + ("data",) * is_same)]
+  cost, usual = evaluation.get("cost"), windows.cost_factor(row.eval.method, config.model)
+  if cost is not None and not math.isclose(cost, usual):
+    other.append(f"evaluated at {cost:g}x instead of {usual:g}x")
+  return ", ".join(other)
+
+
+def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
+  """The numeric entries; a word-level perplexity is named after the split it was measured on."""
+  numbers = {key: value for key, value in entry.items() if isinstance(value, int | float) and key != "cost"}
+  if "word_perplexity" in numbers:
+    numbers[f"perplexity_{entry.get('split', 'validation')}"] = numbers["word_perplexity"]
+  return numbers
+
+
+def _read(path: pathlib.Path) -> Any:
+  try:
+    return json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise ConfigError(f"{path} is not JSON ({error}); repair or remove it") from error
+
+
+def _relative(path: pathlib.Path, root: pathlib.Path) -> str:
+  return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)

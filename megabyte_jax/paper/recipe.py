@@ -1,0 +1,75 @@
+"""A modern recipe for the paper's models: changes that later work agrees on, one by one or together.
+
+A row's name may end with changes: `table2:books_megabyte+modern` has all of MODERN, `...+modern-muon` all but one,
+`...+swiglu+muon` only these. configs/small.py and configs/modern.py take such names; `modern_books` and `modern_images`
+of benchmarks/comparisons.py ask what each change is worth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+from megabyte_jax.config import Config, MegabyteConfig
+from megabyte_jax.errors import require
+
+
+def _model(**changes: Any) -> Callable[[Config], Config]:
+  return lambda config: dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+
+
+def _optimizer(**changes: Any) -> Callable[[Config], Config]:
+  return lambda config: dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **changes))
+
+
+def _rotary(config: Config) -> Config:
+  """Rotary positions at every level, beside the learned ones."""
+  if not isinstance(config.model, MegabyteConfig):
+    return _model(rotary=True)(config)
+  return _model(levels=tuple(dataclasses.replace(level, rotary=True) for level in config.model.levels))(config)
+
+
+CHANGES: dict[str, Callable[[Config], Config]] = {
+  "rmsnorm": _model(norm="rmsnorm", bias=False),
+  "swiglu": _model(activation="swiglu"),
+  "rotary": _rotary,
+  "qk_norm": _model(qk_norm=True),
+  "init": _model(init_std=0.02),
+  "muon": _optimizer(name="muon"),
+  # Not in the recipe: the paper's schedule stays, and dropout is a matter of the data.
+  "cosine": _optimizer(schedule="cosine"),
+  "wsd": _optimizer(schedule="wsd"),
+  "no_dropout": _model(dropout=0.0),
+}
+MODERN = ("rmsnorm", "swiglu", "rotary", "qk_norm", "init", "muon")
+
+
+def split_name(name: str) -> tuple[str, tuple[str, ...]]:
+  """The row that `TABLE:ROW+modern-muon` changes, and the changes.
+
+  Raises:
+    ConfigError: there is no such change, or none to take away.
+  """
+  row, *parts = re.split(r"(?=[+-])", name)
+  changes: list[str] = []
+  for part in parts:
+    meant = MODERN if part[1:] == "modern" else (part[1:],)
+    unknown = sorted(set(meant) - set(CHANGES if part[0] == "+" else changes))
+    require(
+      not unknown,
+      f"{name}: there is no {' or '.join(unknown)} to {'add' if part[0] == '+' else 'take away'}; write "
+      f"{row}+CHANGE, with CHANGE one of modern, {', '.join(CHANGES)}, or +modern-CHANGE",
+    )
+    changes = (
+      [*changes, *(m for m in meant if m not in changes)] if part[0] == "+" else [c for c in changes if c not in meant]
+    )
+  return row, tuple(changes)
+
+
+def with_changes(config: Config, changes: tuple[str, ...]) -> Config:
+  """`config` with the named changes."""
+  for change in changes:
+    config = CHANGES[change](config)
+  return config

@@ -1,0 +1,197 @@
+"""The device mesh and the one table of partition specs.
+
+Axes: `data` replicates the model, `fsdp` also shards its parameters, `seq` spreads a sequence's patches,
+`tensor` spreads heads and feed-forward units. All four always exist; unused ones have size 1. XLA adds the
+communication (sharding in Auto mode).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from megabyte_jax.config import MegabyteConfig, MeshConfig, ModelConfig
+from megabyte_jax.errors import ConfigError, require
+from megabyte_jax.parallel.activation_layout import BATCH
+from megabyte_jax.parallel.parameter_names import parameter_name
+
+# Parameters by the end of their name; optimizer moments bear the names of their parameters. The first axis of
+# everything in `blocks` counts layers. What matches no line is replicated (norms, biases of width D, convolutions).
+PARAMETERS = (
+  (r"qkv\.kernel", P(None, "fsdp", None, "tensor", None)),  # layers, D, 3, heads, head width
+  (r"qkv\.bias", P(None, None, "tensor", None)),
+  (r"attention_out\.kernel", P(None, "tensor", None, "fsdp")),  # layers, heads, head width, D
+  (r"blocks\.ff_in\.kernel", P(None, "fsdp", "tensor")),
+  (r"blocks\.ff_in\.kernel", P(None, "fsdp", None, "tensor")),  # gated: layers, D, 2, hidden
+  (r"blocks\.ff_in\.bias", P(None, "tensor")),
+  (r"blocks\.ff_in\.bias", P(None, None, "tensor")),
+  (r"ff_out\.kernel", P(None, "tensor", "fsdp")),
+  (r"cross\.query\.kernel", P("fsdp", "tensor", None)),  # PerceiverAR's single layer: D, heads, head width
+  (r"cross\.query\.bias", P("tensor", None)),
+  (r"cross\.key_value\.kernel", P("fsdp", None, "tensor", None)),
+  (r"cross\.key_value\.bias", P(None, "tensor", None)),
+  (r"cross\.attention_out\.kernel", P("tensor", None, "fsdp")),
+  (r"cross\.ff_in\.kernel", P("fsdp", "tensor")),
+  (r"cross\.ff_in\.kernel", P("fsdp", None, "tensor")),  # gated
+  (r"cross\.ff_in\.bias", P("tensor")),
+  (r"cross\.ff_in\.bias", P(None, "tensor")),
+  (r"cross\.ff_out\.kernel", P("tensor", "fsdp")),
+  (r"from_parent", P(None, "fsdp")),
+  (r"embedder\.(table|positions|pad)", P(None, "fsdp")),  # per byte width, if it divides
+)
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+  """The mesh over `devices` (default: all).
+
+  Raises:
+    ConfigError: the sizes do not multiply to the number of devices, or slices of TPUs are not replicas.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = dataclasses.asdict(config)
+  fixed = math.prod(size for size in sizes.values() if size > 0)
+  free = [name for name, size in sizes.items() if size == -1]
+  require(
+    len(devices) % fixed == 0 and (bool(free) or fixed == len(devices)),
+    f"config.mesh {sizes} does not fit {len(devices)} devices: the sizes must multiply to {len(devices)}"
+    + (f"; the fixed ones multiply to {fixed}" if free else "")
+    + f"; {_sizes_that_fit(sizes, len(devices))}",
+  )
+  for name in free:
+    sizes[name] = len(devices) // fixed
+  shape, names, types = tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes)
+  slices = Counter(getattr(device, "slice_index", 0) for device in devices)
+  if len(slices) > 1:
+    # Between slices of TPUs there is only the data centre's network: nothing but replicas' gradients goes over it.
+    # XLA calls every host of GPUs a slice; their network is made for more, so any mesh will do.
+    replicas = sizes["data"] % len(slices) == 0 and len(set(slices.values())) == 1
+    if not replicas:
+      require(
+        devices[0].platform != "tpu",
+        f"config.mesh.data is {sizes['data']} on {len(slices)} slices; they hold replicas, so take a multiple of "
+        f"{len(slices)}",
+      )
+      in_order = sorted(devices, key=lambda device: (device.process_index, device.id))
+      return Mesh(np.array(in_order).reshape(shape), names, axis_types=types)
+    within = (sizes["data"] // len(slices), *shape[1:])
+    across = (len(slices), *(1 for _ in shape[1:]))
+    hybrid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return Mesh(hybrid, names, axis_types=types)
+  try:
+    return jax.make_mesh(shape, names, axis_types=types, devices=devices)
+  except NotImplementedError:  # an axis is no product of whole axes of the TPU's torus: cut one of them
+    cut = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(cut, names, axis_types=types)
+
+
+def parse_mesh(text: str, data: int = -1) -> MeshConfig:
+  """The mesh that `fsdp=16,seq=4` names. Axes left out are 1, `data` is `data`, or 1 if another axis is -1.
+
+  Raises:
+    ConfigError: there is another axis, or something that is no size.
+  """
+  sizes: dict[str, int] = {}
+  for part in text.split(","):
+    name, _, size = part.partition("=")
+    known = name in {field.name for field in dataclasses.fields(MeshConfig)}
+    require(
+      known and re.fullmatch(r"-?\d+", size) is not None,
+      f"--mesh={text}: give sizes of data, fsdp, seq and tensor; write it like fsdp=16,seq=4",
+    )
+    sizes[name] = int(size)
+  sizes.setdefault("data", 1 if -1 in sizes.values() else data)
+  return MeshConfig(**sizes)
+
+
+def _sizes_that_fit(sizes: dict[str, int], count: int) -> str:
+  """Which size of one axis would make `sizes` fit `count` devices, for people."""
+  fixed = math.prod(size for size in sizes.values() if size > 0)
+  fits = []
+  for name, size in sizes.items():
+    left, over = divmod(count, fixed // size if size > 0 else count + 1)
+    if left and not over:
+      fits += [f"{name}={n}" for n in (_divisors(left) if -1 in sizes.values() else (left,)) if n != size]
+  if not fits:
+    return f"each must be one of {_divisors(count)}"
+  return f"{' or '.join(fits)} would fit" + ("" if -1 in sizes.values() else "; -1 takes what is left")
+
+
+def _divisors(count: int) -> list[int]:
+  return [n for n in range(1, count + 1) if count % n == 0]
+
+
+def check_mesh(mesh: Mesh | AbstractMesh, model: ModelConfig, batch_size: int) -> None:
+  """Raises ConfigError, naming sizes that would fit, unless the model and batch can be spread over the mesh."""
+  spread = {
+    "batch_size (per accumulation step)": (
+      batch_size,
+      mesh.shape["data"] * mesh.shape["fsdp"],
+      "mesh.data * mesh.fsdp",
+    ),
+  }
+  if isinstance(model, MegabyteConfig):
+    patches = model.context // max(model.levels[0].patch_size, model.span)
+    spread["the number of patches (context / patch size)"] = (patches, mesh.shape["seq"], "mesh.seq")
+  elif mesh.shape["seq"] > 1:
+    raise ConfigError(f"mesh.seq is {mesh.shape['seq']}, but PerceiverAR's sequences are not spread; set it to 1")
+  for i, level in enumerate(model.levels):
+    spread[f"levels[{i}].num_heads"] = (level.num_heads, mesh.shape["tensor"], "mesh.tensor")
+    spread[f"levels[{i}] feed-forward width"] = (model.hidden(level), mesh.shape["tensor"], "mesh.tensor")
+    spread[f"levels[{i}].width"] = (level.width, mesh.shape["fsdp"], "mesh.fsdp")
+  for what, (size, parts, axis) in spread.items():
+    if size % parts:
+      fits = [n for n in _divisors(mesh.size) if size % n == 0]
+      below = size - size % parts
+      larger = (f"{below} or " if below else "") + str(below + parts)
+      flag = f"--config.batch_size={larger} (times config.accumulate)" if "batch_size" in what else f"{larger} here"
+      raise ConfigError(
+        f"{what} is {size}, which {axis} = {parts} does not divide; {axis} could be {fits}, or take {flag}"
+      )
+
+
+def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
+  """The partition spec of a parameter or moment; an axis that does not divide its dimension is left out."""
+  for pattern, spec in PARAMETERS:
+    if re.search(pattern + "$", name) and len(spec) == len(shape):
+      return P(*(axis if axis and dim % mesh.shape[axis] == 0 else None for axis, dim in zip(spec, shape, strict=True)))
+  return P()
+
+
+def _with_specs(place: Callable[[Any, P], Any], tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+  """place(leaf, its spec by the table) of every parameter or moment of the tree."""
+
+  def place_named(path, leaf):
+    name = parameter_name(path)
+    return place(leaf, parameter_spec(name, leaf.shape, mesh))
+
+  return jax.tree_util.tree_map_with_path(place_named, tree)
+
+
+def shard_abstract(tree: Any, mesh: Mesh) -> Any:
+  """The same tree of ShapeDtypeStructs, each with its NamedSharding from the table."""
+
+  def place(leaf, spec):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+  return _with_specs(place, tree, mesh)
+
+
+def constrain_state(tree: Any) -> Any:
+  """Lays parameters or moments out by the table: XLA may choose otherwise, and the next step be compiled again."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return tree if mesh.empty else _with_specs(jax.lax.with_sharding_constraint, tree, mesh)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Of byte arrays [B, T]. Bytes are few: every device of a sequence holds all of its rows' bytes."""
+  return NamedSharding(mesh, P(BATCH))

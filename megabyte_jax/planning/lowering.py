@@ -1,0 +1,71 @@
+"""A config's step as a program for some mesh, whose devices need not be there, and the memory it takes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from megabyte_jax.config import Config, PerceiverARConfig
+from megabyte_jax.evaluation.evaluate import make_eval_step
+from megabyte_jax.generation import sampling
+from megabyte_jax.models.build import abstract_model, cast_for_decoding
+from megabyte_jax.parallel.sharding import batch_sharding, shard_abstract
+from megabyte_jax.training.state import abstract_state, make_train_step
+
+
+def lower(config: Config, mesh: Mesh, step: str) -> jax.stages.Lowered:
+  """The step for abstract arguments laid out as in a real run: nothing is allocated."""
+  is_perceiver = isinstance(config.model, PerceiverARConfig)
+  may_be_short = config.data.windows_may_be_short
+
+  def rows(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+
+  x_BT, length_B = rows((config.batch_size, config.model.context), jnp.uint8), rows((config.batch_size,), jnp.int32)
+  with jax.set_mesh(mesh):
+    if step == "train":
+      return make_train_step(config).lower(abstract_state(config, mesh), x_BT, length_B if may_be_short else None)
+    _, parameters = abstract_model(config.model)
+    if step == "eval":
+      parameters = shard_abstract(parameters, mesh)
+      return make_eval_step(config).lower(parameters, x_BT, length_B, *([length_B] if is_perceiver else []))
+    parameters = jax.eval_shape(functools.partial(cast_for_decoding, config.model), parameters)
+    return _lower_generate(config, mesh, shard_abstract(parameters, mesh))
+
+
+def _lower_generate(config: Config, mesh: Mesh, parameters: Any) -> jax.stages.Lowered:
+  """Decoding of one chunk of bytes for `batch_size` rows, caches full."""
+  graph, _ = abstract_model(config.model)
+  batch, context = config.batch_size, config.model.context
+  x_BT = jax.ShapeDtypeStruct((batch, context), jnp.int32, sharding=NamedSharding(mesh, sampling.row_spec(2)))
+  scalar = jax.ShapeDtypeStruct((), jnp.int32)
+  where = (scalar, scalar) if isinstance(config.model, PerceiverARConfig) else (scalar,)
+  state = jax.eval_shape(lambda p, x, *where: nnx.merge(graph, p).read_prompt(x, *where), parameters, x_BT, *where)
+
+  def place(leaf):
+    sharding = NamedSharding(mesh, sampling.row_spec(len(leaf.shape)))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  keys_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+  arguments = (parameters, jax.tree.map(place, state), x_BT, scalar, scalar, scalar, keys_B)
+  return sampling.decode_chunk.lower(graph, sampling.Sampling(), sampling.chunk_bytes(config.model), *arguments)
+
+
+class Memory(NamedTuple):
+  """What a compiled program needs of a device, in bytes; output that reuses arguments' memory is not counted twice."""
+
+  arguments: int
+  temporaries: int
+  output: int
+
+
+def memory_of(compiled: jax.stages.Compiled) -> Memory:
+  """As the compiler has laid it out."""
+  uses: Any = compiled.memory_analysis()
+  output = uses.output_size_in_bytes - uses.alias_size_in_bytes
+  return Memory(uses.argument_size_in_bytes, uses.temp_size_in_bytes, output)

@@ -1,0 +1,191 @@
+"""Which mesh, batch size, rematerialisation and accumulation a topology should be used with: `plan --search`.
+
+Every combination that divides evenly, and whose state alone has room, is ordered by its time per byte in closed form;
+then they are compiled one after the other, best first, until one fits: first quickly, and then, if that fits, as the
+real program. What a program that does not fit rules out is not compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh
+
+from megabyte_jax.config import Config, MegabyteConfig, MeshConfig
+from megabyte_jax.config.model import Remat
+from megabyte_jax.errors import ConfigError
+from megabyte_jax.models import flops
+from megabyte_jax.parallel import hardware
+from megabyte_jax.parallel.sharding import check_mesh
+from megabyte_jax.planning import roofline
+from megabyte_jax.planning.plans import Plan, axes_text, changed, for_tpu, make_plan
+
+_REMAT: tuple[Remat, ...] = ("none", "named", "full")  # from the fastest to the smallest
+_MOST_PARTS = 64
+_DOUBLINGS = 4
+_WORTH_DOUBLING = 1.1  # a batch twice as large, of half as many steps, should save a tenth of the time
+# Of a device's memory; meshes differed by less than a tenth where rows and rematerialisation were equal.
+_HOPELESS = 1.15
+
+
+def search(
+  config: Config,
+  topology: str,
+  devices: list[jax.Device],
+  step: str = "train",
+  *,
+  tries: int = 8,
+  batch_sizes: Sequence[int] = (),
+) -> tuple[Plan, Any]:
+  """The first plan that fits, and its executable; what was tried goes to stderr.
+
+  Args:
+    tries: combinations that are compiled at most.
+    batch_sizes: windows per step to try; empty tries the config's and up to 16 times as many. Of two sizes with the
+      same time per byte the smaller is preferred, by a tenth for each doubling.
+
+  Raises:
+    ConfigError: nothing divides evenly, or nothing that was tried fits.
+  """
+  batch_sizes = batch_sizes or [config.batch_size << n for n in range(_DOUBLINGS + 1)]
+  sized = [changed(config, batch_size=size) if size != config.batch_size else config for size in batch_sizes]
+  ordered = sorted(
+    (one for each in sized for one in candidates(each, devices, step)),
+    key=lambda one: (
+      estimate(one, devices, step) / one.batch_size * _WORTH_DOUBLING ** math.log2(one.batch_size / config.batch_size)
+    ),
+  )
+  if not ordered:
+    raise ConfigError(
+      f"no mesh of {len(devices)} devices has room for the parameters and divides a batch of "
+      f"{' or '.join(map(str, batch_sizes))}; try another --batch_size or more chips"
+    )
+  failed: list[Plan] = []
+  for one in ordered:
+    if any(rules_out(other, one) for other in failed):
+      continue
+    for quick in (True, False):
+      plan, executable = make_plan(one, topology, devices, step, quick=quick)
+      print(_line(plan), file=sys.stderr, flush=True)
+      if not plan.fits:
+        break
+    if plan.fits:
+      return plan, executable
+    failed.append(plan)
+    if len(failed) == tries:
+      break
+  raise ConfigError(f"none of the {len(failed)} combinations tried fits {topology}; raise --tries or take more chips")
+
+
+def candidates(config: Config, devices: list[jax.Device], step: str) -> list[Config]:
+  """All combinations for the config's batch size that divide evenly and whose parameters have room."""
+  config = for_tpu(config)
+  found = []
+  for mesh_config in _meshes(config, devices):
+    if state_bytes(config, mesh_config, step) > _memory(devices):
+      continue
+    sizes = dataclasses.asdict(mesh_config)
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    for parts in _powers(_MOST_PARTS) if step == "train" else (1,):
+      if config.batch_size % parts:
+        break
+      try:
+        check_mesh(mesh, config.model, config.batch_size // parts)
+      except ConfigError:
+        break
+      for remat in _REMAT if step == "train" else (config.model.remat,):
+        model = dataclasses.replace(config.model, remat=remat)
+        found.append(dataclasses.replace(config, mesh=mesh_config, accumulate=parts, model=model))
+  return found
+
+
+def _meshes(config: Config, devices: list[jax.Device]) -> Iterator[MeshConfig]:
+  """Meshes of all devices; every slice holds the same number of replicas."""
+  slices = _slices(devices)
+  each = len(devices) // slices
+  seqs = _powers(each) if isinstance(config.model, MegabyteConfig) else (1,)
+  for seq, tensor, replicas in itertools.product(seqs, (1, 2, 4), _powers(each)):
+    if each % (seq * tensor * replicas) == 0:
+      yield MeshConfig(data=slices * replicas, fsdp=each // (seq * tensor * replicas), seq=seq, tensor=tensor)
+
+
+def _powers(largest: int) -> list[int]:
+  return [2**n for n in range(largest.bit_length())]
+
+
+def _slices(devices: list[jax.Device]) -> int:
+  return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _memory(devices: list[jax.Device]) -> float:
+  return hardware.tpu_chip(devices[0]).memory / hardware.devices_per_chip(devices[0])
+
+
+def state_bytes(config: Config, mesh: MeshConfig, step: str) -> float:
+  """What a device holds of the parameters and, in training, of their moments: float32, two, of Muon's matrices one."""
+  values = 1 + config.optimizer.moments if step == "train" else 1
+  return 4 * values * flops.parameter_count(config.model) / (mesh.fsdp * mesh.tensor)
+
+
+def estimate(config: Config, devices: list[jax.Device], step: str) -> float:
+  """Seconds of a step in closed form, its parts added up: what to compile first."""
+  mesh, model = config.mesh, config.model
+  parameters, training = flops.parameter_count(model), step == "train"
+  forward_passes = flops.TRAINING_FACTOR if training else 1
+  sent = 2 * parameters / mesh.tensor * (1 - 1 / mesh.fsdp) * forward_passes * config.accumulate
+  slices = _slices(devices)
+  replicas, gradients = mesh.data // slices, 2 * parameters / (mesh.fsdp * mesh.tensor) * training
+  sent += 2 * gradients * (1 - 1 / replicas)
+  rows = config.batch_size / (mesh.data * mesh.fsdp)
+  if isinstance(model, MegabyteConfig):
+    for level, span in zip(model.levels, model.spans, strict=True):
+      slots = model.context // level.patch_size
+      if mesh.seq > 1 and span == model.context:  # keys and values are gathered
+        sent += rows * slots * 2 * 2 * level.width / mesh.tensor * level.num_layers * forward_passes
+      if mesh.tensor > 1:  # two sums over devices a layer
+        sent += rows * slots / mesh.seq * 4 * 2 * level.width * level.num_layers * forward_passes
+  # Gradients are summed within a slice first: then each device sends its part of them to the other slices.
+  between = 2 * 2 * parameters * training * slices / len(devices) * (1 - 1 / slices)
+  bounds = roofline.bounds(config, devices[0], len(devices), mesh.tensor, step, sent, between)
+  one_after_the_other = config.accumulate * 1e-3
+  return bounds.compute + bounds.memory + bounds.links + bounds.network + one_after_the_other
+
+
+def rules_out(failed: Plan, one: Config) -> bool:
+  """Whether `one` is not worth compiling after `failed`: it needs as much for sure, or by its rows far too much."""
+  other = failed.config
+  state = state_bytes(other, other.mesh, failed.step)
+  more_rows = _rows(one) / _rows(other)  # what is not state grows with the rows, whatever the mesh
+  expected = state_bytes(one, one.mesh, failed.step) + (failed.total - state) * more_rows
+  same = other.model.remat == one.model.remat
+  return needs_at_least(one, other) or (same and expected > _HOPELESS * failed.memory)
+
+
+def _rows(config: Config) -> float:
+  """Windows that are worked on at once."""
+  return config.batch_size / config.accumulate
+
+
+def needs_at_least(one: Config, other: Config) -> bool:
+  """Whether `one` surely needs the memory of `other`: the same mesh, no less kept and no fewer rows at once."""
+  return (
+    one.mesh == other.mesh
+    and _rows(one) >= _rows(other)
+    and _REMAT.index(one.model.remat) <= _REMAT.index(other.model.remat)
+  )
+
+
+def _line(plan: Plan) -> str:
+  sizes = f"{plan.total / 2**30:.1f} of {plan.memory / 2**30:.1f} GiB"
+  time = f", {1e3 * plan.bounds.step:.0f} ms at best" if plan.fits and plan.bounds else ""
+  return (
+    f"{'tried' if plan.quick else 'checked'} batch {plan.config.batch_size}, {axes_text(plan.mesh)}, "
+    f"remat {plan.config.model.remat}, {plan.config.accumulate} parts: "
+    f"{'fits' if plan.fits else 'too large'}, {sizes}{time}"
+  )

@@ -1,0 +1,79 @@
+"""Measured cost of training steps: two models side by side, so that a busy or warming machine favours neither."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import jax
+import numpy as np
+
+from megabyte_jax.config import Config
+from megabyte_jax.errors import require
+from megabyte_jax.models import flops
+from megabyte_jax.parallel.sharding import batch_sharding, make_mesh
+from megabyte_jax.training.state import initial_state, make_train_step
+
+
+class TimedStep:
+  """The compiled training step of a config, on random bytes, on the config's mesh.
+
+  Attributes:
+    bytes: predicted by one step, over all devices.
+    nats: of these bytes, in the last step that was timed.
+  """
+
+  def __init__(self, config: Config):
+    self.bytes = config.batch_size * flops.predicted_bytes(config.model)
+    self.nats = math.nan
+    self.mesh = make_mesh(config.mesh)
+    shape = (config.batch_size, config.model.context)
+    x_BT = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.uint8)
+    self.x_BT = jax.make_array_from_callback(shape, batch_sharding(self.mesh), lambda index: x_BT[index])
+    with jax.set_mesh(self.mesh):
+      self.state, self.train_step = initial_state(config, self.mesh), make_train_step(config)
+    self.seconds(1)  # compiles
+
+  def seconds(self, steps: int) -> float:
+    """Wall-clock seconds of `steps` steps.
+
+    Raises:
+      ConfigError: the loss is not finite, so that the time means nothing (chips run faster on NaN).
+    """
+    start = time.perf_counter()
+    with jax.set_mesh(self.mesh):
+      for _ in range(steps):
+        self.state, metrics = self.train_step(self.state, self.x_BT)
+      self.nats = float(metrics["nats"])  # waits for the steps
+    seconds = time.perf_counter() - start
+    require(
+      math.isfinite(self.nats),
+      f"the loss is {self.nats} after a few steps, so that their time means nothing; "
+      "set a lower optimizer.learning_rate",
+    )
+    return seconds
+
+
+def time_ratios(
+  candidate: TimedStep, reference: TimedStep, rounds: int = 10, round_seconds: float = 0.5, warmup_seconds: float = 3.0
+) -> list[float]:
+  """Seconds per predicted byte of `candidate` relative to `reference`, once for each round.
+
+  In every round both run for about `round_seconds`, one right after the other and in alternating order, so that what
+  slows the whole round cancels; the median over the rounds also forgets what slowed one of the two.
+
+  Args:
+    rounds: even numbers weigh both orders equally.
+    warmup_seconds: of rounds that do not count, for the clocks to settle under load.
+  """
+  steps = {step: max(1, math.ceil(round_seconds / step.seconds(1))) for step in (candidate, reference)}
+
+  def ratio(order: tuple[TimedStep, TimedStep]) -> float:
+    cost = {step: step.seconds(steps[step]) / (steps[step] * step.bytes) for step in order}
+    return cost[candidate] / cost[reference]
+
+  until = time.perf_counter() + warmup_seconds
+  while time.perf_counter() < until:
+    ratio((candidate, reference))
+  orders = ((candidate, reference), (reference, candidate))
+  return [ratio(orders[i % 2]) for i in range(rounds)]

@@ -1,0 +1,366 @@
+"""What the commands say when something is wrong: one line, no traceback, and an exit code other than 0."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+from run_commands import ROOT, environment, run_each
+
+from megabyte_jax.commands import command_line
+from megabyte_jax.commands.arguments import Parser
+from megabyte_jax.config import Config, MeshConfig
+from megabyte_jax.errors import ConfigError
+from megabyte_jax.files.folder_lock import locked
+from megabyte_jax.parallel.sharding import make_mesh
+
+TINY = "--config=tests/tiny_config.py"
+DATA = "--config.data.train"
+# name: (arguments, exit code, pattern); FOLDER stands for a folder with the files of `folder` below
+CASES = {
+  "unknown flag": (["train.py", "--confg=x"], 2, r"unknown flag --confg; did you mean --config\? \(see --help\)$"),
+  "unknown key": (
+    ["train.py", "--config.nokey=1"],
+    2,
+    r"no such key: --config\.nokey=1; all are in megabyte_jax/config",
+  ),
+  "misspelt key": (
+    ["train.py", TINY, "--config.seed=1", "--config.batch_sise=4"],
+    2,
+    r"no such key: --config\.batch_sise=4; did you mean batch_size\?",
+  ),
+  "misspelt key of a level": (
+    ["train.py", TINY, "--config.model.levels[0].num_layer=3"],
+    2,
+    r"no such key: --config\.model\.levels\[0\]\.num_layer=3; did you mean num_layers\?",
+  ),
+  "no such level": (
+    ["train.py", "--config.model.levels[5].num_layers=3"],
+    2,
+    r"no such key: --config\.model\.levels\[5\]\.num_layers=3",
+  ),
+  "wrong type": (
+    ["train.py", "--config.batch_size=abc"],
+    2,
+    r"--config\.batch_size must be a whole number, not 'abc'$",
+  ),
+  "wrong type of number": (
+    ["train.py", "--config.optimizer.learning_rate=x"],
+    2,
+    r"--config\.optimizer\.learning_rate must be a number, not 'x'$",
+  ),
+  "wrong type of choice": (
+    ["train.py", "--config.model.levels[0].rotary=2"],
+    2,
+    r"--config\.model\.levels\[0\]\.rotary must be True or False, not '2'$",
+  ),
+  "wrong type of a flag": (["train.py", "--start_timeout=x"], 2, r"--start_timeout must be a whole number, not 'x'$"),
+  "missing value": (
+    ["train.py", "--workdir=FOLDER/new", "--config.batch_size"],
+    2,
+    r"Missing value for flag --config\.batch_size",
+  ),
+  "override first": (["train.py", "--config.seed=1", TINY], 2, r"--config\.seed=1 in argv before a value for --config"),
+  "positional": (["train.py", "configs/quickstart.py"], 1, r"unexpected configs/quickstart\.py; flags begin with --"),
+  "no config file": (["train.py", "--config=nothing.py"], 2, r"No such file or directory: 'nothing\.py'$"),
+  "a config file that is no Python": (["train.py", "--config=README.md"], 2, r"--config: README\.md, line 3: "),
+  "a config file without a config": (
+    ["train.py", "--config=megabyte_jax/config/run.py"],
+    2,
+    r"has no attribute 'get_config'; a config file has a function get_config\(\)$",
+  ),
+  "matching: no config file": (
+    ["-m", "megabyte_jax.matching", TINY.replace("config", "reference", 1), "--candidate=configs/no.py"],
+    2,
+    r"error: --candidate: No such file or directory: 'configs/no\.py'",
+  ),
+  "matching: a config file that is no Python": (
+    ["-m", "megabyte_jax.matching", "--candidate=README.md"],
+    2,
+    r"error: --candidate: README\.md, line 3: ",
+  ),
+  "matching: a config file without a config": (
+    ["-m", "megabyte_jax.matching", "--candidate=megabyte_jax/config/run.py"],
+    2,
+    r"error: --candidate: module .* has no attribute 'get_config'",
+  ),
+  "no name of a config file": (["train.py", "--config="], 2, r"--config: .* empty string"),
+  "misspelt config file": (
+    ["train.py", "--config=configs/smal.py"],
+    2,
+    r"No such file or directory: 'configs/smal\.py'; did you mean configs/small\.py\?",
+  ),
+  "a row of a file without rows": (
+    ["train.py", "--config=configs/quickstart.py:x"],
+    2,
+    r"this config file has one config: leave out the colon",
+  ),
+  "no row": (["train.py", "--config=configs/paper/table2.py:x"], 2, r"no row 'x' in this file; choose one of pg19_"),
+  "misspelt row": (
+    ["train.py", "--config=configs/paper/table2.py:bookz_megabyte"],
+    2,
+    r"no row 'bookz_megabyte' in this file; did you mean books_megabyte\? All are pg19_",
+  ),
+  "no row of the small ones": (
+    ["train.py", "--config=configs/small.py:table2:books_megabite"],
+    2,
+    r"no row 'books_megabite' in table2; did you mean books_megabyte\? All are pg19_",
+  ),
+  "a row without its table": (
+    ["train.py", "--config=configs/small.py:books_megabyte"],
+    2,
+    r"'books_megabyte' names no row; write TABLE:ROW, such as table2:books_megabyte \(",
+  ),
+  "a table without its row": (
+    ["train.py", "--config=configs/small.py:table5"],
+    2,
+    r"'table5' names no row; write TABLE:ROW, such as table5:",
+  ),
+  "misspelt table": (
+    ["train.py", "--config=configs/small.py:tabel2:books_megabyte"],
+    2,
+    r"there is no table 'tabel2' in configs/paper; did you mean table2\? All are audio, table10",
+  ),
+  "a method that does not fit": (
+    ["train.py", "--config=configs/small.py:table2:books_transformer", "--config.eval.method=strided"],
+    1,
+    r"strided",
+  ),
+  "recordings without a rate": (
+    ["train.py", "--config=configs/quickstart_audio.py", "--config.data.sample_rate=0"],
+    1,
+    r"sample_bytes of audio needs data\.sample_rate",
+  ),
+  "config without return": (
+    ["train.py", "--config=FOLDER/no_return.py"],
+    2,
+    r"get_config\(\) of .* must return Config",
+  ),
+  "misspelt field": (
+    ["train.py", "--config=FOLDER/misspelt.py"],
+    2,
+    r"keyword argument 'widht' \(FOLDER/misspelt\.py, line 4\)$",
+  ),
+  "impossible value": (["train.py", TINY, "--config.batch_size=0"], 1, r"batch_size is 0; it must be at least 1"),
+  "mesh": (["train.py", TINY, "--config.mesh.data=3"], 1, r"does not fit 1 devices: the sizes must multiply to 1"),
+  "no data": (["train.py", TINY, f"{DATA}=FOLDER/nothing"], 1, r"FOLDER/nothing does not exist; name a file, a folder"),
+  "no sample data": (["train.py", TINY, f"{DATA}=sample:txt"], 1, r"no sample data 'sample:txt'; there are .*sample:"),
+  "empty data": (["train.py", TINY, f"{DATA}=FOLDER/empty"], 1, r"FOLDER/empty is empty; remove it"),
+  "empty folder": (["train.py", TINY, f"{DATA}=FOLDER/folder"], 1, r"no files in folder FOLDER/folder"),
+  "short data": (["train.py", TINY, f"{DATA}=FOLDER/short"], 1, r"20 bytes, fewer than the context of 32; give more"),
+  "no validation data": (
+    ["train.py", TINY, "--config.data.validation=FOLDER/nothing"],
+    1,
+    r"FOLDER/nothing does not exist",
+  ),
+  "workdir below a file": (
+    ["train.py", TINY, "--workdir=FOLDER/short/run"],
+    1,
+    r"--workdir=FOLDER/short/run: FOLDER/short is a f",
+  ),
+  "prepare: folder below a file": (
+    ["-m", "megabyte_jax.prepare", "pack", "docs", "FOLDER/short/packed"],
+    1,
+    r"=FOLDER/short/packed: FOLDER/short is a file, not a folder; choose another ",
+  ),
+  "tables: picture below a file": (
+    ["-m", "megabyte_jax.tables", "figure3", "--plot=FOLDER/short/figure3.png"],
+    1,
+    r"--plot=FOLDER/short/figure3\.png: FOLDER/short is a file, not a folder; choose another --plot$",
+  ),
+  "plan: result below a file": (
+    ["-m", "megabyte_jax.plan", TINY, "--save=FOLDER/short/step"],
+    1,
+    r"--save=FOLDER/short/step: FOLDER/short is a file, not a folder; choose another --save$",
+  ),
+  "compress: no such file": (["-m", "megabyte_jax.compress", "FOLDER/x", "FOLDER/y"], 1, r"FOLDER/x does not exist$"),
+  "no such run to start from": (["train.py", TINY, "--init_from=FOLDER/folder"], 1, r"FOLDER/folder holds no run"),
+  "plan: no such remat": (
+    ["-m", "megabyte_jax.plan", "--remat=most"],
+    2,
+    r"flag --remat=most: value should be one of <\|none\|full\|named>",
+  ),
+  "generate: fewer than no bytes": (["-m", "megabyte_jax.generate", "--bytes=-1"], 1, r"--bytes is -1; it must not be"),
+  "generate: no samples": (["-m", "megabyte_jax.generate", "--num-samples=0"], 1, r"--num-samples is 0; it must be at"),
+  "eval: no picture": (
+    ["eval.py", "--workdir=FOLDER/images", "--data=FOLDER/no.png"],
+    1,
+    r"no\.png is not a JPEG, PNG or WebP image \(cannot identify image file\)",
+  ),
+  "eval: no run": (["eval.py", "--workdir=FOLDER/folder"], 1, r"FOLDER/folder holds no run: .* give the --workdir"),
+  "eval: no checkpoint": (["eval.py", "--workdir=FOLDER/run", "--split=train"], 1, r"no checkpoint in .*FOLDER/run"),
+  "eval: no split": (
+    ["eval.py", "--workdir=FOLDER/run", "--split=test"],
+    1,
+    r"config\.data\.test is empty; name a file",
+  ),
+  "eval: unknown split": (["eval.py", "--split=dev"], 2, r"invalid choice: 'dev' \(choose from .*validation"),
+  "eval: no data": (["eval.py", "--workdir=FOLDER/run", "--data=FOLDER/x"], 1, r"FOLDER/x does not exist"),
+  "eval: negative": (["eval.py", "--max-bytes=-1"], 1, r"--max-bytes is -1; it must not be negative"),
+  "eval: unknown flag": (
+    ["eval.py", "--wordir=x"],
+    2,
+    r"unknown flag --wordir; did you mean --workdir\? \(see python eval\.py --help\)$",
+  ),
+  "eval: a number that is none": (["eval.py", "--stride", "x"], 2, r"--stride must be a whole number, not 'x' \(see"),
+  "train: hyphens are underscores": (
+    ["train.py", "--num-processes=x"],
+    2,
+    r"--num_processes must be a whole number, not 'x'",
+  ),
+  "plan: unknown flag": (
+    ["-m", "megabyte_jax.plan", "--topolgy=x"],
+    2,
+    r"unknown flag --topolgy; did you mean --top",
+  ),
+  "generate: unknown flag": (
+    ["-m", "megabyte_jax.generate", "--nm_samples", "3"],
+    2,
+    r"unknown flag --nm-samples; did you mean --num-samples\? \(see python -m megabyte_jax\.generate --help\)$",
+  ),
+  "prepare: unknown flag of a subcommand": (
+    ["-m", "megabyte_jax.prepare", "pack", "a", "b", "--image-siez=3"],
+    2,
+    r"unknown flag --image-siez; did you mean --image-size\? \(see .*prepare pack --help\)$",
+  ),
+  "compress: one file too many": (["-m", "megabyte_jax.compress", "a", "b", "c"], 2, r"unexpected c \(see .*compress"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("errors")
+  (folder / "empty").touch()
+  (folder / "folder").mkdir()
+  (folder / "short").write_text("twenty bytes of text")
+  (folder / "no_return.py").write_text("def get_config():\n  pass\n")
+  (folder / "misspelt.py").write_text(
+    "from megabyte_jax.config import Level\n\ndef get_config():\n  return Level(widht=3)\n"
+  )
+  (folder / "run").mkdir()
+  (folder / "no.png").write_text("no picture")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def said(folder):
+  """{name: (exit code, what was printed)} of all cases."""
+  import tiny_config  # noqa: PLC0415
+
+  from megabyte_jax.checkpoints.saved_config import save_config  # noqa: PLC0415
+
+  tiny = Config.from_dict(tiny_config.get_config())
+  save_config(folder / "run", tiny)
+  data = dataclasses.replace(tiny.data, form="image", image_size=4, image_tiles=4, scan="raster")
+  save_config(folder / "images", dataclasses.replace(tiny, data=data))
+  workdir = f"--workdir={folder / 'new'}"
+  commands = {}
+  for name, (arguments, *_) in CASES.items():
+    arguments = [argument.replace("FOLDER", str(folder)) for argument in arguments]
+    has_workdir = any(argument.startswith("--workdir") for argument in arguments)
+    commands[name] = arguments + ([workdir] if arguments[0] == "train.py" and not has_workdir else [])
+  return run_each(commands, folder / "outputs")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_clear_line(said, folder, name):
+  _, expected_code, pattern = CASES[name]
+  code, output = said[name]
+  assert code == expected_code, output
+  assert "Traceback" not in output
+  (error,) = [line for line in output.splitlines() if "error: " in line]
+  assert re.search(pattern.replace("FOLDER", re.escape(str(folder))), error), output
+  assert len(error) < 700 or "pg19_" in error
+
+
+def test_nothing_is_left_in_the_work_directory(said, folder):
+  left = [path for path in (folder / "new").rglob("*") if path.is_file()] if (folder / "new").exists() else []
+  assert left == []
+
+
+@pytest.mark.parametrize("wanted", ["cuda", "tpu"])
+def test_a_device_that_is_not_there(wanted, tmp_path):
+  here = environment() | {"JAX_PLATFORMS": wanted, "TPU_SKIP_MDS_QUERY": "1"}
+  command = [sys.executable, "train.py", TINY, f"--workdir={tmp_path}"]
+  result = subprocess.run(command, cwd=ROOT, env=here, capture_output=True, text=True, check=False)
+  if result.returncode == 0:
+    pytest.skip(f"this machine has a {wanted}")
+  assert result.returncode == 1 and "Traceback" not in result.stderr
+  assert f"error: JAX finds no device of JAX_PLATFORMS={wanted}" in result.stderr
+
+
+def test_flags_are_spelt_with_hyphens_or_underscores():
+  parser = Parser("python test.py")
+  parser.add_argument("file")
+  parser.add_argument("--batch-size", type=int)
+  parser.add_argument("--per-byte-out")
+  expected = {"file": "my_file", "batch_size": 4, "per_byte_out": "a_b.npy"}
+  assert vars(parser.parse_args(["--batch_size=4", "my_file", "--per_byte_out", "a_b.npy"])) == expected
+  assert vars(parser.parse_args(["--batch-size=4", "my_file", "--per-byte-out=a_b.npy"])) == expected
+
+
+def test_help_ends_well_and_a_config_file_as_it_says(tmp_path):
+  (tmp_path / "ends.py").write_text("import sys\n\ndef get_config():\n  sys.exit(3)\n")
+  commands = {"help": ["train.py", "--help"], "config": ["train.py", f"--config={tmp_path / 'ends.py'}"]}
+  ended = run_each(commands, tmp_path / "outputs")
+  assert {name: code for name, (code, _) in ended.items()} == {"help": 0, "config": 3}
+
+
+def test_tracebacks_are_shown_when_they_are_wanted(monkeypatch, capsys):
+  def main():
+    raise ConfigError("the size is wrong")
+
+  monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back afterwards
+  before = jax.config.values["jax_traceback_filtering"]
+  for filtering in ("auto", "off"):
+    jax.config.update("jax_traceback_filtering", filtering)
+    with pytest.raises(SystemExit):
+      command_line.run(main)
+    shown = capsys.readouterr().err
+    assert shown.endswith("error: the size is wrong\n")
+    assert ('raise ConfigError("the size is wrong")' in shown) == (filtering == "off")
+  jax.config.update("jax_traceback_filtering", before)
+
+
+def test_too_little_memory(monkeypatch, capsys):
+  def main():
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
+
+  monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back afterwards
+  with pytest.raises(SystemExit) as end:
+    command_line.run(main)
+  assert end.value.code == 1
+  said = capsys.readouterr().err
+  assert "error: too little memory (Out of memory allocating 5 bytes.); to train, raise" in said
+  advised = {axis: int(size) for axis, size in re.findall(r"--config\.mesh\.(\w+)=(-?\d+)", said)}
+  for mesh in (MeshConfig(), MeshConfig(data=1, seq=-1), MeshConfig(data=1, fsdp=-1)):  # all that is shipped
+    assert make_mesh(dataclasses.replace(mesh, **advised)).shape["fsdp"] == jax.device_count()
+
+
+def test_two_trainings_in_one_folder(tmp_path):
+  taken = OSError("taken")
+  command = [sys.executable, "train.py", TINY, f"--workdir={tmp_path}"]
+  with locked(str(tmp_path), taken):
+    with pytest.raises(OSError, match="taken"), locked(str(tmp_path), taken):
+      pass
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+  assert result.returncode == 1
+  assert result.stderr == (
+    f"error: another process is training in {tmp_path}; wait until it ends, or take another --workdir\n"
+  )
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_checkpoint_for_which_there_is_no_room(tmp_path):
+  program = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+  program += "runpy.run_path('train.py', run_name='__main__')"  # a disk takes no large file, as if it were full
+  command = [sys.executable, "-c", program, TINY, f"--workdir={tmp_path}", "--config.sample_bytes=0"]
+  result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+  assert result.returncode == 1
+  assert (  # libraries tell of it, too
+    f"error: {tmp_path}/checkpoints: File too large; make room there, or name another place\n"
+    f"The checkpoint of step 12 in {tmp_path}/checkpoints was not saved; the same command goes on from the one before"
+  ) in result.stderr

@@ -1,0 +1,151 @@
+"""eval.py on data that are not plain: images whose number no batch divides, and items that are left out."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import tfds_copies
+import tiny_config
+from PIL import Image
+from processes import run
+from run_commands import compiling_once, evaluate_command
+
+from megabyte_jax.checkpoints.checkpoints import Checkpoints
+from megabyte_jax.checkpoints.saved_config import save_config
+from megabyte_jax.config import Config, DataConfig, EvalConfig
+from megabyte_jax.data.open_data import open_source
+from megabyte_jax.errors import ConfigError, DataError
+from megabyte_jax.evaluation import report
+from megabyte_jax.parallel.sharding import make_mesh
+from megabyte_jax.training.state import initial_state
+
+IMAGE = DataConfig(form="image", image_size=8, scan_patch=12)
+BYTES = 8 * 8 * 3
+
+
+@pytest.fixture(scope="module")
+def run_on_images(tmp_path_factory):
+  """(config, work directory) of a run on the eleven shipped photographs that has taken no step yet.
+
+  Its model has one level, which is quick to compile; within, equal programs are compiled once.
+  """
+  folder, workdir = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("run")
+  for photo in tfds_copies.PHOTOS:
+    (folder / photo.name).write_bytes(tfds_copies.jpeg(photo, 20))
+  config = Config.from_dict(tiny_config.get_config())
+  model = dataclasses.replace(config.model, context=BYTES, levels=config.model.levels[:1])
+  data = dataclasses.replace(IMAGE, train=str(folder), validation="", test=str(folder))
+  config = dataclasses.replace(config, model=model, data=data, eval=EvalConfig(batch_size=4))
+  with compiling_once(tmp_path_factory.getbasetemp() / "compiled-images"):
+    state = initial_state(config, make_mesh(config.mesh))
+    with Checkpoints(workdir, config.checkpoint) as checkpoints:
+      checkpoints.save(1, state.parameters, state.opt_state, {"config": config.to_dict()})
+    save_config(workdir, config)
+    yield config, workdir
+
+
+def expected_summary(per_byte):
+  """Mean and standard error over images, from the nats of each byte."""
+  bpb = np.load(per_byte).reshape(-1, BYTES).sum(axis=1, dtype=np.float64) / BYTES / math.log(2)
+  return bpb.mean(), bpb.std(ddof=1) / math.sqrt(len(bpb))
+
+
+def test_every_image_counts_once_whatever_the_batch(run_on_images, tmp_path, monkeypatch):
+  _, workdir = run_on_images
+  results = []
+  for batch_size in (4, 11):
+    per_byte = tmp_path / f"{batch_size}.npy"
+    arguments = ["--workdir", workdir, "--split=test", f"--batch-size={batch_size}", "--per-byte-out", per_byte]
+    _, result = evaluate_command(monkeypatch, *arguments)
+    mean, error = expected_summary(per_byte)
+    assert (result["images"], result["bytes"]) == (11, 11 * BYTES)
+    assert result["mean_bpb"] == pytest.approx(mean, rel=1e-6) == pytest.approx(result["bpb"], rel=1e-6)
+    assert result["standard_error"] == pytest.approx(error, rel=1e-5) and error > 0
+    assert "skipped" not in result
+    results.append(result)
+  for other in results[1:]:
+    assert other["nats"] == pytest.approx(results[0]["nats"], rel=1e-6)
+  assert Image.open(workdir / "images_best.png").size == Image.open(workdir / "images_worst.png").size
+
+
+def test_what_is_left_out_is_told(run_on_images, tmp_path, monkeypatch):
+  config, workdir = run_on_images
+  images = tmp_path / "images"
+  images.mkdir()
+  for photo in tfds_copies.PHOTOS[:2]:
+    (images / photo.name).write_bytes(tfds_copies.jpeg(photo, 20))
+  (images / "broken.png").write_bytes(b"no image")
+  with pytest.raises(DataError, match=r"broken\.png is not a whole"):
+    evaluate_command(monkeypatch, "--workdir", workdir, "--data", images)
+  lines, result = evaluate_command(monkeypatch, "--workdir", workdir, "--data", images, "--skip-bad")
+  assert result["skipped"] == 1 and result["images"] == 2
+  assert f"2 documents, 1 skipped of {images}" in "\n".join(lines)
+
+  data = dataclasses.replace(config.data, train=str(images), skip_bad=True)
+  mesh = make_mesh(config.mesh)
+  assert "bytes in 2 documents, 1 skipped\n" in report.describe_run(config, mesh, open_source(data, "train"), 0)
+  assert "bytes in 11 documents\n" in report.describe_run(config, mesh, open_source(config.data, "train"), 0)
+
+
+@pytest.mark.parametrize(
+  ("train", "form", "told"),
+  [
+    ("images/train", "bytes", "--config.data.form=image reads pixels"),
+    ("audio/train", "bytes", "--config.data.form=audio reads sound"),
+    ("text/train", "bytes", ""),
+    ("images/train,sample:text/train", "bytes", ""),
+    ("images/train", "image", ""),
+  ],
+)
+def test_pictures_and_recordings_that_are_read_as_bytes_are_told(train, form, told):
+  config = Config.from_dict(tiny_config.get_config())
+  config = dataclasses.replace(config, data=DataConfig(train=f"sample:{train}", form=form))
+  text = report.describe_run(config, make_mesh(config.mesh), open_source(config.data, "train"), 0)
+  notices = [line for line in text.splitlines() if line.startswith("notice")]
+  assert len(notices) == bool(told) and told in "".join(notices)
+
+
+def test_empty_files_of_a_folder_are_left_out_and_told(run_on_images, tmp_path, monkeypatch):
+  """A model of bytes: the same run, told that its data are bytes."""
+  _, workdir = run_on_images
+  saved = json.loads((workdir / "config.json").read_text())
+  source = tmp_path / "source"
+  source.mkdir()
+  (source / "a.py").write_bytes(b"x = 1\n" * 20)
+  (source / "__init__.py").write_bytes(b"")
+  (workdir / "config.json").write_text(json.dumps({**saved, "data": {**saved["data"], "form": "bytes"}}))
+  try:
+    arguments = ["--workdir", workdir, "--no-compressors", "--data"]
+    lines, result = evaluate_command(monkeypatch, *arguments, source)
+    assert (result["bytes"], result["skipped"]) == (120, 1) and "1 document, 1 skipped" in "\n".join(lines)
+    with pytest.raises(DataError, match=r"__init__\.py is empty; .*eval\.py and prepare: --skip-bad"):
+      evaluate_command(monkeypatch, *arguments, source / "__init__.py")
+  finally:
+    (workdir / "config.json").write_text(json.dumps(saved))
+
+
+def test_tiles_are_said_and_counted_by_the_image_that_they_are_of(run_on_images, monkeypatch):
+  _, workdir = run_on_images
+  arguments = ["--workdir", workdir, "--split=test"]
+  lines, result = evaluate_command(monkeypatch, *arguments, "--image-tiles=16")
+  said = "\n".join(lines)
+  assert "images are scaled to 16 pixels and cut into tiles" in said and f"{result['tiles']} tiles of 11 images" in said
+  assert result["images"] == 11 and result["bytes"] == result["tiles"] * BYTES and result["tiles"] >= 4 * 11
+  assert evaluate_command(monkeypatch, *arguments, "--convert-images")[1]["images"] == 11
+  with pytest.raises(ConfigError, match="image_tiles 4 is smaller than image_size 8"):
+    evaluate_command(monkeypatch, *arguments, "--image-tiles=4")
+  with pytest.raises(ConfigError, match="--image-tiles is -1; it must not be negative"):
+    evaluate_command(monkeypatch, *arguments, "--image-tiles=-1")
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_images_as_one(run_on_images, monkeypatch):
+  _, workdir = run_on_images
+  arguments = ["--workdir", workdir, "--split=test"]
+  _, alone = evaluate_command(monkeypatch, *arguments)
+  output = run(2, 4, "eval.py", *arguments, "--batch-size=8")
+  result = json.loads(output[0].strip().splitlines()[-1])
+  for name in ("images", "bytes", "mean_bpb", "standard_error", "nats"):
+    assert result[name] == pytest.approx(alone[name], rel=1e-5), name

@@ -1,0 +1,126 @@
+"""Which files a folder has: links, names of any bytes, what cannot be read; and what evaluation makes of empty ones."""
+
+import os
+import pathlib
+
+import pytest
+
+from megabyte_jax.commands import prepare
+from megabyte_jax.config import DataConfig
+from megabyte_jax.data.folders import find_files
+from megabyte_jax.data.open_data import open_path
+from megabyte_jax.errors import DataError
+
+PLAIN, SKIPPING = DataConfig(), DataConfig(skip_bad=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+  folder = tmp_path / "data"
+  (folder / "b").mkdir(parents=True)
+  (folder / "a.txt").write_bytes(b"first")
+  (folder / "b" / "c.txt").write_bytes(b"second")
+  return folder
+
+
+def contents(source):
+  pairs = zip(source.names, source.lengths, strict=True)
+  return {name: source.read(i, 0, int(n)).tobytes() for i, (name, n) in enumerate(pairs)}
+
+
+def test_linked_folders_and_files_are_read_and_loops_are_not(folder, tmp_path):
+  other = tmp_path / "other"
+  other.mkdir()
+  (other / "d.txt").write_bytes(b"third")
+  (folder / "linked").symlink_to(other)
+  (folder / "b" / "e.txt").symlink_to(other / "d.txt")
+  (folder / "b" / "up").symlink_to(folder)
+  (other / "here").symlink_to(".")
+  expected = {"a.txt": b"first", "b/c.txt": b"second", "b/e.txt": b"third", "linked/d.txt": b"third"}
+  assert contents(open_path(str(folder), PLAIN)) == expected
+  assert contents(open_path(f"{folder}/**/*.txt", PLAIN)) == expected
+
+
+def test_links_to_nothing_are_named_or_skipped_and_counted(folder):
+  (folder / "b" / "gone.txt").symlink_to("nowhere")
+  for spec in (folder, f"{folder}/**/*.txt"):
+    with pytest.raises(DataError, match=r"b/gone\.txt cannot be read \(No such file"):
+      open_path(str(spec), PLAIN)
+    assert (source := open_path(str(spec), SKIPPING)).skipped == 1 and len(source.names) == 2
+  (folder / "p.png").symlink_to("nowhere")
+  with pytest.raises(DataError, match=r"p\.png cannot be read"):
+    open_path(str(folder), DataConfig(form="image")).read(0, 0, 1)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
+  scandir = os.scandir
+
+  def refuse(path):  # the superuser may read all
+    if str(path).endswith("/b"):
+      raise PermissionError(13, "Permission denied", str(path))
+    return scandir(path)
+
+  monkeypatch.setattr(os, "scandir", refuse)
+  for spec in (folder, f"{folder}/**/*.txt"):
+    with pytest.raises(DataError, match=r"data/b cannot be listed .Permission denied"):
+      open_path(str(spec), SKIPPING)
+
+
+def test_pipes_are_no_files(folder):
+  os.mkfifo(folder / "pipe")
+  assert find_files(str(folder))[1] == find_files(f"{folder}/**")[1] == ["a.txt", "b/c.txt"]
+
+
+def test_a_folder_of_other_files_says_what_it_has(folder):
+  (folder / "notes.MD").touch()
+  (folder / "b" / "README").touch()
+  (folder / ".hidden").touch()
+  with pytest.raises(DataError) as error:
+    open_path(str(folder), DataConfig(form="image"))
+  assert str(error.value) == (
+    f"no files in folder {folder} (looked for .jpg, .jpeg, .png, .webp), but others: 2 .txt, 1 hidden, "
+    "1 without ending, 1 .md; name another folder, or set config.data.form to what these are"
+  )
+  (folder / "b" / "README").rename(folder / "b" / ".README")
+  (folder / "b" / "c.txt").unlink()
+  with pytest.raises(DataError, match=r"no files in folder .*/b, but others: 1 hidden; name another folder$"):
+    open_path(str(folder / "b"), PLAIN)
+
+
+def test_names_need_not_be_utf8(folder, tmp_path):
+  odd = os.fsencode(folder) + b"/\xe9t\xe9.txt"
+  with open(odd, "wb") as file:
+    file.write(b"summer")
+  source = open_path(str(folder), PLAIN)
+  assert contents(source)[os.fsdecode(b"\xe9t\xe9.txt")] == b"summer" and source.fingerprint
+  prepare.main(["pack", str(folder), str(tmp_path / "packed")])
+  assert contents(open_path(str(tmp_path / "packed"), PLAIN)) == contents(source)
+  os.truncate(odd, 0)
+  with pytest.raises(DataError, match="is empty"):
+    open_path(str(folder), PLAIN)
+
+
+def test_empty_files_of_a_folder_cost_an_evaluation_nothing(folder):
+  (folder / "__init__.py").write_bytes(b"")
+  with pytest.raises(DataError, match=r"__init__\.py is empty.*eval\.py and prepare: --skip-bad"):
+    open_path(str(folder), PLAIN)
+  source = open_path(str(folder), PLAIN, skip_empty=True)
+  assert source.names == ["a.txt", "b/c.txt"] and source.skipped == 1
+  both = open_path(f"{folder},{folder}/*", PLAIN, skip_empty=True)
+  assert both.skipped == 2
+  with pytest.raises(DataError, match=r"__init__\.py is empty"):  # it was named itself
+    open_path(str(folder / "__init__.py"), PLAIN, skip_empty=True)
+  (folder / "gone").symlink_to("nowhere")
+  with pytest.raises(DataError, match="gone cannot be read"):
+    open_path(str(folder), PLAIN, skip_empty=True)
+
+
+def test_any_changed_byte_of_a_small_file_changes_the_fingerprint(tmp_path):
+  path = pathlib.Path(tmp_path / "x")
+  data = bytearray(100_000)
+  path.write_bytes(data)
+  before = open_path(str(path), PLAIN).fingerprint
+  data[20_000] = 1  # in none of the three blocks that are looked at in large files
+  path.write_bytes(data)
+  after = open_path(str(path), PLAIN).fingerprint
+  assert before != after and before.partition("|")[0] == after.partition("|")[0]

@@ -1,0 +1,206 @@
+"""eval.py: its table, its JSON line, the files it writes, and what compressors need beside it."""
+
+import dataclasses
+import json
+import math
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import tiny_config
+from run_commands import compiling_once, evaluate_command, finish, start, write_data
+
+import eval as command
+import train
+from megabyte_jax.config import Config, DataConfig, EvalConfig
+from megabyte_jax.data.open_data import open_path
+from megabyte_jax.errors import ConfigError
+from megabyte_jax.evaluation.compressors import compress_all
+from megabyte_jax.evaluation.evaluate import Evaluation
+from megabyte_jax.evaluation.report import read_all
+
+LEVELS = Config.from_dict(tiny_config.get_config()).model.levels[:1]  # quick to compile
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return write_data(tmp_path_factory.mktemp("eval"))
+
+
+@pytest.fixture(scope="module")
+def workdir(folder, tmp_path_factory):
+  """A finished run; within, equal programs are compiled once."""
+  config = Config.from_dict(tiny_config.get_config())
+  config = dataclasses.replace(
+    config,
+    model=dataclasses.replace(config.model, levels=LEVELS),
+    data=DataConfig(train=str(folder / "train.txt"), validation=str(folder / "validation")),
+    eval=EvalConfig(batch_size=16),
+    num_steps=15,
+  )
+  with compiling_once(tmp_path_factory.getbasetemp() / "compiled"):
+    train.train(config, str(folder / "run"))
+    yield folder / "run"
+
+
+def test_the_command_itself(workdir):
+  output, code = finish(start("eval.py", "--workdir", workdir, "--method=sliding"))
+  assert code == 0, output
+  lines = output.splitlines()
+  result = json.loads(lines[-1])
+  assert result["bytes"] == 1000
+  assert result["bpb"] == pytest.approx(result["nats"] / 1000 / math.log(2))
+  assert result["seconds"] > 0
+  assert (result["split"], result["method"], result["cost"], result["step"]) == ("validation", "sliding", 2.0, 15)
+  assert json.loads((workdir / "eval.json").read_text()) == result
+  for compressor in ("gzip -9", "bzip2 -9", "xz -9e"):
+    (line,) = [line for line in lines if line.strip().startswith(compressor)]
+    assert "primed with the training data" in line
+  assert (workdir / "eval_by_context.png").read_bytes()[:4] == b"\x89PNG"
+  positions = json.loads((workdir / "eval_positions.json").read_text())
+  assert sum(positions["context_bytes"]) == sum(positions["patch_bytes"]) == 1000
+  assert len(positions["context"]) == 32 and len(positions["patch"]) == 4
+
+
+def test_a_run_trained_with_an_attention_that_cannot_serve_here(workdir, monkeypatch, tmp_path):
+  shutil.copytree(workdir, tmp_path / "run")
+  saved = json.loads((tmp_path / "run/config.json").read_text())
+  saved["model"]["attention"] = "cudnn"
+  (tmp_path / "run/config.json").write_text(json.dumps(saved))
+  _, there = evaluate_command(monkeypatch, "--workdir", tmp_path / "run", "--no-compressors")
+  _, here = evaluate_command(monkeypatch, "--workdir", workdir, "--no-compressors")
+  assert there["nats"] == here["nats"]
+
+
+def test_per_byte_nats_sum_up(workdir, folder, tmp_path, monkeypatch):
+  file = tmp_path / "new" / "nats.npy"
+  _, result = evaluate_command(monkeypatch, "--workdir", workdir, "--per-byte-out", file)  # its folder is made
+  nats = np.load(file)
+  assert nats.dtype == np.float32 and nats.shape == (1000,)
+  assert nats.sum(dtype=np.float64) == pytest.approx(result["nats"], rel=1e-9)
+  # Documents are scored apart, in their order.
+  for name, part in (("a.txt", nats[:700]), ("b.txt", nats[700:])):
+    _, alone = evaluate_command(monkeypatch, "--workdir", workdir, "--data", folder / "validation" / name)
+    assert alone["nats"] == pytest.approx(part.sum(dtype=np.float64), rel=1e-5)
+  assert [path.name for path in file.parent.iterdir()] == ["nats.npy"]
+
+  lines, first = evaluate_command(monkeypatch, "--workdir", workdir, "--per-byte-out", file, "--max-bytes=90")
+  assert first["bytes"] == 90
+  np.testing.assert_allclose(np.load(file)[:64], nats[:64], rtol=1e-5)
+  assert np.isnan(np.load(file)[90:]).all() and not np.isnan(np.load(file)[:90]).any()
+  assert not any("gzip" in line for line in lines)  # they would be of all bytes
+
+
+def test_per_byte_out_must_be_a_file_that_can_be_written(workdir, tmp_path, monkeypatch):
+  (tmp_path / "file").touch()
+  wrong = {
+    "gs://bucket/nats.npy": "is not on this machine's disks",
+    tmp_path: "is a folder; name a file",
+    tmp_path / "file" / "nats.npy": "is a file, not a folder",
+  }
+  for path, what in wrong.items():
+    with pytest.raises(ConfigError, match=what):
+      evaluate_command(monkeypatch, "--workdir", workdir, "--per-byte-out", path)
+
+
+def test_splits_batches_and_choices(workdir, monkeypatch):
+  _, result = evaluate_command(monkeypatch, "--workdir", workdir)
+  for batch_size in (3, 40):
+    _, other = evaluate_command(monkeypatch, "--workdir", workdir, f"--batch-size={batch_size}", "--no-compressors")
+    assert other["nats"] == pytest.approx(result["nats"], rel=1e-6)
+  lines, on_train = evaluate_command(monkeypatch, "--workdir", workdir, "--split=train", "--no-compressors")
+  assert (on_train["split"], on_train["bytes"]) == ("train", 20_000)
+  assert not any("gzip" in line for line in lines)
+  with pytest.raises(ValueError, match="no checkpoint of step 7 in"):
+    evaluate_command(monkeypatch, "--workdir", workdir, "--step=7")
+
+
+def test_words(workdir, folder, monkeypatch):
+  texts = [(folder / "validation" / name).read_bytes() for name in ("a.txt", "b.txt")]
+  words = sum(len(text.split()) for text in texts)
+  assert words == len(b"".join(texts).split()) + 1  # a.txt ends and b.txt begins within a word
+  _, counted = evaluate_command(monkeypatch, "--workdir", workdir, "--words=count")
+  assert counted["words"] == words
+  assert counted["word_perplexity"] == pytest.approx(math.exp(counted["nats"] / words))
+  _, given = evaluate_command(monkeypatch, "--workdir", workdir, "--words=100")
+  assert given["word_perplexity"] == pytest.approx(math.exp(given["nats"] / 100))
+  lines, one = evaluate_command(monkeypatch, "--workdir", workdir, "--words=1")  # e to the power of some thousands
+  assert one["word_perplexity"] is None and any("word-level perplexity inf" in line for line in lines)
+  monkeypatch.setattr(command.report, "evaluate_and_print", lambda *_, **__: pytest.fail("that may have taken hours"))
+  for words in ("some", "pg19-dev", "pg19validation", "0"):
+    with pytest.raises(ConfigError, match=f"--words={words} is neither"):
+      evaluate_command(monkeypatch, "--workdir", workdir, f"--words={words}")
+  with pytest.raises(ConfigError, match="--words=pg19-test: 6,966,499 words cannot be those of "):
+    evaluate_command(monkeypatch, "--workdir", workdir, "--words=pg19-test")
+  with pytest.raises(ConfigError, match="--words and --max-bytes exclude each other"):
+    evaluate_command(monkeypatch, "--workdir", workdir, "--words=count", "--max-bytes=50")
+
+
+def test_official_numbers_of_words():
+  assert command.number_of_words("pg19", "validation", None) == 3_007_061
+  assert command.number_of_words("pg19", "test", None) == command.number_of_words("pg19-test", "", None) == 6_966_499
+  with pytest.raises(ConfigError, match="which split is it"):
+    command.number_of_words("pg19", "", None)
+
+
+def test_evaluations_of_a_split_are_kept_by_split_and_method(workdir, monkeypatch):
+  for path in workdir.glob("eval_*_*.json"):  # of the tests before
+    path.unlink()
+  for arguments in (
+    (),
+    ("--method=sliding",),
+    ("--method=sliding", "--stride=4"),
+    ("--split=train", "--max-bytes=64"),
+    ("--data", workdir / "config.json"),
+  ):
+    evaluate_command(monkeypatch, "--workdir", workdir, "--no-compressors", *arguments)
+  kept = {path.name: json.loads(path.read_text()) for path in workdir.glob("eval_*_*.json")}
+  assert kept.keys() == {f"eval_validation_{name}.json" for name in ("basic", "sliding", "sliding_stride4")}
+  assert kept["eval_validation_sliding_stride4.json"]["stride"] == 4
+  assert kept["eval_validation_sliding.json"]["bpb"] < kept["eval_validation_basic.json"]["bpb"]
+
+
+def test_long_contexts_are_written_in_bins(tmp_path):
+  context = 10_000
+  nats, counts = np.arange(context) * np.log(2), np.ones(context)
+  zeros = np.zeros(1)
+  result = Evaluation("basic", 1.0, zeros, zeros, nats, counts, np.ones(4), np.ones(4))
+  command.write_positions(str(tmp_path), result)
+  positions = json.loads((tmp_path / "eval_positions.json").read_text())
+  assert positions["context_bin_width"] == 3 and sum(positions["context_bytes"]) == context
+  np.testing.assert_allclose(positions["context"][:3], [1, 4, 7])
+  for name in ("eval_by_context.png", "eval_by_patch.png"):
+    assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_result_that_cannot_be_kept_is_still_told(workdir, monkeypatch, capsys):
+  def refuse(*_):
+    raise PermissionError(13, "Permission denied", "eval_positions.json")
+
+  monkeypatch.setattr(command, "write_positions", refuse)
+  _, result = evaluate_command(monkeypatch, "--workdir", workdir, "--max-bytes=100")
+  assert result["bytes"] == 100
+  assert "warning: not all is kept in" in capsys.readouterr().err
+
+
+# How many more bytes the tools write around the same streams.
+TOOLS = {"gzip -9": 12, "bzip2 -9": 0, "xz -9e": 0}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_compressors_need_what_the_tools_need(folder, tool):
+  if not shutil.which(tool.split()[0]):
+    pytest.skip(f"{tool.split()[0]} is not installed")
+  train_text = read_all(open_path(str(folder / "train.txt"), DataConfig()))
+  text = read_all(open_path(str(folder / "validation"), DataConfig()))
+  assert text == b"".join((folder / "validation" / name).read_bytes() for name in ("a.txt", "b.txt"))
+
+  def size(data):
+    return len(subprocess.run([*tool.split(), "--stdout"], input=data, capture_output=True, check=True).stdout)
+
+  found = compress_all(text, train_text)[tool]
+  assert found.alone * len(text) / 8 == pytest.approx(size(text), abs=TOOLS[tool] + 1e-6)
+  primed = size(train_text + text) - size(train_text)
+  assert found.primed * len(text) / 8 == pytest.approx(primed, abs=TOOLS[tool] + 1e-6)
+  assert found.primed < found.alone

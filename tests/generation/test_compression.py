@@ -1,0 +1,245 @@
+"""Compression comes back exactly, costs what the evaluation says, and refuses what does not belong together."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import sys
+
+import jax
+import model_variants
+import numpy as np
+import pytest
+import tiny_config
+from flax import nnx
+from run_commands import compiling_once, evaluate_command, finish, start, write_data
+
+import train
+from megabyte_jax.commands import compress
+from megabyte_jax.config import Config, DataConfig, EvalConfig, Level, MegabyteConfig, PerceiverARConfig
+from megabyte_jax.data.media.image_source import Images
+from megabyte_jax.data.open_data import SAMPLE_FOLDER, open_path
+from megabyte_jax.errors import ConfigError, DataError
+from megabyte_jax.generation import compression, entropy_coding
+from megabyte_jax.models.build import abstract_model
+
+P = 4
+MEGABYTE = MegabyteConfig(
+  context=24,
+  levels=(
+    Level(patch_size=P, width=16, num_layers=1, num_heads=2, conv_filters=(3,)),
+    Level(patch_size=1, width=8, num_layers=1, num_heads=2, rotary=True, cross_patch=4),
+  ),
+)
+PERCEIVER = PerceiverARConfig(context=20, latents=8, width=8, num_layers=1, num_heads=2)
+
+
+def model_of(config, seed=0):
+  return nnx.merge(abstract_model(config)[0], model_variants.draw_parameters(config, seed))
+
+
+@pytest.fixture(scope="module")
+def model():
+  return model_of(MEGABYTE)
+
+
+def text_bytes():
+  return pathlib.Path(SAMPLE_FOLDER, "text", "train", "moby_dick.txt").read_bytes()[40_000:]
+
+
+def image_bytes():
+  data = DataConfig(form="image", image_size=16)
+  source = open_path("sample:images/validation", data)
+  assert isinstance(source, Images)
+  return source.read(0, 0, 768).tobytes()
+
+
+def random_bytes():
+  return np.random.default_rng(0).integers(0, 256, 1000, np.uint8).tobytes()
+
+
+@pytest.mark.parametrize("kind", [text_bytes, image_bytes, random_bytes])
+@pytest.mark.parametrize("length", [0, 1, P - 1, P, P + 1, 24, 25, 200])
+def test_what_is_compressed_comes_back(model, kind, length):
+  text = kind()[:length]
+  assert len(text) == length
+  pieces = []
+  packed = compression.compress(model, text, batch=3, on_bytes=pieces.append)
+  assert sum(pieces) == length
+  assert compression.decompress(model, packed, on_bytes=pieces.append) == text
+  assert sum(pieces) == 2 * length
+  assert len(packed) - compression.read(packed)[1].nbytes < 400
+
+
+def test_perceiver_ar_too():
+  model, text = model_of(PERCEIVER), text_bytes()[:70]
+  assert compression.decompress(model, compression.compress(model, text)) == text
+
+
+def test_bfloat16_too():
+  model, text = model_of(dataclasses.replace(MEGABYTE, compute_dtype="bfloat16")), text_bytes()[:60]
+  packed = compression.compress(model, text, batch=2)
+  assert compression.read(packed)[0].dtype == "bfloat16"
+  assert compression.decompress(model, packed) == text
+
+
+def test_improbable_bytes_come_back():
+  """A model that is very sure, and wrong."""
+  sure = jax.tree.map(lambda a: 40 * a, model_variants.draw_parameters(MEGABYTE))
+  model = nnx.merge(abstract_model(MEGABYTE)[0], sure)
+  text = random_bytes()[:48]
+  assert compression.decompress(model, compression.compress(model, text)) == text
+
+
+def test_more_windows_side_by_side_cost_nothing(model):
+  sizes = [compression.read(compression.compress(model, text_bytes()[:400], batch=n))[1].size for n in (1, 5)]
+  assert abs(sizes[0] - sizes[1]) <= 1
+
+
+def test_an_altered_or_short_file_is_refused(model):
+  packed = compression.compress(model, text_bytes()[:30])
+  for place in range(len(packed)):
+    altered = bytearray(packed)
+    altered[place] ^= 1
+    with pytest.raises(DataError, match="altered" if place >= 8 else "no file that megabyte_jax"):
+      compression.read(bytes(altered))
+  for length in range(len(packed)):
+    with pytest.raises(DataError, match=r"altered|no file that megabyte_jax"):
+      compression.read(packed[:length])
+  with pytest.raises(DataError, match="altered"):
+    compression.read(packed + b"\0")
+
+
+def repacked(packed, **changes):
+  """The file with other fields in its header and right checksums."""
+  start = len(compression._MAGIC) + 4
+  end = start + int.from_bytes(packed[start - 4 : start], "little")
+  fields = json.dumps(json.loads(packed[start:end]) | changes).encode()
+  body = packed[: start - 4] + len(fields).to_bytes(4, "little") + fields + packed[end : -compression._DIGEST]
+  return body + compression._digest(body)
+
+
+def test_other_models_and_circumstances_are_named(model):
+  text = text_bytes()[:30]
+  packed = compression.compress(model, text, step=7)
+  assert compression.decompress(model, repacked(packed)) == text
+  with pytest.raises(ConfigError, match=r"another model [0-9a-f]{16} .*step 7 of its run"):
+    compression.decompress(model_of(MEGABYTE, seed=1), packed)
+  with pytest.raises(ConfigError, match="another model"):
+    compression.decompress(model_of(dataclasses.replace(MEGABYTE, activation="gelu")), packed)
+  with pytest.raises(ConfigError, match=r"another xla_flags --xla_a --xla_b \(here .*; it can be decompressed"):
+    compression.decompress(model, repacked(packed, xla_flags="--xla_a --xla_b"))
+  for key, value in {"dtype": "bfloat16", "device": "TPU v5", "cores": 0, "jax": "0.1", "constriction": "9"}.items():
+    with pytest.raises(ConfigError, match=rf"another {key} {value} \(here"):
+      compression.decompress(model, repacked(packed, **{key: value}))
+  with pytest.raises(DataError, match="another version"):
+    compression.decompress(model, repacked(packed, format=compression.FORMAT + 1))
+
+
+def test_other_probabilities_are_found_out(model, monkeypatch):
+  """Where the header fits and the arithmetic does not."""
+  packed = compression.compress(model, text_bytes()[:200], batch=3)
+  monkeypatch.setattr(compression, "fingerprint", lambda _: compression.read(packed)[0].model)
+  with pytest.raises(DataError, match="probabilities"):
+    compression.decompress(model_of(MEGABYTE, seed=1), packed)
+
+
+def test_bytes_that_the_model_does_not_know_are_refused():
+  with pytest.raises(ConfigError, match="knows only bytes below 100"):
+    compression.compress(model_of(dataclasses.replace(MEGABYTE, vocab_size=100)), b"\x64")
+
+
+def test_a_model_that_has_gone_to_nothing_is_refused():
+  broken = jax.tree.map(lambda a: a * np.nan, model_variants.draw_parameters(MEGABYTE))
+  with pytest.raises(FloatingPointError, match="not finite"):
+    compression.compress(nnx.merge(abstract_model(MEGABYTE)[0], broken), b"abc")
+
+
+def test_without_the_coder_the_package_to_install_is_named(monkeypatch):
+  monkeypatch.setitem(sys.modules, "constriction", None)
+  with pytest.raises(ConfigError, match="pip install constriction"):
+    entropy_coding.constriction()
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  """A run of a few steps, and 100 kB of text."""
+  folder = write_data(tmp_path_factory.mktemp("compress"))
+  config = Config.from_dict(tiny_config.get_config())
+  config = dataclasses.replace(
+    config,
+    data=DataConfig(train=str(folder / "train.txt"), validation=str(folder / "validation")),
+    eval=EvalConfig(batch_size=64),
+  )
+  (folder / "long.txt").write_bytes(text_bytes()[:100_000])
+  with compiling_once(tmp_path_factory.getbasetemp() / "compiled"):
+    train.train(config, str(folder / "run"))
+    yield folder / "run"
+
+
+def command(monkeypatch, capsys, *arguments):
+  monkeypatch.setattr(sys, "argv", ["compress.py", *map(str, arguments)])
+  compress.main()
+  return capsys.readouterr().out
+
+
+def test_the_commands_and_the_evaluation_agree_within_a_percent(workdir, monkeypatch, capsys):
+  text, packed, back = (workdir.parent / name for name in ("long.txt", "long.mz", "back.txt"))
+  said = command(monkeypatch, capsys, text, packed, "--workdir", workdir, "--batch-size=512")
+  _, result = evaluate_command(monkeypatch, "--workdir", workdir, "--data", text, "--no-compressors")
+  assert 8 * packed.stat().st_size / 100_000 == pytest.approx(result["bpb"], rel=0.01)
+  header, words = compression.read(packed.read_bytes())
+  assert words.nbytes * 8 == pytest.approx(result["nats"] / math.log(2), rel=1e-3)
+  assert (header.step, header.length) == (result["step"], 100_000)
+  assert "100,000 bytes -> " in said and "bits per byte" in said
+  command(monkeypatch, capsys, "--decompress", packed, back, "--workdir", workdir)
+  assert back.read_bytes() == text.read_bytes()
+
+
+def test_another_process_decompresses(workdir, tmp_path):
+  """And an error there is one line, with nothing left behind."""
+  (tmp_path / "a.txt").write_bytes(text_bytes()[:500])
+  cache = jax.config.jax_compilation_cache_dir
+  for arguments in (["a.txt", "a.mz"], ["--decompress", "a.mz", "b.txt"]):
+    *flags, source, out = arguments
+    output, code = finish(
+      start(
+        "-m", "megabyte_jax.compress", *flags, tmp_path / source, tmp_path / out, f"--workdir={workdir}", cache=cache
+      )
+    )
+    assert code == 0, output
+  assert (tmp_path / "b.txt").read_bytes() == text_bytes()[:500]
+  packed = (tmp_path / "a.mz").read_bytes()
+  (tmp_path / "short.mz").write_bytes(packed[:-5])
+  (tmp_path / "other.mz").write_bytes(repacked(packed, model="0123456789abcdef"))
+  for name, message in {"short.mz": "cut short or altered", "other.mz": "another model 0123456789abcdef"}.items():
+    output, code = finish(
+      start("-m", "megabyte_jax.compress", "--decompress", tmp_path / name, tmp_path / "c", f"--workdir={workdir}")
+    )
+    assert code == 1 and "Traceback" not in output
+    [line] = [line for line in output.splitlines() if "error: " in line]
+    assert message in line
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mz", "a.txt", "b.txt", "other.mz", "short.mz"]
+
+
+def test_a_folder_to_write_to_is_refused_at_once(workdir, monkeypatch, capsys, tmp_path):
+  (tmp_path / "text").write_bytes(b"abc")
+  with pytest.raises(ConfigError, match=f"OUT={tmp_path} is a folder"):
+    command(monkeypatch, capsys, tmp_path / "text", tmp_path, "--workdir=no run")
+
+
+def test_a_prompt_is_read_by_the_same_program_in_every_process(monkeypatch):
+  """Without timing on a GPU, as each step."""
+  options = []
+  monkeypatch.setattr(entropy_coding, "platform", lambda: "gpu")
+  monkeypatch.setattr(entropy_coding.jax, "jit", lambda f, compiler_options, **_: options.append(compiler_options) or f)
+  for jitted in (entropy_coding._state_after, entropy_coding._step):
+    jitted.__wrapped__()
+  assert options == [{"xla_gpu_autotune_level": 0}] * 2
+
+
+def test_the_command_says_which_file(workdir, monkeypatch, tmp_path):
+  (tmp_path / "text").write_bytes(b"no compressed file")
+  monkeypatch.setattr(sys, "argv", ["compress.py", "--decompress", str(tmp_path / "text"), "x", f"--workdir={workdir}"])
+  with pytest.raises(DataError, match=r"text: this is no file that megabyte_jax\.compress wrote"):
+    compress.main()

@@ -1,0 +1,94 @@
+"""Every way to compute attention on a CPU gives what the plain one gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from megabyte_jax.errors import ConfigError
+from megabyte_jax.models import attention as lib
+from megabyte_jax.models.attention import Past, attention
+
+B, N, M, H, K = 2, 3, 8, 2, 4
+
+
+def draw(*shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape) * 1.5, jnp.float32)
+
+
+def qkv(spans=N, slots=M):
+  return [draw(B, spans, slots, H, K, seed=s) for s in range(3)]
+
+
+def past(slots, visible):
+  return Past(draw(B, N, slots, H, K, seed=3), draw(B, N, slots, H, K, seed=4), visible)
+
+
+PASTS = {
+  "none": None,
+  "previous span": past(3, (jnp.arange(N) > 0)[:, None, None]),
+  "cache": past(5, jnp.arange(5) < 2),
+  "each slot its own": past(4, jnp.arange(4) >= jnp.arange(M)[:, None] - 2),
+}
+
+
+@pytest.mark.parametrize("earlier", PASTS)
+def test_short_equals_plain(earlier):
+  visible = jnp.tril(jnp.ones((M, M), bool))
+  short = lib._short(*qkv(), visible, PASTS[earlier])
+  plain = lib._xla(*qkv(), visible, PASTS[earlier], 0.0, None)
+  np.testing.assert_allclose(short, plain, atol=2e-6)
+  if earlier != "none":
+    assert np.abs(plain - lib._xla(*qkv(), visible, None, 0.0, None)).max() > 0.1
+
+
+@pytest.mark.parametrize(
+  ("spans", "slots", "earlier", "by"),
+  [(1, 1, 8, "_short"), (1, 1, 32, "_short"), (1, 1, 33, "_xla"), (3, 8, 8, "_short"), (1, 64, 0, "_xla")],
+)
+def test_where_a_gpu_takes_sums_of_products(monkeypatch, spans, slots, earlier, by):
+  """Also for one slot of a short span, as in decoding; after many slots it is a matrix product."""
+  taken = []
+  monkeypatch.setattr(lib, "platform", lambda: "gpu")
+  for name in ("_short", "_xla"):
+    monkeypatch.setattr(lib, name, lambda *_, name=name: taken.append(name))
+  before = [draw(B, spans, earlier, H, K, seed=s) for s in (3, 4)]
+  attention(*qkv(spans, slots), past=Past(*before, jnp.ones(1, bool)) if earlier else None)
+  assert taken == [by]
+
+
+@pytest.mark.parametrize("window", [1, 2, 4, 8])
+def test_blocks_of_a_window_equal_plain(window):
+  q, k, v = qkv(spans=1, slots=16)
+  slot = jnp.arange(16)
+  distance = slot[:, None] - slot[None, :]
+  plain = lib._xla(q, k, v, (distance >= 0) & (distance < window), None, 0.0, None)
+  np.testing.assert_allclose(lib._windowed(q, k, v, window, 0.0, None), plain, atol=2e-6)
+  np.testing.assert_allclose(attention(q, k, v, window=window), plain, atol=2e-6)
+
+
+@pytest.mark.parametrize(("spans", "window"), [(1, 5), (3, 5), (3, 4)])
+def test_windows_that_blocks_cannot_serve(spans, window):
+  q, k, v = qkv(spans, 16)
+  slot = jnp.arange(16)
+  distance = slot[:, None] - slot[None, :]
+  plain = lib._xla(q, k, v, (distance >= 0) & (distance < window), None, 0.0, None)
+  np.testing.assert_allclose(attention(q, k, v, window=window), plain, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_dropout_keeps_the_mean_and_is_off_without_a_key(window):
+  q, k, v = qkv(spans=1)
+  plain = attention(q, k, v, window=window)
+  np.testing.assert_array_equal(attention(q, k, v, window=window, dropout=0.4), plain)
+  keys = jax.random.split(jax.random.key(0), 1000)
+  drop = jax.vmap(lambda key: attention(q, k, v, window=window, dropout=0.4, dropout_key=key))
+  drawn = jax.jit(drop)(keys)
+  assert np.abs(drawn[0] - drawn[1]).max() > 0.1
+  error = np.abs(drawn.mean(axis=0) - plain)
+  assert (error < 5 * drawn.std(axis=0) / np.sqrt(len(keys)) + 1e-6).all()
+
+
+def test_an_implementation_that_cannot_serve_says_why():
+  with pytest.raises(ConfigError, match=r"attention=cudnn cannot serve here: .*cpu"):
+    attention(*qkv(spans=1), implementation="cudnn")

@@ -1,0 +1,234 @@
+"""Every command in README.md and the documents is run by a test, here in a small variant or where RUN_BY says.
+
+But for those of NOT_RUN, which need a network of their own, another device, or all of CI.
+"""
+
+import json
+import pathlib
+import re
+import shlex
+
+import numpy as np
+import pytest
+from absl import flags as absl_flags
+from ml_collections import config_flags
+from processes import free_port
+from run_commands import ROOT, run_each
+
+from megabyte_jax.config import Config
+
+DOCUMENTS = (
+  "README.md",
+  "CONTRIBUTING.md",
+  "launch/README.md",
+  "benchmarks/README.md",
+  *(f"docs/{n}.md" for n in ("data", "running", "scaling")),
+)
+COMMAND = re.compile(r"(?:\w+=\S+ )*(?:python|pytest|pip|ruff|mypy|\.ci/)\b.*")
+TINY_IMAGES = [  # the small images that both image models are given, and what shrinks them
+  "--config.num_steps=2",
+  "--config.batch_size=1",
+  "--config.sample_bytes=0",
+  "--config.model.levels[0].num_layers=1",
+  "--config.model.levels[0].num_heads=2",
+  "--config.model.levels[1].num_layers=1",
+  "--config.model.levels[1].width=16",
+  "--config.model.levels[1].num_heads=2",
+]
+TEXT = "megabyte_jax/data/sample/text/validation/pride_and_prejudice_last_tenth.txt"
+# What is added to a command to make it small. Those that name no config get tests/tiny_config.py. In this order.
+RUN_HERE = {
+  "python train.py": [],
+  "python train.py --workdir=runs/mine --config.data.train='docs/*.md' --config.data.validation=README.md": [
+    "--config.eval.max_bytes=200",
+  ],
+  "python train.py --init_from=runs/mine --workdir=runs/tuned --config.data.train='docs/*.md' "
+  "--config.model.context=512": ["--config.batch_size=1"],
+  "python eval.py --workdir=runs/mine --data=CONTRIBUTING.md": ["--max-bytes=500", "--no-compressors"],
+  "python train.py --config=configs/quickstart_images.py --workdir=runs/images": [
+    *TINY_IMAGES,
+    "--config.model.levels[0].width=48",
+    "--config.data.train=runs/photos",
+    "--config.data.validation=",
+  ],
+  "python eval.py --workdir=runs/images --data=sample:images/validation": ["--max-bytes=12288", "--no-compressors"],
+  'python -m megabyte_jax.generate --workdir=runs/quickstart --prompt="It is a truth" --bytes=400 --temperature=0.7': [
+    "--bytes=20"
+  ],
+  "python -m megabyte_jax.generate --workdir=runs/images --num-samples=8 --output=runs/out.png "
+  "--prompt-file=megabyte_jax/data/sample/images/validation/flower.jpg": ["--num-samples=2", "--keep=0.9"],
+  f"python -m megabyte_jax.compress {TEXT} runs/text.mz --workdir=runs/quickstart": [],
+  "python -m megabyte_jax.compress --decompress runs/text.mz runs/text.txt --workdir=runs/quickstart": [],
+  "python -m megabyte_jax.tables 5": [],
+  "python -m megabyte_jax.tables figure3 --plot=runs/figure3.png": [],
+  "python train.py --config=configs/paper/table5.py:image640_megabyte --workdir=runs/image640": [
+    *TINY_IMAGES,
+    "--config.model.levels[0].width=192",
+    "--config.model.context=12288",
+    "--config.data.train=runs/photos",
+    "--config.data.validation=",
+    "--config.data.image_size=64",
+  ],
+  "python train.py --workdir=runs/sharded --config.mesh.data=1 --config.mesh.seq=1 --config.mesh.fsdp=-1 "
+  "--config.batch_size=8": [],
+  "python train.py --workdir=runs/a --config.eval.every_steps=500 --config.checkpoint.keep_best=1": [
+    "--config.eval.every_steps=6",
+    "--config.data.validation=CHANGELOG.md",
+    "--config.data.test=CHANGELOG.md",
+    "--config.eval.max_bytes=200",
+  ],
+  "python eval.py --workdir=runs/a --step=best --split=test": ["--max-bytes=200", "--no-compressors"],
+  "python -m megabyte_jax.generate --workdir=runs/a --step=best": ["--bytes=20"],
+  "XLA_FLAGS=--xla_gpu_enable_triton_gemm=false python train.py ...": ["--workdir=runs/flag1"],
+  "XLA_FLAGS=--xla_gpu_deterministic_ops=true python train.py ...": ["--workdir=runs/flag2"],
+  "python train.py --coordinator=HOST:PORT --num_processes=N --process_id=I ...": [
+    f"--coordinator=localhost:{free_port()}",
+    "--num_processes=1",
+    "--process_id=0",
+    "--workdir=runs/flag3",
+  ],
+}
+# Command, or its beginning: the file whose tests run it, or which is itself run, and what must be found there.
+# Those of benchmarks are slow tests, which .ci/slow runs and .ci/run does not.
+RUN_BY = {
+  "pip install -r requirements.txt": (".ci/run", "pip install -q -r requirements.txt"),
+  'pip install -e ".[test]"': (".ci/run", 'pip install -q -e ".[test]"'),
+  "pytest": (".ci/run", "pytest -q"),
+  "ruff": (".ci/run", "ruff check .; ruff format --check ."),
+  "mypy": (".ci/run", "mypy"),
+  ".ci/plan": (".ci/run", ".ci/plan"),
+  "python -m venv .venv": (".ci/run", '-m venv "$work/venv"'),
+  'pip install "jax[tpu]"': (".ci/plan", '"jax[tpu]"'),
+  "python -m megabyte_jax.plan --config=configs/paper/table2.py:pg19_megabyte --topology=v5e:8x8": (
+    ".ci/plan",
+    "--config=configs/paper/table2.py:pg19_megabyte --topology=v5e:8x8",
+  ),
+  "python -m megabyte_jax.plan": (
+    "tests/planning/test_plans.py",
+    "def test_search_over_two_slices_ends_with_the_real_program",
+  ),
+  "python -m megabyte_jax.matching": ("tests/planning/test_matching.py", "def test_command_line"),
+  "python benchmarks/comparisons.py": ("tests/benchmarks/test_comparisons.py", "def test_a_small_comparison"),
+  "python benchmarks/": ("tests/benchmarks/test_speed_benchmarks.py", 'f"benchmarks/{name}.py"'),
+  "python benchmarks/scaling.py": ("tests/benchmarks/test_speed_benchmarks.py", "benchmarks/scaling.py"),
+  "python benchmarks/input_pipeline.py": ("tests/benchmarks/test_speed_benchmarks.py", "benchmarks/input_pipeline.py"),
+  "python benchmarks/corpora/build.py": (
+    "tests/benchmarks/test_corpora.py",
+    "def test_another_result_of_the_recorded_packages",
+  ),
+  "python -m megabyte_jax.prepare build": (
+    "tests/data/test_prepare.py",
+    "def test_a_data_set_that_nobody_knows_is_one_line",
+  ),
+  "python -m megabyte_jax.prepare convert": (
+    "tests/data/test_prepare.py",
+    "def test_tfrecord_copies_are_converted",
+  ),
+  "python -m megabyte_jax.prepare pack": ("tests/data/test_prepare.py", "def test_archives_are_packed"),
+  "python -m megabyte_jax.prepare verify": ("tests/data/test_prepare.py", '"verify"'),
+  "python train.py ...": ("tests/parallel/test_launch.py", "def test_tpu_vm"),
+}
+NOT_RUN = (".ci/run", ".ci/slow", 'pip install -e ".[', 'pip install -U "jax[', "JAX_PLATFORMS=cuda pytest")
+
+
+def documented() -> dict[str, list[str]]:
+  """{command: the documents that have it}, from blocks of code and from code between words."""
+  found: dict[str, list[str]] = {}
+  for name in DOCUMENTS:
+    text = (ROOT / name).read_text()
+    blocks = re.findall(r"```\w*\n(.*?)```", text, re.S)
+    lines = [line for block in blocks for line in re.sub(r" *\\\n *", " ", block).splitlines()]
+    words = re.findall(r"`([^`]+)`", re.sub(r"```\w*\n.*?```", "", text, flags=re.S))
+    for part in (part for code in (*lines, *words) for part in re.split(r" && |;|  +#", code)):
+      command = " ".join(part.split())
+      if COMMAND.fullmatch(command):
+        found.setdefault(command, []).append(name)
+  return found
+
+
+def run_by(command: str) -> str | None:
+  """The longest beginning of the command that RUN_BY or NOT_RUN has."""
+  return max((begin for begin in (*RUN_BY, *NOT_RUN) if command.startswith(begin)), key=len, default=None)
+
+
+def test_every_command_is_run_somewhere():
+  commands = documented()
+  nowhere = [c for c in commands if c not in RUN_HERE and run_by(c) is None]
+  assert not nowhere, f"add these commands to RUN_HERE or RUN_BY: {nowhere}"
+  assert set(RUN_HERE) <= set(commands), "a command here is no longer documented"
+  unused = {*RUN_BY, *NOT_RUN} - {run_by(c) for c in commands if c not in RUN_HERE}
+  assert not unused, f"no documented command begins like this: {unused}"
+
+
+@pytest.mark.parametrize("begin", RUN_BY)
+def test_the_other_place_is_there(begin):
+  path, needed = RUN_BY[begin]
+  assert needed in (ROOT / path).read_text()
+
+
+def small(command: str, more: list[str], folder: pathlib.Path) -> tuple[list[str], dict[str, str]]:
+  """The arguments of the small variant, and its environment variables; everything written lies in `folder`."""
+  words = shlex.split(re.sub(r" \S+=(HOST:PORT|N|I)\b| \.\.\.$", "", command))
+  variables = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"} | dict(w.split("=", 1) for w in words[: words.index("python")])
+  arguments = [*words[words.index("python") + 1 :], *more]
+  if arguments[0] == "train.py" and not any(a.startswith("--config=") for a in arguments):
+    arguments.insert(1, "--config=tests/tiny_config.py")
+    if not any(a.startswith("--workdir=") for a in arguments):
+      arguments.append("--workdir=runs/quickstart")
+  return [re.sub(r"(?<![\w/.])runs/", f"{folder}/runs/", a) for a in arguments], variables
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("documented")
+  (folder / "runs/photos").mkdir(parents=True)
+  images = pathlib.Path("megabyte_jax/data/sample/images/train")
+  (folder / "runs/photos/china.jpg").write_bytes((ROOT / images / "china.jpg").read_bytes())
+  [program] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+  program = program.replace("8192", "64").replace("runs/", f"{folder}/runs/")
+  (folder / "readme.py").write_text(program)
+  names = {command: str(number) for number, command in enumerate(RUN_HERE)}
+  commands = {names[command]: small(command, more, folder) for command, more in RUN_HERE.items()}
+  commands["python"] = [str(folder / "readme.py")]
+  done = run_each(commands, folder / "outputs", cache=folder / "compiled")
+  return {command: done[name] for command, name in names.items()} | {"folder": folder, "python": done["python"]}
+
+
+@pytest.mark.parametrize("command", RUN_HERE)
+def test_it_runs(said, command):
+  code, output = said[command]
+  assert code == 0, output
+
+
+def test_the_program_of_the_readme(said):
+  code, output = said["python"]
+  assert code == 0, output
+  bits, sample = output.splitlines()
+  assert 7 < float(bits) < 9 and sample.startswith("b")
+
+
+def test_they_do_what_the_text_says(said):
+  folder = said["folder"]
+  assert (
+    json.loads(said["python eval.py --workdir=runs/mine --data=CONTRIBUTING.md"][1].splitlines()[-1])["bytes"] == 500
+  )
+  assert (folder / "runs/text.txt").read_bytes() == (ROOT / TEXT).read_bytes()
+  assert (folder / "runs/out.png").read_bytes().startswith(b"\x89PNG")
+  assert "(P 192)" in said["python -m megabyte_jax.tables 5"][1]
+  assert (folder / "runs/a/checkpoints/validation_bpb.json").exists()
+  assert np.isfinite(json.loads((folder / "runs/image640/metrics.jsonl").read_text().splitlines()[0])["bpb"])
+
+
+def test_flags_between_words_are_fields_of_the_config():
+  """Such as `--config.accumulate=4`, whose values are read as train.py reads them."""
+  tried = 0
+  for name in DOCUMENTS:
+    for code in re.findall(r"`(--config\.[^`]+)`", (ROOT / name).read_text()):
+      flags = [flag for flag in shlex.split(code) if "=" in flag and not flag.endswith(".")]
+      values = absl_flags.FlagValues()
+      arguments = ["train.py", f"--config={ROOT / 'configs/quickstart.py'}", *flags]
+      config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+      values(arguments)
+      Config.from_dict(values.config)
+      tried += len(flags)
+  assert tried > 10

@@ -1,0 +1,123 @@
+"""Commands that results, design and the heads of files show: they are there and know each flag and config key shown.
+
+None is run here; those of README.md and the other documents are, see test_documented_commands.py.
+"""
+
+import argparse
+import ast
+import functools
+import importlib
+import inspect
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+
+import pytest
+from absl import flags as absl_flags
+from ml_collections import config_flags
+from run_commands import ROOT
+
+from megabyte_jax.config import Config
+
+LAUNCHER = r"(?:sbatch )?(?:--nodes=\d+ )?launch/(?:tpu_vm\.sh|tpu_pod\.sh|slurm\.sbatch|until_finished\.sh)(?= )"
+COMMAND = re.compile(r"(?:\w+=\S+ )*(?:python (?!-c )\S.*|launch/\S.*|sbatch .*)")
+ABSL = ("train.py", "megabyte_jax.plan", "megabyte_jax.tables", "megabyte_jax.matching")
+
+
+def head(path):
+  """The docstring of a Python file; the first comment of another."""
+  text = path.read_text()
+  if path.suffix == ".py":
+    return ast.get_docstring(ast.parse(text)) or ""
+  lines = [line for line in text.splitlines() if not line.startswith("#!")]
+  end = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
+  return "\n".join(line.removeprefix("#") for line in lines[:end])
+
+
+def shown():
+  """{command: the file that shows it}; a comment after two spaces is no part of it, nor are brackets."""
+  texts = {name: (ROOT / name).read_text() for name in ("docs/results.md", "docs/design.md")}
+  heads = [path for folder in ("launch", "configs", "benchmarks") for path in (ROOT / folder).glob("**/*")]
+  texts |= {str(p.relative_to(ROOT)): head(p) for p in heads if p.suffix in (".py", ".sh", ".sbatch", ".yaml")}
+  found = {}
+  for name, text in texts.items():
+    blocks = re.findall(r"```\w*\n(.*?)```", text, re.S) if name.endswith(".md") else [text]
+    lines = [line for block in blocks for line in re.sub(r" *\\\n *", " ", block).splitlines()]
+    words = re.findall(r"`([^`]+)`", re.sub(r"```\w*\n.*?```", "", text, flags=re.S))
+    for code in (*(re.split(r"  +(?!-)", line.strip())[0] for line in lines), *words):
+      for command in re.split(r" && |;", " ".join(code.split())):
+        if COMMAND.fullmatch(command):
+          found[re.sub(r"[\[\]](?!\d|\.)", "", command)] = name
+  return found
+
+
+def words_of(command):
+  """(script or module, its arguments); a launcher's are train.py's."""
+  words = shlex.split(re.sub(LAUNCHER, "python train.py", command))
+  words = words[words.index("python") + 1 :]
+  if words[0] == "-m":
+    words = words[1:]
+  return words[0], words[1:]
+
+
+@functools.cache
+def known_flags(script):
+  """Names, with underscores, of the flags of a command."""
+  if script in ABSL:
+    module = script.removesuffix(".py")
+    code = f"import {module} as m; getattr(m, 'define_flags', int)(); from absl import flags; print(*flags.FLAGS)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+  names = set()
+
+  class Parsed(Exception):
+    pass
+
+  def parse_args(parser, *_):
+    names.update(option[2:].replace("-", "_") for option in parser._option_string_actions if option[2:])
+    raise Parsed
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    if script.endswith(".py"):
+      patch.syspath_prepend(str((ROOT / script).parent))
+      found = runpy.run_path(str(ROOT / script), run_name="shown")
+    else:  # megabyte_jax.generate gives way to the function of this name
+      found = vars(importlib.import_module(script.replace("jax.generate", "jax.generate_command")))
+    reads = found.get("parse_arguments") or found["main"]
+    with pytest.raises(Parsed):
+      reads(*[None] * len(inspect.signature(reads).parameters))
+  return names
+
+
+COMMANDS = shown()
+
+
+def test_commands_are_found():
+  files = set(COMMANDS.values())
+  assert {"docs/results.md", "docs/design.md", "launch/slurm.sbatch", "configs/small.py"} <= files
+  assert {"configs/paper/table5.py", "benchmarks/scaling.py"} <= files
+  assert "workdir" in known_flags("train.py") & known_flags("eval.py")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_it_is_there_and_knows_its_flags(command):
+  script, arguments = words_of(command)
+  path = ROOT / (script if script.endswith(".py") else script.replace(".", "/") + ".py")
+  assert path.is_file(), f"{COMMANDS[command]}: there is no {script}"
+  flags = [word for word in arguments if re.match(r"--\w", word)]
+  names = {flag[2:].partition("=")[0].replace("-", "_") for flag in flags}
+  unknown = {name for name in names if not name.startswith("config.")}
+  unknown -= known_flags(script) if unknown else set()
+  assert not unknown, f"{COMMANDS[command]}: {script} has no {unknown}"
+  of_config = [flag for flag in flags if flag.startswith("--config") and "..." not in flag]
+  if of_config:
+    if not any(flag.startswith("--config=") for flag in of_config):
+      of_config.insert(0, "--config=configs/quickstart.py")
+    values = absl_flags.FlagValues()
+    of_config = [re.sub("^--config=", f"--config={ROOT}/", flag) for flag in of_config]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["train.py", *of_config])
+    values(["train.py", *of_config])
+    Config.from_dict(values.config)

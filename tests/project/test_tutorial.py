@@ -1,0 +1,33 @@
+"""The notebook in examples/ runs from its first cell to its last."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from run_commands import ROOT
+
+
+@pytest.mark.parametrize("steps", [3, pytest.param(800, marks=pytest.mark.slow)])
+def test_the_tutorial_runs(tmp_path, steps):
+  """Its cells check by themselves what they say of slots, logits and receptive fields."""
+  cells = json.loads((ROOT / "examples" / "tutorial.ipynb").read_text())["cells"]
+  assert all(cell["outputs"] for cell in cells if cell["cell_type"] == "code" and "print(" in "".join(cell["source"]))
+  code = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+  code, found = re.subn(r"^STEPS = \d+", f"STEPS = {steps}", code, flags=re.MULTILINE)
+  assert found == 1
+  script = tmp_path / "tutorial.py"
+  script.write_text(code)
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  environment |= {"MPLBACKEND": "agg", "PYTHONPATH": str(ROOT)}
+  if steps < 800:
+    quick = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]  # see conftest.py
+    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "XLA_FLAGS": " ".join(quick)}
+  done = subprocess.run(
+    [sys.executable, script], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  bits = float(re.search(r"MEGABYTE, sliding inference: ([\d.]+)", done.stdout).group(1))
+  assert bits < (2.6 if steps == 800 else 9)

@@ -1,0 +1,61 @@
+"""Ctrl-C at awkward moments: a command ends at once without a traceback, and other programs keep their own ways."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from run_commands import ROOT, environment
+
+
+def in_a_terminal(*arguments, **options):
+  """The ended command `python ARGUMENTS`, which Ctrl-C ends as in a terminal, be it ignored here or not."""
+  command = [sys.executable, *arguments]
+  program = f"import os, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv({command[0]!r}, {command!r})"
+  options = {"cwd": ROOT, "env": environment()} | options
+  return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture
+def interrupted_imports(tmp_path):
+  """Variables with which Ctrl-C comes while jax is imported."""
+  (tmp_path / "jax.py").write_text("import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(20)\n")
+  return environment() | {"PYTHONPATH": str(tmp_path)}
+
+
+def test_an_interrupt_that_python_would_forget():
+  """Ctrl-C within a callback of the garbage collector: Python prints it and goes on."""
+  program = """
+import gc, signal, time
+from megabyte_jax.commands import command_line
+from megabyte_jax.files.folder_lock import locked
+
+def interrupt(phase, info):
+  gc.callbacks.remove(interrupt)
+  signal.raise_signal(signal.SIGINT)
+
+def main():
+  gc.callbacks.append(interrupt)
+  gc.collect()
+  time.sleep(20)
+
+command_line.run(main)
+"""
+  result = in_a_terminal("-c", program)
+  assert (result.returncode, result.stderr) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("command", [("train.py",), ("eval.py",), ("-m", "megabyte_jax.tables")])
+def test_an_interrupt_while_libraries_are_imported(command, interrupted_imports):
+  result = in_a_terminal(*command, env=interrupted_imports)
+  assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
+
+
+def test_ctrl_c_is_left_alone_in_modules_of_others(tmp_path):
+  """A command of ours, run as a module, changes it during its imports; another program run so keeps it."""
+  (tmp_path / "theirs").mkdir()
+  (tmp_path / "theirs/__init__.py").write_text("import megabyte_jax\n")
+  check = "import signal\nassert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+  (tmp_path / "theirs/program.py").write_text(check)
+  result = in_a_terminal("-m", "theirs.program", cwd=tmp_path)
+  assert result.returncode == 0, result.stderr

@@ -1,0 +1,278 @@
+"""An interrupted run ends with the same bits as one that was left alone."""
+
+import dataclasses
+import os
+import re
+import signal
+
+import pytest
+import tiny_config
+from run_commands import (
+  assert_bitwise_equal,
+  compiling_once,
+  finish,
+  metric_lines,
+  saved_state,
+  start,
+  write_data,
+)
+
+import train
+from megabyte_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, OptimizerConfig
+from megabyte_jax.errors import CheckpointError, ConfigError
+
+STEPS = 120  # more than the pipe of a halted reader holds, in progress lines
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return write_data(tmp_path_factory.mktemp("resume"))
+
+
+# -- The command itself, with one device; dropout is on --
+
+
+def command(folder, workdir):
+  return [
+    "train.py",
+    "--config=tests/tiny_config.py",
+    f"--config.data.train={folder / 'train.txt'}",
+    f"--config.num_steps={STEPS}",
+    "--config.checkpoint.every_steps=7",
+    f"--workdir={workdir}",
+  ]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+  output, code = finish(start(*command(folder, folder / "whole"), cache=folder / "cache"))
+  assert code == 0, output
+  assert [line["step"] for line in metric_lines(folder / "whole")] == list(range(1, STEPS + 1))
+  return folder / "whole"
+
+
+def stop_at(process, step, number):
+  """Sends a signal when the progress line of `step` is there; the pipe holds some 40 more lines, not the whole run."""
+  for line in process.stdout:
+    if line.startswith("step ") and int(re.split(r"[ /]+", line)[1]) >= step:
+      break
+  process.send_signal(number)
+  return finish(process)
+
+
+def assert_same_run(workdir, uninterrupted):
+  assert metric_lines(workdir) == metric_lines(uninterrupted)
+  assert_bitwise_equal(saved_state(workdir), saved_state(uninterrupted))
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(folder, uninterrupted):
+  workdir = folder / "sigterm"
+  output, code = stop_at(start(*command(folder, workdir), cache=folder / "cache"), 10, signal.SIGTERM)
+  assert code == 0, output
+  stopped = re.search(r"stopped at step (\d+), which is saved in .*; the same command goes on from there", output)
+  assert stopped and 10 <= int(stopped[1]) < STEPS, output
+  assert saved_state(workdir)[0] == int(stopped[1])
+  output, code = finish(start(*command(folder, workdir)))  # compiles everything anew
+  assert code == 0, output
+  assert f"steps   {stopped[1]} of {STEPS} done" in output
+  assert_same_run(workdir, uninterrupted)
+
+
+def test_after_kill_9(folder, uninterrupted):
+  workdir = folder / "killed"
+  output, code = stop_at(start(*command(folder, workdir), cache=folder / "cache"), 15, signal.SIGKILL)
+  assert code == -signal.SIGKILL, output
+  output, code = finish(start(*command(folder, workdir), cache=folder / "cache"))
+  assert code == 0, output
+  done = int(re.search(r"steps   (\d+) of", output)[1])
+  assert 0 < done < STEPS and done % 7 == 0
+  assert_same_run(workdir, uninterrupted)
+
+
+# -- In this process, stopped at an exact step, on eight devices --
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+  with compiling_once(tmp_path_factory.getbasetemp() / "compiled"):
+    yield
+
+
+@pytest.fixture
+def config(folder):
+  config = Config.from_dict(tiny_config.get_config())
+  return dataclasses.replace(
+    config,
+    data=DataConfig(train=str(folder / "train.txt"), validation=str(folder / "validation")),
+    eval=EvalConfig(every_steps=7),
+    num_steps=15,
+    log_every=5,
+  )
+
+
+def train_with_a_signal(config, workdir, step, number=signal.SIGTERM, **options):
+  """Trains, and sends the signal to itself while `step` is prepared."""
+
+  def signalling(*args, **kwargs):
+    for before, batch in original(*args, **kwargs):
+      if before + 1 == step:
+        os.kill(os.getpid(), number)
+      yield before, batch
+
+  original = train.batches
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, "batches", signalling)
+    train.train(config, str(workdir), **options)
+
+
+def test_progress_lines_and_evaluations_are_those_of_one_run(folder, config, compiled, tmp_path, capsys):
+  train.train(config, str(tmp_path / "whole"))
+  lines = metric_lines(tmp_path / "whole")
+  assert [(line["step"], "loss" in line) for line in lines] == [
+    (5, True),
+    (7, False),
+    (10, True),
+    (14, False),
+    (15, True),
+    (15, False),
+  ]
+  handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+  for step, number in ((7, signal.SIGTERM), (13, signal.SIGINT)):  # a progress line is half done, an evaluation due
+    train_with_a_signal(config, tmp_path / "stopped", step, number)
+    assert f"stopped at step {step}, which is saved" in capsys.readouterr().out
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+  train.train(config, str(tmp_path / "stopped"))
+  assert metric_lines(tmp_path / "stopped") == lines
+  assert_bitwise_equal(saved_state(tmp_path / "stopped"), saved_state(tmp_path / "whole"))
+  train.train(config, str(tmp_path / "stopped"))  # a finished run only measures again
+  assert metric_lines(tmp_path / "stopped") == lines
+
+
+@pytest.mark.slow
+def test_muon_resumes_exactly_too(config, compiled, tmp_path):
+  optimizer = OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=2, schedule="wsd", decay_share=0.5)
+  data = dataclasses.replace(config.data, validation="")
+  config = dataclasses.replace(config, optimizer=optimizer, data=data, num_steps=6)
+  train.train(config, str(tmp_path / "whole"))
+  train_with_a_signal(config, tmp_path / "stopped", 4)
+  assert saved_state(tmp_path / "stopped")[0] == 4
+  train.train(config, str(tmp_path / "stopped"))
+  assert metric_lines(tmp_path / "stopped") == metric_lines(tmp_path / "whole")
+  assert_bitwise_equal(saved_state(tmp_path / "stopped"), saved_state(tmp_path / "whole"))
+  adamw = dataclasses.replace(config, optimizer=dataclasses.replace(optimizer, name="adamw"))
+  with pytest.raises(CheckpointError, match=r'optimizer\.name: "muon" -> "adamw"'):
+    train.train(adamw, str(tmp_path / "stopped"))
+
+
+def test_a_signal_during_an_evaluation_breaks_it_off_and_the_next_run_makes_up_for_it(
+  folder, config, compiled, tmp_path, capsys
+):
+  def signalling(*args, **kwargs):
+    if not stopped:
+      stopped.append(os.kill(os.getpid(), signal.SIGTERM))
+    return original(*args, **kwargs)
+
+  original, stopped = train.evaluate, []
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, "evaluate", signalling)
+    train.train(config, str(tmp_path / "stopped"))
+  assert "stopped at step 7, which is saved" in capsys.readouterr().out
+  assert [line["step"] for line in metric_lines(tmp_path / "stopped")] == [5]
+  train.train(config, str(tmp_path / "stopped"))
+  steps = [(line["step"], "loss" in line) for line in metric_lines(tmp_path / "stopped")]
+  assert steps == [(5, True), (7, False), (10, True), (14, False), (15, True), (15, False)]
+
+
+@pytest.mark.parametrize("what", ["evaluate_and_print", "print_sample"])
+def test_a_signal_after_the_last_step_loses_nothing(what, config, compiled, tmp_path, capfd):
+  class Ended(BaseException):
+    pass
+
+  def end(code, at_once):
+    assert (code, at_once) == (0, True)
+    raise Ended
+
+  def signalling(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise AssertionError("the signal was not heard")
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train.report, what, signalling)
+    patch.setattr(train.distributed, "end", end)
+    with pytest.raises(Ended):
+      train.train(config, str(tmp_path / "run"))
+  assert "all steps are saved in" in capfd.readouterr().err
+  assert saved_state(tmp_path / "run")[0] == 15
+
+
+def test_the_same_command_resumes_fine_tuning(config, compiled, tmp_path, capsys):
+  model = dataclasses.replace(config.model, levels=config.model.levels[:1])  # quicker to compile
+  data = dataclasses.replace(config.data, validation="")
+  config = dataclasses.replace(config, model=model, data=data, num_steps=3)
+  train.train(config, str(tmp_path / "first"))
+  tuned, start = tmp_path / "tuned", {"init_from": str(tmp_path / "first")}
+  train_with_a_signal(config, tuned, 1, **start)
+  train_with_a_signal(config, tuned, 2)  # without the flag it goes on, too
+  train.train(config, str(tuned), **start)
+  assert "steps   2 of 3 done" in capsys.readouterr().out
+  with pytest.raises(ConfigError, match="holds a run already, which did not start from x; take another --workdir"):
+    train.train(config, str(tuned), init_from="x")
+
+
+def test_what_does_not_continue_a_run_is_refused(folder, config, compiled, tmp_path):
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, validation=""))
+  train_with_a_signal(config, tmp_path / "run", 2)
+  other = dataclasses.replace(
+    config,
+    seed=5,
+    model=dataclasses.replace(config.model, dropout=0.2),
+    optimizer=dataclasses.replace(config.optimizer, learning_rate=3.0),
+  )
+  with pytest.raises(CheckpointError) as error:
+    train.train(other, str(tmp_path / "run"))
+  for line in ("model.dropout: 0.1 -> 0.2", "optimizer.learning_rate: 0.01 -> 3.0", "seed: 0 -> 5", "--init_from=DIR"):
+    assert line in str(error.value)
+  assert "num_steps" not in str(error.value)
+
+
+def test_other_bytes_in_the_same_file_are_refused(folder, config, compiled, tmp_path):
+  text = (folder / "train.txt").read_bytes()
+  data = tmp_path / "data.txt"
+  data.write_bytes(text)
+  config = dataclasses.replace(config, data=DataConfig(train=str(data), validation=""))
+  train_with_a_signal(config, tmp_path / "run", 2)
+  data.write_bytes(text[:-1] + b"#")
+  with pytest.raises(CheckpointError, match=r"data fingerprint: .* -> "):
+    train.train(config, str(tmp_path / "run"))
+
+
+# -- Numbers that break down --
+
+
+@pytest.mark.parametrize(
+  ("rate", "every_steps", "message"),
+  [
+    (1e30, 1, r"step 2: parameter_norm inf\. The last good checkpoint, of step 1, is kept in .*--init_from="),
+    (1e30, 0, r"step 3: .*nan.*\. No checkpoint was saved yet\. Lower config\.optimizer\.learning_rate"),
+  ],
+)
+def test_broken_numbers_end_the_run_with_the_last_good_checkpoint(
+  config, compiled, tmp_path, rate, every_steps, message
+):
+  config = dataclasses.replace(
+    config,
+    model=dataclasses.replace(config.model, levels=config.model.levels[:1]),  # quicker to compile
+    optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=5),
+    checkpoint=CheckpointConfig(every_steps=every_steps),
+    data=dataclasses.replace(config.data, validation=""),
+  )
+  with pytest.raises(FloatingPointError, match=message):
+    train.train(config, str(tmp_path / "run"))
+  if not every_steps:
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    return
+  step, parameters, _ = saved_state(tmp_path / "run")
+  assert step == 1
+  sane = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=5), num_steps=2)
+  train.train(sane, str(tmp_path / "next"), init_from=str(tmp_path / "run"))
+  assert saved_state(tmp_path / "next")[0] == 2
