@@ -10,7 +10,7 @@ from megabyte_jax.config import Config
 from megabyte_jax.config.parsing import require_known
 from megabyte_jax.errors import require
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "paper"
 
 
