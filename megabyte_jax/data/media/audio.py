@@ -12,7 +12,7 @@ import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -20,6 +20,7 @@ from etils import epath
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data.files import fingerprint_files, read_whole, sizes_of
 from megabyte_jax.data.fingerprints import combine_fingerprints
+from megabyte_jax.data.media.image_source import EncodedImages
 from megabyte_jax.data.media.sound_files import ogg_problem, wav_problem
 from megabyte_jax.data.shared_cache import DOCUMENT_BYTES, SharedCache, array_bytes
 from megabyte_jax.data.sources import check_range, said
@@ -95,6 +96,7 @@ class AudioFiles:
 
   Args:
     paths, names: where the files are and what they are called.
+    records: holds the encoded recordings where they are no files of their own; `paths` is then for errors alone.
     data: sample_rate, encoding and skip_bad; with the latter every file is decoded once at the start, and unreadable
       ones are left out and counted in `skipped`.
 
@@ -104,7 +106,10 @@ class AudioFiles:
 
   joinable, slow = True, True
 
-  def __init__(self, paths: Sequence[str], names: Sequence[str], data: DataConfig):
+  def __init__(
+    self, paths: Sequence[str], names: Sequence[str], data: DataConfig, records: EncodedImages | None = None
+  ):
+    self._records = records
     self.data, self.paths, self.names = data, list(paths), list(names)
     rate, self.unit = data.sample_rate, sample_width(data.encoding)
     _import("soundfile"), _import("soxr")
@@ -114,6 +119,7 @@ class AudioFiles:
     self.skipped = len(paths) - len(kept)
     if not kept:
       raise DataError(f"none of {self.skipped} recordings can be read, {names[0]} for one")
+    self._kept = kept
     self.paths, self.names = [self.paths[i] for i in kept], [self.names[i] for i in kept]
     self.lengths = np.array([head.resampled(rate) * self.unit for head in heads if head is not None], np.int64)
     self._bytes = SharedCache(self._encode, DOCUMENT_BYTES, array_bytes)
@@ -121,7 +127,8 @@ class AudioFiles:
   @functools.cached_property
   def fingerprint(self) -> str:
     """Changes with the files and with how they are turned into bytes."""
-    files = fingerprint_files(self.paths, self.names, sizes_of(self.paths))
+    records = self._records
+    files = records.fingerprint if records else fingerprint_files(self.paths, self.names, sizes_of(self.paths))
     return combine_fingerprints([files, str(self.data.sample_rate), self.data.encoding])
 
   def read(self, document: int, start: int, stop: int) -> np.ndarray:
@@ -132,9 +139,10 @@ class AudioFiles:
   def _head(self, i: int) -> Recording | None:
     """None for an unreadable file that is to be skipped."""
     try:
-      head = read_head(self.paths[i])
+      data = self._records.load(i) if self._records else None
+      head = read_head(self.paths[i], data)
       if self.data.skip_bad:
-        decode(self.paths[i])
+        decode(self.paths[i], data)
       return head
     except DataError:
       if self.data.skip_bad:
@@ -142,7 +150,8 @@ class AudioFiles:
       raise
 
   def _encode(self, document: int) -> np.ndarray:
-    samples, rate = decode(self.paths[document])
+    data = self._records.load(self._kept[document]) if self._records else None
+    samples, rate = decode(self.paths[document], data)
     wanted = self.data.sample_rate or rate
     if wanted != rate:
       count = Recording(len(samples), rate).resampled(wanted)
@@ -156,11 +165,15 @@ class AudioFiles:
     return x
 
 
-def read_head(path: str) -> Recording:
-  """Length and rate of a recording. Raises DataError naming the file where it is empty, cut short or no audio."""
+def read_head(path: str, data: bytes | None = None) -> Recording:
+  """Length and rate of the recording in a file, or in `data`, which `path` then only names.
+
+  Raises:
+    DataError: names the file where it is empty, cut short or no audio.
+  """
   soundfile = _import("soundfile")
   try:
-    with epath.Path(path).open("rb") if is_remote(path) else open(path, "rb") as file:
+    with _opened(path, data) as file:
       if problem := wav_problem(file):
         raise DataError(f"{path} {problem}")
       file.seek(0)
@@ -174,14 +187,20 @@ def read_head(path: str) -> Recording:
   return Recording(info.frames, info.samplerate)
 
 
-def decode(path: str) -> tuple[np.ndarray, int]:
+def _opened(path: str, data: bytes | None) -> IO[bytes]:
+  if data is not None:
+    return io.BytesIO(data)
+  return epath.Path(path).open("rb") if is_remote(path) else open(path, "rb")
+
+
+def decode(path: str, data: bytes | None = None) -> tuple[np.ndarray, int]:
   """(samples, samples per second): int16 [n] for 16-bit files of one channel, else float32 [n], channels averaged.
 
   Raises:
     DataError: names a file that is damaged or cut short.
   """
-  soundfile, head = _import("soundfile"), read_head(path)
-  data = read_whole(path)
+  soundfile, head = _import("soundfile"), read_head(path, data)
+  data = read_whole(path) if data is None else data
   if data.startswith(b"OggS") and (problem := ogg_problem(data)):
     raise DataError(f"{path} {problem}")
   try:
