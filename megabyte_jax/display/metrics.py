@@ -1,4 +1,4 @@
-"""What a training run tells: a line on the terminal, `metrics.jsonl` and TensorBoard events."""
+"""Reports a training run: a line on the terminal, `metrics.jsonl` and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _REMOTE_SECONDS = 30.0  # object stores cannot append: there the file is written
 
 
 class Metrics:
-  """Measures the speed of training and writes down how it goes; only process 0 writes, all may call.
+  """Measures the speed of training and records its metrics; only process 0 writes, all may call.
 
-  `metrics.jsonl` holds one JSON object a line, each with `step`. Those of `log` have `loss` (nats per byte), `bpb`,
-  `learning_rate`, `grad_norm`, `bytes_per_second`, `flops_per_second`, `mfu`, `seconds`, `memory_bytes`, and what the
-  caller adds; those of `write` have what the caller gives. What is unknown is null.
+  `metrics.jsonl` holds one JSON object per line, each with `step`. Lines of `log` have `loss` (nats per byte), `bpb`,
+  `learning_rate`, `grad_norm`, `bytes_per_second`, `flops_per_second`, `mfu`, `seconds` and `memory_bytes`. Lines of
+  `write` have the values that the caller gives. An unknown value is null.
   """
 
   def __init__(
@@ -41,19 +41,19 @@ class Metrics:
     devices: Sequence[jax.Device] | None = None,
     tensorboard: bool = True,
   ):
-    """Opens the files in `workdir`; what is there of later steps is cut off, the run does them again.
+    """Opens the files in `workdir` and removes lines of later steps, which the run repeats.
 
-    That goes for the evaluation of `start_step`, too: it comes after the checkpoint from which a run goes on.
+    That includes the evaluation of `start_step`, which comes after the checkpoint from which a run resumes.
 
     Args:
       workdir: the run's folder.
       num_steps: optimizer steps of the whole run.
       bytes_per_step: bytes of a batch, over all devices.
-      start_step: steps that were taken when the run stopped.
-      seconds: how long it had trained by then.
+      start_step: steps taken before the run stopped.
+      seconds: training time before the run stopped.
       flops_per_byte: of a training step, by `flops.flops_per_byte(..., training=True)`.
-      devices: all that train, of every process; None takes `jax.devices()`.
-      tensorboard: write events to `workdir`/tensorboard, too.
+      devices: all devices that train, of every process; None takes `jax.devices()`.
+      tensorboard: writes events to `workdir`/tensorboard, too.
     """
     self._devices = list(jax.devices() if devices is None else devices)
     peaks = [peak_flops(device) for device in self._devices]
@@ -83,16 +83,16 @@ class Metrics:
 
   @property
   def seconds(self) -> float:
-    """How long the run has gone on, with its earlier parts: to be saved with a checkpoint."""
+    """Seconds of the run so far, earlier parts included; saved with each checkpoint."""
     return self._seconds_before + time.monotonic() - self._opened
 
   def start(self, step: int) -> None:
-    """Measures speed from here on, with `step` steps taken: call it when the first step is compiled and done."""
+    """Restarts the measurement of speed at `step`; called when the first step is compiled and done."""
     self._clock, self._clock_step = time.monotonic(), step
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """Leaves the time of a `with` block (an evaluation, say) out of the speed."""
+    """Excludes the time of a `with` block, such as an evaluation, from the speed."""
     begin = time.monotonic()
     try:
       yield
@@ -100,15 +100,16 @@ class Metrics:
       self._clock += time.monotonic() - begin
 
   def log(self, step: int, *, loss: float, learning_rate: float, grad_norm: float) -> dict[str, Any]:
-    """Writes the state after `step` and shows it in one line.
+    """Writes the metrics of `step` and prints them in one line.
 
     Args:
-      step: steps taken; the speed is that since the previous call.
+      step: steps taken; the speed covers the time since the previous call.
       loss: nats per byte.
-      learning_rate, grad_norm: of that step, the norm before clipping.
+      learning_rate: of that step.
+      grad_norm: global norm of the gradient before clipping.
 
     Returns:
-      What was written.
+      The record that was written.
     """
     speed = self._speed(step)
     flops = speed * self._flops_per_byte if speed and self._flops_per_byte else None
@@ -130,25 +131,25 @@ class Metrics:
     return record
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Writes other values of `step`, such as {"validation_bpb": 1.23}, and shows nothing."""
+    """Writes other values of `step`, such as {"validation_bpb": 1.23}, and prints nothing."""
     self._put({"step": int(step), **{name: float(value) for name, value in values.items()}})
 
   def flush(self) -> None:
-    """Writes what is left: the process may end without `close`."""
+    """Writes pending lines, so that the process may end without `close`."""
     if self._writes and self._file is None:
       self._rewrite()
     if self._board is not None:
       self._board.flush()
 
   def close(self) -> None:
-    """Writes what is left and closes the files."""
+    """Writes pending lines and closes the files."""
     self.flush()
     for file in (self._file, self._board):
       if file is not None:
         file.close()
 
   def _speed(self, step: int) -> float | None:
-    """Bytes per second since the previous call, None where no step was taken."""
+    """Returns bytes per second since the previous call; None if no step was taken."""
     seconds, steps = time.monotonic() - self._clock, step - self._clock_step
     self.start(step)
     if steps <= 0 or seconds <= 0:
@@ -201,7 +202,7 @@ class Metrics:
 
 
 def _keep_until(path: epath.Path, last_step: int) -> list[str]:
-  """Drops the lines of `path` after the `log` of `last_step`, and broken ones; returns those that stay."""
+  """Removes broken lines of `path` and those after the `log` of `last_step`; returns the lines that stay."""
   path.parent.mkdir(parents=True, exist_ok=True)
   if not path.exists():
     return []
@@ -214,7 +215,7 @@ def _keep_until(path: epath.Path, last_step: int) -> list[str]:
 
 
 def _stays(line: str, last_step: int) -> bool:
-  """Whether a line is whole and comes before the end of `last_step`."""
+  """Returns True if a line is whole and comes before the end of `last_step`."""
   try:
     record = json.loads(line) if line.endswith("\n") else {"step": math.inf}
     return record["step"] < last_step or (record["step"] == last_step and "loss" in record)

@@ -1,6 +1,6 @@
-"""Every picture that the project draws, as PNG files.
+"""Draws every picture of the project as a PNG file.
 
-matplotlib is imported when the first picture is drawn, and used without pyplot: no window system, no global state.
+matplotlib is imported when the first picture is drawn. It is used without pyplot: no window system, no global state.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ _WHOLE_CURVE = 30  # shorter training curves are shown without smoothing
 
 
 def loss_curve(metrics_jsonl: epath.PathLike, out_png: epath.PathLike) -> None:
-  """Bits per byte over training: every progress line, a smoothed curve, and the validation points.
+  """Draws bits per byte over training: every progress line, a smoothed curve, and the validation points.
 
   Args:
     metrics_jsonl: as `metrics.Metrics` writes it; `bpb` and `validation_bpb` are drawn.
-    out_png: where the picture goes.
+    out_png: path of the picture.
 
   Raises:
     PlotError: the file is missing, or no line in it has a bpb.
@@ -103,14 +103,14 @@ def loss_by_position(
   *,
   bin_width: int = 1,
 ) -> None:
-  """Mean loss of the bytes at each position, of a patch (Fig. 5 of the paper) or of the context (Fig. 4).
+  """Draws the mean loss by position in a patch (Fig. 5 of the paper) or in the context (Fig. 4).
 
   Args:
-    values_by_position: mean loss at each position or in each bin; several curves as {name: values}. NaN leaves a
+    values_by_position: bits per byte at each position or in each bin; several curves as {name: values}. NaN leaves a
       gap where nothing was scored.
-    out_png: where the picture goes.
+    out_png: path of the picture.
     title, xlabel: texts.
-    bin_width: bytes that each value stands for, drawn at the middle of its bin; 1 draws at positions 0, 1, ...
+    bin_width: bytes per value, drawn at the middle of its bin; 1 draws at positions 0, 1, ...
 
   Raises:
     PlotError: a curve has no finite value.
@@ -149,12 +149,12 @@ def loss_by_position(
 
 
 def flops_per_byte(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], out_png: epath.PathLike) -> None:
-  """Operations per byte over the sequence length, both on logarithmic axes (Fig. 3 of the paper).
+  """Draws forward FLOPs per byte over the sequence length, both on logarithmic axes (Fig. 3 of the paper).
 
   Args:
-    curves: {name: (sequence lengths in bytes, operations per byte)}. The last word of a name is the model's size: names
-      that agree in the rest share a colour.
-    out_png: where the picture goes.
+    curves: {name: (sequence lengths in bytes, FLOPs per byte)}. The last word of a name is the model's size; names that
+      agree in the rest share a colour.
+    out_png: path of the picture.
 
   Raises:
     PlotError: there is no curve.
@@ -190,14 +190,14 @@ def lines(
   log: bool = False,
   training: bool = False,
 ) -> None:
-  """Some curves in one picture.
+  """Draws several curves in one picture.
 
   Args:
     curves: {name: (x, y)}.
-    title, xlabel, ylabel: of the picture.
-    out_png: where the picture goes.
+    title, xlabel, ylabel: texts.
+    out_png: path of the picture.
     log: makes both axes logarithmic and marks every point.
-    training: smooths the curves; their first losses, a tenth of all points, may lie above the picture.
+    training: smooths the curves and cuts the picture off at the top, above which a tenth of all points may lie.
 
   Raises:
     PlotError: there is no curve.
@@ -237,7 +237,7 @@ def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> Non
 
 @contextlib.contextmanager
 def _axes(out_png: epath.PathLike, title: str, xlabel: str, ylabel: str, width: float = 7.0) -> Iterator[Axes]:
-  """Axes to draw on, saved as `out_png` when the block ends well."""
+  """Yields axes to draw on, saved as `out_png` if the block ends without an error."""
   import matplotlib as mpl  # noqa: PLC0415  (slow, and few commands draw)
   from matplotlib.figure import Figure  # noqa: PLC0415
   from matplotlib.layout_engine import ConstrainedLayoutEngine  # noqa: PLC0415
@@ -252,20 +252,20 @@ def _axes(out_png: epath.PathLike, title: str, xlabel: str, ylabel: str, width: 
 
 
 def _records(text: str) -> list[dict[str, Any]]:
-  """The whole lines of a JSONL file; the last one may still be in the making."""
+  """Returns the complete lines of a JSONL file, parsed; the last line may still be in the making."""
   lines = text.splitlines(keepends=True)
   return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-  """(steps, values) of the records that have a finite `key`."""
+  """Returns (steps, values) of the records that have a finite `key`."""
   found = [(record["step"], record[key]) for record in records if record.get(key) is not None]
   steps, values = np.asarray(found, np.float64).reshape(-1, 2).T
   return steps, values
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-  """A running mean, weighted by a bell of 1% of the curve to each side, that does not run ahead at the ends."""
+  """Returns a Gaussian running mean, with a standard deviation of 1% of the curve, normalised at both ends."""
   width = max(1.0, len(values) / 100)
   reach = int(3 * width)
   bell = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)

@@ -1,4 +1,4 @@
-"""Numbers that people read: amounts, durations, and a line that shows how far long work has come."""
+"""Formats numbers for people: amounts, durations, and a line with the progress of long work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _EVERY = 0.25  # seconds between two updates, at least
 
 
 def human(value: float, unit: str = "") -> str:
-  """Three significant digits with a decimal prefix: human(1.2e6, "B/s") is "1.20 MB/s"."""
+  """Formats a number with three significant digits and a decimal prefix: human(1.2e6, "B/s") is "1.20 MB/s"."""
   if not math.isfinite(value):
     return f"{value} {unit}".rstrip()
   size, index = abs(value), 0
@@ -26,7 +26,7 @@ def human(value: float, unit: str = "") -> str:
 
 
 def duration(seconds: float) -> str:
-  """The two largest units of a time: "4.2s", "45s", "3m12s", "2h05m", "3d04h"."""
+  """Formats seconds by their two largest units: "4.2s", "45s", "3m12s", "2h05m", "3d04h"."""
   if not math.isfinite(seconds):
     return "?"
   if seconds < 9.95:
@@ -42,9 +42,9 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-  """One line on a terminal, rewritten a few times a second, with rate and time left; a context manager.
+  """A line on a terminal with rate and time left, rewritten a few times a second; a context manager.
 
-  Where the stream is no terminal, nothing appears but the last line, when all is done.
+  Where the stream is not a terminal, only the last line appears, when all is done.
 
     with Progress("scoring", total=len(data)) as progress:
       for window in windows:
@@ -64,11 +64,11 @@ class Progress:
     """Starts the clock.
 
     Args:
-      label: what is being done.
-      total: bytes of work, None where it is not known.
-      compiles: the work begins with compiling, which the last line says: a short one takes most of its time for it.
+      label: name of the work.
+      total: bytes of work; None if unknown.
+      compiles: True if the work begins with compilation, so that the last line says that its rate includes it.
       stream: None takes stderr.
-      enabled: False shows nothing at all: for all processes but one.
+      enabled: False shows nothing; set for all processes but one.
     """
     self.done = 0.0
     self._label, self._total = label, total
@@ -90,15 +90,15 @@ class Progress:
 
   @property
   def seconds(self) -> float:
-    """Since the start."""
+    """Seconds since the start."""
     return time.monotonic() - self._start
 
   def add(self, amount: float) -> None:
-    """Counts `amount` more as done."""
+    """Adds `amount` bytes to those done."""
     self.update(self.done + amount)
 
   def update(self, done: float, total: float | None = None) -> None:
-    """Sets how much is done and, if given, of how much."""
+    """Sets the bytes done and, if given, their total."""
     self.done, self._total = done, total or self._total
     now = time.monotonic()
     if self._live and now - self._shown >= _EVERY:

@@ -1,4 +1,4 @@
-"""What general-purpose compressors need for the same bytes: the yardstick beside a model's bits per byte."""
+"""Measures general-purpose compressors on the same bytes, as a yardstick for a model's bits per byte."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Compressed:
   """Bits per byte of one compressor.
 
   Attributes:
-    alone: of the data by themselves.
-    primed: what the data add to the training text when they follow it; None if that is not known.
-      (gzip sees only its last 32 kB, bzip2 its last 900 kB.)
+    alone: for the data alone.
+    primed: for the data after the training text, whose own size is subtracted; None without a training text. gzip sees
+      only its last 32 kB, bzip2 its last 900 kB.
   """
 
   alone: float
@@ -31,7 +31,7 @@ class Compressed:
 
 
 def compress_all(data: bytes, primer: bytes | None = None) -> dict[str, Compressed]:
-  """Bits per byte that each compressor needs for `data`, alone and after `primer`."""
+  """Returns the bits per byte of each compressor, by name, for `data` alone and after `primer`."""
   results = {}
   for name, size in COMPRESSORS.items():
     bits = 8 / len(data)

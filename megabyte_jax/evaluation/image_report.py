@@ -1,4 +1,4 @@
-"""Bits per byte over a set of images: mean, standard error, and the best and worst images as pictures."""
+"""Reports bits per byte over a set of images: mean, standard error, and pictures of the best and worst."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from megabyte_jax.data.sources import Source
 
 @dataclasses.dataclass(frozen=True)
 class ImageSummary:
-  """Of the images, or tiles of images, all of whose bytes were scored.
+  """Statistics of the images, or tiles of images, all of whose bytes were scored.
 
   Attributes:
-    images: how many, or of how many images they are tiles.
-    tiles: how many; 0 where images were not cut.
-    mean_bpb: the mean of their bits per byte; they are equally large, so it is also that of all their bytes.
+    images: number of images, also where these were cut into tiles.
+    tiles: number of tiles; 0 where images were not cut.
+    mean_bpb: mean bits per byte; all are equally large, so it is also the mean over bytes.
     standard_error: of the mean, over images: standard deviation (n - 1) / sqrt(n); None for a single image. Tiles of
-      one image are alike, so it is not taken over them: their deviations from the mean are summed for each image.
+      one image are correlated, so their deviations from the mean are first summed per image.
     ranked: document numbers, lowest bits per byte first.
     bpb: bits per byte of each of `ranked`.
   """
@@ -45,15 +45,16 @@ class ImageSummary:
 def summarize(
   document_nats: np.ndarray, document_bytes: np.ndarray, lengths: np.ndarray, tiles: Sequence[str] = ()
 ) -> ImageSummary:
-  """The summary of an evaluation.
+  """Summarises an evaluation over its wholly scored images.
 
   Args:
-    document_nats, document_bytes: [documents], summed over each image; bytes are those that were scored.
-    lengths: [documents], bytes per image. Images with fewer bytes scored are left out.
-    tiles: the names of the documents, if these are tiles of images.
+    document_nats: [documents], nats summed over each image.
+    document_bytes: [documents], bytes scored of each image.
+    lengths: [documents], bytes of each image. Images with fewer bytes scored are left out.
+    tiles: names of the documents, if these are tiles of images.
 
   Raises:
-    ValueError: not a single image was scored as a whole.
+    ValueError: no image was scored as a whole.
   """
   whole = np.flatnonzero(np.asarray(document_bytes) == lengths)
   if not len(whole):
@@ -71,7 +72,7 @@ def summarize(
 def write_best_and_worst(
   summary: ImageSummary, source: Source, data: DataConfig, folder: epath.PathLike, count: int = 16
 ) -> list[str]:
-  """Writes `folder`/images_best.png and images_worst.png, the most extreme image first, and returns their paths."""
+  """Writes images_best.png and images_worst.png into `folder`, the most extreme image first; returns their paths."""
   chosen = {"best": summary.ranked[:count], "worst": summary.ranked[::-1][:count]}
   paths = []
   for name, documents in chosen.items():

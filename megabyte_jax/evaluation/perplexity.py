@@ -1,8 +1,8 @@
-"""Word-level perplexity of a byte model, as PG-19 defines it: exp(total nats / number of words).
+"""Computes the word-level perplexity of a byte model as PG-19 defines it: exp(total nats / number of words).
 
-The number of words is the data set's, whatever the model's units, so that models of bytes, subwords and words
-compare (Rae et al., 2019; Table 3 of MEGABYTE). Total nats must cover the same text as the words: a copy whose
-line ends were changed has other bytes, but its nats over the official count of words still compare.
+The number of words is the data set's, whatever the model's units, so that models of bytes, subwords and words are
+comparable (Rae et al., 2019; Table 3 of MEGABYTE). The nats must cover the same text as the words. A copy with other
+line ends has other bytes, but its nats over the official number of words remain comparable.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CHUNK = 2**24
 
 
 class TextSize(NamedTuple):
-  """Size of a split: raw bytes (None where not published) and words."""
+  """Size of a split: raw bytes (None where unpublished) and words."""
 
   bytes: int | None
   words: int
@@ -34,7 +34,7 @@ PG19 = {
 
 
 def word_perplexity(nats: float, words: int) -> float:
-  """Perplexity per word of a text that costs `nats` in total, perhaps inf; raises ConfigError without words."""
+  """Returns exp(nats / words), inf on overflow; `nats` is the total of the text. Raises ConfigError if words is 0."""
   require(words > 0, f"words is {words}; word-level perplexity needs the number of words of the text scored")
   try:
     return math.exp(nats / words)
@@ -43,7 +43,7 @@ def word_perplexity(nats: float, words: int) -> float:
 
 
 def count_words(text: bytes | np.ndarray) -> int:
-  """Runs of bytes that are not ASCII white space; `text` may be a memory-mapped uint8 array of any size."""
+  """Counts runs of bytes that are not ASCII white space; `text` may be a memory-mapped uint8 array of any size."""
   data = np.frombuffer(text, np.uint8) if isinstance(text, bytes | bytearray | memoryview) else text
   words, after_space = 0, True
   for start in range(0, len(data), _CHUNK):

@@ -1,15 +1,15 @@
-"""Which windows of a document a model reads, and which bytes each of them scores.
+"""Cuts documents into the windows that a model reads, and decides which bytes each window scores.
 
-Evaluation, compression and generation past the context all take their windows from here. Section 2.3.3 of
-the paper has the two ways to spend more compute on a better estimate, Table 11 their price:
+Evaluation, compression and generation past the context all take their windows from here. Section 2.3.3 of the paper
+describes two ways to spend more compute on a better estimate; Table 11 has their cost:
 
-  basic     windows side by side                                                               1x
-  sliding   windows overlap by half, each scores only what is new                              2x
+  basic     adjacent windows                                                                   1x
+  sliding   windows overlap by half; each scores only the new bytes                            2x
   strided   every window twice, patches shifted by half a patch; each pass keeps the first
             half of its patches, where predictions are best (Fig. 5)                           2x
   both      strided inside sliding                                                             4x
 
-Whatever the method, the windows of a document score each of its bytes exactly once.
+With every method, the windows of a document score each of its bytes exactly once.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ class Window:
   Position i is scored if score_from <= i < score_to and (i % patch < kept or i < whole).
 
   Attributes:
+    start: first byte, counted in the document.
+    length: bytes in the window.
+    score_from, score_to: range of positions that may be scored.
     patch, kept: only the first `kept` positions of each patch of `patch` bytes are scored; (1, 1) keeps all.
-    whole: positions before this one are scored whatever their place in the patch.
-    latent_start: PerceiverAR: the position of the first latent; there are at most N up to the window's end
-      (fewer only where the document ends).
+    whole: positions before this one are scored at any place in the patch.
+    latent_start: position of PerceiverAR's first latent. At most N latents follow, fewer only where the document ends.
   """
 
   start: int
@@ -52,18 +54,20 @@ class Window:
 
 
 def scored_mask(window: Window) -> np.ndarray:
-  """bool [window.length]: the positions that this window scores."""
+  """Returns the positions that a window scores, bool [window.length]."""
   position = np.arange(window.length)
   in_range = (window.score_from <= position) & (position < window.score_to)
   return in_range & ((position % window.patch < window.kept) | (position < window.whole))
 
 
 def windows_of(document_length: int, config: ModelConfig, method: str = "basic", stride: int = 0) -> Iterator[Window]:
-  """The windows that score a document of `document_length` bytes.
+  """Yields the windows that score a document.
 
   Args:
-    method: basic | sliding | strided | both. PerceiverAR's basic is its paper's own evaluation, which
-      slides by half the latents; its sliding is the same thing.
+    document_length: bytes.
+    config: the model.
+    method: basic | sliding | strided | both. PerceiverAR's basic is its paper's own evaluation, which slides by half
+      the latents; its sliding is the same.
     stride: bytes from one sliding window to the next; 0 takes `default_stride(config)`.
 
   Raises:
@@ -80,7 +84,7 @@ def windows_of(document_length: int, config: ModelConfig, method: str = "basic",
 
 
 def check_method(config: ModelConfig, method: str, stride: int = 0) -> None:
-  """Raises ConfigError unless `config` can be evaluated by `method` with `stride`."""
+  """Raises ConfigError unless the model can be evaluated by `method` with `stride`."""
   require(method in METHODS, f"method is {method!r}; choose one of {', '.join(METHODS)}")
   perceiver = isinstance(config, PerceiverARConfig)
   require(
@@ -99,7 +103,7 @@ def check_method(config: ModelConfig, method: str, stride: int = 0) -> None:
 
 
 def default_stride(config: ModelConfig) -> int:
-  """Half the context, in whole patches (whole spans where `config.span` cuts them); PerceiverAR: half the latents."""
+  """Returns half the context in whole patches (spans, if `config.span` is set); for PerceiverAR half the latents."""
   if isinstance(config, PerceiverARConfig):
     return latent_stride(config.latents)
   unit = config.span or config.levels[0].patch_size
@@ -107,12 +111,10 @@ def default_stride(config: ModelConfig) -> int:
 
 
 def cost_factor(method: str, config: ModelConfig, stride: int = 0) -> float:
-  """Compute relative to reading each byte once: 1, 2, 2, 4 (Table 11) at the default stride.
+  """Returns the compute relative to reading each byte once: 1, 2, 2, 4 (Table 11) at the default stride.
 
-  Nominal: documents are taken to be much longer than the context. One that fits into it is read once, whatever the
-  stride.
-
-  For PerceiverAR that is latents computed per byte scored: 2 at its default stride.
+  The factor is nominal: documents are assumed to be much longer than the context. A document that fits into the context
+  is read once at any stride. For PerceiverAR it is the number of latents per byte scored: 2 at its default stride.
 
   Raises:
     ConfigError: the method or stride does not fit the model.
@@ -125,11 +127,11 @@ def cost_factor(method: str, config: ModelConfig, stride: int = 0) -> float:
 
 
 def window_start(position: int, config: ModelConfig) -> int:
-  """Start (PerceiverAR: of the latents) of the window that predicts byte `position` when generating.
+  """Returns the start of the window that predicts byte `position` in generation; for PerceiverAR that of its latents.
 
-  A full window keeps its last half (in whole patches), reads it again and goes on, so that each byte gets the
-  probability that `windows_of` with method=sliding gives it. PerceiverAR's latents move by half their number each time
-  they are full, as in its evaluation; its window starts at `latents_window`.
+  A full window moves by half (in whole patches) and reads the kept half again. Each byte thus has the probability that
+  `windows_of` with method=sliding gives it. PerceiverAR's latents move by half their number when they are full, as in
+  its evaluation; its window starts at `latents_window`.
   """
   size = config.latents if isinstance(config, PerceiverARConfig) else config.context
   stride = default_stride(config)
@@ -137,12 +139,12 @@ def window_start(position: int, config: ModelConfig) -> int:
 
 
 def latents_window(latents_start: int, config: PerceiverARConfig) -> int:
-  """Start of the window whose full set of latents starts at `latents_start`."""
+  """Returns the start of the window whose full set of latents starts at `latents_start`."""
   return max(0, latents_start + config.latents - config.context)
 
 
 def generation_window(position: int, config: ModelConfig) -> tuple[int, int, int]:
-  """Where byte `position` is generated: (start of the window, bytes it can hold, PerceiverAR's latent start in it)."""
+  """Returns (start, capacity in bytes, PerceiverAR's latent start in it) of the window that generates `position`."""
   start = window_start(position, config)
   if not isinstance(config, PerceiverARConfig):
     return start, config.context, 0
@@ -151,7 +153,7 @@ def generation_window(position: int, config: ModelConfig) -> tuple[int, int, int
 
 
 def _sliding_windows(document_length: int, context: int, stride: int) -> Iterator[Window]:
-  """Windows of `context` bytes at multiples of `stride`, each scoring what the one before did not reach."""
+  """Yields windows of `context` bytes at multiples of `stride`; each scores what the previous one did not reach."""
   scored, start = 0, 0
   while scored < document_length:
     length = min(context, document_length - start)
@@ -160,7 +162,7 @@ def _sliding_windows(document_length: int, context: int, stride: int) -> Iterato
 
 
 def _latent_windows(document_length: int, config: PerceiverARConfig, stride: int) -> Iterator[Window]:
-  """The first window has only latents; then the latents move by `stride` and the prefix grows up to the context."""
+  """Yields a first window of latents only; then the latents move by `stride` and the prefix grows to the context."""
   scored, latents = 0, 0
   while scored < document_length:
     start = latents_window(latents, config)
@@ -170,10 +172,10 @@ def _latent_windows(document_length: int, config: PerceiverARConfig, stride: int
 
 
 def _strided(windows: Iterator[Window], patch: int) -> Iterator[Window]:
-  """Each window as pass A and pass B, whose patches start floor(patch / 2) bytes later.
+  """Yields each window as pass A and as pass B, whose patches start floor(patch / 2) bytes later.
 
-  Pass A keeps floor(patch / 2) positions of a patch and B the others. All of a window's first patch falls
-  to A: to B its first half is unknown.
+  Pass A keeps floor(patch / 2) positions of a patch and pass B the rest. A scores the whole first patch of a window,
+  because B does not see its first half.
   """
   half = patch // 2
   for w in windows:

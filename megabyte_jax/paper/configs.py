@@ -1,4 +1,4 @@
-"""The rows of the paper's tables as configs, by the names that commands take: `table5:image640_megabyte`."""
+"""Looks up the rows of the paper's tables as configs, by the names that commands take: `table5:image640_megabyte`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ CONFIGS = ROOT / "configs" / "paper"
 
 @functools.cache
 def rows_of_file(table: str) -> dict[str, Config]:
-  """All rows of configs/paper/TABLE.py by name; raises ConfigError where the package lies outside a clone."""
+  """Reads all rows of configs/paper/TABLE.py, by name.
+
+  Raises:
+    ConfigError: there is no such table, or the package lies outside a clone of the repository.
+  """
   path = CONFIGS / f"{table}.py"
   require(CONFIGS.is_dir(), f"{CONFIGS} does not exist; the paper's rows are read from a clone of the repository")
   require_known(f"table {table!r} in configs/paper", table, _tables())
@@ -24,10 +28,10 @@ def rows_of_file(table: str) -> dict[str, Config]:
 
 
 def config_of(reference: str) -> Config:
-  """The config that `table5:image640_megabyte` names.
+  """Returns the config that a reference such as `table5:image640_megabyte` names.
 
   Raises:
-    ConfigError: there is no such table or row, which names the nearest one; or the package lies outside a clone.
+    ConfigError: there is no such table or row (the message names the nearest one), or the package lies outside a clone.
   """
   table, _, name = reference.partition(":")
   if not name:
@@ -39,7 +43,7 @@ def config_of(reference: str) -> Config:
 
 
 def all_rows() -> dict[str, Config]:
-  """Every row that can be run, by its reference: those of the paper and a few beside them."""
+  """Returns every row that can be run, by its reference: the paper's and a few additions of this project."""
   return {f"{table}:{name}": config for table in _tables() for name, config in rows_of_file(table).items()}
 
 

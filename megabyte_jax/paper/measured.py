@@ -1,10 +1,10 @@
-"""Our own numbers for the rows of the paper's tables: from docs/results/ and from run directories.
+"""Collects our own measurements for the rows of the paper's tables, from docs/results/ and from run directories.
 
-A results file is JSON with a list `rows`, each an object with `row` (such as `table5:image640_megabyte`), any of
-the numbers that eval.py reports, and optionally `note` (what was smaller than in the paper, on what device).
-A run directory has config.json and an eval_SPLIT_METHOD.json for each whole split that eval.py scored. It counts for a
-row whose method that is, if its path ends in TABLE/ROW or if its model and data are the row's; what else is not as in
-the row stands beside its name.
+A results file is JSON with a list `rows`. Each entry is an object with `row` (such as `table5:image640_megabyte`), any
+of the numbers that eval.py reports, and optionally `note` (what was smaller than in the paper, and the device).
+A run directory has config.json and an eval_SPLIT_METHOD.json for each whole split that eval.py scored. Such an
+evaluation counts for a row with the same method if the path ends in TABLE/ROW, or if model and data are the row's. All
+other differences from the row are listed beside its name.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Measured:
   """One measurement.
 
   Attributes:
-    row: which row it is for.
-    numbers: by metric.
-    source: the file they came from.
-    note: what was not as in the row; runs of a row with equal notes differ in their seeds at most.
-    split: of which split, if known.
+    row: reference of the row, such as `table5:image640_megabyte`.
+    numbers: the values, by metric.
+    source: the file that holds them.
+    note: differences from the row; runs of a row with equal notes differ in their seeds at most.
+    split: the split that was scored, if known.
   """
 
   row: str
@@ -44,10 +44,10 @@ class Measured:
 
 
 def from_results(folder: pathlib.Path, root: pathlib.Path) -> list[Measured]:
-  """What the results files in `folder` hold, other JSON aside; `source` names them relative to `root`.
+  """Reads the results files in `folder` and skips other JSON; `source` is relative to `root`.
 
   Raises:
-    ConfigError: one of them is not JSON.
+    ConfigError: a file is not valid JSON.
   """
   found = []
   for path in sorted(folder.glob("**/*.json")):
@@ -61,10 +61,10 @@ def from_results(folder: pathlib.Path, root: pathlib.Path) -> list[Measured]:
 
 
 def from_runs(folder: pathlib.Path, rows: Mapping[str, Config]) -> list[Measured]:
-  """What the run directories under `folder` (or `folder` itself) hold for the given rows, each evaluation once.
+  """Reads the evaluations of the given rows from the run directories under `folder`, or from `folder` itself.
 
   Raises:
-    ConfigError: it is not a folder, or an evaluation in it is not JSON.
+    ConfigError: `folder` is not a folder, or an evaluation in it is not valid JSON.
     CheckpointError: the config beside an evaluation cannot be read.
   """
   require(folder.is_dir(), f"--runs={folder} is not a folder; name one that holds run directories of train.py")
@@ -82,7 +82,7 @@ def from_runs(folder: pathlib.Path, rows: Mapping[str, Config]) -> list[Measured
 
 
 def _row_of(run: pathlib.Path, config: Config, method: str | None, rows: Mapping[str, Config]) -> str | None:
-  """The row that an evaluation belongs to; the first of several with the same settings."""
+  """Returns the row that an evaluation belongs to, the first of several with the same settings, or None."""
   named = ":".join(run.resolve().parts[-2:])
   same = [named] if named in rows else []
   same += [name for name, row in rows.items() if (row.model, row.data) == (config.model, config.data)]
@@ -90,7 +90,7 @@ def _row_of(run: pathlib.Path, config: Config, method: str | None, rows: Mapping
 
 
 def _what_differs(config: Config, evaluation: Mapping[str, Any], row: Config) -> str:
-  """What is not the row's: model size, bytes trained on, settings, the cost of the evaluation."""
+  """Lists the differences from the row: model size, bytes trained on, settings, cost of the evaluation."""
   is_same = config.model == row.model
   other = [] if is_same else [f"{flops.parameter_count(config.model) / 1e6:.3g}M parameters"]
   trained = (evaluation.get("step") or 0) * config.batch_size * flops.predicted_bytes(config.model)
@@ -106,7 +106,7 @@ def _what_differs(config: Config, evaluation: Mapping[str, Any], row: Config) ->
 
 
 def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
-  """The numeric entries; a word-level perplexity is named after the split it was measured on."""
+  """Returns the numeric entries; a word-level perplexity is named after the split it was measured on."""
   numbers = {key: value for key, value in entry.items() if isinstance(value, int | float) and key != "cost"}
   if "word_perplexity" in numbers:
     numbers[f"perplexity_{entry.get('split', 'validation')}"] = numbers["word_perplexity"]

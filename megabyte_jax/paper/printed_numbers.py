@@ -1,7 +1,7 @@
-"""The numbers of the paper's tables (arXiv 2305.07185), as data.
+"""Holds the numbers printed in the paper's tables (arXiv 2305.07185) as data.
 
-Its Tables 6, 7 and 8 repeat 1, 2 and 3. A row with a `config` can be run: `table5:image640_megabyte` is
-configs/paper/table5.py:image640_megabyte. Rows without one are quoted by the paper from others.
+Tables 6, 7 and 8 repeat 1, 2 and 3. A row with a `config` can be run: `table5:image640_megabyte` is
+configs/paper/table5.py:image640_megabyte. Rows without one are quoted by the paper from other work.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ Number = float | str | None
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One row: its name, the config that runs it, the paper's numbers by metric, and what the paper prints beside."""
+  """One row of a table.
+
+  Attributes:
+    label: its name in the table.
+    config: reference of the config that runs it; '' where the paper quotes the row from other work.
+    paper: the paper's numbers, by metric.
+    printed: the size or setting that the paper prints beside the row.
+  """
 
   label: str
   config: str = ""
@@ -26,7 +33,15 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """A table. `metrics` are the columns that hold results; `bpb` is bits per byte. `split`: of the data, if it says."""
+  """One table of the paper.
+
+  Attributes:
+    title: what the table compares.
+    metrics: the columns that hold results; `bpb` is bits per byte.
+    rows: in the paper's order.
+    note: remarks of this project.
+    split: the split that was scored, if the paper names it.
+  """
 
   title: str
   metrics: tuple[str, ...]
@@ -36,7 +51,7 @@ class Table:
 
 
 def _grid(table: str, columns: tuple[str, ...], rows: Mapping[str, tuple[float, ...]]) -> tuple[Row, ...]:
-  """Rows `COLUMN_ROW` of a table whose cells are bits per byte."""
+  """Returns the rows `COLUMN_ROW` of a table whose cells are bits per byte."""
   return tuple(
     Row(f"{column} {name}", f"{table}:{column}_{name}", {"bpb": values[i]})
     for i, column in enumerate(columns)

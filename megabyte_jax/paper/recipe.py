@@ -47,7 +47,7 @@ MODERN = ("rmsnorm", "swiglu", "rotary", "qk_norm", "init", "muon")
 
 
 def split_name(name: str) -> tuple[str, tuple[str, ...]]:
-  """The row that `TABLE:ROW+modern-muon` changes, and the changes.
+  """Splits a name such as `TABLE:ROW+modern-muon` into the row and its changes.
 
   Raises:
     ConfigError: there is no such change, or none to take away.
@@ -69,7 +69,7 @@ def split_name(name: str) -> tuple[str, tuple[str, ...]]:
 
 
 def with_changes(config: Config, changes: tuple[str, ...]) -> Config:
-  """`config` with the named changes."""
+  """Returns `config` with the named changes."""
   for change in changes:
     config = CHANGES[change](config)
   return config

@@ -1,6 +1,6 @@
-"""What the files in configs/paper/ share: the paper's settings (Tables 14 and 15), as functions that build a row.
+"""Builds the rows of configs/paper/ from the paper's settings (Tables 14 and 15).
 
-Where the paper is silent, docs/design.md has the choice made here and its reason.
+Where the paper is silent, docs/design.md states the choice made here and its reason.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ TRAINING: dict[str, Any] = {"dropout": 0.1, "remat": "full"}
 
 
 def level(patch_size: int, shape: Shape, **options: Any) -> Level:
-  """A level of one of the standard widths.
+  """Builds a level of one of the standard widths (Table 14).
 
-  Where the patch size does not divide it, the width is the next one that the patch size and 8 divide
-  (2048 -> 2064 and 2560 -> 2568 for P = 12, 4096 -> 4128 for P = 48); heads keep their standard width.
+  A width that the patch size does not divide is rounded up to the next multiple of the patch size and 8
+  (2048 -> 2064 and 2560 -> 2568 for P = 12, 4096 -> 4128 for P = 48). Heads keep their standard width.
   """
   width, num_layers = shape
   heads = flops.STANDARD_SIZES[width].heads
@@ -66,9 +66,9 @@ def megabyte(
   cross_patch: bool = True,
   conv: bool = False,
 ) -> MegabyteConfig:
-  """MEGABYTE, or its ablations: a shape of None leaves that model out.
+  """Builds MEGABYTE or one of its ablations: a shape of None leaves that model out.
 
-  Cross-patch attention is on, with all of the previous patch (r = P) and rotary positions in the local model.
+  Cross-patch attention covers the whole previous patch (r = P), with rotary positions in the local model.
   """
   levels = []
   if global_shape:
@@ -80,12 +80,12 @@ def megabyte(
 
 
 def transformer(shape: Shape, context: int, window: int = 0) -> MegabyteConfig:
-  """The byte-level Transformer; `window` bytes are seen by each layer, 0 sees the whole context."""
+  """Builds the byte-level Transformer; each layer attends to the last `window` bytes, to the whole context if 0."""
   return MegabyteConfig(context=context, levels=(level(1, shape, attention_window=window),), **TRAINING)
 
 
 def perceiver_ar(shape: Shape, context: int, latents: int) -> PerceiverARConfig:
-  """PerceiverAR; its cross-attention layer comes on top of the layers in `shape`."""
+  """Builds PerceiverAR; its cross-attention layer is not counted among the layers in `shape`."""
   width, num_layers = shape
   return PerceiverARConfig(
     context=context,
@@ -106,7 +106,7 @@ def run(
   train_bytes: int = BYTES,
   method: Method = "basic",
 ) -> Config:
-  """A whole run: appendix A.1's optimizer, and as many steps as `train_bytes` predicted bytes take."""
+  """Builds a whole run: the optimizer of appendix A.1, and the steps that predict `train_bytes` bytes."""
   num_steps = round(train_bytes / (batch_size * flops.predicted_bytes(model)))
   return Config(
     model=model,
@@ -120,19 +120,23 @@ def run(
 
 
 def with_method(config: Config, method: Method) -> Config:
-  """The same run evaluated by another method (Table 11)."""
+  """Returns the same run with another evaluation method (Table 11)."""
   return dataclasses.replace(config, eval=dataclasses.replace(config.eval, method=method))
 
 
 def select(rows: Mapping[str, Config], name: str) -> ml_collections.ConfigDict:
-  """The row called `name`, as a config file returns it; raises ConfigError listing the names."""
+  """Returns the row called `name` as a config file returns it.
+
+  Raises:
+    ConfigError: no row has that name; the message lists the names.
+  """
   require(name != "", f"this file holds several rows; write --config=FILE.py:NAME with one of {', '.join(rows)}")
   require_known(f"row {name!r} in this file", name, rows)
   return rows[name].to_config_dict()
 
 
 def text(name: str) -> DataConfig:
-  """A folder of your own, data/NAME/{train,validation,test}, one file a document.
+  """Names a folder of your own, data/NAME/{train,validation,test}, with one file per document.
 
   PG-19 is public (https://github.com/google-deepmind/pg19); Stories, Books, arXiv and Code never were or no longer are.
   Windows of books stay inside their book; shorter documents are packed end to end.
@@ -146,7 +150,7 @@ def text(name: str) -> DataConfig:
 
 
 def image64() -> DataConfig:
-  """Downsampled ImageNet, 64 x 64."""
+  """Names downsampled ImageNet, 64 x 64 pixels."""
   name = "tfds:downsampled_imagenet/64x64"
   return DataConfig(
     train=f"{name}:train",
@@ -159,7 +163,7 @@ def image64() -> DataConfig:
 
 
 def imagenet(size: int, scan_patch: int = 192, scan: Scan = "patch") -> DataConfig:
-  """ImageNet (ILSVRC 2012), scaled and cropped to size x size; TFDS needs its archives downloaded by hand."""
+  """Names ImageNet (ILSVRC 2012), scaled and cropped to size x size; its archives must be downloaded by hand."""
   return DataConfig(
     train="tfds:imagenet2012:train",
     validation="tfds:imagenet2012:validation",
@@ -173,7 +177,7 @@ def imagenet(size: int, scan_patch: int = 192, scan: Scan = "patch") -> DataConf
 
 
 def audio() -> DataConfig:
-  """16 kHz, 16-bit speech of your own in data/audio/{train,validation,test}; the paper's 2 TB were never published."""
+  """Names 16 kHz, 16-bit speech of your own in data/audio/{train,validation,test}; the paper's 2 TB are unpublished."""
   return DataConfig(
     train="data/audio/train",
     validation="data/audio/validation",
@@ -187,17 +191,17 @@ def audio() -> DataConfig:
 
 
 def text_transformer(data: str, context: int = 1024, train_bytes: int = BYTES) -> Config:
-  """Text, Transformer 320M."""
+  """Builds the Transformer for text, 320M parameters."""
   return run(transformer((1024, 22), context), text(data), batch_size=72, train_bytes=train_bytes)
 
 
 def text_windowed_transformer(data: str) -> Config:
-  """Not in the paper: the text Transformer with a sliding window of 1,024 in a context of 8,192; 7% more FLOPs."""
+  """Builds a row that is not in the paper: text, attention windows of 1,024 in a context of 8,192; 7% more FLOPs."""
   return run(transformer((1024, 22), 8192, 1024), text(data), batch_size=9)
 
 
 def text_perceiver_ar(data: str, train_bytes: int = BYTES) -> Config:
-  """Text, PerceiverAR 248M. Trained on random spans of each text (section 4.1), short ones too."""
+  """Builds PerceiverAR for text, 248M, trained on random spans of each text (section 4.1), short ones too."""
   spans = dataclasses.replace(text(data), documents="whole")
   return run(perceiver_ar((1024, 17), 8192, 1024), spans, batch_size=72, train_bytes=train_bytes)
 
@@ -212,7 +216,7 @@ def text_megabyte(
   method: Method = "basic",
   **model: Any,
 ) -> Config:
-  """Text, MEGABYTE: 758M + 262M unless said otherwise. Longer contexts keep the bytes of a batch."""
+  """Builds MEGABYTE for text, 758M + 262M by default; a longer context keeps the bytes of a batch."""
   return run(
     megabyte(global_shape, local_shape, patch_size=8, context=context, **model),
     text(data),
@@ -230,7 +234,7 @@ def image256_megabyte(
   scan: Scan = "patch",
   **model: Any,
 ) -> Config:
-  """Image256, MEGABYTE: 125M + 125M unless said otherwise."""
+  """Builds MEGABYTE for Image256, 125M + 125M by default."""
   return run(
     megabyte(global_shape, local_shape, patch_size=patch_size, context=196_608, **model),
     imagenet(256, patch_size, scan),
@@ -239,12 +243,12 @@ def image256_megabyte(
 
 
 def image256_perceiver_ar(scan: Scan = "patch") -> Config:
-  """Image256, PerceiverAR 62M."""
+  """Builds PerceiverAR for Image256, 62M parameters."""
   return run(perceiver_ar((768, 6), 8192, 768), imagenet(256, scan=scan), batch_size=256)
 
 
 def audio_megabyte(
   global_shape: Shape | None = (1024, 24), local_shape: Shape | None = (768, 12), **model: Any
 ) -> Config:
-  """Audio, MEGABYTE: 350M + 125M unless said otherwise."""
+  """Builds MEGABYTE for audio, 350M + 125M by default."""
   return run(megabyte(global_shape, local_shape, patch_size=32, context=524_288, **model), audio(), batch_size=32)

@@ -1,4 +1,4 @@
-"""The paper's tables as text, Markdown or JSON: sizes, FLOPs, the paper's numbers and ours."""
+"""Renders the paper's tables as text, Markdown or JSON: sizes, FLOPs, the paper's numbers and ours."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ MODEL_COLUMNS = ["parameters, nominal", "true", "training MFLOPs/byte", "context
 
 
 def describe(name: str, found: Sequence[measured.Measured] = ()) -> dict[str, Any]:
-  """Table `name` as plain data, the form of --format=json.
+  """Returns a table as plain data, the form of --format=json.
 
   Args:
     name: 1 to 17 or audio.
-    found: measurements; those of a row with the same settings count for every table that has it.
+    found: measurements; one counts for every table that has a row with the same settings.
 
   Raises:
     ConfigError: there is no such table.
@@ -66,13 +66,13 @@ def _describe_row(
 
 
 def _same_settings(reference: str, config: Config) -> bool:
-  """Whether the row of another table is the same run: Tables 3, 11 and 17 share one, for example."""
+  """Returns True if the row of another table is the same run: Tables 3, 11 and 17 share one, for example."""
   table, _, name = reference.partition(":")
   return (CONFIGS / f"{table}.py").exists() and rows_of_file(table).get(name) == config
 
 
 def cut(model: ModelConfig) -> str:
-  """How a model divides its context: `P 8`, `1,024 latents`, or nothing."""
+  """Returns the text for a model's division of its context: `P 8`, `1,024 latents`, or nothing."""
   if isinstance(model, PerceiverARConfig):
     return f"{model.latents:,} latents"
   patches = [size for size in (model.span, *(level.patch_size for level in model.levels)) if size > 1]
@@ -80,18 +80,18 @@ def cut(model: ModelConfig) -> str:
 
 
 def nominal(model: ModelConfig) -> str:
-  """Sizes as the paper names them, from the coarsest level to the finest: `758M + 262M`."""
+  """Returns the sizes as the paper names them, from the coarsest level to the finest: `758M + 262M`."""
   sizes = [flops.nominal_parameters(level) for level in model.levels]
   return " + ".join("?" if size is None else short(size) for size in sizes)
 
 
 def short(number: float) -> str:
-  """A count in millions or billions, three digits."""
+  """Formats a count in millions, or in billions with three digits."""
   return f"{number / 1e9:.3g}B" if round(number / 1e6) >= 1000 else f"{number / 1e6:.0f}M"
 
 
 def figure3() -> dict[str, Any]:
-  """Fig. 3 as a table: forward FLOPs per token at some of its lengths."""
+  """Returns Fig. 3 as a table: forward FLOPs per token at some of its lengths."""
   curves = flops.figure3_curves()
   lengths = [256, 8192, 65_536, 1_048_576]
   rows = []
@@ -105,7 +105,7 @@ def figure3() -> dict[str, Any]:
 
 
 def cells(table: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-  """Heading and rows of text, for people; empty columns are left out."""
+  """Formats a table as (heading, rows) of text, without empty columns."""
   rows, metrics = table["rows"], table["metrics"]
   runnable = any(row["config"] for row in rows)
   heading = ["row", "printed"]
@@ -148,14 +148,14 @@ def _number(value: Any, metric: str) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
-  """One value, or the mean of several with half their range; `-` of none."""
+  """Formats one value, the mean of several with half their range, or `-` for none."""
   if len(values) < 2:
     return "".join(f"{value:.4g}" for value in values) or "-"
   return f"{sum(values) / len(values):.4g} ± {(max(values) - min(values)) / 2:.2g} ({len(values)} runs)"
 
 
 def as_text(table: dict[str, Any]) -> str:
-  """The table for a terminal."""
+  """Renders a table for a terminal."""
   heading, lines = cells(table)
   widths = [max(len(line[i]) for line in [heading, *lines]) for i in range(len(heading))]
   padded = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [heading, *lines]]
@@ -163,7 +163,7 @@ def as_text(table: dict[str, Any]) -> str:
 
 
 def as_markdown(table: dict[str, Any]) -> str:
-  """The table for a document."""
+  """Renders a table as Markdown."""
   heading, lines = cells(table)
   body = ["| " + " | ".join(line) + " |" for line in [heading, ["---"] * len(heading), *lines]]
   return "\n".join([f"### {_title(table)}", "", *body, *(["", table["note"]] if table["note"] else [])])
@@ -178,7 +178,7 @@ def _order(name: str) -> tuple[int, str]:
 
 
 def render(names: Sequence[str], form: str, found: Sequence[measured.Measured] = ()) -> str:
-  """Tables `names` as text, markdown or json (a list, or one object for one table)."""
+  """Renders tables as `form`: text, markdown or json (a list, or one object for a single table)."""
   tables = [figure3() if name == FIGURE_3 else describe(name, found) for name in names]
   if form == "json":
     return json.dumps(tables[0] if len(tables) == 1 else tables, indent=2)

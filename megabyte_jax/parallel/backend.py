@@ -1,4 +1,4 @@
-"""What kind of device the program at hand is compiled for, and what that means for its arrays and kernels."""
+"""Tells the kind of device that a program is compiled for, and adapts arrays and kernels to it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 
 def platform() -> str:
-  """What the program at hand is for: cpu, gpu or tpu; that of the mesh set, which need not be of this machine."""
+  """Returns cpu, gpu or tpu: the platform of the mesh that is set, which need not be local, or JAX's default."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device is not None else jax.default_backend()
 
 
 def row_major(x: jax.Array) -> jax.Array:
-  """x, on a GPU in memory in the order of its axes: left to itself, XLA transposes arrays between products there."""
+  """Constrains x to row-major layout on GPUs, where XLA would otherwise transpose arrays between products."""
   if platform() != "gpu":
     return x
   return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
@@ -24,7 +24,7 @@ def row_major(x: jax.Array) -> jax.Array:
 
 @functools.cache
 def triton() -> Any:
-  """Pallas's part for Triton, or None where JAX has none: it is deprecated, and only kernels for GPUs need it."""
+  """Imports Pallas's deprecated Triton backend, which only GPU kernels need; returns None if JAX has none."""
   try:
     from jax.experimental.pallas import triton as part  # noqa: PLC0415
   except ImportError:

@@ -1,4 +1,4 @@
-"""What devices can do, and how much of their memory was used."""
+"""Looks up the peak rates of devices and measures the memory in use."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ _TPU_CORE = {  # of one TensorCore: a device is one or, on most v4 and v5p syste
 
 @dataclasses.dataclass(frozen=True)
 class TpuChip:
-  """Memory and links of one TPU chip, as documented: inputs of an estimate, of which nothing was measured.
+  """Memory and links of one TPU chip, as documented: inputs of an estimate, none of them measured.
 
-  Memory is what libtpu 0.0.42.1 says that a program may have ("exceeds available HBM"), of all cores: a little less
-  than the documented 16, 32 and 192 GiB. To v5p it grants 95.74 GiB; the documented 95 are taken. All other figures
-  are from docs.cloud.google.com/tpu/docs (copies read on 2026-11-23), which gives 400 (v5e), 1200 (v5p), 800 (v6e)
-  and 1200 GB/s (TPU7x) for all links of a chip, both directions together: half of it, shared by four links or, in a
-  three-dimensional torus, six. Unverified: v4's links. The data centre's network: 50 (v5p), 100 (v6e) and 100 Gbit/s
-  (TPU7x) a chip, by the page on TPU7x; 6.4 Tbit/s for the 256 chips of v5e; none is documented for v4.
+  Memory is the limit that libtpu 0.0.42.1 states for a program ("exceeds available HBM"), summed over cores: a little
+  less than the documented 16, 32 and 192 GiB. It grants 95.74 GiB to v5p; the documented 95 are taken. Other figures
+  are from docs.cloud.google.com/tpu/docs (copies read on 2026-11-23). These give 400 (v5e), 1200 (v5p), 800 (v6e) and
+  1200 GB/s (TPU7x) for all links of a chip, both directions together. Half of that is shared by four links or, in a
+  three-dimensional torus, by six. The links of v4 are unverified. The data centre's network has 50 (v5p), 100 (v6e) and
+  100 Gbit/s (TPU7x) per chip by the page on TPU7x, and 6.4 Tbit/s for the 256 chips of v5e; v4's is not documented.
 
   Attributes:
     cores: TensorCores; a device is one or both of them.
     memory: bytes of HBM that programs may use.
     memory_rate: bytes per second of HBM.
     link_rate: bytes per second of one inter-chip link in one direction.
-    network_rate: bytes per second of the chip's share of the data centre's network, None where it is not known.
+    network_rate: bytes per second of the chip's share of the data centre's network; None if unknown.
   """
 
   cores: int
@@ -84,7 +84,7 @@ _GPU = (  # the first whose words are in the device's name
 
 
 def peak_flops(device: jax.Device) -> float | None:
-  """bfloat16 FLOP/s that `device` can do at most, None where that is not known (a CPU, say)."""
+  """Returns the nominal bfloat16 FLOP/s of `device`; None if unknown, as for a CPU."""
   kind = device.device_kind
   if kind in _TPU_CORE:
     return _TPU_CORE[kind] * getattr(device, "num_cores", 1)
@@ -92,24 +92,24 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 def is_known_tpu(device: jax.Device) -> bool:
-  """Whether `tpu_chip` knows the device."""
+  """Returns True if `tpu_chip` has an entry for the device."""
   return device.device_kind in _TPU_CHIP
 
 
 def tpu_chip(device: jax.Device) -> TpuChip:
-  """The chip that `device` is, or is one of two cores of."""
+  """Returns the chip that `device` is, or of which it is one core; raises KeyError for any other device."""
   return _TPU_CHIP[device.device_kind]
 
 
 def devices_per_chip(device: jax.Device) -> int:
-  """How many devices a chip shows: two for v4 (as planned for) and tpu7x, one for the others."""
+  """Returns the devices per chip: two for v4 (as planned for) and tpu7x, one for all others."""
   return tpu_chip(device).cores // getattr(device, "num_cores", 1) if is_known_tpu(device) else 1
 
 
 def memory_in_use(devices: Iterable[jax.Device]) -> int | None:
-  """Most bytes used so far on any of `devices` that belong to this process, None where that is not known.
+  """Returns the peak bytes used so far on any of this process's `devices`; None if unknown.
 
-  On CPU it is the most memory that the process has held.
+  On CPU it is the peak memory of the process.
   """
   peaks = []
   for device in devices:

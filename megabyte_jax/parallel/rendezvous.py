@@ -1,8 +1,8 @@
-"""Processes of one run wait for each other and know for whom: what JAX's own start-up does not tell.
+"""Makes the processes of a run wait for each other and name those that are missing, which JAX's start-up does not.
 
-JAX connects in silence, and ends the process with a stack trace when somebody stays away too long. So all meet here
-first, on the port that JAX's coordinator will use: process 0 listens until all the others have called, and then all
-let go of the port at once. Each line of the conversation is a JSON object.
+JAX connects in silence, and aborts with a stack trace if a process stays away too long. So all processes meet here
+first, on the port that JAX's coordinator will use. Process 0 listens until all others have connected; then all release
+the port at once. Each line of the protocol is a JSON object.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ _LONGEST_LINE = 1 << 16
 
 
 def meet(coordinator: str, count: int, process: int, *, timeout: float, patience: float = 10.0) -> None:
-  """Returns when all `count` processes have called; until then says on stderr, now and then, who is missing.
+  """Waits until all `count` processes have connected; from time to time prints to stderr which are missing.
 
   Args:
-    coordinator: HOST:PORT where process 0 can be reached.
-    count, process: how many there are, and which this is.
+    coordinator: HOST:PORT at which process 0 can be reached.
+    count: number of processes.
+    process: number of this process, from 0.
     timeout: seconds after which the wait ends.
     patience: seconds before the first message.
 
   Raises:
-    ConfigError: somebody stayed away, the port is in use, or two processes disagree about who they are.
+    ConfigError: a process is missing at the end, the port is in use, or processes disagree on numbers or count.
   """
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdigit() or not 0 < int(port) < 65536:
@@ -48,7 +49,7 @@ def meet(coordinator: str, count: int, process: int, *, timeout: float, patience
 
 
 class _Teller:
-  """Prints that this process waits: the first time after `patience` seconds, then ever more rarely."""
+  """Prints that this process waits: first after `patience` seconds, then ever more rarely."""
 
   def __init__(self, who: str, patience: float):
     self.who, self._pause, self._next = who, patience, time.monotonic() + patience
@@ -61,7 +62,7 @@ class _Teller:
 
 
 def _receive(coordinator: str, port: int, count: int, end: float, tell: Callable[[str], None]) -> None:
-  """Process 0: listens until all others are on the line, then tells all of them to go."""
+  """Listens, as process 0, until all others are connected, then tells them to go."""
   _allow_many_lines()
   try:
     # Without SO_REUSEPORT, which the server to come sets: so a second run on the same port is noticed.
@@ -109,7 +110,7 @@ def _receive(coordinator: str, port: int, count: int, end: float, tell: Callable
 
 
 def _allow_many_lines() -> None:
-  """Lets this process hold as many lines as the system allows: often 1,024 files are the most unless it asks."""
+  """Raises the limit on open files to the hard limit: the default is often 1,024, too few for a large run."""
   _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
   with contextlib.suppress(ValueError, OSError):
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -118,7 +119,7 @@ def _allow_many_lines() -> None:
 def _welcome(
   line: socket.socket, count: int, present: dict[int, socket.socket], selector: selectors.BaseSelector
 ) -> None:
-  """Writes a caller down, or tells it why not."""
+  """Registers a process that connects, or tells it the reason for refusal."""
   try:
     line.settimeout(5)
     hello = _hear(line)
@@ -144,7 +145,7 @@ def _welcome(
 def _call(
   coordinator: str, host: str, port: int, count: int, process: int, end: float, tell: Callable[[str], None]
 ) -> None:
-  """The others: call process 0, again if need be, until it says go."""
+  """Connects to process 0, repeatedly if need be, until it says go; for all other processes."""
   trouble = "no answer"
   while time.monotonic() < end:
     try:
@@ -173,7 +174,7 @@ def _call(
 
 
 def _names(processes: Sequence[int]) -> str:
-  """ "process 3", "processes 1, 2", or the first few of many."""
+  """Formats process numbers: "process 3", "processes 1, 2", or the first few of many."""
   shown = ", ".join(map(str, processes[:8])) + (f" and {len(processes) - 8} more" if len(processes) > 8 else "")
   return f"process{'es' if len(processes) > 1 else ''} {shown}"
 
@@ -184,7 +185,7 @@ def _say(line: socket.socket, **message: Any) -> None:
 
 
 def _hear(line: socket.socket) -> dict[str, Any]:
-  """The next message; raises ValueError or OSError where there is none."""
+  """Reads the next message; raises ValueError or OSError if there is none."""
   text = b""
   while not text.endswith(b"\n"):
     byte = line.recv(1)

@@ -1,8 +1,8 @@
-"""Communication in a compiled program: which collectives it runs, how often and with how many bytes.
+"""Counts the communication of a compiled program: its collectives, how often each runs and how many bytes it sends.
 
-Read from the text of the optimised program (`compiled.as_text()`), the only form in which XLA shows them. A layer
-stack is a loop there, so what is in its body counts as often as the loop runs. Between slices of TPUs the runtime moves
-arrays by way of the hosts: XLA writes that as sends to it, which tell in attributes what they are part of.
+The source is the text of the optimised program (`compiled.as_text()`), the only form in which XLA shows collectives. A
+stack of layers is a loop there, so each instruction of its body counts once per iteration. Between slices of TPUs the
+runtime moves arrays through the hosts. XLA writes such a transfer as a send whose attributes name the collective.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Collective:
 
   Attributes:
     kind: one of KINDS.
-    arrays: bytes of each array it leaves on a device (of a reduce-scatter: that it starts from).
-    group: devices that take part together.
-    times: how often one run of the program runs it.
-    name: where in the source program it comes from, as XLA recorded it; '' if it did not.
-    between_slices: it goes over the data centre's network; `group` then counts slices.
+    arrays: bytes of each resulting array on one device; for a reduce-scatter, bytes of each input array.
+    group: number of devices in one group.
+    times: executions in one run of the program.
+    name: the operation's name in the source program, as XLA recorded it; '' if it recorded none.
+    between_slices: True if it uses the data centre's network; `group` then counts slices.
   """
 
   kind: str
@@ -52,17 +52,18 @@ class Collective:
 
   @property
   def wire_bytes(self) -> float:
-    """Bytes that each device sends in one run of the program, by ring algorithms."""
+    """Bytes that each device sends in one run of the program, assuming ring algorithms."""
     share = (self.group - 1) / self.group
     factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
     return sum(self.arrays) * factor * self.times
 
 
 def collectives(hlo: str) -> list[Collective]:
-  """All collectives in the text of an optimised program, in its order; groups of one device are left out.
+  """Returns the collectives in the text of an optimised program, in its order, without groups of one device.
 
-  Where XLA spreads one over several fusions, to overlap it with their work, each of them shows the whole of it under
-  the same `channel_id` and `chain_id`, perhaps inside a loop: it counts as often as the least frequent one runs.
+  XLA may spread one collective over several fusions to overlap it with their work. Each fusion then shows the whole
+  collective under the same `channel_id` and `chain_id`, perhaps inside a loop. It is counted once, with the number of
+  executions of the fusion that runs least often.
   """
   times = _runs(hlo)
   found: dict[object, Collective] = {}
@@ -91,7 +92,7 @@ def collectives(hlo: str) -> list[Collective]:
 
 
 def _between_slices(shape: str, slices: str, kind: str, times: int) -> Collective:
-  """What one send does; `slices` lists the slices that take part, like 1,2 or 1:4."""
+  """Returns the collective of one send between slices; `slices` lists the slices taking part, such as 1,2 or 1:4."""
   group = 0
   for part in slices.split(","):
     first, _, last = part.partition(":")
@@ -104,7 +105,7 @@ def _between_slices(shape: str, slices: str, kind: str, times: int) -> Collectiv
 
 
 def _lines(hlo: str) -> Iterator[tuple[str, str]]:
-  """(name of its computation, line) of every instruction."""
+  """Yields (name of its computation, line) of every instruction."""
   computation = ""
   for line in hlo.splitlines():
     header = _COMPUTATION.match(line)
@@ -115,7 +116,7 @@ def _lines(hlo: str) -> Iterator[tuple[str, str]]:
 
 
 def _runs(hlo: str) -> dict[str, int]:
-  """How often each computation runs: loops of a known length multiply, calls add up."""
+  """Counts the executions of each computation: loops of a known length multiply, calls add up."""
   entry = next((m[2] for m in map(_COMPUTATION.match, hlo.splitlines()) if m and m[1]), "")
   definitions: dict[str, dict[str, str]] = defaultdict(dict)
   for computation, line in _lines(hlo):
@@ -139,10 +140,10 @@ def _runs(hlo: str) -> dict[str, int]:
 
 
 def _trips(line: str, definitions: dict[str, dict[str, str]]) -> int:
-  """How often the loop in `line` runs; 1 where it cannot be seen.
+  """Returns the trip count of the loop in `line`; 1 where the text does not show it.
 
-  CPU programs note it. In TPU programs it follows from the condition, `counter < limit`, and from what the body adds
-  to the counter (2 where XLA unrolled a loop that overlaps a gather with a product); counters start at 0.
+  CPU programs state it. In TPU programs it follows from the condition, `counter < limit`, and from the increment in the
+  body (2 where XLA unrolled a loop that overlaps a gather with a product). Counters start at 0.
   """
   noted = _TRIPS.search(line)
   if noted:
@@ -163,13 +164,13 @@ def _trips(line: str, definitions: dict[str, dict[str, str]]) -> int:
 
 
 def _constant(line: str) -> int:
-  """The value of an integer constant's definition, 0 for anything else."""
+  """Returns the value that an integer constant is defined with, 0 for any other line."""
   found = re.search(r"\[\]\S* constant\((\d+)\)", line)
   return int(found[1]) if found else 0
 
 
 def _arrays(shape: str, kind: str, started: bool) -> tuple[int, ...]:
-  """Bytes of the results in an instruction's shape. That of an asynchronous start also lists operands, and flags."""
+  """Returns the bytes of each result in an instruction's shape; an asynchronous start also lists operands and flags."""
   sizes = _sizes(shape)
   if not started or kind == "all-reduce" or len(sizes) < 2:
     return tuple(sizes)
@@ -179,7 +180,7 @@ def _arrays(shape: str, kind: str, started: bool) -> tuple[int, ...]:
 
 
 def _sizes(shape: str) -> list[int]:
-  """Bytes of each array in a shape."""
+  """Returns the bytes of each array in a shape."""
   return [
     _BYTES.get(dtype, 1) * math.prod(int(d) for d in dims.split(",") if d)
     for dtype, dims in _SHAPE.findall(re.sub(r"\{[^}]*\}", "", shape))
@@ -187,10 +188,10 @@ def _sizes(shape: str) -> list[int]:
 
 
 def _group(line: str) -> int:
-  """Devices of one replica group; a permute, which has pairs instead, counts as 2.
+  """Returns the number of devices in a replica group; 2 for a permute, which lists pairs instead.
 
-  Three notations: `{{0,1},{2,3}}`, `[groups,size]<=[..]`, and `mesh['a'=4,'b'=2] {'b'}`, where an axis may be split:
-  `'a':(1)2` is a part of it with 2 devices.
+  There are three notations: `{{0,1},{2,3}}`, `[groups,size]<=[..]`, and `mesh['a'=4,'b'=2] {'b'}`. In the last an axis
+  may be split: `'a':(1)2` is a part of it with 2 devices.
   """
   if "source_target_pairs" in line:
     return 2

@@ -1,4 +1,4 @@
-"""A config's step as a program for some mesh, whose devices need not be there, and the memory it takes."""
+"""Lowers a config's step for a mesh whose devices need not exist, and reads the memory of the compiled program."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from megabyte_jax.training.state import abstract_state, make_train_step
 
 
 def lower(config: Config, mesh: Mesh, step: str) -> jax.stages.Lowered:
-  """The step for abstract arguments laid out as in a real run: nothing is allocated."""
+  """Lowers one step for abstract arguments with the shardings of a real run; allocates nothing.
+
+  Args:
+    config: the run; `batch_size` counts the rows of the whole mesh.
+    mesh: the devices, which may be those of a topology that does not exist here.
+    step: train | eval | generate; `generate` decodes one chunk of bytes with full caches.
+  """
   is_perceiver = isinstance(config.model, PerceiverARConfig)
   may_be_short = config.data.windows_may_be_short
 
@@ -39,7 +45,7 @@ def lower(config: Config, mesh: Mesh, step: str) -> jax.stages.Lowered:
 
 
 def _lower_generate(config: Config, mesh: Mesh, parameters: Any) -> jax.stages.Lowered:
-  """Decoding of one chunk of bytes for `batch_size` rows, caches full."""
+  """Lowers the decoding of one chunk of bytes for `batch_size` rows with full caches."""
   graph, _ = abstract_model(config.model)
   batch, context = config.batch_size, config.model.context
   x_BT = jax.ShapeDtypeStruct((batch, context), jnp.int32, sharding=NamedSharding(mesh, sampling.row_spec(2)))
@@ -57,7 +63,7 @@ def _lower_generate(config: Config, mesh: Mesh, parameters: Any) -> jax.stages.L
 
 
 class Memory(NamedTuple):
-  """What a compiled program needs of a device, in bytes; output that reuses arguments' memory is not counted twice."""
+  """Memory of one device that a compiled program needs, in bytes; output in memory of the arguments counts once."""
 
   arguments: int
   temporaries: int
@@ -65,7 +71,7 @@ class Memory(NamedTuple):
 
 
 def memory_of(compiled: jax.stages.Compiled) -> Memory:
-  """As the compiler has laid it out."""
+  """Returns the compiler's own figures for a compiled program."""
   uses: Any = compiled.memory_analysis()
   output = uses.output_size_in_bytes - uses.alias_size_in_bytes
   return Memory(uses.argument_size_in_bytes, uses.temp_size_in_bytes, output)

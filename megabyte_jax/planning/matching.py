@@ -1,4 +1,4 @@
-"""Compute matching: how many layers give a candidate the cost of a reference (section 4.1, appendix A.2)."""
+"""Matches compute: solves for the layers that give a candidate a reference's cost (section 4.1, appendix A.2)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Cost = Callable[[Config], float]  # of one byte that a candidate predicts, relat
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-  """The candidate with its solved number of layers.
+  """A candidate with its solved number of layers.
 
   Attributes:
     config: the candidate with `layers` layers in level `level` (counted from 0).
-    tried: layers -> cost relative to the reference, all that were looked at.
+    tried: layers -> cost relative to the reference, for every number of layers that was evaluated.
   """
 
   config: Config
@@ -42,11 +42,12 @@ class Match:
 
 
 def match(candidate: Config, cost: Cost, level: int = -1) -> Match:
-  """The number of layers of the candidate's level `level` that brings its cost closest to 1, the reference's.
+  """Solves for the layers of the candidate's level `level` that bring its cost closest to 1, the reference's.
 
   Args:
-    cost: such as `flops_ratio` of a reference; any that grows with the layers.
-    level: which of MEGABYTE's levels; -1 is the finest.
+    candidate: the config whose layers vary.
+    cost: cost relative to the reference, such as `flops_ratio`; it must grow with the layers.
+    level: index among MEGABYTE's levels; -1 is the finest.
 
   Raises:
     ConfigError: the candidate has no such level.
@@ -58,10 +59,10 @@ def match(candidate: Config, cost: Cost, level: int = -1) -> Match:
 
 
 def solve(cost: Callable[[int], float], target: float, start: int) -> tuple[int, dict[int, float]]:
-  """The n >= 1 with cost(n) nearest to `target`, for a growing cost; it is evaluated as rarely as possible.
+  """Finds the n >= 1 whose cost(n) is nearest to `target`, for a growing cost, with few evaluations.
 
   Returns:
-    n, and all values of n tried with their costs.
+    n, and every n tried with its cost.
   """
   tried: dict[int, float] = {}
   below, above = 0, None  # the answer lies between or at them; 0 layers are no model
@@ -80,14 +81,18 @@ def solve(cost: Callable[[int], float], target: float, start: int) -> tuple[int,
 
 
 def _guess(tried: dict[int, float], target: float) -> int:
-  """Where the line through the two points nearest to the target meets it; costs grow linearly with layers."""
+  """Interpolates: the line through the two points nearest to the target; costs grow linearly with layers."""
   a, *rest = sorted(tried, key=lambda n: abs(tried[n] - target))
   slope = (tried[rest[0]] - tried[a]) / (rest[0] - a) if rest else 0
   return round(a + (target - tried[a]) / slope if slope > 0 else a * target / tried[a])
 
 
 def layers_of(config: Config, level: int = -1) -> int:
-  """Layers of a level (PerceiverAR: those above the cross-attention); raises ConfigError if there is no such level."""
+  """Returns the layers of a level, for PerceiverAR those above the cross-attention.
+
+  Raises:
+    ConfigError: there is no such level.
+  """
   if isinstance(config.model, PerceiverARConfig):
     return config.model.num_layers
   count = len(config.model.levels)
@@ -96,7 +101,7 @@ def layers_of(config: Config, level: int = -1) -> int:
 
 
 def with_layers(config: Config, layers: int, level: int = -1) -> Config:
-  """`config` with another number of layers in one level."""
+  """Returns `config` with another number of layers in one level."""
   model = config.model
   if isinstance(model, PerceiverARConfig):
     return dataclasses.replace(config, model=dataclasses.replace(model, num_layers=layers))
@@ -106,15 +111,18 @@ def with_layers(config: Config, layers: int, level: int = -1) -> Config:
 
 
 def flops_ratio(candidate: Config, reference: Config) -> float:
-  """Analytic forward and backward FLOPs per predicted byte (causal attention), relative to the reference."""
+  """Returns the analytic training FLOPs per predicted byte (causal attention), relative to the reference."""
   ours, theirs = (flops.flops_per_byte(config.model, training=True) for config in (candidate, reference))
   return ours / theirs
 
 
 def cost_against(reference: Config, by: str, rounds: int = 10) -> Cost:
-  """The cost of candidates relative to `reference`: `by` flops, or by measured time of so many rounds.
+  """Returns the function that gives a candidate's cost per predicted byte relative to `reference`.
 
-  Times and their spread are shown on stderr as they are measured.
+  Args:
+    reference: the config with cost 1.
+    by: flops | time. Measured times and their spread are printed to stderr as they come.
+    rounds: of measurement for each candidate; only for time.
   """
   if by == "flops":
     return lambda candidate: flops_ratio(candidate, reference)
@@ -131,7 +139,13 @@ def cost_against(reference: Config, by: str, rounds: int = 10) -> Cost:
 
 
 def report(found: Match, reference: Config, unit: str) -> str:
-  """What was found, for people."""
+  """Returns the table of the layers tried and the flag that sets the result, as text.
+
+  Args:
+    found: the result of `match`.
+    reference: the config with cost 1.
+    unit: heading of the column of costs.
+  """
   rows = [("", "layers", unit, ""), ("reference", layers_text(reference), "100.0%", "")]
   for layers, cost in sorted(found.tried.items()):
     mark = "<- closest" if layers == found.layers else ""
@@ -140,5 +154,5 @@ def report(found: Match, reference: Config, unit: str) -> str:
 
 
 def layers_text(config: Config) -> str:
-  """The layers of each level, such as 24+15."""
+  """Returns the layers of each level as text, such as 24+15."""
   return "+".join(str(level.num_layers) for level in config.model.levels)

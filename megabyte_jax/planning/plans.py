@@ -1,4 +1,4 @@
-"""Plans: a config's step compiled for TPUs that need not be there, what memory it takes and what it sends."""
+"""Compiles a config's step for TPUs that need not exist, and reports its memory, communication and bounds."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ _QUICK: dict[str, Any] = {"exec_time_optimization_effort": -1.0}  # Any: JAX dec
 
 @dataclasses.dataclass
 class Plan:
-  """What compiling one step for a topology showed. Sizes are bytes of one device.
+  """The result of compiling one step for a topology. Sizes are in bytes of one device.
 
   Attributes:
-    fits: whether the compiler found room for the step.
-    reason: why it does not fit, in the compiler's words.
+    fits: True if the step fits into the device's memory.
+    reason: the compiler's explanation where it does not fit.
     memory: HBM of one device.
-    arguments, output, temporaries, total: of the step; see `lowering.Memory`.
-    wire: kind of collective -> (how many run in a step, bytes that each device sends); `KIND between slices` for what
-      goes over the data centre's network.
+    arguments, output, temporaries, total: memory of the step; see `lowering.Memory`.
+    wire: kind of collective -> (executions per step, bytes that each device sends); `KIND between slices` is traffic
+      over the data centre's network.
     bounds: roofline of the step; None for generation, whose many small steps it does not describe.
-    quick: compiled with little optimisation, so not quite the program of a run.
-    seconds: it took to compile.
+    quick: True if compiled with little optimisation, so that the program differs slightly from a run's.
+    seconds: time to compile.
   """
 
   config: Config
@@ -70,12 +70,12 @@ class Plan:
 
   @property
   def days(self) -> float | None:
-    """Of training for the config's steps at the roofline's speed."""
+    """Days of training for the config's steps at the roofline's speed; None for other steps."""
     return self.config.num_steps * self.bounds.step / 86_400 if self.bounds and self.step == "train" else None
 
 
 def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
-  """The devices of `topology` (KIND:SIZE), `slices` times; none of them need exist.
+  """Returns the devices of `slices` slices of `topology` (KIND:SIZE); none of them need exist.
 
   Raises:
     ConfigError: libtpu is missing, or does not know the topology.
@@ -97,7 +97,7 @@ def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
 
 
 def for_tpu(config: Config) -> Config:
-  """The config with the dtype that `auto` means on a TPU: this machine's own would be another."""
+  """Returns the config with `auto` resolved to bfloat16, its meaning on a TPU rather than on this machine."""
   if config.model.compute_dtype != "auto":
     return config
   return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="bfloat16"))
@@ -106,11 +106,18 @@ def for_tpu(config: Config) -> Config:
 def make_plan(
   config: Config, topology: str, devices: list[jax.Device], step: str = "train", *, quick: bool = False
 ) -> tuple[Plan, Any]:
-  """Compiles the step; returns the plan, and the executable (None where it does not fit).
+  """Compiles one step for a topology.
 
   Args:
-    quick: let XLA optimise little, which takes a third of the time or less. Communication comes out the same, memory
-      up to a fifth smaller: enough to choose among meshes, not to say that one fits.
+    config: the run, with its mesh and batch size.
+    topology: its name (KIND:SIZE), for the report.
+    devices: those of `topology_devices`.
+    step: train | eval | generate.
+    quick: asks XLA for little optimisation, which takes a third of the time or less. Communication is the same, memory
+      up to a fifth smaller. That is enough to choose among meshes, but not to conclude that a step fits.
+
+  Returns:
+    The plan, and the executable, which is None where the step does not fit.
 
   Raises:
     ConfigError: the mesh does not suit the topology, the model or the batch.
@@ -164,7 +171,7 @@ def make_plan(
 
 
 def _read_shortage(plan: Plan, text: str) -> None:
-  """What the compiler says of a step that does not fit."""
+  """Takes the needed memory and the reason from the compiler's error about a step that does not fit."""
   plan.reason = " ".join(text.split()).removeprefix("RESOURCE_EXHAUSTED: ").split(". ")[0][:200]
   units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
   needed = re.search(r"(?:required[^(]*\(|Used )([\d.]+)([KMGT])", text)
@@ -175,7 +182,15 @@ def _read_shortage(plan: Plan, text: str) -> None:
 def changed(
   config: Config, *, batch_size: int = 0, accumulate: int = 0, remat: Remat | Literal[""] = "", mesh: str = ""
 ) -> Config:
-  """The config with what the flags change; a batch of another size keeps the bytes to train on."""
+  """Returns the config with the given overrides; empty values and 0 change nothing.
+
+  Args:
+    config: the run.
+    batch_size: rows per step; the number of steps changes with it, so that the bytes trained on stay the same.
+    accumulate: parts of a step's batch.
+    remat: rematerialisation policy of the model.
+    mesh: axes as --mesh takes them, `fsdp=16,seq=4`.
+  """
   if batch_size:
     steps = max(1, round(config.num_steps * config.batch_size / batch_size))
     config = dataclasses.replace(config, batch_size=batch_size, num_steps=steps, accumulate=1)
@@ -187,5 +202,5 @@ def changed(
 
 
 def axes_text(mesh: Mapping[str, int]) -> str:
-  """The axes of a mesh as --mesh takes them, `fsdp=16,seq=4`; those of one device are left out."""
+  """Returns the axes of a mesh as --mesh takes them, `fsdp=16,seq=4`, without axes of one device."""
   return ",".join(f"{name}={size}" for name, size in mesh.items() if size > 1) or "one device"

@@ -1,9 +1,9 @@
-"""The least time that a training step can take on TPUs: compute, memory and links, each as if it were alone.
+"""Bounds the time of a training step on TPUs from below: by compute, by memory traffic and by communication.
 
-Compute is exact (flops.py plus recomputation). Memory traffic is an estimate in closed form, because XLA reports a
-loop's body once: weights per pass, optimizer state, the arrays between a block's matrix products, and the attention
-probabilities where no fused kernel keeps them on the chip. Links carry what the compiled program's collectives send,
-and the data centre's network what goes between slices.
+Compute is exact (models/flops.py plus recomputation). Memory traffic is a closed-form estimate, because XLA reports the
+body of a loop only once. It covers the weights of each pass, the optimizer state, the arrays between a block's matrix
+products, and the attention probabilities where no fused kernel keeps them on the chip. Communication is taken from the
+collectives of the compiled program: over the links within a slice, over the data centre's network between slices.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _GATED_HIDDENS = 5  # the first two twice
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-  """Seconds that one step would take if only this limited it.
+  """Seconds that one step would take if a single resource limited it.
 
   Attributes:
     compute: matrix products at the chips' peak, recomputation included.
     memory: HBM traffic.
-    links: communication, over both directions of one axis of the torus, not hidden behind anything.
-    model_compute: as compute, without recomputation: what MFU counts.
-    network: communication between slices, over the data centre's network; 0 on one slice, or where the chip's rate is
-      not known.
+    links: communication within a slice, over both directions of one axis of the torus, without any overlap.
+    model_compute: as compute, but without recomputation; the numerator of MFU.
+    network: communication between slices over the data centre's network; 0 on one slice, or where the chip's rate is
+      unknown.
   """
 
   compute: float
@@ -42,17 +42,17 @@ class Bounds:
 
   @property
   def step(self) -> float:
-    """All at once, perfectly overlapped: no step is faster, where memory (an estimate) is not the largest."""
+    """Seconds of a step with perfect overlap: a true bound unless memory, which is an estimate, is the largest."""
     return max(self.compute, self.memory, self.links, self.network)
 
   @property
   def mfu(self) -> float:
-    """Of a step that takes `step`."""
+    """Model FLOPs utilisation of a step that takes `step` seconds, between 0 and 1."""
     return self.model_compute / self.step
 
 
 def passes(config: Config, step: str) -> float:
-  """Forward passes that a step's products are worth: 1, or 3 in training, and what is recomputed."""
+  """Returns the cost of a step in forward passes: 1, or in training 3 and the share that is recomputed."""
   if step != "train":
     return 1.0
   # `named` recomputes one product of a block, attention's output: D^2 of 12 D^2, and a little for what is none.
@@ -68,11 +68,16 @@ def bounds(
   wire_bytes: float,
   network_bytes: float = 0.0,
 ) -> Bounds:
-  """Bounds for one train or eval step.
+  """Returns the bounds of one train or eval step.
 
   Args:
-    devices, tensor: on the mesh, and on its axis `tensor`.
-    wire_bytes, network_bytes: that each device sends in one step, within its slice and to other slices.
+    config: the run.
+    device: one of the mesh's devices; all are alike.
+    devices: number of devices on the mesh.
+    tensor: size of the mesh axis `tensor`.
+    step: train | eval.
+    wire_bytes: bytes that each device sends in one step within its slice.
+    network_bytes: bytes that each device sends in one step to other slices.
 
   Raises:
     ValueError: hardware.py does not know the device.
@@ -94,7 +99,7 @@ def bounds(
 
 
 def memory_traffic(config: Config, devices: int, tensor: int, step: str) -> float:
-  """Bytes that each device moves to and from its memory in one step."""
+  """Estimates the bytes that each device moves to and from its HBM in one step; arguments as in `bounds`."""
   model, count = config.model, passes(config, step)
   parameters = flops.parameter_count(model)
   weights = 2 * parameters / tensor * count * (config.accumulate if step == "train" else 1)
@@ -113,7 +118,7 @@ def memory_traffic(config: Config, devices: int, tensor: int, step: str) -> floa
 
 
 def _activations(model: ModelConfig, level: Level, slots: int, span: int) -> float:
-  """Bytes that one forward pass of a level's blocks moves for one row."""
+  """Estimates the bytes that one forward pass of a level's blocks moves for one row."""
   per_slot = 2 * (_WIDTHS * level.width + (_GATED_HIDDENS if model.gated else _HIDDENS) * model.hidden(level))
   own = span // level.patch_size
   fused = own == slots and own >= 128 and own % 128 == 0  # splash

@@ -1,8 +1,8 @@
-"""Which mesh, batch size, rematerialisation and accumulation a topology should be used with: `plan --search`.
+"""Searches for the mesh, batch size, rematerialisation and accumulation that suit a topology: `plan --search`.
 
-Every combination that divides evenly, and whose state alone has room, is ordered by its time per byte in closed form;
-then they are compiled one after the other, best first, until one fits: first quickly, and then, if that fits, as the
-real program. What a program that does not fit rules out is not compiled.
+Candidates are all combinations that divide evenly and whose train state alone fits. They are ordered by a closed-form
+estimate of the time per byte and compiled in that order until one fits: first with little optimisation, then, if that
+fits, as the real program. A program that did not fit rules out others, which are skipped.
 """
 
 from __future__ import annotations
@@ -43,12 +43,16 @@ def search(
   tries: int = 8,
   batch_sizes: Sequence[int] = (),
 ) -> tuple[Plan, Any]:
-  """The first plan that fits, and its executable; what was tried goes to stderr.
+  """Returns the first plan that fits, and its executable; prints each attempt to stderr.
 
   Args:
+    config: the run; its mesh, rematerialisation and accumulation are replaced.
+    topology: its name (KIND:SIZE), for the report.
+    devices: those of `topology_devices`.
+    step: train | eval | generate.
     tries: combinations that are compiled at most.
-    batch_sizes: windows per step to try; empty tries the config's and up to 16 times as many. Of two sizes with the
-      same time per byte the smaller is preferred, by a tenth for each doubling.
+    batch_sizes: windows per step to try; empty tries the config's and up to 16 times as many. A doubling must save a
+      tenth of the time per byte to be preferred.
 
   Raises:
     ConfigError: nothing divides evenly, or nothing that was tried fits.
@@ -84,7 +88,7 @@ def search(
 
 
 def candidates(config: Config, devices: list[jax.Device], step: str) -> list[Config]:
-  """All combinations for the config's batch size that divide evenly and whose parameters have room."""
+  """Returns all combinations for the config's batch size that divide evenly and whose state alone fits."""
   config = for_tpu(config)
   found = []
   for mesh_config in _meshes(config, devices):
@@ -106,7 +110,7 @@ def candidates(config: Config, devices: list[jax.Device], step: str) -> list[Con
 
 
 def _meshes(config: Config, devices: list[jax.Device]) -> Iterator[MeshConfig]:
-  """Meshes of all devices; every slice holds the same number of replicas."""
+  """Yields meshes of all devices on which every slice holds the same number of replicas."""
   slices = _slices(devices)
   each = len(devices) // slices
   seqs = _powers(each) if isinstance(config.model, MegabyteConfig) else (1,)
@@ -128,13 +132,13 @@ def _memory(devices: list[jax.Device]) -> float:
 
 
 def state_bytes(config: Config, mesh: MeshConfig, step: str) -> float:
-  """What a device holds of the parameters and, in training, of their moments: float32, two, of Muon's matrices one."""
+  """Returns the bytes of one device for the parameters and, in training, the optimizer's moments, all float32."""
   values = 1 + config.optimizer.moments if step == "train" else 1
   return 4 * values * flops.parameter_count(config.model) / (mesh.fsdp * mesh.tensor)
 
 
 def estimate(config: Config, devices: list[jax.Device], step: str) -> float:
-  """Seconds of a step in closed form, its parts added up: what to compile first."""
+  """Estimates the seconds of a step in closed form, without overlap; it decides what is compiled first."""
   mesh, model = config.mesh, config.model
   parameters, training = flops.parameter_count(model), step == "train"
   forward_passes = flops.TRAINING_FACTOR if training else 1
@@ -158,7 +162,7 @@ def estimate(config: Config, devices: list[jax.Device], step: str) -> float:
 
 
 def rules_out(failed: Plan, one: Config) -> bool:
-  """Whether `one` is not worth compiling after `failed`: it needs as much for sure, or by its rows far too much."""
+  """Returns True if `failed` implies that `one` will not fit: it surely needs as much, or by its rows far too much."""
   other = failed.config
   state = state_bytes(other, other.mesh, failed.step)
   more_rows = _rows(one) / _rows(other)  # what is not state grows with the rows, whatever the mesh
@@ -168,12 +172,12 @@ def rules_out(failed: Plan, one: Config) -> bool:
 
 
 def _rows(config: Config) -> float:
-  """Windows that are worked on at once."""
+  """Returns the windows that are processed at once."""
   return config.batch_size / config.accumulate
 
 
 def needs_at_least(one: Config, other: Config) -> bool:
-  """Whether `one` surely needs the memory of `other`: the same mesh, no less kept and no fewer rows at once."""
+  """Returns True if `one` surely needs the memory of `other`: same mesh, no less kept, no fewer rows at once."""
   return (
     one.mesh == other.mesh
     and _rows(one) >= _rows(other)

@@ -1,4 +1,4 @@
-"""Measured cost of training steps: two models side by side, so that a busy or warming machine favours neither."""
+"""Measures the cost of training steps, two models in alternation, so that a busy or warming machine favours neither."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class TimedStep:
   """The compiled training step of a config, on random bytes, on the config's mesh.
 
   Attributes:
-    bytes: predicted by one step, over all devices.
-    nats: of these bytes, in the last step that was timed.
+    bytes: bytes predicted by one step, over all devices.
+    nats: loss of these bytes in the last timed step, in nats in all.
   """
 
   def __init__(self, config: Config):
@@ -35,7 +35,7 @@ class TimedStep:
     self.seconds(1)  # compiles
 
   def seconds(self, steps: int) -> float:
-    """Wall-clock seconds of `steps` steps.
+    """Runs `steps` steps and returns their wall-clock seconds.
 
     Raises:
       ConfigError: the loss is not finite, so that the time means nothing (chips run faster on NaN).
@@ -57,14 +57,16 @@ class TimedStep:
 def time_ratios(
   candidate: TimedStep, reference: TimedStep, rounds: int = 10, round_seconds: float = 0.5, warmup_seconds: float = 3.0
 ) -> list[float]:
-  """Seconds per predicted byte of `candidate` relative to `reference`, once for each round.
+  """Returns seconds per predicted byte of `candidate` relative to `reference`, one ratio per round.
 
-  In every round both run for about `round_seconds`, one right after the other and in alternating order, so that what
-  slows the whole round cancels; the median over the rounds also forgets what slowed one of the two.
+  In every round both run for about `round_seconds`, one after the other and in alternating order. A disturbance of
+  the whole round cancels in the ratio; the median over rounds also discards one that hit a single model.
 
   Args:
-    rounds: even numbers weigh both orders equally.
-    warmup_seconds: of rounds that do not count, for the clocks to settle under load.
+    candidate, reference: the two compiled steps.
+    rounds: number of ratios; even numbers weigh both orders equally.
+    round_seconds: time for each of the two steps in a round.
+    warmup_seconds: time spent on rounds that do not count, so that clocks settle under load.
   """
   steps = {step: max(1, math.ceil(round_seconds / step.seconds(1))) for step in (candidate, reference)}
 
