@@ -26,6 +26,7 @@ _FREE = (  # other ways to compute the same numbers, and where data lie whose co
   "data.train",
   "data.test",
   "data.tfds_dir",
+  "data.cache_dir",
 )
 
 _ABSENT = object()

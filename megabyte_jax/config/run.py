@@ -42,8 +42,8 @@ class DataConfig:
   """What is read; see data/open_data.py for the names of sources.
 
   Attributes:
-    train, validation, test: a file, a folder, a glob, `sample:NAME` (data shipped with the package) or
-      `tfds:NAME:SPLIT`; several are separated by commas. Empty where a split does not exist.
+    train, validation, test: a file, a folder, a glob, `sample:NAME` (data shipped with the package),
+      `tfds:NAME:SPLIT` or `hf:NAME:SPLIT`; several are separated by commas. Empty where a split does not exist.
     train_weights: share of each comma-separated source of `train`; empty weighs them by their bytes.
     form: how items become bytes: bytes (as they are) | image | audio.
     documents: packed (windows are cut from all documents joined end to end) | whole (no window crosses
@@ -58,6 +58,9 @@ class DataConfig:
     encoding: audio bytes: pcm16 (16-bit little-endian, the paper's) | mulaw8.
     tfds_dir: where TFDS data sets lie; empty takes TFDS's own default.
     skip_bad: skip (and count) unreadable items instead of stopping.
+    raw: take the bytes of all files as they are, those of compressed files and of records, too.
+    cache_dir: where indexes of records and copies of compressed files are kept; empty takes megabyte_jax in
+      $XDG_CACHE_HOME or ~/.cache.
   """
 
   train: str = "sample:text/train"
@@ -75,6 +78,8 @@ class DataConfig:
   encoding: Literal["pcm16", "mulaw8"] = "pcm16"
   tfds_dir: str = ""
   skip_bad: bool = False
+  raw: bool = False
+  cache_dir: str = ""
 
   def __post_init__(self):
     require(self.image_size > 0, f"data.image_size is {self.image_size}; it must be at least 1")

@@ -1,4 +1,4 @@
-"""What a source of bytes is: documents that are read anywhere without reading what lies before; several as one."""
+"""Defines sources of bytes: documents that are read anywhere without reading what lies before; several as one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from megabyte_jax.data.fingerprints import combine_fingerprints
 
 SKIP_HINT = "--config.data.skip_bad=True (eval.py and prepare: --skip-bad)"
+RAW_HINT = "--config.data.raw=True (eval.py and prepare: --raw)"
 
 
 class Source(Protocol):
@@ -43,21 +44,26 @@ class Source(Protocol):
     ...
 
   def read(self, document: int, start: int, stop: int) -> np.ndarray:
-    """Bytes [start, stop) of a document, uint8, 0 <= start <= stop <= lengths[document]."""
+    """Returns bytes [start, stop) of a document, uint8, 0 <= start <= stop <= lengths[document]."""
     ...
 
 
 def said(error: Exception) -> str:
-  """What a decoder says, without the in-memory file that it was given."""
+  """Returns what a decoder says, without the in-memory file that it was given."""
   return re.sub(r" ?<_io\.BytesIO object at \w+>", "", str(error))
 
 
 class Joined:
-  """Several sources as one: the documents of the first, then those of the second, and so on."""
+  """Several sources as one: the documents of the first, then those of the second, and so on.
 
-  def __init__(self, sources: Sequence[Source]):
-    self.sources = list(sources)
-    self.names = [name for source in sources for name in source.names]
+  Args:
+    sources: at least one.
+    specs: what each is called by the user; empty where they are parts of what has one name.
+  """
+
+  def __init__(self, sources: Sequence[Source], specs: Sequence[str] = ()):
+    self.sources, self.specs = list(sources), tuple(specs)
+    self.names = _Chained([source.names for source in sources])
     self.lengths = np.concatenate([source.lengths for source in sources])
     self.slow = any(source.slow for source in sources)
     self.skipped = sum(source.skipped for source in sources)
@@ -67,16 +73,35 @@ class Joined:
     self._first = np.cumsum([0] + [len(source.lengths) for source in sources])
 
   def read(self, document: int, start: int, stop: int) -> np.ndarray:
-    """See `Source.read`."""
+    """Reads bytes; see `Source`."""
     k = int(np.searchsorted(self._first, document, side="right")) - 1
     return self.sources[k].read(document - int(self._first[k]), start, stop)
+
+
+class _Chained(Sequence[str]):
+  """Several sequences of names one after the other, without copies: there may be millions."""
+
+  def __init__(self, parts: Sequence[Sequence[str]]):
+    self._parts, self._ends = parts, np.cumsum([len(part) for part in parts])
+
+  def __len__(self) -> int:
+    return int(self._ends[-1])
+
+  def __getitem__(self, i):
+    if isinstance(i, slice):
+      return [self[j] for j in range(*i.indices(len(self)))]
+    i = int(i) + (len(self) if i < 0 else 0)
+    if not 0 <= i < len(self):
+      raise IndexError(i)
+    part = int(np.searchsorted(self._ends, i, side="right"))
+    return self._parts[part][i - (int(self._ends[part - 1]) if part else 0)]
 
 
 class Mixture(Joined):
   """Several sources of which training windows are drawn in fixed proportions, each reshuffled at its own pace."""
 
-  def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
-    super().__init__(sources)
+  def __init__(self, sources: Sequence[Source], weights: Sequence[float], specs: Sequence[str] = ()):
+    super().__init__(sources, specs)
     self.weights = tuple(weights)
     self.fingerprint = combine_fingerprints([self.fingerprint, repr(self.weights)])
 

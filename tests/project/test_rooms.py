@@ -27,6 +27,8 @@ HEAVY = {
   "soxr",
   "pandas",
   "constriction",
+  "datasets",
+  "pyarrow",
 }
 
 

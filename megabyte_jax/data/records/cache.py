@@ -1,0 +1,130 @@
+"""Keeps what is worked out once about data: indexes of records, and decompressed copies of files.
+
+Everything lies in one folder that may be deleted at any time: `config.data.cache_dir`, or megabyte_jax in
+$XDG_CACHE_HOME, or ~/.cache/megabyte_jax. Entries belong to a file of a certain size and time of modification; a file
+that has changed since is looked at again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from megabyte_jax.errors import DataError
+from megabyte_jax.files.atomic_file import replacing
+from megabyte_jax.files.object_stores import is_remote
+
+_FORMAT = "megabyte_jax index 1"
+
+
+def cache_folder(cache_dir: str) -> str:
+  """Returns the folder that `config.data.cache_dir` names, or the default where it is empty."""
+  if cache_dir:
+    return os.path.expanduser(cache_dir)
+  base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  return os.path.join(base, "megabyte_jax")
+
+
+def identity(path: str) -> dict[str, Any]:
+  """Returns what tells a version of a file from another: its path, size and time of modification.
+
+  Raises:
+    DataError: the file cannot be looked at.
+  """
+  try:
+    if is_remote(path):
+      found = epath.Path(path).stat()
+      return {"path": path, "size": found.length, "modified": found.mtime}
+    status = os.stat(path)
+    return {"path": os.path.realpath(path), "size": status.st_size, "modified": status.st_mtime_ns}
+  except OSError as error:
+    raise DataError(f"{path} cannot be read ({error.strerror or error})") from error
+
+
+def entry_name(*parts: object) -> str:
+  """Returns the name under which something is kept: a hash of `parts`."""
+  return hashlib.sha256(repr(parts).encode(errors="surrogateescape")).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def held(folder: str, name: str) -> Iterator[None]:
+  """Waits until no other process works on the entry `name`, and keeps the others waiting.
+
+  Where the file system has no locks, nothing is held: then several do the same work, and the last result stays.
+
+  Raises:
+    OSError: the folder cannot be made or written to.
+  """
+  os.makedirs(folder, exist_ok=True)
+  descriptor = os.open(os.path.join(folder, f"{name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+  try:
+    with contextlib.suppress(OSError):
+      fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield
+  finally:
+    os.close(descriptor)
+
+
+def load_index(path: str, belongs_to: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+  """Returns the arrays and notes that `save_index` wrote; None if there are none, or they are damaged or of other data.
+
+  Args:
+    path: of the index.
+    belongs_to: what they must have been saved for.
+  """
+  try:
+    with open(path, "rb") as file:
+      head = json.loads(file.readline())
+      rest = file.read()
+    if head["format"] != _FORMAT or head["belongs_to"] != dict(belongs_to):
+      return None
+    if hashlib.sha256(rest).hexdigest() != head["sha256"]:
+      return None
+    arrays, place = {}, 0
+    for name, kind, count in head["arrays"]:
+      arrays[name] = np.frombuffer(rest, kind, count, place)
+      place += arrays[name].nbytes
+    return arrays, head["notes"]
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    return None
+
+
+def save_index(
+  path: str, belongs_to: Mapping[str, Any], arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]
+) -> None:
+  """Writes arrays and notes about the data that `belongs_to` describes; the file appears whole or not at all.
+
+  A folder that cannot be written to costs only the work of the next time, and is warned of.
+  """
+  rest = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays.values())
+  head = {
+    "format": _FORMAT,
+    "belongs_to": dict(belongs_to),
+    "sha256": hashlib.sha256(rest).hexdigest(),
+    "arrays": [[name, array.dtype.str, int(array.size)] for name, array in arrays.items()],
+    "notes": dict(notes),
+  }
+  try:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+      file.write(json.dumps(head).encode() + b"\n")
+      file.write(rest)
+  except OSError as error:
+    logging.warning("the index %s cannot be kept (%s); set config.data.cache_dir", path, error.strerror or error)
+
+
+@contextlib.contextmanager
+def held_if_writable(folder: str, name: str) -> Iterator[None]:
+  """Does as `held` does where the folder can be written to; elsewhere nothing is kept and nobody need wait."""
+  with contextlib.ExitStack() as stack:
+    with contextlib.suppress(OSError):
+      stack.enter_context(held(folder, name))
+    yield

@@ -1,0 +1,123 @@
+"""Opens files as what their endings say: records, what compressed files hold, or their bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from megabyte_jax.config import DataConfig
+from megabyte_jax.data.files import ByteFiles
+from megabyte_jax.data.folders import find_files
+from megabyte_jax.data.records.contents import decompressed, is_compressed, pack_command, stem
+from megabyte_jax.data.records.lines import Lines
+from megabyte_jax.data.records.parquet import Parquet
+from megabyte_jax.data.records.store import RecordStore, RecordTexts
+from megabyte_jax.data.sources import RAW_HINT, SKIP_HINT, Joined, Source
+from megabyte_jax.errors import ConfigError, DataError, require
+
+_LINES = (".jsonl", ".ndjson")
+_PARQUET = (".parquet",)
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".tzst")  # .tar.gz and the like are .tar, compressed
+RECORDS = (*_LINES, *_PARQUET)
+
+
+def kind_of(name: str, as_records: bool = False) -> str:
+  """Returns what a file of this name holds: bytes | lines | parquet | archive, compressed or not.
+
+  Args:
+    as_records: a field was named, so that .json is JSON Lines, too, as compressed .json always is.
+  """
+  lower = name.lower()
+  inside = stem(lower)
+  if inside.endswith(_ARCHIVES) or lower.endswith(_ARCHIVES):
+    return "archive"
+  if inside.endswith(_LINES) or (inside.endswith(".json") and (as_records or inside != lower)):
+    return "lines"
+  return "parquet" if inside.endswith(_PARQUET) else "bytes"
+
+
+def open_documents(path: str, field: str, data: DataConfig, spec: str, skip_empty: bool = False) -> Source:
+  """Returns the texts and files that a path, folder or glob names, for config.data.form = bytes.
+
+  Files that hold no records are documents themselves, compressed ones as what they hold. Where a folder or glob has
+  both, files come first, then JSON Lines, then Parquet.
+
+  Args:
+    path: of a file or folder, or a glob.
+    field: of the records; '' takes `text`. Where it is given, only files of records are read.
+    data: skip_bad, cache_dir.
+    spec: the source as it was named, for errors.
+    skip_empty: leave out empty files of a folder or glob, see `open_path`.
+
+  Raises:
+    ConfigError: a field is named, but there are no records, or they have no such field.
+    DataError: nothing is there, or something cannot be read.
+  """
+  paths, names = find_files(path)
+  skip_empty = skip_empty and paths != [path]
+  kinds = [kind_of(name, bool(field)) for name in names]
+  if field:
+    require(
+      any(kind in ("lines", "parquet") for kind in kinds),
+      f"{spec} names a field, but {path} has no records (.jsonl, .json, .parquet, compressed or not)",
+    )
+    kinds = [kind if kind in ("lines", "parquet") else "" for kind in kinds]
+  skipped = _check_archives(paths, kinds, data, spec)
+  chosen = [i for i, kind in enumerate(kinds) if kind in ("bytes", "lines", "parquet")]
+  copies = decompressed([paths[i] for i in chosen], data, spec, skip_empty)
+  sources: list[Source] = []
+  for kind in ("bytes", "lines", "parquet"):
+    files = [(*copy, names[i]) for i, copy in zip(chosen, copies, strict=True) if copy and kinds[i] == kind]
+    if files:
+      where, shown, called = (list(column) for column in zip(*files, strict=True))
+      if kind == "bytes":
+        called = [stem(name) if is_compressed(name) else name for name in called]
+        sources.append(ByteFiles(where, called, skip_bad=data.skip_bad, skip_empty=skip_empty))
+      elif kind == "lines":
+        sources.append(RecordTexts(Lines(where, called, field or "text", data, shown)))
+      else:
+        sources.append(RecordTexts(Parquet(where, called, field or "text", data, spec)))
+  skipped += copies.count(None)
+  if not sources:
+    raise DataError(f"none of {skipped:,} files of {spec} can be read; they are empty, damaged or archives")
+  for source in sources[:1]:
+    source.skipped += skipped
+  return sources[0] if len(sources) == 1 else Joined(sources)
+
+
+def _check_archives(paths: Sequence[str], kinds: Sequence[str], data: DataConfig, spec: str) -> int:
+  """Returns how many archives are left out. Raises DataError where there is one, and skip_bad is False."""
+  archives = [path for path, kind in zip(paths, kinds, strict=True) if kind == "archive"]
+  if not archives or data.skip_bad:
+    return len(archives)
+  raise DataError(
+    f"{archives[0]} is an archive; pack the files that it holds, and name that folder:\n"
+    f"  {pack_command(spec if paths == [spec] else archives[0], data)}\n"
+    f"or take the archive's own bytes: {RAW_HINT}" + ("" if len(paths) == 1 else f", or leave it out: {SKIP_HINT}")
+  )
+
+
+def open_encoded(path: str, field: str, data: DataConfig, spec: str, suffixes: Sequence[str]) -> RecordStore | None:
+  """Returns the Parquet records that hold images or recordings; None where a path, folder or glob has none.
+
+  A folder that has files with one of `suffixes`, images themselves, is read for these alone.
+
+  Raises:
+    ConfigError: a field is named, but there are no Parquet files; or they have no such field.
+    DataError: nothing is there, or a file is damaged.
+  """
+  if os.path.isfile(path) and not path.lower().endswith(_PARQUET):
+    if field:
+      raise ConfigError(f"{spec} names a field, but {path} is no Parquet file")
+    return None
+  try:
+    paths, names = find_files(path, (*suffixes, *_PARQUET))
+  except DataError:
+    if field:
+      raise
+    return None  # said with the endings of images
+  tables = [i for i, name in enumerate(names) if name.lower().endswith(_PARQUET)]
+  if not tables or (len(tables) < len(names) and not field):
+    require(not field, f"{spec} names a field, but {path} has no Parquet files")
+    return None
+  return Parquet([paths[i] for i in tables], [names[i] for i in tables], field, data, spec)
