@@ -293,3 +293,79 @@ def test_a_data_set_that_nobody_knows_is_one_line(tmp_path):
     prepare.main(["convert", "tfds:pg19", f"--tfds_dir={tmp_path}"])
   with pytest.raises(DataError, match=r"manual|by hand"):
     prepare.main(["build", "tfds:imagenet2012", f"--tfds_dir={tmp_path}"])
+
+
+def test_compressed_files_are_packed_as_what_they_hold_however_they_are_named(tmp_path):
+  folder = tmp_path / "set"
+  folder.mkdir()
+  for name, data in TEXTS.items():
+    (folder / f"{pathlib.Path(name).name}.gz").write_bytes(gzip.compress(data))
+  expected = {pathlib.Path(name).name: data for name, data in TEXTS.items()}
+  pack(folder, tmp_path / "folder")
+  pack(f"{folder}/*.gz", tmp_path / "glob")
+  pack(",".join(map(str, sorted(folder.iterdir()))), tmp_path / "list")
+  for name in ("folder", "glob", "list"):
+    assert contents(open_path(str(tmp_path / name), PLAIN)) == expected
+  pack(folder, tmp_path / "raw", "--raw")
+  assert contents(open_path(str(tmp_path / "raw"), PLAIN)) == {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def test_archives_records_and_files_are_packed_together(tmp_path):
+  zstandard, parquet = pytest.importorskip("zstandard"), pytest.importorskip("pyarrow.parquet")
+  folder = write_texts(tmp_path / "set")
+  with tarfile.open(tmp_path / "x.tar", "w") as archive:
+    archive.add(folder / "a.txt", arcname="inside.txt")
+  (folder / "x.tar.zst").write_bytes(zstandard.ZstdCompressor().compress((tmp_path / "x.tar").read_bytes()))
+  lines = b'{"text": "one"}\n{"text": ""}\n{"text": "two"}\n'
+  (folder / "r.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines))
+  import pyarrow  # noqa: PLC0415
+
+  parquet.write_table(pyarrow.table({"text": ["row", None]}), folder / "t.parquet")
+  with pytest.raises(DataError, match=r"t\.parquet, row 1 has no value"):
+    pack(folder, tmp_path / "packed", f"--cache-dir={tmp_path}/cache")
+  pack(folder, tmp_path / "skipped", "--skip-bad", f"--cache-dir={tmp_path}/cache")
+  expected = {**TEXTS, "r.jsonl.zst[0]": b"one", "r.jsonl.zst[1]": b"two", "t.parquet[0]": b"row"}
+  source = open_path(str(tmp_path / "skipped"), PLAIN)
+  assert contents(source) == {**expected, "x.tar.zst/inside.txt": TEXTS["a.txt"]} and source.skipped == 2
+
+
+def test_a_damaged_file_among_others_stops_or_is_skipped(tmp_path):
+  folder = tmp_path / "set"
+  folder.mkdir()
+  for name in "abc":
+    (folder / f"{name}.txt.gz").write_bytes(gzip.compress(np.random.default_rng(0).bytes(5000)))
+  (folder / "b.txt.gz").write_bytes((folder / "b.txt.gz").read_bytes()[:-100])
+  (folder / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n{"text": 2}\n'))
+  with pytest.raises(DataError, match=r"b\.txt\.gz is damaged or cut short"):
+    pack(folder, tmp_path / "packed")
+  pack(folder, tmp_path / "skipped", "--skip-bad")
+  source = open_path(str(tmp_path / "skipped"), PLAIN)
+  assert source.names == ["a.txt", "c.txt", "d.jsonl.gz[0]"] and source.skipped == 2
+  with pytest.raises(DataError, match=r"d\.jsonl\.gz, line 2 has no text in its field 'text'"):
+    pack(folder / "d.jsonl.gz", tmp_path / "lines")
+
+
+def test_an_interrupted_pack_of_compressed_records_goes_on(tmp_path, monkeypatch):
+  monkeypatch.setattr(pack_writer, "_SAVE_EVERY", 1000)
+  texts = [f"text {i} " * 30 for i in range(40)]
+  path = tmp_path / "a.jsonl.gz"
+  path.write_bytes(gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode()))
+  write_items, seen = pack_writer.PackWriter._write_items, []
+
+  def stop(self, items, show):
+    def until():
+      for item in items:
+        seen.append(item[0])
+        if len(seen) == 25:
+          raise Stop
+        yield item
+
+    write_items(self, until(), show)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(pack_writer.PackWriter, "_write_items", stop)
+    with pytest.raises(Stop):
+      pack(path, tmp_path / "packed")
+    pack(path, tmp_path / "packed")
+  assert seen[25] not in ("a.jsonl.gz[0]", "a.jsonl.gz[1]") and len(seen) < 25 + 40
+  assert list(contents(open_path(str(tmp_path / "packed"), PLAIN)).values()) == [text.encode() for text in texts]

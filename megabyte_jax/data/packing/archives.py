@@ -1,4 +1,4 @@
-"""Archives of text files, read from front to back: zip, tar (also gz, bz2, xz) and single gz, bz2, xz files.
+"""Archives of text files, read from front to back: zip, tar (also gz, bz2, xz, zst) and single compressed files.
 
 Every regular file is read that is not hidden, a hard link as the file that it links to. Symbolic links are left out.
 """
@@ -18,13 +18,15 @@ from typing import IO, Protocol
 
 from megabyte_jax.data.files import fingerprint_files, sizes_of
 from megabyte_jax.data.packing.decompression import Decompressed
+from megabyte_jax.data.packing.zstd import ZstdFile
 from megabyte_jax.errors import DataError
 
-_TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+_TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 _SINGLE: dict[str, Callable[[IO[bytes]], _Readable]] = {
   ".gz": lambda file: gzip.GzipFile(fileobj=file),
   ".bz2": lambda file: io.BufferedReader(Decompressed(file, "bz2"), _BLOCK),
   ".xz": lambda file: io.BufferedReader(Decompressed(file, "xz"), _BLOCK),
+  ".zst": lambda file: io.BufferedReader(ZstdFile(file), _BLOCK),
 }
 _BLOCK = 1 << 22
 _RECORD = 512  # bytes; a tar archive consists of such

@@ -1,16 +1,19 @@
-"""Packs the documents of any source, or of an archive of texts, into one folder."""
+"""Packs the documents of any source, or of archives and compressed files, into one folder."""
 
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
 
 from megabyte_jax.config import DataConfig
+from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.open_data import open_path
 from megabyte_jax.data.packing import archives, packed
 from megabyte_jax.data.packing.pack_writer import PackWriter
+from megabyte_jax.data.packing.streams import Item, Stream, stream_of
+from megabyte_jax.data.packing.streams import documents as stream_documents
 from megabyte_jax.data.read_ahead import read_ahead
+from megabyte_jax.data.source_names import split_list
 from megabyte_jax.data.sources import Source
 from megabyte_jax.errors import DataError
 
@@ -18,20 +21,19 @@ _BLOCK = 1 << 24  # bytes read at once of a long document
 
 
 def pack(spec: str, folder: str, data: DataConfig) -> None:
-  """Writes the documents of a source, or of an archive of text files, to a packed folder.
+  """Writes the documents of a source, or of archives and compressed files, to a packed folder.
 
   Interrupted, it goes on where it was when it is called again with the same arguments and unchanged data.
 
   Raises:
     DataError: the data cannot be read, the folder holds something else, or the disk is full.
   """
-  if archives.is_archive(spec):
-    if data.form != "bytes":
-      raise DataError(f"{spec}: only text is read from archives; unpack it and name the folder")
-    writer = PackWriter(folder, _request(spec, archives.fingerprint(spec), data))
-    place = [0]
-    documents = archives.documents(spec, writer.items_done, data.skip_bad, on_place=lambda at: place.__setitem__(0, at))
-    writer.write(documents, total_bytes=os.path.getsize(spec), place=lambda: place[0])
+  if data.form != "bytes" and archives.is_archive(spec):
+    raise DataError(f"{spec}: only text is read from archives; unpack it and name the folder")
+  parts = split_list(spec)
+  streams = [None if data.form != "bytes" or data.raw else stream_of(part) for part in parts]
+  if any(streams):
+    _pack_streams(spec, list(zip(parts, streams, strict=True)), folder, data)
   else:
     source = open_path(spec, data)
     writer = PackWriter(folder, _request(spec, source.fingerprint, data), source.unit)
@@ -39,6 +41,29 @@ def pack(spec: str, folder: str, data: DataConfig) -> None:
   manifest = packed.Packed(folder, data).manifest
   print(f"{folder}: {manifest['documents']:,} documents, {manifest['bytes']:,} bytes", end="")
   print(f", {manifest['skipped']:,} skipped" if manifest["skipped"] else "")
+
+
+def _pack_streams(spec: str, parts: list[tuple[str, Stream | None]], folder: str, data: DataConfig) -> None:
+  """Packs files from front to back, and with them any other sources that were named beside them."""
+  opened: list[Stream | Source] = [stream or open_path(part, data) for part, stream in parts]
+  total = sum(sum(part.sizes) if isinstance(part, Stream) else int(part.lengths.sum()) for part in opened)
+  skipped = sum(0 if isinstance(part, Stream) else part.skipped for part in opened)
+  writer = PackWriter(folder, _request(spec, combine_fingerprints(part.fingerprint for part in opened), data))
+  place = [0]
+
+  def items() -> Iterator[Item]:
+    before = 0
+    for part in opened:
+      if isinstance(part, Stream):
+        yield from stream_documents(part, data, lambda at, start=before: place.__setitem__(0, start + at))  # type: ignore[misc]
+        before += sum(part.sizes)
+      else:
+        yield from _documents(part, 0)
+        before += int(part.lengths.sum())
+      place[0] = before
+
+  rest = itertools.islice(items(), writer.items_done, None)  # those before are passed over without being decoded
+  writer.write(rest, total_bytes=total, skipped=skipped, place=lambda: place[0])
 
 
 def _request(spec: str, fingerprint: str, data: DataConfig) -> dict:

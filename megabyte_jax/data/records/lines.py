@@ -124,7 +124,7 @@ class Lines:
     for path, shown_path in zip(self._files.paths, self._shown, strict=True):
       arrays, notes = _index(path, shown_path, field, data)
       if notes["bad"] and not data.skip_bad:
-        raise _problem(shown_path, notes["first"])
+        raise _with_remedies(shown_path, notes["first"])
       self.skipped += notes["bad"] + notes["empty"]
       indexes.append(arrays)
     self._starts, self._widths, self.sizes, self._lines = (
@@ -155,10 +155,19 @@ class Lines:
     return f"{self._shown[self.names.find(i)[0]]}, line {self._lines[i]}"
 
 
-def _problem(path: str, what: str) -> DataError:
-  return DataError(
-    f"{path}, {what}; or leave such lines out with {SKIP_HINT}, or take the bytes as they are: {RAW_HINT}"
-  )
+def bad_line(path: str, number: int, error: BadRecord, has_end: bool) -> DataError:
+  """Returns the error about a line that cannot be read; `has_end` tells whether a line break follows it."""
+  return _with_remedies(path, _problem(number, error, has_end))
+
+
+def _problem(number: int, error: BadRecord, has_end: bool) -> str:
+  cut = "" if has_end else "; the file ends within this line, it may have been cut short"
+  return f"line {number} {error}{cut}"
+
+
+def _with_remedies(path: str, what: str) -> DataError:
+  remedies = f"leave such lines out with {SKIP_HINT}, or take the bytes as they are with {RAW_HINT}"
+  return DataError(f"{path}, {what}; or {remedies}")
 
 
 def _index(path: str, shown: str, field: str, data: DataConfig) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -187,11 +196,10 @@ def _scan(path: str, shown: str, field: str, skip_bad: bool, size: int) -> tuple
         try:
           text = text_of(line, field)
         except BadRecord as error:
-          cut = "" if has_end else "; the file ends within this line, it may have been cut short"
-          notes["first"] = notes["first"] or f"line {number} {error}{cut}"
-          notes["bad"] += 1
           if not skip_bad:
-            raise _problem(shown, notes["first"]) from error
+            raise bad_line(shown, number, error, has_end) from error
+          notes["first"] = notes["first"] or _problem(number, error, has_end)
+          notes["bad"] += 1
           continue
         if not text:
           notes["empty"] += 1
