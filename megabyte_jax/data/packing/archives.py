@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Protocol
 
-from megabyte_jax.data.files import fingerprint_files, sizes_of
 from megabyte_jax.data.packing.decompression import Decompressed
 from megabyte_jax.data.packing.zstd import ZstdFile
 from megabyte_jax.errors import DataError
@@ -49,11 +48,6 @@ class BadItem(DataError):
 def is_archive(spec: str) -> bool:
   """Whether a name ends like that of an archive and is a local file."""
   return spec.lower().endswith((".zip", *_TAR, *_SINGLE)) and os.path.isfile(spec)
-
-
-def fingerprint(path: str) -> str:
-  """Changes with the archive; see `fingerprint_files`."""
-  return fingerprint_files([path], [os.path.basename(path)], sizes_of([path]))
 
 
 def documents(
