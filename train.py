@@ -40,7 +40,7 @@ from megabyte_jax.generation.samples import print_sample, write_samples
 from megabyte_jax.models.flops import flops_per_byte, predicted_bytes
 from megabyte_jax.parallel import distributed
 from megabyte_jax.parallel.sharding import batch_sharding, check_mesh, make_mesh
-from megabyte_jax.training.optimizer import learning_rate
+from megabyte_jax.training.schedule import learning_rate
 from megabyte_jax.training.state import TrainState, initial_state, make_train_step, restored_state
 
 _QUICK_START = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "quickstart.py")

@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and decay (appendix A.1 of the paper); Muon and other schedules."""
+"""Makes the optimizer: AdamW (appendix A.1 of the paper) or Muon, with clipped gradients."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import optax
 from megabyte_jax.config import OptimizerConfig
 from megabyte_jax.parallel.backend import platform
 from megabyte_jax.parallel.parameter_names import parameter_name
+from megabyte_jax.training.schedule import learning_rate
 
 # Muon's matrices by the end of their names, with the axes of the result. A layer, and each of q, k, v and of a gated
 # layer's halves, is a matrix of its own.
@@ -24,22 +25,6 @@ _RESULT = {
   "from_parent": (-1,),
 }
 _RMS = 0.2  # of Muon's updates, about AdamW's: one learning rate and weight decay serve both (Liu et al., 2025)
-
-
-def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-  """Linear from 0 over `warmup_steps`, then as `config.schedule` says to `end_learning_rate` at `num_steps`."""
-  warmup = min(config.warmup_steps, num_steps)
-  peak, end, left = config.learning_rate, config.end_learning_rate, num_steps - warmup
-  pieces, boundaries = [optax.linear_schedule(0.0, peak, warmup)], [warmup]
-  if config.schedule == "cosine":
-    pieces.append(optax.cosine_decay_schedule(peak, max(1, left), alpha=end / peak))
-  else:
-    decay = left if config.schedule == "linear" else min(left, round(config.decay_share * num_steps))
-    if decay < left:
-      pieces.append(optax.constant_schedule(peak))
-      boundaries.append(num_steps - decay)
-    pieces.append(optax.linear_schedule(peak, end, decay))
-  return optax.join_schedules(pieces, boundaries)
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:

@@ -11,7 +11,8 @@ from megabyte_jax.checkpoints.arrays import flat_arrays
 from megabyte_jax.config import Config, Level, MegabyteConfig, MeshConfig, OptimizerConfig
 from megabyte_jax.models.build import abstract_model
 from megabyte_jax.parallel.sharding import batch_sharding, make_mesh
-from megabyte_jax.training.optimizer import learning_rate, make_optimizer, muon_matrices
+from megabyte_jax.training.optimizer import make_optimizer, muon_matrices
+from megabyte_jax.training.schedule import learning_rate
 from megabyte_jax.training.state import initial_state, make_train_step
 
 

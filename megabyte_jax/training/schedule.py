@@ -1,0 +1,26 @@
+"""Defines the learning-rate schedules: warm-up, then linear, cosine or warm-up-stable-decay."""
+
+from __future__ import annotations
+
+import optax
+
+from megabyte_jax.config import OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+  """Returns the learning rate by step: linear from 0 over `warmup_steps`, then as `config.schedule` says.
+
+  The paper has linear decay (appendix A.1). All schedules end at `end_learning_rate` at step `num_steps`.
+  """
+  warmup = min(config.warmup_steps, num_steps)
+  peak, end, left = config.learning_rate, config.end_learning_rate, num_steps - warmup
+  pieces, boundaries = [optax.linear_schedule(0.0, peak, warmup)], [warmup]
+  if config.schedule == "cosine":
+    pieces.append(optax.cosine_decay_schedule(peak, max(1, left), alpha=end / peak))
+  else:
+    decay = left if config.schedule == "linear" else min(left, round(config.decay_share * num_steps))
+    if decay < left:
+      pieces.append(optax.constant_schedule(peak))
+      boundaries.append(num_steps - decay)
+    pieces.append(optax.linear_schedule(peak, end, decay))
+  return optax.join_schedules(pieces, boundaries)
