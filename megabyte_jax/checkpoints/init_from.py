@@ -8,8 +8,8 @@ import jax
 from jax.sharding import Mesh
 
 from megabyte_jax.checkpoints.arrays import flat_arrays
-from megabyte_jax.checkpoints.checkpoints import Checkpoints
 from megabyte_jax.checkpoints.saved_config import changed_keys, load_config
+from megabyte_jax.checkpoints.trained_model import read_parameters
 from megabyte_jax.config import Config
 from megabyte_jax.errors import CheckpointError
 from megabyte_jax.models.build import abstract_model
@@ -40,16 +40,14 @@ def parameters_from(workdir: str, fresh: Any, config: Config, mesh: Mesh) -> Any
     raise CheckpointError(
       f"the model of {workdir} does not fit this config; different: {', '.join(sorted(differ)[:8])}"
     )
-  with Checkpoints(workdir, read_only=True) as checkpoints:
-    restored = checkpoints.restore_params(shard_abstract(abstract, mesh))
-
-  print(f"start   parameters of {workdir}, step {restored.step}")
+  parameters, step = read_parameters(workdir, shard_abstract(abstract, mesh))
+  print(f"start   parameters of {workdir}, step {step}")
 
   def fit(new: jax.Array, old: jax.Array) -> jax.Array:
     rows = min(len(old), len(new)) if new.ndim else 0
     return old if new.shape == old.shape else jax.device_put(new.at[:rows].set(old[:rows]), new.sharding)
 
-  return jax.tree.map(fit, fresh, restored.params)
+  return jax.tree.map(fit, fresh, parameters)
 
 
 def _shapes(parameters: Any) -> dict[str, tuple[int, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ from megabyte_jax.errors import CheckpointError, ConfigError
 from megabyte_jax.files.atomic_file import replacing
 
 CONFIG_FILE = "config.json"
+SHIPPED = "pretrained:"  # before the name of a model that the package holds
+_SHIPPED_FOLDER = epath.Path(__file__).parent / "pretrained"
 
 # A run continues exactly only where these agree; the rest is about where it runs, what it prints and when it saves.
 _DECISIVE = ("model", "data", "optimizer", "batch_size", "accumulate", "num_steps", "seed")
@@ -32,6 +35,24 @@ _FREE = (  # other ways to compute the same numbers, and where data lie whose co
 _ABSENT = object()
 
 
+def shipped_folder(workdir: epath.PathLike) -> epath.PathLike:
+  """Returns the folder that `pretrained:NAME` stands for; any other work directory as it is.
+
+  Raises:
+    CheckpointError: no model of this name is shipped with the package.
+  """
+  name = os.fspath(workdir)
+  if not name.startswith(SHIPPED):
+    return workdir
+  folder = _SHIPPED_FOLDER / name.removeprefix(SHIPPED)
+  known = sorted(path.name for path in _SHIPPED_FOLDER.iterdir()) if _SHIPPED_FOLDER.exists() else []
+  if folder.name not in known:
+    raise CheckpointError(
+      f"{name}: there is no such model; this package holds {', '.join(SHIPPED + one for one in known) or 'none'}"
+    )
+  return folder
+
+
 def save_config(workdir: epath.PathLike, config: Config) -> None:
   """Writes `config` to `workdir`/config.json, where `load_config` finds it; process 0 does, all may call."""
   if jax.process_index() > 0:
@@ -46,7 +67,7 @@ def load_config(workdir: epath.PathLike) -> Config:
   Raises:
     CheckpointError: `workdir` holds no run, or its config cannot be read by this version.
   """
-  path = epath.Path(workdir) / CONFIG_FILE
+  path = epath.Path(shipped_folder(workdir)) / CONFIG_FILE
   if not path.exists():
     raise CheckpointError(f"{workdir} holds no run: {path} does not exist; give the --workdir of a train.py run")
   try:

@@ -1,16 +1,17 @@
-"""A trained model from its work directory."""
+"""Loads a trained model: of a run, exported, or shipped with the package."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
 
 from megabyte_jax.checkpoints.checkpoints import Checkpoints
+from megabyte_jax.checkpoints.exported import is_exported, read_exported
 from megabyte_jax.checkpoints.saved_config import load_config
 from megabyte_jax.config import Config, MeshConfig
-from megabyte_jax.errors import ConfigError
+from megabyte_jax.errors import CheckpointError, ConfigError
 from megabyte_jax.models.build import Model, abstract_model, trained_model
 from megabyte_jax.parallel.sharding import make_mesh, shard_abstract
 
@@ -18,10 +19,10 @@ from megabyte_jax.parallel.sharding import make_mesh, shard_abstract
 def load(
   workdir: str, step: int | Literal["best"] | None = None, mesh: Mesh | None = None
 ) -> tuple[Model, Config, int]:
-  """The model of a train.py run, with the parameters of one of its checkpoints.
+  """Loads the model of a train.py run, or an exported or shipped one, with its parameters.
 
   Args:
-    workdir: the run's folder.
+    workdir: the run's folder, an exported model's, or `pretrained:NAME` for one that the package holds.
     step: which checkpoint; None takes the newest that is whole, "best" the one with the fewest validation bits per
       byte while training (see CheckpointConfig).
     mesh: where the parameters go; None puts all of them on the first device.
@@ -35,10 +36,35 @@ def load(
   config = load_config(workdir)
   mesh = mesh or make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
   _, abstract = abstract_model(config.model)
+  parameters, found = read_parameters(workdir, shard_abstract(abstract, mesh), step)
+  return trained_model(config.model, parameters), config, found
+
+
+def read_parameters(
+  workdir: str, abstract_parameters: Any, step: int | Literal["best"] | None = None
+) -> tuple[Any, int]:
+  """Reads parameters alone, of a run's checkpoint or of an exported or shipped model.
+
+  Args:
+    workdir: the run's folder, an exported model's, or `pretrained:NAME`.
+    abstract_parameters: nested dicts of ShapeDtypeStructs with shardings.
+    step: as in `load`; an exported model has one step alone.
+
+  Returns:
+    Nested dicts of arrays, and the step they are from.
+
+  Raises:
+    CheckpointError: there is no such checkpoint, it is damaged, or its arrays are not those asked for.
+  """
+  if is_exported(workdir):
+    parameters, found = read_exported(workdir, abstract_parameters)
+    if step not in (None, found):
+      raise CheckpointError(f"{workdir} is an exported model of step {found} alone; leave out --step={step}")
+    return parameters, found
   with Checkpoints(workdir, read_only=True) as checkpoints:
     number = checkpoints.best_step() if step == "best" else step
-    restored = checkpoints.restore_params(shard_abstract(abstract, mesh), number)
-  return trained_model(config.model, restored.params), config, restored.step
+    restored = checkpoints.restore_params(abstract_parameters, number)
+  return restored.params, restored.step
 
 
 def evaluation_mesh(config: MeshConfig) -> Mesh:

@@ -1,0 +1,157 @@
+"""Exported models: config.json and parameters as safetensors, for other programs and for models shipped with this one.
+
+A folder holds `config.json`, `model-00001-of-0000N.safetensors`, ..., the index that says which tensor lies in which
+file, and `files.json` with every file's size and checksum. Each layer's parameters are tensors of their own
+(`levels.0.decoder.blocks.3.qkv.kernel`), though training stacks them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from megabyte_jax.checkpoints.arrays import flat_arrays
+from megabyte_jax.checkpoints.checksums import find_damage, write_digests
+from megabyte_jax.checkpoints.saved_config import CONFIG_FILE, save_config, shipped_folder
+from megabyte_jax.config import Config
+from megabyte_jax.errors import CheckpointError, ConfigError, require
+
+INDEX_FILE = "model.safetensors.index.json"
+FORMAT = 1  # raised when older code could no longer read what this code writes
+DTYPES = ("float32", "bfloat16")
+_LAYERS = ".blocks."  # after it, a stacked parameter's name has no layer, an exported one's has
+
+
+def is_exported(workdir: epath.PathLike) -> bool:
+  """Returns whether `workdir` is an exported model, or names a shipped one, rather than the folder of a run."""
+  return (epath.Path(shipped_folder(workdir)) / INDEX_FILE).exists()
+
+
+def export_model(
+  folder: str, config: Config, parameters: Any, step: int, dtype: str = "float32", max_file_bytes: int = 2**32
+) -> None:
+  """Writes a model to a new folder, which appears whole or not at all.
+
+  Args:
+    folder: of the export; it must not exist yet, or be empty.
+    config: of the run that trained it.
+    parameters: nested dicts of float32 arrays.
+    step: optimizer steps that they have had.
+    dtype: float32 keeps every bit; bfloat16 halves the size.
+    max_file_bytes: tensors are spread over files of at most so many bytes.
+
+  Raises:
+    ConfigError: the folder holds something, or one tensor is larger than a file may be.
+  """
+  from safetensors.numpy import save_file  # noqa: PLC0415 - only exports need it
+
+  require(dtype in DTYPES, f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+  require(not os.path.exists(folder) or not os.listdir(folder), f"{folder} is not empty; name a new folder")
+  tensors = {name: np.asarray(array, jnp.dtype(dtype)) for name, array in _unstacked(parameters).items()}
+  files = _spread(tensors, max_file_bytes)
+  os.makedirs(os.path.dirname(os.path.abspath(folder)), exist_ok=True)
+  temporary = epath.Path(f"{folder.rstrip('/')}.{uuid.uuid4().hex[:12]}.tmp")
+  try:
+    temporary.mkdir()
+    names = {f"model-{i:05d}-of-{len(files):05d}.safetensors": file for i, file in enumerate(files, start=1)}
+    for name, file in names.items():
+      save_file({tensor: tensors[tensor] for tensor in file}, temporary / name)
+    metadata = {"format": FORMAT, "step": step, "total_size": sum(array.nbytes for array in tensors.values())}
+    index = {"metadata": metadata, "weight_map": {tensor: name for name, file in names.items() for tensor in file}}
+    (temporary / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")
+    save_config(temporary, config)
+    write_digests(temporary)
+    if os.path.isdir(folder):
+      os.rmdir(folder)
+    temporary.rename(folder)
+  finally:
+    if temporary.exists():
+      temporary.rmtree()
+
+
+def read_exported(workdir: epath.PathLike, abstract_parameters: Any) -> tuple[Any, int]:
+  """Reads the parameters of an exported or shipped model, in float32.
+
+  Args:
+    workdir: the folder, or `pretrained:NAME`.
+    abstract_parameters: nested dicts of ShapeDtypeStructs with the shardings that they get.
+
+  Returns:
+    Nested dicts of arrays, and the step they are from.
+
+  Raises:
+    CheckpointError: a file is missing or altered, or the tensors are not those of the model.
+  """
+  from safetensors.numpy import load_file  # noqa: PLC0415
+
+  folder = epath.Path(shipped_folder(workdir))
+  if damage := find_damage(folder):
+    raise CheckpointError(f"the exported model in {folder} is damaged: {damage}; export it again, or take another copy")
+  index = json.loads((folder / INDEX_FILE).read_text())
+  if index["metadata"].get("format") != FORMAT:
+    raise CheckpointError(f"{folder} has format {index['metadata'].get('format')}, not {FORMAT}; export it again")
+  tensors: dict[str, np.ndarray] = {}
+  for name in sorted(set(index["weight_map"].values())):
+    tensors |= load_file(folder / name)
+  arrays = _stacked(tensors)
+  wanted = flat_arrays(abstract_parameters)
+  differ = [
+    f"{name} {list(arrays[name].shape) if name in arrays else '(absent)'} instead of "
+    f"{list(wanted[name].shape) if name in wanted else 'nothing'}"
+    for name in sorted(arrays.keys() | wanted.keys())
+    if name not in arrays or name not in wanted or arrays[name].shape != wanted[name].shape
+  ]
+  if differ:
+    raise CheckpointError(f"the tensors in {folder} are not those of its {CONFIG_FILE}: {'; '.join(differ[:8])}")
+  placed = [jax.device_put(arrays[name].astype(leaf.dtype), leaf.sharding) for name, leaf in wanted.items()]
+  return jax.tree.unflatten(jax.tree.structure(abstract_parameters), placed), int(index["metadata"]["step"])
+
+
+def _unstacked(parameters: Any) -> dict[str, Any]:
+  """Returns {name: array} with each layer's parameters apart."""
+  apart = {}
+  for name, array in flat_arrays(parameters).items():
+    before, stacked, after = name.partition(_LAYERS)
+    if stacked:
+      apart |= {f"{before}{_LAYERS}{layer}.{after}": array[layer] for layer in range(len(array))}
+    else:
+      apart[name] = array
+  return apart
+
+
+def _stacked(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Undoes `_unstacked`; layers that are missing in the middle leave too few, which shapes tell."""
+  layers: dict[str, dict[int, np.ndarray]] = {}
+  arrays = {}
+  for name, tensor in tensors.items():
+    if match := re.fullmatch(rf"(.*{re.escape(_LAYERS)})(\d+)\.(.*)", name):
+      layers.setdefault(match[1] + match[3], {})[int(match[2])] = tensor
+    else:
+      arrays[name] = tensor
+  return arrays | {name: np.stack([each[i] for i in sorted(each)]) for name, each in layers.items()}
+
+
+def _spread(tensors: Mapping[str, np.ndarray], max_file_bytes: int) -> list[list[str]]:
+  """Returns the names of the tensors of each file, in order."""
+  room = max_file_bytes - (1 << 16)  # for the file's own header
+  largest = max(tensors, key=lambda name: tensors[name].nbytes)
+  if tensors[largest].nbytes > room:
+    raise ConfigError(f"{largest} alone takes {tensors[largest].nbytes:,} bytes; allow files of more than that")
+  files: list[list[str]] = [[]]
+  size = 0
+  for name, tensor in tensors.items():
+    if size + tensor.nbytes > room:
+      files.append([])
+      size = 0
+    files[-1].append(name)
+    size += tensor.nbytes
+  return files

@@ -1,0 +1,121 @@
+"""Exported models come back exactly, or not at all."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import model_variants as variants
+import numpy as np
+import pytest
+from flax import nnx
+from run_commands import MESH, assert_bitwise_equal
+from safetensors.numpy import load_file
+
+from megabyte_jax.checkpoints import exported, saved_config
+from megabyte_jax.checkpoints.exported import export_model, is_exported, read_exported
+from megabyte_jax.checkpoints.saved_config import load_config
+from megabyte_jax.checkpoints.trained_model import load
+from megabyte_jax.config import Config
+from megabyte_jax.errors import CheckpointError, ConfigError
+from megabyte_jax.models.build import abstract_model, initial_parameters
+from megabyte_jax.models.loss import byte_nats
+from megabyte_jax.parallel.sharding import shard_abstract
+
+
+def config_of(name):
+  return Config(model=variants.VARIANTS[name], batch_size=1, num_steps=9)
+
+
+def parameters_of(config, seed=0):
+  return initial_parameters(config.model, jax.random.key(seed))
+
+
+def abstract_of(config):
+  return shard_abstract(abstract_model(config.model)[1], MESH)
+
+
+@pytest.mark.parametrize("name", ["two_levels", "three_levels_cross_patch", "conv", "perceiver_ar"])
+def test_float32_comes_back_to_the_last_bit(tmp_path, name):
+  config = config_of(name)
+  parameters = parameters_of(config)
+  export_model(str(tmp_path / "out"), config, parameters, step=7)
+  assert is_exported(tmp_path / "out") and not is_exported(tmp_path)
+  read, step = read_exported(tmp_path / "out", abstract_of(config))
+  assert step == 7 and load_config(tmp_path / "out") == config
+  assert_bitwise_equal(parameters, read)
+
+
+def test_bfloat16_is_the_rounded_number_and_half_the_size(tmp_path):
+  config = config_of("two_levels")
+  parameters = parameters_of(config)
+  for dtype in ("float32", "bfloat16"):
+    export_model(str(tmp_path / dtype), config, parameters, step=7, dtype=dtype)
+  sizes = [
+    json.loads((tmp_path / d / exported.INDEX_FILE).read_text())["metadata"]["total_size"] for d in exported.DTYPES
+  ]
+  assert sizes[0] == 2 * sizes[1]
+  read, _ = read_exported(tmp_path / "bfloat16", abstract_of(config))
+  rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), parameters)
+  assert_bitwise_equal(rounded, read)
+
+
+def test_each_layer_is_a_tensor_and_no_file_is_larger_than_asked(tmp_path):
+  config = config_of("two_levels")
+  parameters = parameters_of(config)
+  limit = (1 << 16) + 4096
+  export_model(str(tmp_path / "out"), config, parameters, step=7, max_file_bytes=limit)
+  files = sorted((tmp_path / "out").glob("*.safetensors"))
+  assert len(files) > 1 and max(path.stat().st_size for path in files) <= limit
+  tensors = {name: tensor for path in files for name, tensor in load_file(path).items()}
+  whole = parameters["levels"][0]["decoder"]["blocks"]["qkv"]["kernel"]
+  np.testing.assert_array_equal(tensors["levels.0.decoder.blocks.1.qkv.kernel"], whole[1])
+  assert_bitwise_equal(parameters, read_exported(tmp_path / "out", abstract_of(config))[0])
+  with pytest.raises(ConfigError, match=r"alone takes [\d,]+ bytes; allow files"):
+    export_model(str(tmp_path / "small"), config, parameters, step=7, max_file_bytes=(1 << 16) + 64)
+  assert not (tmp_path / "small").exists()
+
+
+def test_what_stands_there_is_left_alone(tmp_path):
+  config = config_of("two_levels")
+  (tmp_path / "mine").write_text("")
+  with pytest.raises(ConfigError, match=r"is not empty; name a new folder"):
+    export_model(str(tmp_path), config, parameters_of(config), step=7)
+  assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_every_damage_is_noticed(tmp_path):
+  config = config_of("two_levels")
+  export_model(str(tmp_path / "out"), config, parameters_of(config), step=7, max_file_bytes=(1 << 16) + 8192)
+  for path in sorted((tmp_path / "out").iterdir()):
+    content = path.read_bytes()
+    for damaged in (None, content[:-1], b"", bytes([content[0] ^ 1]) + content[1:]):
+      path.unlink()
+      if damaged is not None:
+        path.write_bytes(damaged)
+      with pytest.raises(CheckpointError):
+        load(str(tmp_path / "out"))
+      path.write_bytes(content)
+  load(str(tmp_path / "out"))
+
+
+def test_tensors_of_another_model_are_refused(tmp_path):
+  config = config_of("two_levels")
+  export_model(str(tmp_path / "out"), config, parameters_of(config), step=7)
+  with pytest.raises(CheckpointError, match=r"are not those of its config\.json: .*levels\.0"):
+    read_exported(tmp_path / "out", abstract_of(config_of("conv")))
+
+
+def test_a_shipped_model_is_found_by_its_name(tmp_path, monkeypatch):
+  monkeypatch.setattr(saved_config, "_SHIPPED_FOLDER", tmp_path)
+  config = config_of("two_levels")
+  parameters = parameters_of(config)
+  export_model(str(tmp_path / "tiny"), config, parameters, step=7)
+  model, found, step = load("pretrained:tiny")
+  assert found == config and step == 7
+  x_BT = jnp.arange(8)[None] % config.model.vocab_size
+  direct = nnx.merge(abstract_model(config.model)[0], parameters)
+  np.testing.assert_array_equal(byte_nats(model, x_BT)[0], byte_nats(direct, x_BT)[0])
+  with pytest.raises(CheckpointError, match="pretrained:large: there is no such model; this package holds pretrained:"):
+    load("pretrained:large")
+  with pytest.raises(CheckpointError, match="exported model of step 7 alone; leave out --step=8"):
+    load("pretrained:tiny", step=8)
