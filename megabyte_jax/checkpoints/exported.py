@@ -118,7 +118,7 @@ def read_exported(workdir: epath.PathLike, abstract_parameters: Any) -> tuple[An
 
 def _unstacked(parameters: Any) -> dict[str, Any]:
   """Returns {name: array} with each layer's parameters apart."""
-  apart = {}
+  apart: dict[str, Any] = {}
   for name, array in flat_arrays(parameters).items():
     before, stacked, after = name.partition(_LAYERS)
     if stacked:
