@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data import files, tfds_source
 from megabyte_jax.data.folders import find_files
-from megabyte_jax.data.media import audio, image_source, images
+from megabyte_jax.data.media import audio, image_decoding, image_source
 from megabyte_jax.data.packing import packed
 from megabyte_jax.data.pipes import is_special, open_pipe
 from megabyte_jax.data.records import hugging_face
@@ -71,7 +71,7 @@ def open_path(spec: str, data: DataConfig, skip_empty: bool = False) -> Source:
 
 def decodable_as(names: Sequence[str]) -> str:
   """Returns the form of data, image or audio, that files of these names have; "" where not all of them have one."""
-  endings = {"image": images.SUFFIXES, "audio": audio.SUFFIXES}
+  endings = {"image": image_decoding.SUFFIXES, "audio": audio.SUFFIXES}
   return next((form for form, ends in endings.items() if all(name.lower().endswith(ends) for name in names)), "")
 
 
@@ -113,11 +113,11 @@ def _open_files(spec: str, data: DataConfig, skip_empty: bool = False) -> Source
       return open_documents(path, field, data, spec, skip_empty)
     paths, names = find_files(spec)
     return files.ByteFiles(paths, names, skip_bad=data.skip_bad, skip_empty=skip_empty and paths != [spec])
-  suffixes = images.SUFFIXES if data.form == "image" else audio.SUFFIXES
+  suffixes = image_decoding.SUFFIXES if data.form == "image" else audio.SUFFIXES
   if store := open_encoded(path, field, data, spec, suffixes):
     return _open_store(store, data)
   if data.form == "image":
-    return image_source.Images(image_source.ImageFiles(*find_files(spec, images.SUFFIXES)), data)
+    return image_source.Images(image_source.ImageFiles(*find_files(spec, image_decoding.SUFFIXES)), data)
   return audio.AudioFiles(*find_files(spec, audio.SUFFIXES), data)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from megabyte_jax.config import DataConfig
-from megabyte_jax.data.media import images
+from megabyte_jax.data.media import patch_scan, pictures
 from megabyte_jax.data.media.image_source import image_of
 from megabyte_jax.data.sources import Source
 
@@ -76,12 +76,12 @@ def write_best_and_worst(
   chosen = {"best": summary.ranked[:count], "worst": summary.ranked[::-1][:count]}
   paths = []
   for name, documents in chosen.items():
-    pictures = [
-      images.bytes_to_image(source.read(int(i), 0, int(source.lengths[i])), data.scan, data.scan_patch)
+    shown = [
+      patch_scan.bytes_to_image(source.read(int(i), 0, int(source.lengths[i])), data.scan, data.scan_patch)
       for i in documents
     ]
-    width = max(1, min(8, len(pictures), 2048 // pictures[0].shape[1]))
-    rows = [pictures[i : i + width] for i in range(0, len(pictures), width)]
+    width = max(1, min(8, len(shown), 2048 // shown[0].shape[1]))
+    rows = [shown[i : i + width] for i in range(0, len(shown), width)]
     paths.append(os.path.join(os.fspath(folder), f"images_{name}.png"))
-    images.write_png(paths[-1], images.image_grid(rows))
+    pictures.write_png(paths[-1], pictures.image_grid(rows))
   return paths

@@ -9,7 +9,7 @@ import numpy as np
 
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data.files import read_whole
-from megabyte_jax.data.media import audio, images
+from megabyte_jax.data.media import audio, image_decoding, patch_scan, pictures
 from megabyte_jax.data.media.image_source import centred_square
 from megabyte_jax.errors import require
 from megabyte_jax.files.atomic_file import replacing
@@ -49,12 +49,12 @@ def read_prompt(path: str, data: DataConfig, keep: float | None = None) -> Promp
   """
   require(keep is None or 0 <= keep <= 1, f"the share to keep is {keep}; it must be between 0 and 1")
   unit, rate, name = 1, 0, path.lower()
-  decodable = {"image": images.SUFFIXES, "audio": audio.SUFFIXES, "bytes": ("",)}[data.form]
+  decodable = {"image": image_decoding.SUFFIXES, "audio": audio.SUFFIXES, "bytes": ("",)}[data.form]
   require(
     name.endswith((*decodable, ".bin")),
     f"{path} is no {data.form} file that can be decoded ({', '.join(decodable)}); raw bytes are taken from NAME.bin",
   )
-  if data.form == "image" and name.endswith(images.SUFFIXES):
+  if data.form == "image" and name.endswith(image_decoding.SUFFIXES):
     whole = centred_square(read_whole(path), path, data)
     keep = 0.5 if keep is None else keep
   elif data.form == "audio" and name.endswith(audio.SUFFIXES):
@@ -93,7 +93,9 @@ def check_output(path: str, data: DataConfig, samples: int, prompt: Prompt, num_
     require(total == size, f"{total:,} bytes, prompt included, are no image; this model's images have {size:,}")
   else:
     if not is_sound(path, data):
-      endings, made = {"image": (images.SUFFIXES, "PNG"), "audio": (audio.SUFFIXES, "WAV")}.get(data.form, ((), ""))
+      endings, made = {"image": (image_decoding.SUFFIXES, "PNG"), "audio": (audio.SUFFIXES, "WAV")}.get(
+        data.form, ((), "")
+      )
       require(
         not path.lower().endswith(endings),
         f"--output={path}: samples of this model are written as {made}; take a name that ends with .{made.lower()}",
@@ -125,14 +127,14 @@ def write(path: str, samples: list[np.ndarray], data: DataConfig, prompt: Prompt
   if is_picture(path, data) and "{}" not in path and len(samples) > 1:
     cells = ([prompt.whole] if prompt.kept.size and prompt.whole.size == image_bytes(data) else []) + samples
     columns = math.ceil(math.sqrt(len(cells)))
-    cells = [images.bytes_to_image(x, data.scan, data.scan_patch) for x in cells]
+    cells = [patch_scan.bytes_to_image(x, data.scan, data.scan_patch) for x in cells]
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
-    images.write_png(path, images.image_grid(rows))
+    pictures.write_png(path, pictures.image_grid(rows))
     return
   for number, x in enumerate(samples):
     one = path.replace("{}", str(number))
     if is_picture(path, data):
-      images.write_document_png(one, x, data)
+      pictures.write_document_png(one, x, data)
     elif is_sound(path, data):
       audio.write_wav(one, x, data.encoding, data.sample_rate or prompt.sample_rate)
     else:

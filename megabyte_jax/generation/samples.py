@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from megabyte_jax.config import Config
-from megabyte_jax.data.media import audio, images
+from megabyte_jax.data.media import audio, patch_scan, pictures
 from megabyte_jax.data.sources import Source
 from megabyte_jax.generation.sampling import Sampling, generate
 from megabyte_jax.models.build import trained_model
@@ -62,11 +62,11 @@ def _image_grid(config: Config, model: Any, source: Source, workdir: str) -> str
   completed = [_complete(model, x, size // 2, config.seed + i) for i, x in enumerate(real)]
   sampled = generate(model, b"", size, num_samples=columns, sampling=Sampling(), seed=config.seed).bytes_
   rows = [
-    [images.bytes_to_image(x, config.data.scan, config.data.scan_patch) for x in row]
+    [patch_scan.bytes_to_image(x, config.data.scan, config.data.scan_patch) for x in row]
     for row in (real, completed, sampled)
   ]
   path = os.path.join(workdir, "samples.png")
-  images.write_png(path, images.image_grid(rows))
+  pictures.write_png(path, pictures.image_grid(rows))
   return path
 
 

@@ -15,7 +15,7 @@ from megabyte_jax.checkpoints.checkpoints import Checkpoints
 from megabyte_jax.checkpoints.saved_config import save_config
 from megabyte_jax.commands import generate as command
 from megabyte_jax.config import Config, DataConfig, Level, MegabyteConfig
-from megabyte_jax.data.media import images
+from megabyte_jax.data.media import image_scaling
 from megabyte_jax.errors import ConfigError, DataError
 
 SIZE = 8 * 8 * 3
@@ -164,7 +164,7 @@ def photograph(folder):
 
 def test_a_photograph_is_completed(image_run, monkeypatch, tmp_path):
   photo, out = photograph(tmp_path), tmp_path / "out.png"
-  square = images.square_image(Image.open(photo), 8)
+  square = image_scaling.square_image(Image.open(photo), 8)
   run(monkeypatch, f"--workdir={image_run}", f"--prompt-file={photo}", f"--output={out}")
   made = np.asarray(Image.open(out))
   assert made.shape == (8, 8, 3)
@@ -176,7 +176,7 @@ def test_a_photograph_is_completed(image_run, monkeypatch, tmp_path):
 
 def test_a_grid_of_images(image_run, monkeypatch, tmp_path):
   photo, out = photograph(tmp_path), tmp_path / "grid.png"
-  square = images.square_image(Image.open(photo), 8)
+  square = image_scaling.square_image(Image.open(photo), 8)
   run(monkeypatch, f"--workdir={image_run}", f"--prompt-file={photo}", "--num-samples=3", f"--output={out}")
   grid = np.asarray(Image.open(out))
   assert grid.shape == (22, 22, 3)  # two by two: the photograph, and three completions of it

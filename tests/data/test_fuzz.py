@@ -16,7 +16,7 @@ from PIL import Image
 
 from megabyte_jax.commands import prepare
 from megabyte_jax.config import DataConfig
-from megabyte_jax.data.media import audio, images
+from megabyte_jax.data.media import audio, image_decoding, image_scaling
 from megabyte_jax.data.open_data import open_path
 from megabyte_jax.data.packing import archives
 from megabyte_jax.errors import DataError
@@ -80,14 +80,14 @@ def each_damaged(data, count, check):
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_damaged_pictures(kind):
   data = encoded_picture(kind)
-  whole = np.asarray(images.open_image(data, "item"))
+  whole = np.asarray(image_decoding.open_image(data, "item"))
 
   def check(changed):
-    image = images.open_image(changed, "item")
+    image = image_decoding.open_image(changed, "item")
     assert image.mode == "RGB"
     if kind == "PNG":  # the one with checksums: what is not refused is the picture
       np.testing.assert_array_equal(np.asarray(image), whole)
-    images.square_image(image, 16)
+    image_scaling.square_image(image, 16)
 
   assert each_damaged(data, 700, check) > 150
 

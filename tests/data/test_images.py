@@ -11,11 +11,10 @@ from PIL import Image
 
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data.batches import batches, open_windows
-from megabyte_jax.data.media import images
+from megabyte_jax.data.media import image_decoding, image_scaling, patch_scan, pictures
 from megabyte_jax.data.open_data import SAMPLE_FOLDER, open_path
 from megabyte_jax.errors import ConfigError, DataError
 
-PATCHES = (12, 48, 192, 768)
 SMALL = DataConfig(form="image", image_size=32)
 
 
@@ -29,72 +28,14 @@ def encode(array, kind="PNG", mode=None, **options):
   return file.getvalue()
 
 
-def patch_scan_by_hand(image, p):
-  """Every byte looked up one by one: patches in rows, pixels of a patch in rows, colours of a pixel."""
-  height, width, _ = image.shape
-  return [
-    image[top + i, left + j, c]
-    for top in range(0, height, p)
-    for left in range(0, width, p)
-    for i in range(p)
-    for j in range(p)
-    for c in range(3)
-  ]
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.sampled_from(PATCHES), st.integers(1, 5), st.integers(1, 5), st.integers(0, 99))
-def test_patch_scan_keeps_patches_together(scan_patch, rows, columns, seed):
-  p = images.patch_side(scan_patch)
-  image = random_image(rows * p, columns * p, seed)
-  x = images.image_to_bytes(image, "patch", scan_patch)
-  assert sorted(x) == sorted(image.reshape(-1))
-  x_patches = x.reshape(rows, columns, scan_patch)  # a patch of the model is a square of the image
-  np.testing.assert_array_equal(x_patches[-1, 0].reshape(p, p, 3), image[-p:, :p])
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.sampled_from(PATCHES), st.integers(1, 5), st.sampled_from(("patch", "raster")), st.integers(0, 99))
-def test_scans_are_exactly_inverted(scan_patch, patches, scan, seed):
-  side = patches * images.patch_side(scan_patch)
-  image = random_image(side, side, seed)
-  x = images.image_to_bytes(image, scan, scan_patch)
-  np.testing.assert_array_equal(images.bytes_to_image(x, scan, scan_patch), image)
-
-
-@pytest.mark.parametrize("scan_patch", PATCHES)
-def test_patch_scan_against_a_transcription(scan_patch):
-  image = random_image(32, 48)
-  p = images.patch_side(scan_patch)
-  np.testing.assert_array_equal(images.image_to_bytes(image, "patch", scan_patch), patch_scan_by_hand(image, p))
-
-
-@given(st.integers(1, 9), st.integers(1, 9))
-def test_raster_scan_is_the_image_as_it_lies(height, width):
-  image = random_image(height, width)
-  assert images.image_to_bytes(image, "raster").tobytes() == image.tobytes()
-
-
-def test_patches_that_do_not_fit_are_named():
-  for bad in (0, -3, 8, 13, 24):
-    with pytest.raises(ConfigError, match=f"scan_patch is {bad}"):
-      images.patch_side(bad)
-  with pytest.raises(ConfigError, match="do not tile"):
-    images.image_to_bytes(random_image(6, 6), "patch", 48)
-  with pytest.raises(ConfigError, match="image_size 66"):
-    open_path("sample:images/train", DataConfig(form="image", image_size=66, scan_patch=48))
-  with pytest.raises(DataError, match="no 2 x 2 image"):
-    images.bytes_to_image(np.zeros(13, np.uint8), "raster")
-
-
 def test_square_keeps_the_middle_and_leaves_the_right_size_alone():
   wide = np.zeros((64, 192, 3), np.uint8)
   wide[:, 64:128] = 200
-  square = images.square_image(Image.fromarray(wide), 32)
+  square = image_scaling.square_image(Image.fromarray(wide), 32)
   assert square.shape == (32, 32, 3) and (square[:, 2:-2] == 200).all()
   exact = random_image(32, 32)
-  np.testing.assert_array_equal(images.square_image(Image.fromarray(exact), 32), exact)
-  assert images.square_image(Image.fromarray(random_image(20, 50)), 64).shape == (64, 64, 3)
+  np.testing.assert_array_equal(image_scaling.square_image(Image.fromarray(exact), 32), exact)
+  assert image_scaling.square_image(Image.fromarray(random_image(20, 50)), 64).shape == (64, 64, 3)
 
 
 def test_image_folders_read_back_what_was_written(tmp_path):
@@ -109,7 +50,7 @@ def test_image_folders_read_back_what_was_written(tmp_path):
   assert source.names == ["0.png", "1.webp", "sub/x.JPEG"] and (source.lengths == 32 * 32 * 3).all()
   for i, array in enumerate(arrays.values()):
     x = source.read(i, 0, 3072)
-    np.testing.assert_array_equal(images.bytes_to_image(x, "patch", 12), array)
+    np.testing.assert_array_equal(patch_scan.bytes_to_image(x, "patch", 12), array)
     np.testing.assert_array_equal(source.read(i, 100, 200), x[100:200])
 
 
@@ -128,7 +69,7 @@ def test_tiles_are_disjoint_squares_of_the_scaled_photograph(tmp_path):
   (tmp_path / "photo.png").write_bytes(encode(photo))
   source = open_path(str(tmp_path), DataConfig(form="image", image_size=32, image_tiles=64, scan="raster"))
   assert source.names == [f"photo.png[{i},{j}]" for i in range(2) for j in range(3)]
-  tile = images.bytes_to_image(source.read(4, 0, 3072), "raster")
+  tile = patch_scan.bytes_to_image(source.read(4, 0, 3072), "raster")
   np.testing.assert_array_equal(tile, photo[32:64, 32:64])
   with pytest.raises(ConfigError, match="image_tiles 16"):
     open_path(str(tmp_path), DataConfig(form="image", image_size=32, image_tiles=16))
@@ -203,7 +144,7 @@ def test_a_flipped_byte_in_a_png_is_found(tmp_path):
   whole = bytearray(encode(random_image(64, 64)))
   whole[len(whole) // 2] ^= 1
   with pytest.raises(DataError, match="x is not a whole"):
-    images.open_image(bytes(whole), "x")
+    image_decoding.open_image(bytes(whole), "x")
 
 
 @settings(deadline=None, max_examples=40)
@@ -212,7 +153,7 @@ def test_pngs_are_the_pixels_that_pillow_opens(height, width, level, smooth):
   image = random_image(height, width)
   image = np.cumsum(image // 64, axis=0).astype(np.uint8) if smooth else image  # noise and ramps take other filters
   data = encode(image, compress_level=level)
-  np.testing.assert_array_equal(np.asarray(images.open_image(data, "x")), image)
+  np.testing.assert_array_equal(np.asarray(image_decoding.open_image(data, "x")), image)
   np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), image)
 
 
@@ -222,7 +163,7 @@ def test_pngs_of_every_make_are_read_or_named(monkeypatch):
   plain = [png(), png(parts=5), png(before=[(b"gAMA", b"\0\0\xb1\x8f"), profile])]
   text = png(before=[(b"tEXt", b"Title\0A picture")])
   for data in (*plain, text):
-    np.testing.assert_array_equal(np.asarray(images.open_image(data, "x")), expected)
+    np.testing.assert_array_equal(np.asarray(image_decoding.open_image(data, "x")), expected)
   bad = {
     "with alpha": png(before=[(b"tRNS", bytes(6))]),
     "truncated|not enough": png(cut=500),
@@ -231,12 +172,12 @@ def test_pngs_of_every_make_are_read_or_named(monkeypatch):
   }
   for what, data in bad.items():
     with pytest.raises(DataError, match=f"x is .*({what})"):
-      images.open_image(data, "x")
+      image_decoding.open_image(data, "x")
   monkeypatch.setattr(Image, "open", None)
   for data in plain:  # these do without
-    np.testing.assert_array_equal(np.asarray(images.open_image(data, "x")), expected)
+    np.testing.assert_array_equal(np.asarray(image_decoding.open_image(data, "x")), expected)
   with pytest.raises(DataError):
-    images.open_image(text, "x")
+    image_decoding.open_image(text, "x")
 
 
 def test_no_image_at_all_is_named(tmp_path):
@@ -258,8 +199,8 @@ def test_an_image_removed_while_training_is_named(tmp_path):
 
 def test_pictures_are_written(tmp_path):
   image = random_image(32, 32)
-  images.write_document_png(tmp_path / "a.png", images.image_to_bytes(image, "patch", 12), SMALL)
+  pictures.write_document_png(tmp_path / "a.png", patch_scan.image_to_bytes(image, "patch", 12), SMALL)
   np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), image)
-  grid = images.image_grid([[image, image], [image]], gap=1)
+  grid = pictures.image_grid([[image, image], [image]], gap=1)
   assert grid.shape == (67, 67, 3) and (grid[34:66, 34:] == 255).all()
   np.testing.assert_array_equal(grid[34:66, 1:33], image)

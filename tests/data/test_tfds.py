@@ -12,7 +12,7 @@ from PIL import Image
 
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data.batches import batches
-from megabyte_jax.data.media import images
+from megabyte_jax.data.media import patch_scan
 from megabyte_jax.data.open_data import SAMPLE_FOLDER, open_path, open_source
 from megabyte_jax.data.tfds_source import parse_spec
 from megabyte_jax.errors import ConfigError, DataError
@@ -51,7 +51,7 @@ def test_names_are_taken_apart():
 def test_images_of_64_pixels_come_back_exactly(root, name):
   data = options(root, form="image", image_size=64)
   source = open_path(f"tfds:{name}/64x64:validation", data)
-  found = {images.bytes_to_image(source.read(i, 0, 12288), "patch", 12).tobytes() for i in range(len(source.names))}
+  found = {patch_scan.bytes_to_image(source.read(i, 0, 12288), "patch", 12).tobytes() for i in range(len(source.names))}
   photos = tfds_copies.PHOTOS[7:] if name == "downsampled_imagenet" else tfds_copies.PHOTOS[:3]
   expected = {np.asarray(Image.open(io.BytesIO(tfds_copies.tile_png(p)))).tobytes() for p in photos}
   assert found == expected and (source.lengths == 64 * 64 * 3).all()

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from megabyte_jax.config import Config, DataConfig, Level, MegabyteConfig
-from megabyte_jax.data.media import images
+from megabyte_jax.data.media import patch_scan
 from megabyte_jax.data.open_data import open_source
 from megabyte_jax.generation.samples import write_samples
 from megabyte_jax.parallel.sharding import make_mesh
@@ -32,7 +32,7 @@ def test_a_grid_of_real_completed_and_sampled_images(tmp_path):
   [path] = write_samples(made, parameters(made), source, str(tmp_path))
   grid = np.asarray(Image.open(path))
   assert grid.shape == (3 * 10 + 2, 2 * 10 + 2, 3)
-  first = images.bytes_to_image(source.read(0, 0, 192), "patch", 12)
+  first = patch_scan.bytes_to_image(source.read(0, 0, 192), "patch", 12)
   np.testing.assert_array_equal(grid[2:10, 2:10], first)
   np.testing.assert_array_equal(grid[12:16, 2:10], first[:4])  # the upper half is given
   assert (grid[16:20, 2:10] != first[4:]).any() and (grid[22:30, 2:10] != first).any()

@@ -13,7 +13,7 @@ import numpy as np
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data.files import fingerprint_files, read_whole, sizes_of
 from megabyte_jax.data.fingerprints import combine_fingerprints
-from megabyte_jax.data.media import images
+from megabyte_jax.data.media import image_decoding, image_scaling, patch_scan
 from megabyte_jax.data.shared_cache import DOCUMENT_BYTES, SharedCache, array_bytes
 from megabyte_jax.data.sources import SKIP_HINT, check_range, said
 from megabyte_jax.errors import DataError, require
@@ -70,21 +70,21 @@ class ImageFiles:
 class Images:
   """One document per image, or per tile of an image, of image_size^2 * 3 bytes, in the order of the scan.
 
-  With data.image_tiles = 0 an image gives its centred square (`images.square_image`). Otherwise its short side is
-  scaled to image_tiles pixels and it is cut into as many squares as fit side by side from the top left corner.
+  With data.image_tiles = 0 an image gives its centred square (`image_scaling.square_image`). Otherwise its short side
+  is scaled to image_tiles pixels and it is cut into as many squares as fit side by side from the top left corner.
 
   Args:
     encoded: where the images are.
     data: size, scan and what to do with odd or bad images. With skip_bad every image is decoded once at the start;
       unreadable ones are left out and counted in `skipped`.
-    convert: what is made RGB (see `images.open_image`) where data.convert_images does not ask for all.
+    convert: what is made RGB (see `image_decoding.open_image`) where data.convert_images does not ask for all.
   """
 
   joinable, unit, slow = False, 1, True
 
   def __init__(self, encoded: EncodedImages, data: DataConfig, convert: str = ""):
     if data.scan == "patch":
-      p = images.patch_side(data.scan_patch)
+      p = patch_scan.patch_side(data.scan_patch)
       require(
         data.image_size % p == 0,
         f"config.data.image_size {data.image_size} is not a multiple of the {p} pixels of a patch "
@@ -124,18 +124,18 @@ class Images:
     """The bytes of a document."""
     i, d = self._image[document], self.data
     if not self._places:
-      square = images.square_image(self._open(i), d.image_size)
+      square = image_scaling.square_image(self._open(i), d.image_size)
     else:
       top, left = self._places[document]
       square = self._scaled(i)[top : top + d.image_size, left : left + d.image_size]
-    return images.image_to_bytes(square, d.scan, d.scan_patch)
+    return patch_scan.image_to_bytes(square, d.scan, d.scan_patch)
 
   def _scale(self, i: int) -> np.ndarray:
     """An image from which tiles are cut."""
-    return images.scaled_image(self._open(i), self.data.image_tiles)
+    return image_scaling.scaled_image(self._open(i), self.data.image_tiles)
 
   def _open(self, i: int) -> Image.Image:
-    return images.open_image(self.encoded.load(i), self.encoded.place(i), self.convert, _REMEDY)
+    return image_decoding.open_image(self.encoded.load(i), self.encoded.place(i), self.convert, _REMEDY)
 
   def _good_images(self) -> list[int]:
     count = len(self.encoded.names)
@@ -157,7 +157,9 @@ class Images:
     n = self.data.image_size
     numbers, names = [], []
     for i in good:
-      width, height = images.scaled_size(_size(self.encoded.load(i), self.encoded.place(i)), self.data.image_tiles)
+      width, height = image_scaling.scaled_size(
+        _size(self.encoded.load(i), self.encoded.place(i)), self.data.image_tiles
+      )
       for row, column in np.ndindex(height // n, width // n):
         numbers.append(i)
         self._places.append((row * n, column * n))
@@ -171,8 +173,8 @@ def centred_square(data: bytes, name: str, config: DataConfig) -> np.ndarray:
   Raises:
     DataError: it cannot be decoded.
   """
-  square = images.square_image(images.open_image(data, name, "all"), config.image_size)
-  return images.image_to_bytes(square, config.scan, config.scan_patch)
+  square = image_scaling.square_image(image_decoding.open_image(data, name, "all"), config.image_size)
+  return patch_scan.image_to_bytes(square, config.scan, config.scan_patch)
 
 
 def image_of(tile: str) -> str:
@@ -187,5 +189,5 @@ def _size(data: bytes, name: str) -> tuple[int, int]:
   try:
     with Image.open(io.BytesIO(data)) as image:
       return image.size
-  except Exception as error:  # see images.open_image
+  except Exception as error:  # see image_decoding.open_image
     raise DataError(f"{name} is not a JPEG, PNG or WebP image ({said(error)}); {_REMEDY}") from error
