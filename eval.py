@@ -40,6 +40,7 @@ from megabyte_jax.data.sources import Source
 from megabyte_jax.display import plots
 from megabyte_jax.errors import ConfigError, DataError, require
 from megabyte_jax.evaluation import image_report, perplexity, report
+from megabyte_jax.evaluation.by_source import by_source
 from megabyte_jax.evaluation.evaluate import Evaluation
 from megabyte_jax.evaluation.windows import METHODS
 from megabyte_jax.files import outputs
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
     data=dataclasses.replace(
       config.data,
       skip_bad=args.skip_bad or config.data.skip_bad,
+      raw=args.raw or config.data.raw,
       convert_images=args.convert_images or config.data.convert_images,
       image_tiles=tiles,
     ),
@@ -105,6 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> str:
     more["split"] = args.split
   if source.skipped:
     more["skipped"] = source.skipped
+  if sources := by_source(source, result):
+    more["sources"] = [one._asdict() for one in sources]
   if args.stride:
     more["stride"] = args.stride
   if words:
@@ -143,6 +147,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument("--split", default="validation", choices=["train", "validation", "test"])
   parser.add_argument("--data", default="", help="file, folder, glob or data set, instead of a split")
   parser.add_argument("--skip-bad", action="store_true", help="leave out and count what is empty or unreadable")
+  parser.add_argument("--raw", action="store_true", help="the bytes of files as they are, compressed ones, too")
   parser.add_argument("--convert-images", action="store_true", help="make grey, transparent and 16-bit images RGB")
   parser.add_argument(
     "--image-tiles", type=int, metavar="N", help="scale images to N pixels and cut tiles; 0: whole; default: the run's"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import logging
 import os
 from collections.abc import Sequence
 
@@ -50,6 +51,8 @@ class ByteFiles:
     if not self.paths:
       raise DataError(f"all {self.skipped} files are empty or unreadable, {paths[0]} for one")
     self.lengths = np.array(lengths, np.int64)
+    self._warned = False
+    self._modified: dict[int, int] = {}  # times of modification, in nanoseconds, of files that have been read
     self._file = functools.lru_cache(maxsize=_OPEN_FILES)(self._open)
 
   @functools.cached_property
@@ -65,10 +68,25 @@ class ByteFiles:
       found = np.frombuffer(read_block(path, start, stop), np.uint8).copy()
     else:
       found = np.empty(stop - start, np.uint8)
-      found = found[: _read_into(self._file(document), start, found)]
+      file = self._file(document)
+      found = found[: _read_into(file, start, found)]
+      self._check_unchanged(document, file)
     if len(found) != stop - start:
       raise DataError(f"{path} is no longer the {self.lengths[document]:,} bytes it was when opened; start again")
     return found
+
+  def _check_unchanged(self, document: int, file: io.FileIO) -> None:
+    """Warns, once, of a file that is written to while it is read."""
+    now = os.fstat(file.fileno()).st_mtime_ns
+    if self._modified.setdefault(document, now) != now:
+      self._modified[document] = now
+      if not self._warned:
+        self._warned = True
+        logging.warning(
+          "%s has been written to since it was opened: what is read from here on may be other data than the run began "
+          "with; leave the files of a run alone, and start again",
+          self.paths[document],
+        )
 
   def _open(self, document: int) -> io.FileIO:
     path = self.paths[document]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from megabyte_jax.config import Config
 from megabyte_jax.data.open_data import decodable_as
 from megabyte_jax.data.sources import Source
 from megabyte_jax.display.progress import Progress, duration, human
+from megabyte_jax.evaluation.by_source import SourceBits, by_source
 from megabyte_jax.evaluation.compressors import Compressed, compress_all
 from megabyte_jax.evaluation.evaluate import Evaluation, evaluate
 from megabyte_jax.models.flops import flops_per_byte, parameter_count
@@ -80,7 +81,7 @@ def evaluate_and_print(
       before = None
     compressors = compress_all(text, read_all(before) if before else None)
   if jax.process_index() == 0:
-    print(results_table(config, result, compressors), flush=True)
+    print(results_table(config, result, compressors, by_source(source, result)), flush=True)
   return result
 
 
@@ -89,7 +90,9 @@ def read_all(source: Source) -> bytes:
   return b"".join(source.read(i, 0, int(length)).tobytes() for i, length in enumerate(source.lengths))
 
 
-def results_table(config: Config, result: Evaluation, compressors: dict[str, Compressed]) -> str:
+def results_table(
+  config: Config, result: Evaluation, compressors: dict[str, Compressed], sources: Sequence[SourceBits] = ()
+) -> str:
   """Bits per byte of the model and of the compressors, one line each."""
   name = "MEGABYTE" if config.model.family == "megabyte" else "PerceiverAR"
   if config.model.family == "megabyte" and len(config.model.levels) == 1 and config.model.levels[0].patch_size == 1:
@@ -99,6 +102,7 @@ def results_table(config: Config, result: Evaluation, compressors: dict[str, Com
     f"bits per byte on {result.bytes:,} bytes ({documents}, {duration(result.seconds)})",
     f"  {name:<12}{result.bpb:7.3f}   {result.method} inference, {result.cost:g}x",
   ]
+  lines += [f"{'':14}{one.bpb:7.3f}   of {one.name}, {one.bytes:,} bytes" for one in sources]
   for compressor, bits in sorted(compressors.items(), key=lambda item: item[1].alone):
     primed = "" if bits.primed is None else f"   {bits.primed:.3f} primed with the training data"
     lines.append(f"  {compressor:<12}{bits.alone:7.3f}{primed}")

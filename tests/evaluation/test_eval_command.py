@@ -1,6 +1,7 @@
 """eval.py: its table, its JSON line, the files it writes, and what compressors need beside it."""
 
 import dataclasses
+import gzip
 import json
 import math
 import shutil
@@ -204,3 +205,28 @@ def test_compressors_need_what_the_tools_need(folder, tool):
   primed = size(train_text + text) - size(train_text)
   assert found.primed * len(text) / 8 == pytest.approx(primed, abs=TOOLS[tool] + 1e-6)
   assert found.primed < found.alone
+
+
+def test_several_sources_are_shown_one_by_one_and_in_total(workdir, folder, monkeypatch):
+  a, b = (f"{folder}/validation/{name}.txt" for name in "ab")
+  lines, both = evaluate_command(monkeypatch, "--workdir", workdir, f"--data={a},{b}", "--no-compressors")
+  alone = [evaluate_command(monkeypatch, "--workdir", workdir, f"--data={x}", "--no-compressors")[1] for x in (a, b)]
+  assert [one["name"] for one in both["sources"]] == [a, b]
+  assert [(one["bytes"], one["documents"]) for one in both["sources"]] == [(700, 1), (300, 1)]
+  for one, expected in zip(both["sources"], alone, strict=True):
+    assert one["bpb"] == pytest.approx(expected["bpb"], rel=1e-5) and "sources" not in expected
+    assert any(line.endswith(f"{one['bpb']:.3f}   of {one['name']}, {one['bytes']:,} bytes") for line in lines)
+  assert sum(one["bpb"] * one["bytes"] for one in both["sources"]) == pytest.approx(both["bpb"] * 1000)
+  _, part = evaluate_command(monkeypatch, "--workdir", workdir, f"--data={a},{b}", "--no-compressors", "--max-bytes=9")
+  assert [(one["name"], one["bytes"]) for one in part["sources"]] == [(a, 9)]
+
+
+def test_compressed_data_are_scored_as_what_they_hold_unless_raw_is_given(workdir, folder, tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  text = (folder / "validation" / "a.txt").read_bytes()
+  (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text))
+  options = ("--workdir", workdir, f"--data={tmp_path}/a.txt.gz", "--no-compressors")
+  _, content = evaluate_command(monkeypatch, *options)
+  _, raw = evaluate_command(monkeypatch, *options, "--raw")
+  assert (content["bytes"], raw["bytes"]) == (700, len(gzip.compress(text)))
+  assert content["bpb"] < raw["bpb"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
+
+import numpy as np
 
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data.files import ByteFiles
@@ -73,6 +76,7 @@ def open_documents(path: str, field: str, data: DataConfig, spec: str, skip_empt
       if kind == "bytes":
         called = [stem(name) if is_compressed(name) else name for name in called]
         sources.append(ByteFiles(where, called, skip_bad=data.skip_bad, skip_empty=skip_empty))
+        _notice_utf16(sources[-1])
       elif kind == "lines":
         sources.append(RecordTexts(Lines(where, called, field or "text", data, shown)))
       else:
@@ -83,6 +87,26 @@ def open_documents(path: str, field: str, data: DataConfig, spec: str, skip_empt
   for source in sources[:1]:
     source.skipped += skipped
   return sources[0] if len(sources) == 1 else Joined(sources)
+
+
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_LOOKED_AT = 64  # files whose first bytes are looked at
+_noticed: set[str] = set()
+
+
+def _notice_utf16(files: Source) -> None:
+  """Says, once for each, which files begin with the byte-order mark of UTF-16; their bytes are taken as they are."""
+  count = len(files.names)
+  for i in np.unique(np.linspace(0, count - 1, min(count, _LOOKED_AT)).astype(int)):
+    begins = files.read(int(i), 0, min(2, int(files.lengths[i]))).tobytes()
+    if begins in _UTF16 and (name := files.names[i]) not in _noticed:
+      _noticed.add(name)
+      logging.warning(
+        "%s begins with the byte-order mark of UTF-16, so every other byte of Latin text is zero; it is read as it is; "
+        "for UTF-8: iconv -f UTF-16 -t UTF-8 OLD > NEW",
+        name,
+      )
+      return
 
 
 def _check_archives(paths: Sequence[str], kinds: Sequence[str], data: DataConfig, spec: str) -> int:
