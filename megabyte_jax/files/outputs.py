@@ -1,4 +1,4 @@
-"""What a command writes: whether that is possible, asked before any work, and what is said where it was not."""
+"""Checks before any work whether outputs can be written, and puts errors of the file system in words."""
 
 from __future__ import annotations
 
@@ -8,21 +8,40 @@ import tempfile
 
 from megabyte_jax.errors import require
 from megabyte_jax.files import object_stores
+from megabyte_jax.files.atomic_file import final_path, is_written_into
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
 
 
 def check_output_file(name: str, path: str) -> None:
-  """Raises ConfigError where the argument `name` gives a path at which no file can be written; leaves nothing there."""
+  """Checks that a file can be written where the argument `name` says, and leaves nothing there.
+
+  Devices and pipes are not opened: only their permissions are looked at.
+
+  Raises:
+    ConfigError: `path` is a folder or lies where nothing can be written; names what to do.
+  """
   if object_stores.is_remote(path):
     return
   require(not os.path.isdir(path) and path[-1:] != "/", f"{name}={path} is a folder; name a file")
-  _try_to_write(name, path, os.path.dirname(os.path.abspath(path)))
+  problem = ""
+  try:
+    if is_written_into(path):
+      require(os.access(path, os.W_OK), f"{name}={path} may not be written to; change its permissions or {name}")
+      return
+  except OSError as error:
+    problem = f"{name}={path}: {error.strerror}; choose another {name}"
+  require(not problem, problem)
+  _try_to_write(name, path, os.path.dirname(os.path.abspath(final_path(path))))
 
 
 def check_output_folder(name: str, path: str) -> None:
-  """Raises ConfigError where the argument `name` gives a folder in which no files can be written; leaves nothing."""
+  """Checks that files can be written in the folder that the argument `name` gives, and leaves nothing there.
+
+  Raises:
+    ConfigError: they cannot; names what to do.
+  """
   if not object_stores.is_remote(path):
     _try_to_write(name, path, os.path.abspath(path))
 
@@ -43,7 +62,7 @@ def _try_to_write(name: str, path: str, folder: str) -> None:
 
 
 def in_words(error: Exception) -> str:
-  """One line about an error; one of the file system names the file and what to do."""
+  """Returns one line about an error; one of the file system names the file and what to do."""
   if not isinstance(error, OSError) or error.strerror is None:
     return str(error)
   path = error.filename2 or error.filename

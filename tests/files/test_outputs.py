@@ -40,6 +40,18 @@ def test_a_folder_that_takes_no_files(check, number, advice, tmp_path, monkeypat
   assert str(error.value) == expected
 
 
+def test_pipes_and_links_are_checked_where_they_lead(tmp_path):
+  os.mkfifo(tmp_path / "pipe")
+  check_output_file("--output", str(tmp_path / "pipe"))  # opening it would wait for a reader
+  (tmp_path / "link").symlink_to("/proc/result")
+  (tmp_path / "loop").symlink_to("loop")
+  with pytest.raises(ConfigError, match=r"--output=.*/loop: Too many levels of symbolic links; choose another --output"):
+    check_output_file("--output", str(tmp_path / "loop"))
+  if os.path.isdir("/proc/self"):
+    with pytest.raises(ConfigError, match=r"--output=.*/link: no file can be written in /proc"):
+      check_output_file("--output", str(tmp_path / "link"))
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="a folder in which even the superuser makes no files")
 @pytest.mark.parametrize("check", CHECKS)
 def test_a_folder_of_the_kernel(check):
