@@ -7,7 +7,6 @@ D = S * d width of a slot, V vocabulary.
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -17,46 +16,7 @@ from megabyte_jax.config import BlockOptions, Level
 from megabyte_jax.errors import require
 from megabyte_jax.models.attention import shift
 from megabyte_jax.models.block import compute_dtype, init_normal
-
-_LOOKUP_BYTES = 1 << 22  # whose one-hot vectors may be in memory together: 2 GiB of bfloat16
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def lookup(table_Vd: jax.Array, bytes_: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """Rows of the float32 table, as `dtype`.
-
-  The gradient is a one-hot matrix product with float32 sums: fast and deterministic on every device.
-  """
-  return jnp.take(table_Vd, bytes_, axis=0).astype(dtype)
-
-
-def _lookup_forward(table_Vd, bytes_, dtype):
-  return lookup(table_Vd, bytes_, dtype), (bytes_, table_Vd.shape[0])
-
-
-def _lookup_backward(dtype, saved, gradient):
-  bytes_, vocab = saved
-
-  def product(bytes_, gradient):
-    one_hot = jax.nn.one_hot(bytes_, vocab, dtype=dtype)
-    return jnp.einsum("...V,...d->Vd", one_hot, gradient, preferred_element_type=jnp.float32)
-
-  parts = math.gcd(bytes_.shape[-1], 1 << max(0, math.ceil(math.log2(bytes_.size / _LOOKUP_BYTES))))
-  if parts == 1:
-    return product(bytes_, gradient), None
-
-  # Byte l of a span goes to part l % parts, so that devices that share a sequence share every part.
-  def split(a, axis):
-    return jnp.moveaxis(a.reshape(*a.shape[:axis], -1, parts, *a.shape[axis + 1 :]), axis + 1, 0)
-
-  axis = bytes_.ndim - 1
-  zeros = jnp.zeros((vocab, gradient.shape[-1]), jnp.float32)
-  inputs = split(bytes_, axis), split(gradient, axis)
-  return jax.lax.scan(lambda total, part: (total + product(*part), None), zeros, inputs)[0], None
-
-
-lookup.defvjp(_lookup_forward, _lookup_backward)
-
+from megabyte_jax.models.lookup import lookup
 
 class CausalConv(nnx.Module):
   """One layer of the convolutional patch encoder: h + relu(causal convolution of h) over a span's bytes."""

@@ -1,0 +1,74 @@
+"""The lookup of bytes is differentiated forwards and backwards, mapped and spread, always as a plain lookup is."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from megabyte_jax.models.lookup import lookup
+
+TABLE = jax.random.normal(jax.random.key(0), (256, 8))
+BYTES = jax.random.randint(jax.random.key(1), (4, 5, 7), 0, 256)
+DTYPES = (jnp.float32, jnp.bfloat16)
+equal = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+
+
+def loss(table, bytes_, dtype=jnp.float32):
+  """Not linear, so that second derivatives are not zero."""
+  return jnp.sum(jnp.sin(lookup(table, bytes_, dtype).astype(jnp.float32)))
+
+
+def plain(table, bytes_):
+  return jnp.sum(jnp.sin(table[bytes_]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_is_a_product_with_float32_sums(dtype):
+  gradient = jax.random.normal(jax.random.key(2), (*BYTES.shape, 8), dtype)
+  _, pull_back = jax.vjp(lambda table: lookup(table, BYTES, dtype), TABLE)
+  one_hot = jax.nn.one_hot(BYTES, 256, dtype=dtype)
+  expected = jnp.einsum("...V,...d->Vd", one_hot, gradient, preferred_element_type=jnp.float32)
+  np.testing.assert_array_equal(pull_back(gradient)[0], expected, strict=True)
+  program = jax.jit(jax.grad(functools.partial(loss, dtype=dtype))).lower(TABLE, BYTES).as_text()
+  assert "scatter" not in program and "dot_general" in program
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_mode_gives_the_rows_of_the_tangent(dtype):
+  tangent = jax.random.normal(jax.random.key(2), TABLE.shape)
+  rows, rows_of_tangent = jax.jvp(lambda table: lookup(table, BYTES, dtype), (TABLE,), (tangent,))
+  np.testing.assert_array_equal(rows, TABLE[BYTES].astype(dtype), strict=True)
+  np.testing.assert_array_equal(rows_of_tangent, tangent[BYTES].astype(dtype), strict=True)
+
+
+@pytest.mark.parametrize("outer", [jax.jvp, "grad"])
+def test_hessian_vector_products(outer):
+  v = jax.random.normal(jax.random.key(2), TABLE.shape)
+
+  def product(f):
+    if outer == "grad":
+      return jax.grad(lambda table: jnp.sum(jax.grad(f)(table, BYTES) * v))(TABLE)
+    return jax.jvp(lambda table: jax.grad(f)(table, BYTES), (TABLE,), (v,))[1]
+
+  equal(product(loss), product(plain))
+
+
+@pytest.mark.parametrize("axes", [(None, 0), (0, None), (0, 0), (None, 2), (2, None)])
+def test_gradients_of_each_row_or_table(axes):
+  tables = jnp.stack([TABLE, 2 * TABLE, 3 * TABLE, 4 * TABLE], axis=axes[0] or 0) if axes[0] is not None else TABLE
+  equal(jax.vmap(jax.grad(loss), axes)(tables, BYTES), jax.vmap(jax.grad(plain), axes)(tables, BYTES))
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_gradients_within_shard_map_are_summed_over_devices(check):
+  mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+  def total(table, bytes_):
+    return jax.lax.psum(loss(table, bytes_), "data")
+
+  spread = jax.shard_map(total, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=check)
+  equal(spread(TABLE, BYTES), plain(TABLE, BYTES), rtol=1e-4)
+  equal(jax.grad(spread)(TABLE, BYTES), jax.grad(plain)(TABLE, BYTES))
