@@ -18,6 +18,7 @@ from megabyte_jax.models.attention import shift
 from megabyte_jax.models.block import compute_dtype, init_normal
 from megabyte_jax.models.lookup import lookup
 
+
 class CausalConv(nnx.Module):
   """One layer of the convolutional patch encoder: h + relu(causal convolution of h) over a span's bytes."""
 

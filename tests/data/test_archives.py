@@ -14,6 +14,7 @@ import pytest
 from megabyte_jax.commands import prepare
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data.open_data import open_path
+from megabyte_jax.data.packing import archives
 from megabyte_jax.errors import DataError
 
 TEXT = np.random.default_rng(0).bytes(3000)
@@ -80,6 +81,27 @@ def test_a_hard_link_is_the_file_it_links_to(tmp_path):
     pack(tmp_path / "x.tar", tmp_path / "bad")
 
 
+def test_links_to_links_and_to_the_newest_file_of_a_name(tmp_path):
+  parts = tar(a=b"old", b="a", c="b"), tar(a=b"new", d="a", e="c")
+  (tmp_path / "x.tar").write_bytes(b"".join(parts))
+  pack(tmp_path / "x.tar", tmp_path / "whole")
+  source = open_path(str(tmp_path / "whole"), DataConfig())
+  assert [source.read(i, 0, 3).tobytes() for i in range(6)] == [b"old"] * 3 + [b"new"] * 2 + [b"old"]
+
+
+def test_many_hard_links_take_two_more_passes(tmp_path, monkeypatch):
+  path = tmp_path / "x.tar.gz"
+  path.write_bytes(gzip.compress(tar(a=TEXT, b=b"other", **{f"link{i}": "ab"[i % 2] for i in range(300)})))
+  headers = []
+  read = tarfile.TarInfo.fromtarfile.__func__
+  counting = classmethod(lambda cls, archive: headers.append(1) or read(cls, archive))
+  monkeypatch.setattr(tarfile.TarInfo, "fromtarfile", counting)
+  monkeypatch.setattr(archives, "_SPOOL", 10)  # so that the copies lie in a file
+  found = [(name, b"".join(blocks)) for name, blocks in archives.documents(str(path))]
+  assert found == [("a", TEXT), ("b", b"other"), *((f"link{i}", (TEXT, b"other")[i % 2]) for i in range(300))]
+  assert len(headers) == 3 * 303  # and each pass reads the end mark
+
+
 def test_a_bad_member_of_a_zip_file_is_named_or_skipped(tmp_path):
   path = tmp_path / "x.zip"
   with zipfile.ZipFile(path, "w") as archive:
@@ -105,8 +127,6 @@ def test_an_empty_gz_file_is_named_or_skipped(tmp_path):
 
 
 def test_the_place_in_an_archive_is_told(tmp_path):
-  from megabyte_jax.data.packing import archives  # noqa: PLC0415
-
   path = pathlib.Path(tmp_path / "x.tar.gz")
   path.write_bytes(gzip.compress(tar(**{str(i): np.random.default_rng(i).bytes(1 << 20) for i in range(4)})))
   places = []

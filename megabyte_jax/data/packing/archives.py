@@ -10,7 +10,9 @@ import gzip
 import io
 import lzma
 import os
+import shutil
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,6 +30,7 @@ _SINGLE: dict[str, Callable[[IO[bytes]], _Readable]] = {
   ".zst": lambda file: io.BufferedReader(ZstdFile(file), _BLOCK),
 }
 _BLOCK = 1 << 22
+_SPOOL = 1 << 26  # bytes of files with hard links that are kept in memory, not in a temporary file
 _RECORD = 512  # bytes; a tar archive consists of such
 _ERRORS = (
   OSError,
@@ -98,11 +101,14 @@ def _members(path: str, file: IO[bytes]) -> Iterator[tuple[str, int, Opened]]:
   if lower.endswith(".zip"):
     yield from _zip_members(path, file)
   elif lower.endswith(_TAR):
+    links, count = _Links(path), 0
     for member, opened in _tar_members(path, file):
       if member.isfile() and not _hidden(member.name):
         yield member.name, member.size, opened
-      elif member.islnk() and not _hidden(member.name):
-        yield member.name, -1, functools.partial(_linked, path, member)
+      elif member.islnk():
+        if not _hidden(member.name):
+          yield member.name, -1, functools.partial(links.open, count, member.linkname)
+        count += 1
   else:
     stem, suffix = os.path.splitext(os.path.basename(path))
     stream = _SINGLE[suffix.lower()](file)
@@ -159,13 +165,59 @@ def _extracted(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
   return file
 
 
-def _linked(path: str, link: tarfile.TarInfo) -> _Readable:
-  """The file of a hard link, which lies before it in the archive: found by reading that once more."""
-  file = open(path, "rb")  # noqa: SIM115  (closed with the last reference, as what reads from it is)
-  for member, opened in _tar_members(path, file):
-    if member.isfile() and member.name == link.linkname:
-      return opened()
-  raise ValueError(f"it is a link to {link.linkname}, which is not in the archive")
+class _Links:
+  """What the hard links of a tar archive lead to, found in two passes over it however many links there are.
+
+  A link leads to the last file of that name before it, or to what a link of that name leads to.
+  """
+
+  def __init__(self, path: str):
+    self._path = path
+    self._targets: list[int | None] = []  # of each link, the place of its file among all members
+    self._copied: dict[int, tuple[int, int]] = {}  # member -> first and last byte of its copy
+
+  def open(self, number: int, name: str) -> _Readable:
+    """Opens what link number `number`, to `name`, leads to. Raises ValueError where that is not in the archive."""
+    if not self._targets:
+      self._find_targets()
+      self._copy_targets()
+    target = self._targets[number]
+    if target is None:
+      raise ValueError(f"it is a link to {name}, which is not in the archive")
+    return _Part(self._copies, *self._copied[target])
+
+  def _find_targets(self) -> None:
+    newest: dict[str, int | None] = {}
+    with open(self._path, "rb") as file:
+      for i, (member, _) in enumerate(_tar_members(self._path, file)):
+        if member.isfile():
+          newest[member.name] = i
+        elif member.islnk():
+          newest[member.name] = newest.get(member.linkname)
+          self._targets.append(newest[member.name])
+
+  def _copy_targets(self) -> None:
+    self._copies = tempfile.SpooledTemporaryFile(_SPOOL)  # noqa: SIM115  (closed with the last reference)
+    wanted = set(self._targets)
+    with open(self._path, "rb") as file:
+      for i, (_, opened) in enumerate(_tar_members(self._path, file)):
+        if i in wanted:
+          start = self._copies.tell()
+          shutil.copyfileobj(opened(), self._copies)
+          self._copied[i] = start, self._copies.tell()
+
+
+class _Part:
+  """The bytes from one place of a file to another."""
+
+  def __init__(self, file: IO[bytes], start: int, stop: int):
+    self._file, self._at, self._stop = file, start, stop
+
+  def read(self, size: int) -> bytes:
+    self._file.seek(self._at)
+    block = self._file.read(min(size, self._stop - self._at))
+    self._at += len(block)
+    return block
 
 
 class _Watched:
