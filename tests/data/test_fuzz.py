@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import io
+import json
 import lzma
 import pathlib
 import tarfile
@@ -187,3 +188,68 @@ def test_damaged_packed_folders(tmp_path):
       except ValueError as error:
         assert "item" in str(error)
     path.write_bytes(data)
+
+
+RECORDS = ["first", "second " * 30, "ünï" * 10, "x" * 500, "last"]
+
+
+def json_lines():
+  return "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(RECORDS)).encode()
+
+
+def zstd_frames(data):
+  compressor = pytest.importorskip("zstandard").ZstdCompressor(write_checksum=True)
+  return compressor.compress(data[:200]) + compressor.compress(data[200:])
+
+
+def parquet_file(compression):
+  arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+  file = io.BytesIO()
+  columns = {"text": RECORDS * 4, "number": list(range(20))}
+  parquet.write_table(
+    arrow.table(columns), file, compression=compression, row_group_size=7, write_page_checksum=compression == "zstd"
+  )
+  return file.getvalue()
+
+
+RECORD_FILES = {
+  "jsonl": json_lines,
+  "jsonl.gz": lambda: gzip.compress(json_lines()),
+  "jsonl.zst": lambda: zstd_frames(json_lines()),
+  "txt.zst": lambda: pytest.importorskip("zstandard").ZstdCompressor(write_checksum=True).compress(json_lines()),
+  "none.parquet": lambda: parquet_file("none"),
+  "snappy.parquet": lambda: parquet_file("snappy"),
+  "zstd.parquet": lambda: parquet_file("zstd"),
+}
+
+
+@pytest.mark.parametrize("kind", RECORD_FILES)
+def test_damaged_records(kind, tmp_path):
+  """With and without skip_bad, and an index that is damaged as well."""
+  data, path = RECORD_FILES[kind](), tmp_path / f"item.{kind}"
+  count = [0]
+
+  def check(changed):
+    path.write_bytes(changed)
+    count[0] += 1
+    config = DataConfig(cache_dir=str(tmp_path / "cache"), skip_bad=count[0] % 2 == 0)
+    source = open_path(str(path), config)
+    found = [source.read(i, 0, int(length)).tobytes() for i, length in enumerate(source.lengths)]
+    assert all(found)
+    if kind in ("jsonl.gz", "jsonl.zst", "txt.zst"):  # they carry checksums: what is not refused is the data
+      whole = [json_lines()] if kind == "txt.zst" else [text.encode() for text in RECORDS]
+      assert found == whole
+
+  assert each_damaged(data, 250, check) > 60
+
+
+def test_damaged_indexes_are_made_anew(tmp_path):
+  path, config = tmp_path / "item.jsonl", DataConfig(cache_dir=str(tmp_path / "cache"))
+  path.write_bytes(json_lines())
+  open_path(str(path), config)
+  [index] = (tmp_path / "cache" / "indexes").glob("*.index")
+  data, rng = index.read_bytes(), np.random.default_rng(0)
+  for _ in range(200):
+    index.write_bytes(damaged(data, rng))
+    source = open_path(str(path), config)
+    assert [source.read(i, 0, int(n)).tobytes() for i, n in enumerate(source.lengths)] == [t.encode() for t in RECORDS]

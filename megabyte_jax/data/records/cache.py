@@ -83,15 +83,16 @@ def load_index(path: str, belongs_to: Mapping[str, Any]) -> tuple[dict[str, np.n
   """
   try:
     with open(path, "rb") as file:
-      head = json.loads(file.readline())
-      rest = file.read()
+      promised, everything = file.readline().strip(), file.read()
+    if hashlib.sha256(everything).hexdigest().encode() != promised:
+      return None
+    place = everything.index(b"\n") + 1
+    head = json.loads(everything[:place])
     if head["format"] != _FORMAT or head["belongs_to"] != dict(belongs_to):
       return None
-    if hashlib.sha256(rest).hexdigest() != head["sha256"]:
-      return None
-    arrays, place = {}, 0
+    arrays = {}
     for name, kind, count in head["arrays"]:
-      arrays[name] = np.frombuffer(rest, kind, count, place)
+      arrays[name] = np.frombuffer(everything, kind, count, place) if count else np.zeros(0, kind)
       place += arrays[name].nbytes
     return arrays, head["notes"]
   except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -105,18 +106,21 @@ def save_index(
 
   A folder that cannot be written to costs only the work of the next time, and is warned of.
   """
-  rest = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays.values())
+  whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
   head = {
     "format": _FORMAT,
     "belongs_to": dict(belongs_to),
-    "sha256": hashlib.sha256(rest).hexdigest(),
-    "arrays": [[name, array.dtype.str, int(array.size)] for name, array in arrays.items()],
+    "arrays": [[name, array.dtype.str, int(array.size)] for name, array in whole.items()],
     "notes": dict(notes),
   }
+  parts = [json.dumps(head).encode() + b"\n", *(array.view(np.uint8).data for array in whole.values() if array.size)]
+  digest = hashlib.sha256()
+  for part in parts:
+    digest.update(part)
   try:
     with replacing(path) as temporary, open(temporary, "wb") as file:
-      file.write(json.dumps(head).encode() + b"\n")
-      file.write(rest)
+      file.write(digest.hexdigest().encode() + b"\n")
+      file.writelines(parts)
   except OSError as error:
     logging.warning("the index %s cannot be kept (%s); set config.data.cache_dir", path, error.strerror or error)
 
