@@ -42,8 +42,8 @@ from megabyte_jax import Level, MegabyteConfig, generate
 from megabyte_jax.commands.arguments import Parser
 from megabyte_jax.evaluation import windows
 from megabyte_jax.files.atomic_file import replacing
-from megabyte_jax.models.block import compute_dtype
 from megabyte_jax.models.build import initial_parameters, make_model
+from megabyte_jax.models.parameters import compute_dtype
 from megabyte_jax.paper.printed_numbers import TABLES
 
 PEER = "MEGABYTE-pytorch"

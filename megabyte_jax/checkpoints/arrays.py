@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from megabyte_jax.errors import CheckpointError
-from megabyte_jax.parallel.parameter_names import parameter_name
+from megabyte_jax.parallel.parameter_info import parameter_name
 
 
 def handlers() -> ocp.handlers.CheckpointHandlerRegistry:

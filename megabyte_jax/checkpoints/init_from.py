@@ -12,7 +12,8 @@ from megabyte_jax.checkpoints.saved_config import changed_keys, load_config
 from megabyte_jax.checkpoints.trained_model import read_parameters
 from megabyte_jax.config import Config
 from megabyte_jax.errors import CheckpointError
-from megabyte_jax.models.build import abstract_model
+from megabyte_jax.models.build import abstract_model, parameter_info
+from megabyte_jax.parallel.parameter_info import ParameterInfos
 from megabyte_jax.parallel.sharding import shard_abstract
 
 
@@ -34,13 +35,14 @@ def parameters_from(workdir: str, fresh: Any, config: Config, mesh: Mesh) -> Any
   if other := [key for key in changed_keys(before.to_dict(), config.to_dict()) if key.startswith("model.")]:
     print(f"settings of the model that are not those of {workdir}: {', '.join(other)}")
   _, abstract = abstract_model(before.model)
-  old, new = _shapes(abstract), _shapes(fresh)
+  infos = parameter_info(before.model)
+  old, new = (_shapes(parameters, infos) for parameters in (abstract, fresh))
   differ = [name for name in old.keys() | new.keys() if old.get(name) != new.get(name)]
   if differ:
     raise CheckpointError(
       f"the model of {workdir} does not fit this config; different: {', '.join(sorted(differ)[:8])}"
     )
-  parameters, step = read_parameters(workdir, shard_abstract(abstract, mesh))
+  parameters, step = read_parameters(workdir, shard_abstract(abstract, infos, mesh))
   print(f"start   parameters of {workdir}, step {step}")
 
   def fit(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -50,9 +52,9 @@ def parameters_from(workdir: str, fresh: Any, config: Config, mesh: Mesh) -> Any
   return jax.tree.map(fit, fresh, parameters)
 
 
-def _shapes(parameters: Any) -> dict[str, tuple[int, ...]]:
-  """Shapes by name; of byte positions only the width, since their number may differ."""
+def _shapes(parameters: Any, infos: ParameterInfos) -> dict[str, tuple[int, ...]]:
+  """Returns shapes by name; of byte positions only the width, since their number may differ."""
   return {
-    name: leaf.shape[1:] if name.endswith("embedder.positions") else leaf.shape
+    name: leaf.shape[1:] if name in infos and infos[name].kind == "positions" else leaf.shape
     for name, leaf in flat_arrays(parameters).items()
   }

@@ -12,7 +12,7 @@ from megabyte_jax.checkpoints.exported import is_exported, read_exported
 from megabyte_jax.checkpoints.saved_config import load_config
 from megabyte_jax.config import Config, MeshConfig
 from megabyte_jax.errors import CheckpointError, ConfigError
-from megabyte_jax.models.build import Model, abstract_model, trained_model
+from megabyte_jax.models.build import Model, abstract_model, parameter_info, trained_model
 from megabyte_jax.parallel.sharding import make_mesh, shard_abstract
 
 
@@ -36,7 +36,7 @@ def load(
   config = load_config(workdir)
   mesh = mesh or make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
   _, abstract = abstract_model(config.model)
-  parameters, found = read_parameters(workdir, shard_abstract(abstract, mesh), step)
+  parameters, found = read_parameters(workdir, shard_abstract(abstract, parameter_info(config.model), mesh), step)
   return trained_model(config.model, parameters), config, found
 
 

@@ -22,8 +22,8 @@ from flax import nnx
 from megabyte_jax.config.parsing import mapping_from_dataclass
 from megabyte_jax.errors import ConfigError, DataError, require
 from megabyte_jax.generation import entropy_coding
-from megabyte_jax.models.block import compute_dtype
 from megabyte_jax.models.build import Model
+from megabyte_jax.models.parameters import compute_dtype
 
 FORMAT = 2  # raised when older code could no longer read what this code writes
 BATCH = 64  # windows side by side; more make no file smaller

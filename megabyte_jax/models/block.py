@@ -6,8 +6,6 @@ Shapes: B batch, N spans, M slots of a span, D width, H heads, K head width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,29 +17,10 @@ from megabyte_jax.models import attention as attention_lib
 from megabyte_jax.models.attention import Past
 from megabyte_jax.models.dropout import dropout
 from megabyte_jax.models.kernels import cached_attention
+from megabyte_jax.models.parameters import make_head_norm, make_linear, make_norm
 from megabyte_jax.parallel.backend import platform, row_major
 
 KeyValue = tuple[jax.Array, jax.Array]  # k_BNMHK, v_BNMHK
-
-
-def compute_dtype(options: BlockOptions) -> jnp.dtype:
-  """The dtype of activations; `auto` is float32 on CPU and bfloat16 elsewhere."""
-  if options.compute_dtype == "auto":
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-  return jnp.dtype(options.compute_dtype)
-
-
-def init_normal(options: BlockOptions, scale: float = 1.0) -> Callable:
-  """Normal(0, init_std * scale), cut at two standard deviations (appendix A.1)."""
-  return nnx.initializers.truncated_normal(stddev=options.init_std * scale, lower=-2.0, upper=2.0)
-
-
-def make_norm(width: int, options: BlockOptions, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:
-  """LayerNorm or RMSNorm; statistics in float32, result in the compute dtype."""
-  arguments: dict[str, Any] = dict(num_features=width, epsilon=1e-5, dtype=compute_dtype(options), rngs=rngs)
-  if options.norm == "rmsnorm":
-    return nnx.RMSNorm(**arguments)
-  return nnx.LayerNorm(use_bias=options.bias, **arguments)
 
 
 def normalised(norm: nnx.LayerNorm | nnx.RMSNorm, x: jax.Array) -> jax.Array:
@@ -57,30 +36,10 @@ def normalised(norm: nnx.LayerNorm | nnx.RMSNorm, x: jax.Array) -> jax.Array:
   return (y if bias is None else y + bias[...]).astype(norm.dtype)
 
 
-def make_linear(
-  shape_in: tuple[int, ...], shape_out: tuple[int, ...], options: BlockOptions, rngs: nnx.Rngs, *, scale: float = 1.0
-) -> nnx.LinearGeneral:
-  """A matrix product over the last axes; `scale` shrinks the initial weights."""
-  return nnx.LinearGeneral(
-    shape_in,
-    shape_out,
-    axis=tuple(range(-len(shape_in), 0)),
-    use_bias=options.bias,
-    kernel_init=init_normal(options, scale),
-    dtype=compute_dtype(options),
-    rngs=rngs,
-  )
-
-
 def make_ff_in(level: Level, options: BlockOptions, rngs: nnx.Rngs) -> nnx.LinearGeneral:
   """The feed-forward layer's first product: D to F, or to 2, F if it is gated."""
-  hidden = options.hidden(level)
-  return make_linear((level.width,), (2, hidden) if options.gated else (hidden,), options, rngs)
-
-
-def make_head_norm(level: Level, options: BlockOptions, rngs: nnx.Rngs) -> nnx.RMSNorm:
-  """RMSNorm over a head's width (`qk_norm`); one scale for all heads."""
-  return nnx.RMSNorm(level.heads[1], epsilon=1e-5, dtype=compute_dtype(options), rngs=rngs)
+  halves = {"halves": 2} if options.gated else {}
+  return make_linear({"width": level.width}, halves | {"hidden": options.hidden(level)}, options, rngs)
 
 
 @jax.custom_jvp
@@ -151,14 +110,15 @@ class Block(nnx.Module):
 
   def __init__(self, level: Level, options: BlockOptions, rngs: nnx.Rngs):
     self.level, self.options = level, options
-    heads = level.heads
+    width, hidden = {"width": level.width}, {"hidden": options.hidden(level)}
+    heads = dict(zip(("heads", "head_dim"), level.heads, strict=True))
     out_scale = (2 * level.num_layers) ** -0.5  # metaseq's scaling of residual outputs
     self.attention_norm = make_norm(level.width, options, rngs)
-    self.qkv = make_linear((level.width,), (3, *heads), options, rngs)
-    self.attention_out = make_linear(heads, (level.width,), options, rngs, scale=out_scale)
+    self.qkv = make_linear(width, {"projections": 3, **heads}, options, rngs)
+    self.attention_out = make_linear(heads, width, options, rngs, scale=out_scale)
     self.ff_norm = make_norm(level.width, options, rngs)
     self.ff_in = make_ff_in(level, options, rngs)
-    self.ff_out = make_linear((options.hidden(level),), (level.width,), options, rngs, scale=out_scale)
+    self.ff_out = make_linear(hidden, width, options, rngs, scale=out_scale)
     if options.qk_norm:
       self.q_norm, self.k_norm = make_head_norm(level, options, rngs), make_head_norm(level, options, rngs)
 

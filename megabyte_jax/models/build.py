@@ -1,11 +1,11 @@
-"""One of the models from its configuration, with or without memory."""
+"""Builds models from their configs, with real parameters or as shapes only."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import re
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,12 +13,12 @@ from flax import nnx
 from jax.experimental.layout import Format, Layout
 
 from megabyte_jax.config import MegabyteConfig, ModelConfig
-from megabyte_jax.models.block import compute_dtype
 from megabyte_jax.models.kernels import cached_attention
 from megabyte_jax.models.megabyte import Megabyte
+from megabyte_jax.models.parameters import compute_dtype, declared
 from megabyte_jax.models.perceiver_ar import PerceiverAR
-from megabyte_jax.models.stack import each_in_one_kernel, is_variable, unstacked
-from megabyte_jax.parallel.parameter_names import parameter_name
+from megabyte_jax.models.stack import each_in_one_kernel, unstacked
+from megabyte_jax.parallel.parameter_info import ParameterInfo, is_variable, map_with_info, parameter_name
 
 Model = Megabyte | PerceiverAR
 
@@ -35,6 +35,23 @@ def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
   """
   graph, state = nnx.split(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0))))
   return graph, nnx.to_pure_dict(state)
+
+
+@functools.cache
+def parameter_info(config: ModelConfig) -> Mapping[str, ParameterInfo]:
+  """Returns what every parameter declares, by its name in `abstract_model`: kind, logical axes, fan-in, level.
+
+  Raises:
+    TypeError: a parameter declares nothing, or another number of axes than it has.
+  """
+  _, state = nnx.split(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0))))
+  infos = {}
+  for path, parameter in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_variable):
+    name = parameter_name(path)
+    infos[name] = declared(name, parameter)
+    if len(infos[name].axes) != len(parameter.shape):
+      raise TypeError(f"parameter {name} of shape {parameter.shape} declares the axes {infos[name].axes}")
+  return types.MappingProxyType(infos)
 
 
 def trained_model(config: ModelConfig, parameters: dict[str, Any]) -> Model:
@@ -71,38 +88,38 @@ def _prepare(config: ModelConfig, sharding: jax.sharding.Sharding, stacked: bool
   """The jitted `prepared_for_decoding` on one device."""
   prepare = functools.partial(prepared_for_decoding, config, stacked=stacked)
   shapes = jax.eval_shape(lambda: prepare(nnx.split(make_model(config, nnx.Rngs(0)))[1]))
-  layouts = decoding_layouts(shapes, stacked=stacked)
+  layouts = decoding_layouts(config, shapes, stacked=stacked)
   return jax.jit(prepare, out_shardings=jax.tree.map(lambda layout: Format(layout, sharding), layouts))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def cast_for_decoding(config: ModelConfig, parameters: Any) -> Any:
-  """The parameters in the compute dtype, but for those of norms."""
+  """Returns the parameters in the compute dtype, but for those of norms."""
   dtype = compute_dtype(config)
 
-  def cast(path, leaf):
-    return leaf if re.search(r"norm\.(scale|bias)", parameter_name(path)) else leaf.astype(dtype)
+  def cast(parameter, info):
+    return parameter if info.kind == "norm" else jax.tree.map(lambda a: a.astype(dtype), parameter)
 
-  return jax.tree_util.tree_map_with_path(cast, parameters)
+  return map_with_info(cast, parameters, parameter_info(config))
 
 
 def prepared_for_decoding(config: ModelConfig, parameters: nnx.State, *, stacked: bool) -> nnx.State:
-  """`cast_for_decoding`, and unless they stay stacked, each layer's parameters an array of their own."""
+  """Returns `cast_for_decoding`; unless they stay stacked, each layer's parameters become an array of their own."""
 
-  def unstack(path, parameter):
-    return unstacked(parameter) if "decoder.blocks" in parameter_name(path) and not stacked else parameter
+  def unstack(parameter, info):
+    return unstacked(parameter) if "layers" in info.axes and not stacked else parameter
 
-  return jax.tree_util.tree_map_with_path(unstack, cast_for_decoding(config, parameters), is_leaf=is_variable)
+  return map_with_info(unstack, cast_for_decoding(config, parameters), parameter_info(config))
 
 
-def decoding_layouts(shapes: nnx.State, *, stacked: bool) -> nnx.State:
-  """How such parameters lie in memory: those of products with their input axes last."""
+def decoding_layouts(config: ModelConfig, shapes: nnx.State, *, stacked: bool) -> nnx.State:
+  """Returns how such parameters lie in memory: those of the layers' products with their input axes last."""
 
-  def layout(path, leaf):
-    name, axes = parameter_name(path), tuple(range(leaf.ndim))
-    if "decoder.blocks" not in name or "kernel" not in name:
-      return Layout(axes)
-    layers, inputs = int(stacked), 2 if "attention_out" in name else 1
-    return Layout((*axes[:layers], *axes[layers + inputs :], *axes[layers : layers + inputs]))
+  def layout(parameter, info):
+    axes = info.axes if stacked else tuple(axis for axis in info.axes if axis != "layers")
+    order = list(range(len(axes)))
+    if "layers" in info.axes and info.kind == "matrix":
+      order = sorted(order, key=lambda i: axes[i] in info.inputs)  # stable: the others keep their order
+    return jax.tree.map(lambda _: Layout(tuple(order)), parameter)
 
-  return jax.tree_util.tree_map_with_path(layout, shapes)
+  return map_with_info(layout, shapes, parameter_info(config))

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from megabyte_jax.config import MegabyteConfig
-from megabyte_jax.models.block import compute_dtype
 from megabyte_jax.models.level import LevelModel
+from megabyte_jax.models.parameters import compute_dtype
 from megabyte_jax.models.patch_embedder import check_length
 from megabyte_jax.models.stack import Cache
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from megabyte_jax.config import Level, MegabyteConfig
-from megabyte_jax.models.block import init_normal
+from megabyte_jax.models.parameters import make_parameter
 from megabyte_jax.models.patch_embedder import PatchEmbedder
 from megabyte_jax.models.stack import Stack
 from megabyte_jax.parallel.activation_layout import constrain
@@ -26,9 +25,9 @@ class LevelModel(nnx.Module):
     self.span, self.slots_per_span = span, span // level.patch_size
     self.embedder = PatchEmbedder(level, span, config.vocab_size, config, rngs)
     if parent_byte_width:  # w_i, (S_i * d_{i-1}) x D_i, shared by all slots: w_GL of eq. (4) for the local model
-      shape = (level.patch_size * parent_byte_width, level.width)
-      scale = 1.0 if config.parent_init == "paper" else shape[0] ** -0.5
-      self.from_parent = nnx.Param(init_normal(config, scale)(rngs.params(), shape, jnp.float32))
+      sizes = {"parent_width": level.patch_size * parent_byte_width, "width": level.width}
+      balanced = config.parent_init == "balanced"
+      self.from_parent = make_parameter("matrix", sizes, config, rngs, inputs=("parent_width",), balanced=balanced)
     self.decoder = Stack(level, config, rngs)
 
   def add_parent(self, slots_BNMD: jax.Array, parent_BNE: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ from flax import nnx
 from megabyte_jax.config import MegabyteConfig
 from megabyte_jax.models.decoding import Decoding
 from megabyte_jax.models.level import LevelModel
+from megabyte_jax.models.parameters import of_level
 from megabyte_jax.models.patch_embedder import check_length
 
 
@@ -62,6 +63,8 @@ class Megabyte(Decoding, nnx.Module):
       LevelModel(level, span, parent, config, rngs)
       for level, span, parent in zip(config.levels, config.spans, parents, strict=False)
     )
+    for i, level in enumerate(self.levels):
+      of_level(level, i)
 
   def __call__(self, x_BT: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
     """Logits of every byte given the bytes before it.

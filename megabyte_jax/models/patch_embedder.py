@@ -15,8 +15,8 @@ from flax import nnx
 from megabyte_jax.config import BlockOptions, Level
 from megabyte_jax.errors import require
 from megabyte_jax.models.attention import shift
-from megabyte_jax.models.block import compute_dtype, init_normal
 from megabyte_jax.models.lookup import lookup
+from megabyte_jax.models.parameters import compute_dtype, make_parameter
 
 
 class CausalConv(nnx.Module):
@@ -24,8 +24,9 @@ class CausalConv(nnx.Module):
 
   def __init__(self, size: int, patch_size: int, width: int, options: BlockOptions, rngs: nnx.Rngs):
     self.size, self.patch_size, self.dtype = size, patch_size, compute_dtype(options)
-    self.kernel = nnx.Param(init_normal(options)(rngs.params(), (size, width, width), jnp.float32))
-    self.bias = nnx.Param(jnp.zeros((width,))) if options.bias else None
+    sizes = {"taps": size, "channels_in": width, "channels": width}
+    self.kernel = make_parameter("convolution", sizes, options, rngs, inputs=("taps", "channels_in"))
+    self.bias = make_parameter("bias", {"channels": width}, options, rngs) if options.bias else None
 
   def __call__(self, h_BNLd: jax.Array, left_BNFd: jax.Array | None = None) -> jax.Array:
     """Byte t of the result depends on bytes t - size + 1 .. t of its span.
@@ -76,10 +77,10 @@ class PatchEmbedder(nnx.Module):
 
   def __init__(self, level: Level, span: int, vocab_size: int, options: BlockOptions, rngs: nnx.Rngs):
     self.patch_size, self.dtype = level.patch_size, compute_dtype(options)
-    width, draw = level.byte_width, init_normal(options)
-    self.table = nnx.Param(draw(rngs.params(), (vocab_size, width), jnp.float32))
-    self.positions = nnx.Param(draw(rngs.params(), (span, width), jnp.float32))
-    self.pad = nnx.Param(draw(rngs.params(), (level.patch_size, width), jnp.float32))
+    width = level.byte_width
+    self.table = make_parameter("table", {"vocab": vocab_size, "byte_width": width}, options, rngs)
+    self.positions = make_parameter("positions", {"positions": span, "byte_width": width}, options, rngs)
+    self.pad = make_parameter("pad", {"patch": level.patch_size, "byte_width": width}, options, rngs)
     self.convolutions = nnx.List(
       [CausalConv(size, level.patch_size, width, options, rngs) for size in level.conv_filters]
     )

@@ -16,17 +16,10 @@ from flax import nnx
 
 from megabyte_jax.config import PerceiverARConfig
 from megabyte_jax.models import attention as attention_lib
-from megabyte_jax.models.block import (
-  activate,
-  make_ff_in,
-  make_head_norm,
-  make_linear,
-  make_norm,
-  products_apart,
-  rotate,
-)
+from megabyte_jax.models.block import activate, make_ff_in, products_apart, rotate
 from megabyte_jax.models.decoding import Pick
 from megabyte_jax.models.dropout import dropout
+from megabyte_jax.models.parameters import make_head_norm, make_linear, make_norm
 from megabyte_jax.models.patch_embedder import PatchEmbedder, check_length
 from megabyte_jax.models.stack import Cache, Stack, rematerialised
 
@@ -36,15 +29,17 @@ class CrossAttention(nnx.Module):
 
   def __init__(self, config: PerceiverARConfig, rngs: nnx.Rngs):
     self.config, level = config, config.level
+    width, hidden = {"width": level.width}, {"hidden": config.hidden(level)}
+    heads = dict(zip(("heads", "head_dim"), level.heads, strict=True))
     out_scale = (2 * (config.num_layers + 1)) ** -0.5
     self.query_norm = make_norm(level.width, config, rngs)
     self.context_norm = make_norm(level.width, config, rngs)
-    self.query = make_linear((level.width,), level.heads, config, rngs)
-    self.key_value = make_linear((level.width,), (2, *level.heads), config, rngs)
-    self.attention_out = make_linear(level.heads, (level.width,), config, rngs, scale=out_scale)
+    self.query = make_linear(width, heads, config, rngs)
+    self.key_value = make_linear(width, {"projections": 2, **heads}, config, rngs)
+    self.attention_out = make_linear(heads, width, config, rngs, scale=out_scale)
     self.ff_norm = make_norm(level.width, config, rngs)
     self.ff_in = make_ff_in(level, config, rngs)
-    self.ff_out = make_linear((config.hidden(level),), (level.width,), config, rngs, scale=out_scale)
+    self.ff_out = make_linear(hidden, width, config, rngs, scale=out_scale)
     if config.qk_norm:
       self.q_norm, self.k_norm = make_head_norm(level, config, rngs), make_head_norm(level, config, rngs)
 

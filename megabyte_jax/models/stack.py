@@ -15,9 +15,11 @@ from flax import nnx
 
 from megabyte_jax.config import Level, ModelConfig
 from megabyte_jax.models.attention import Past
-from megabyte_jax.models.block import Block, compute_dtype, make_norm, normalised, rotate
+from megabyte_jax.models.block import Block, normalised, rotate
 from megabyte_jax.models.kernels import cached_attention, decoding_step
+from megabyte_jax.models.parameters import compute_dtype, make_norm, with_layers
 from megabyte_jax.parallel.backend import platform, row_major
+from megabyte_jax.parallel.parameter_info import is_variable
 
 
 class Cache(NamedTuple):
@@ -39,6 +41,7 @@ class Stack(nnx.Module):
       return Block(level, options, rngs)
 
     self.blocks = make_blocks(rngs)
+    with_layers(self.blocks)
     self.norm = make_norm(level.width, options, rngs)
 
   def __call__(
@@ -211,11 +214,6 @@ def _variables(layers):
 
 def _map_variables(function, layers):
   return jax.tree.map(function, layers, is_leaf=is_variable)
-
-
-def is_variable(node: Any) -> bool:
-  """Whether a node of a model's state is a whole parameter, be it a tuple."""
-  return isinstance(node, nnx.Variable)
 
 
 def rematerialised(layer: Callable, remat: str, *, is_in_loop: bool) -> Callable:

@@ -1,4 +1,4 @@
-"""The device mesh and the one table of partition specs.
+"""Makes the device mesh and maps the logical axes of parameters to it, by one table.
 
 Axes: `data` replicates the model, `fsdp` also shards its parameters, `seq` spreads a sequence's patches,
 `tensor` spreads heads and feed-forward units. All four always exist; unused ones have size 1. XLA adds the
@@ -23,32 +23,11 @@ from jax.sharding import PartitionSpec as P
 from megabyte_jax.config import MegabyteConfig, MeshConfig, ModelConfig
 from megabyte_jax.errors import ConfigError, require
 from megabyte_jax.parallel.activation_layout import BATCH
-from megabyte_jax.parallel.parameter_names import parameter_name
+from megabyte_jax.parallel.parameter_info import ParameterInfo, ParameterInfos, map_with_info
 
-# Parameters by the end of their name; optimizer moments bear the names of their parameters. The first axis of
-# everything in `blocks` counts layers. What matches no line is replicated (norms, biases of width D, convolutions).
-PARAMETERS = (
-  (r"qkv\.kernel", P(None, "fsdp", None, "tensor", None)),  # layers, D, 3, heads, head width
-  (r"qkv\.bias", P(None, None, "tensor", None)),
-  (r"attention_out\.kernel", P(None, "tensor", None, "fsdp")),  # layers, heads, head width, D
-  (r"blocks\.ff_in\.kernel", P(None, "fsdp", "tensor")),
-  (r"blocks\.ff_in\.kernel", P(None, "fsdp", None, "tensor")),  # gated: layers, D, 2, hidden
-  (r"blocks\.ff_in\.bias", P(None, "tensor")),
-  (r"blocks\.ff_in\.bias", P(None, None, "tensor")),
-  (r"ff_out\.kernel", P(None, "tensor", "fsdp")),
-  (r"cross\.query\.kernel", P("fsdp", "tensor", None)),  # PerceiverAR's single layer: D, heads, head width
-  (r"cross\.query\.bias", P("tensor", None)),
-  (r"cross\.key_value\.kernel", P("fsdp", None, "tensor", None)),
-  (r"cross\.key_value\.bias", P(None, "tensor", None)),
-  (r"cross\.attention_out\.kernel", P("tensor", None, "fsdp")),
-  (r"cross\.ff_in\.kernel", P("fsdp", "tensor")),
-  (r"cross\.ff_in\.kernel", P("fsdp", None, "tensor")),  # gated
-  (r"cross\.ff_in\.bias", P("tensor")),
-  (r"cross\.ff_in\.bias", P(None, "tensor")),
-  (r"cross\.ff_out\.kernel", P("tensor", "fsdp")),
-  (r"from_parent", P(None, "fsdp")),
-  (r"embedder\.(table|positions|pad)", P(None, "fsdp")),  # per byte width, if it divides
-)
+# Logical axes of parameters (parameter_info.py) -> axes of the mesh. An axis that is not here is not cut: layers, byte
+# values, positions, and `channels`, the width of vectors such as norms, which are too small for it.
+MESH_AXES = {"width": "fsdp", "byte_width": "fsdp", "heads": "tensor", "hidden": "tensor"}
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -159,37 +138,38 @@ def check_mesh(mesh: Mesh | AbstractMesh, model: ModelConfig, batch_size: int) -
       )
 
 
-def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
-  """The partition spec of a parameter or moment; an axis that does not divide its dimension is left out."""
-  for pattern, spec in PARAMETERS:
-    if re.search(pattern + "$", name) and len(spec) == len(shape):
-      return P(*(axis if axis and dim % mesh.shape[axis] == 0 else None for axis, dim in zip(spec, shape, strict=True)))
-  return P()
+def parameter_spec(info: ParameterInfo, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
+  """Returns the partition spec of a parameter or moment; a mesh axis that does not divide its axis is left out."""
+  wanted = (MESH_AXES.get(axis) for axis in info.axes)
+  spec = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(wanted, shape, strict=True)]
+  return P(*spec) if any(spec) else P()
 
 
-def _with_specs(place: Callable[[Any, P], Any], tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-  """place(leaf, its spec by the table) of every parameter or moment of the tree."""
-
-  def place_named(path, leaf):
-    name = parameter_name(path)
-    return place(leaf, parameter_spec(name, leaf.shape, mesh))
-
-  return jax.tree_util.tree_map_with_path(place_named, tree)
+def _with_specs(place: Callable[[Any, P], Any], tree: Any, infos: ParameterInfos, mesh: Mesh | AbstractMesh) -> Any:
+  """Returns place(leaf, its spec) for every parameter or moment of the tree; whatever else there is gets replicated."""
+  return map_with_info(
+    lambda leaf, info: place(leaf, P() if info is None else parameter_spec(info, leaf.shape, mesh)), tree, infos
+  )
 
 
-def shard_abstract(tree: Any, mesh: Mesh) -> Any:
-  """The same tree of ShapeDtypeStructs, each with its NamedSharding from the table."""
+def shard_abstract(tree: Any, infos: ParameterInfos, mesh: Mesh) -> Any:
+  """Returns the same tree of ShapeDtypeStructs, each with its NamedSharding.
+
+  Args:
+    tree: parameters or a whole training state, as nested containers of shapes.
+    infos: what the model's parameters declare (`models.build.parameter_info`).
+  """
 
   def place(leaf, spec):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-  return _with_specs(place, tree, mesh)
+  return _with_specs(place, tree, infos, mesh)
 
 
-def constrain_state(tree: Any) -> Any:
-  """Lays parameters or moments out by the table: XLA may choose otherwise, and the next step be compiled again."""
+def constrain_state(tree: Any, infos: ParameterInfos) -> Any:
+  """Lays parameters or moments out as declared: XLA may choose otherwise, and the next step be compiled again."""
   mesh = jax.sharding.get_abstract_mesh()
-  return tree if mesh.empty else _with_specs(jax.lax.with_sharding_constraint, tree, mesh)
+  return tree if mesh.empty else _with_specs(jax.lax.with_sharding_constraint, tree, infos, mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

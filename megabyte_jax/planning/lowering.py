@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from megabyte_jax.config import Config, PerceiverARConfig
 from megabyte_jax.evaluation.evaluate import make_eval_step
 from megabyte_jax.generation import sampling
-from megabyte_jax.models.build import abstract_model, cast_for_decoding
+from megabyte_jax.models.build import abstract_model, cast_for_decoding, parameter_info
 from megabyte_jax.parallel.sharding import batch_sharding, shard_abstract
 from megabyte_jax.training.state import abstract_state, make_train_step
 
@@ -37,11 +37,12 @@ def lower(config: Config, mesh: Mesh, step: str) -> jax.stages.Lowered:
     if step == "train":
       return make_train_step(config).lower(abstract_state(config, mesh), x_BT, length_B if may_be_short else None)
     _, parameters = abstract_model(config.model)
+    infos = parameter_info(config.model)
     if step == "eval":
-      parameters = shard_abstract(parameters, mesh)
+      parameters = shard_abstract(parameters, infos, mesh)
       return make_eval_step(config).lower(parameters, x_BT, length_B, *([length_B] if is_perceiver else []))
     parameters = jax.eval_shape(functools.partial(cast_for_decoding, config.model), parameters)
-    return _lower_generate(config, mesh, shard_abstract(parameters, mesh))
+    return _lower_generate(config, mesh, shard_abstract(parameters, infos, mesh))
 
 
 def _lower_generate(config: Config, mesh: Mesh, parameters: Any) -> jax.stages.Lowered:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,28 +11,21 @@ import optax
 
 from megabyte_jax.config import OptimizerConfig
 from megabyte_jax.parallel.backend import platform
-from megabyte_jax.parallel.parameter_names import parameter_name
+from megabyte_jax.parallel.parameter_info import ParameterInfos, map_with_info
 from megabyte_jax.training.schedule import learning_rate
 
-# Muon's matrices by the end of their names, with the axes of the result. A layer, and each of q, k, v and of a gated
-# layer's halves, is a matrix of its own.
-_RESULT = {
-  "qkv.kernel": (-2, -1),  # D, 3, heads, head width
-  "query.kernel": (-2, -1),  # D, heads, head width
-  "key_value.kernel": (-2, -1),  # D, 2, heads, head width
-  "attention_out.kernel": (-1,),  # heads, head width, D
-  "ff_in.kernel": (-1,),  # D, hidden or D, 2, hidden
-  "ff_out.kernel": (-1,),
-  "from_parent": (-1,),
-}
 _RMS = 0.2  # of Muon's updates, about AdamW's: one learning rate and weight decay serve both (Liu et al., 2025)
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-  """Clipping by the global norm, then AdamW: decoupled weight decay on all parameters, as metaseq has it.
+def make_optimizer(config: OptimizerConfig, num_steps: int, infos: ParameterInfos) -> optax.GradientTransformation:
+  """Makes the optimizer: clipping by the global norm, then AdamW with decoupled weight decay on all parameters.
 
   With `muon` the blocks' matrices get Muon's updates, scaled to AdamW's size; AdamW with Nesterov momentum changes what
   is left: tables, positions, pads, norms, biases and convolutions.
+
+  Args:
+    num_steps: of the run, for the schedule.
+    infos: what the model's parameters declare (`models.build.parameter_info`).
   """
   rate = learning_rate(config, num_steps)
   if config.name == "muon":
@@ -43,7 +37,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
       adam_b1=config.b1,
       adam_b2=config.b2,
       adam_weight_decay=config.weight_decay,
-      muon_weight_dimension_numbers=muon_matrices,
+      muon_weight_dimension_numbers=functools.partial(muon_matrices, infos=infos),
       consistent_rms=_RMS,
     )
     update = optax.GradientTransformation(update.init, _with_bfloat16_products(update.update))
@@ -64,19 +58,15 @@ def _with_bfloat16_products(update: Callable) -> Callable:
   return quick
 
 
-def muon_matrices(parameters: Any) -> Any:
-  """For each parameter which axes are a matrix's inputs and outputs, or None where Muon does not change it.
+def muon_matrices(parameters: Any, infos: ParameterInfos) -> Any:
+  """Returns for each parameter which axes are a matrix's inputs and outputs, or None where Muon does not change it.
 
   All other axes count matrices, which are made orthogonal one by one.
   """
 
-  def axes(path, leaf):
-    name = parameter_name(path)
-    result = next((axes for end, axes in _RESULT.items() if name.endswith(f".{end}")), None)
-    if result is None:
+  def axes(_, info):
+    if info.kind != "matrix":
       return None
-    first = int(".blocks." in name)  # after the axis that counts layers
-    inputs = (first, first + 1) if name.endswith("attention_out.kernel") else (first,)
-    return optax.contrib.MuonDimensionNumbers(inputs, tuple(leaf.ndim + axis for axis in result))
+    return optax.contrib.MuonDimensionNumbers(info.input_places, info.output_places)
 
-  return jax.tree_util.tree_map_with_path(axes, parameters)
+  return map_with_info(axes, parameters, infos)

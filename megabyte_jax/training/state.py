@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from megabyte_jax.checkpoints.checkpoints import Checkpoints
 from megabyte_jax.config import Config, PerceiverARConfig
-from megabyte_jax.models.build import abstract_model, initial_parameters
+from megabyte_jax.models.build import abstract_model, initial_parameters, parameter_info
 from megabyte_jax.models.loss import sum_of_nats
 from megabyte_jax.parallel.sharding import check_mesh, constrain_state, shard_abstract
 from megabyte_jax.training.optimizer import make_optimizer
@@ -35,9 +35,13 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
   """
   check_mesh(mesh, config.model, config.batch_size // config.accumulate)
   _, parameters = abstract_model(config.model)
-  opt_state = jax.eval_shape(make_optimizer(config.optimizer, config.num_steps).init, parameters)
+  opt_state = jax.eval_shape(_optimizer(config).init, parameters)
   step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-  return shard_abstract(TrainState(step, parameters, opt_state), mesh)
+  return shard_abstract(TrainState(step, parameters, opt_state), parameter_info(config.model), mesh)
+
+
+def _optimizer(config: Config) -> optax.GradientTransformation:
+  return make_optimizer(config.optimizer, config.num_steps, parameter_info(config.model))
 
 
 def initial_state(config: Config, mesh: Mesh) -> TrainState:
@@ -47,7 +51,7 @@ def initial_state(config: Config, mesh: Mesh) -> TrainState:
 
   def make(key):
     parameters = initial_parameters(config.model, key)
-    opt_state = make_optimizer(config.optimizer, config.num_steps).init(parameters)
+    opt_state = _optimizer(config).init(parameters)
     return TrainState(jnp.int32(0), parameters, opt_state)
 
   return jax.jit(make, out_shardings=shardings)(jax.random.key(config.seed))
@@ -73,7 +77,7 @@ def make_train_step(config: Config) -> jax.stages.Wrapped:
   Dropout and the places of PerceiverAR's latents are functions of the seed and the step.
   """
   graph, _ = abstract_model(config.model)
-  optimizer = make_optimizer(config.optimizer, config.num_steps)
+  optimizer, infos = _optimizer(config), parameter_info(config.model)
   drops = config.model.dropout > 0 or config.model.attention_dropout > 0
   latents = config.model.latents if isinstance(config.model, PerceiverARConfig) else 0
   parts = config.accumulate
@@ -108,7 +112,7 @@ def make_train_step(config: Config) -> jax.stages.Wrapped:
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.parameters)
     parameters = optax.apply_updates(state.parameters, updates)
     metrics = {"nats": nats, "bytes": count.astype(jnp.float32), "grad_norm": optax.tree.norm(gradient)}
-    return TrainState(state.step + 1, *constrain_state((parameters, opt_state))), metrics
+    return TrainState(state.step + 1, *constrain_state((parameters, opt_state), infos)), metrics
 
   return jax.jit(train_step, donate_argnums=0)
 

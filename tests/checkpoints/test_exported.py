@@ -17,7 +17,7 @@ from megabyte_jax.checkpoints.saved_config import load_config
 from megabyte_jax.checkpoints.trained_model import load
 from megabyte_jax.config import Config
 from megabyte_jax.errors import CheckpointError, ConfigError
-from megabyte_jax.models.build import abstract_model, initial_parameters
+from megabyte_jax.models.build import abstract_model, initial_parameters, parameter_info
 from megabyte_jax.models.loss import byte_nats
 from megabyte_jax.parallel.sharding import shard_abstract
 
@@ -31,7 +31,7 @@ def parameters_of(config, seed=0):
 
 
 def abstract_of(config):
-  return shard_abstract(abstract_model(config.model)[1], MESH)
+  return shard_abstract(abstract_model(config.model)[1], parameter_info(config.model), MESH)
 
 
 @pytest.mark.parametrize("name", ["two_levels", "three_levels_cross_patch", "conv", "perceiver_ar"])

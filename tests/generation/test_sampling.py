@@ -17,7 +17,7 @@ from megabyte_jax.config import Config, Level, MegabyteConfig, MeshConfig, Perce
 from megabyte_jax.errors import ConfigError
 from megabyte_jax.generation import sampling as sampling_module
 from megabyte_jax.generation.sampling import generate
-from megabyte_jax.models.build import abstract_model, in_compute_dtype, make_model
+from megabyte_jax.models.build import abstract_model, in_compute_dtype, make_model, parameter_info
 from megabyte_jax.parallel.sharding import make_mesh, shard_abstract
 from megabyte_jax.planning.lowering import lower
 
@@ -114,7 +114,7 @@ def test_generation_with_parameters_spread_over_a_mesh(name, axes):
   config = variants.VARIANTS[name]
   mesh = make_mesh(MeshConfig(**{"data": 1} | axes))
   graph, abstract = abstract_model(config)
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, shard_abstract(abstract, mesh))
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, shard_abstract(abstract, parameter_info(config), mesh))
   spread = nnx.merge(graph, jax.device_put(variants.parameters(name), shardings))
   options = dict(num_bytes=config.context + 3, num_samples=3, seed=4)  # past the context, more rows than asked for
   expected = generate(variants.model(name), b"\3\1\2", **options)

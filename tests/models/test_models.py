@@ -15,7 +15,7 @@ from megabyte_jax.config import Config, Level, MegabyteConfig, PerceiverARConfig
 from megabyte_jax.errors import ConfigError
 from megabyte_jax.models import block as block_module
 from megabyte_jax.models import dropout
-from megabyte_jax.models.build import abstract_model, initial_parameters, make_model
+from megabyte_jax.models.build import abstract_model, initial_parameters, make_model, parameter_info
 from megabyte_jax.models.loss import byte_nats
 from megabyte_jax.training.optimizer import make_optimizer
 from megabyte_jax.training.state import TrainState, make_train_step
@@ -266,7 +266,8 @@ def test_accumulation_equals_one_batch():
   for accumulate in (1, 4):
     config = Config(model=variants.VARIANTS[name], batch_size=8, accumulate=accumulate, num_steps=10)
     state = TrainState(jnp.int32(3), jax.tree.map(jnp.copy, variants.parameters(name)), None)
-    optimizer_state = make_optimizer(config.optimizer, config.num_steps).init(state.parameters)
+    optimizer = make_optimizer(config.optimizer, config.num_steps, parameter_info(config.model))
+    optimizer_state = optimizer.init(state.parameters)
     results.append(make_train_step(config)(state._replace(opt_state=optimizer_state), x_BT, length_B))
   (one, metrics), (parts, metrics_of_parts) = results
   assert int(metrics["bytes"]) == int(metrics_of_parts["bytes"]) == length_B.sum()

@@ -17,7 +17,7 @@ from PIL import Image
 from megabyte_jax.config import Config, DataConfig, Level, MegabyteConfig, MeshConfig, OptimizerConfig
 from megabyte_jax.data.batches import batches
 from megabyte_jax.data.open_data import open_source
-from megabyte_jax.models.build import abstract_model
+from megabyte_jax.models.build import abstract_model, parameter_info
 from megabyte_jax.models.loss import byte_nats
 from megabyte_jax.parallel.sharding import batch_sharding, make_mesh, shard_abstract
 from megabyte_jax.planning.collectives import collectives
@@ -56,7 +56,9 @@ def compiled(config, function):
   x_BT = jax.ShapeDtypeStruct((1, config.context), jnp.uint8, sharding=batch_sharding(mesh))
   with jax.set_mesh(mesh):
     program = jax.jit(lambda parameters, x_BT: function(nnx.merge(graph, parameters), x_BT))
-    return collectives(program.lower(shard_abstract(parameters, mesh), x_BT).compile().as_text())
+    return collectives(
+      program.lower(shard_abstract(parameters, parameter_info(config), mesh), x_BT).compile().as_text()
+    )
 
 
 @functools.cache

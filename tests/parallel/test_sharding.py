@@ -13,7 +13,7 @@ from model_variants import draw_parameters
 
 from megabyte_jax.config import Config, Level, MegabyteConfig, MeshConfig, PerceiverARConfig
 from megabyte_jax.errors import ConfigError
-from megabyte_jax.models.build import abstract_model
+from megabyte_jax.models.build import abstract_model, parameter_info
 from megabyte_jax.models.loss import byte_nats
 from megabyte_jax.parallel.sharding import batch_sharding, check_mesh, make_mesh, shard_abstract
 from megabyte_jax.training.state import abstract_state, initial_state
@@ -101,7 +101,8 @@ def test_initial_parameters_are_the_same_on_any_mesh(full_compile, model, mesh):
 def test_every_matrix_is_spread(name):
   _, abstract = abstract_model(MODELS[name])
   spread = 0
-  for path, leaf in jax.tree_util.tree_leaves_with_path(shard_abstract(abstract, mesh_of("fsdp4 tensor2"))):
+  laid_out = shard_abstract(abstract, parameter_info(MODELS[name]), mesh_of("fsdp4 tensor2"))
+  for path, leaf in jax.tree_util.tree_leaves_with_path(laid_out):
     where = jax.tree_util.keystr(path, simple=True, separator=".")
     if where.endswith("kernel") and "conv" not in where:
       spread += 1
@@ -135,7 +136,7 @@ def loss_and_gradient(name, mesh):
   """Of random parameters, as NumPy, computed on `mesh`."""
   model, mesh = MODELS[name], mesh_of(mesh)
   graph, abstract = abstract_model(model)
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, shard_abstract(abstract, mesh))
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, shard_abstract(abstract, parameter_info(model), mesh))
   parameters = jax.device_put(jax.tree.map(np.asarray, draw_parameters(model)), shardings)
   rng = np.random.default_rng(1)
   x_BT = jax.device_put(rng.integers(0, 256, (BATCH, model.context), np.uint8), batch_sharding(mesh))

@@ -9,7 +9,8 @@ import pytest
 
 from megabyte_jax.checkpoints.arrays import flat_arrays
 from megabyte_jax.config import Config, Level, MegabyteConfig, MeshConfig, OptimizerConfig
-from megabyte_jax.models.build import abstract_model
+from megabyte_jax.models.build import abstract_model, parameter_info
+from megabyte_jax.parallel.parameter_info import ParameterInfo
 from megabyte_jax.parallel.sharding import batch_sharding, make_mesh
 from megabyte_jax.training.optimizer import make_optimizer, muon_matrices
 from megabyte_jax.training.schedule import learning_rate
@@ -57,7 +58,7 @@ def test_three_steps_of_adamw_by_hand():
   expected = adamw(
     list(parameters.values()), [list(gradient.values()) for gradient in gradients], [0.0, 0.05, 0.1], config
   )
-  optimizer = make_optimizer(config, num_steps=4)
+  optimizer = make_optimizer(config, num_steps=4, infos={})
   ours = jax.tree.map(np.float32, parameters)
   state = optimizer.init(ours)
   update = jax.jit(optimizer.update)
@@ -125,7 +126,7 @@ def test_two_steps_of_muon_by_hand():
   before = flat_arrays(variants.draw_parameters(MODEL))
   rng = np.random.default_rng(0)
   gradients = [{name: rng.normal(size=leaf.shape) for name, leaf in before.items()} for _ in range(2)]
-  optimizer = make_optimizer(config, num_steps=1000)
+  optimizer = make_optimizer(config, num_steps=1000, infos=parameter_info(MODEL))
   tree = variants.draw_parameters(MODEL)
   state, update = optimizer.init(tree), jax.jit(optimizer.update)
   for gradient in gradients:
@@ -152,21 +153,23 @@ def test_two_steps_of_muon_by_hand():
 @pytest.mark.parametrize(("device", "quick"), [("cpu", False), ("gpu", True)])
 def test_muon_multiplies_in_bfloat16_on_gpus(monkeypatch, device, quick):
   monkeypatch.setattr("megabyte_jax.training.optimizer.platform", lambda: device)
-  optimizer = make_optimizer(OptimizerConfig(name="muon"), 10)
-  tree = {"decoder": {"ff_out": {"kernel": jax.ShapeDtypeStruct((4, 4), np.float32)}}}
+  infos = {"kernel": ParameterInfo("matrix", ("hidden", "width"), ("hidden",), fan_in=4)}
+  optimizer = make_optimizer(OptimizerConfig(name="muon"), 10, infos)
+  tree = {"kernel": jax.ShapeDtypeStruct((4, 4), np.float32)}
   traced = jax.jit(optimizer.update).trace(tree, jax.eval_shape(optimizer.init, tree), tree)
   assert ("lhs_precision_type = bf16" in traced.lower(lowering_platforms=("cuda",)).as_text()) == quick
 
 
 def test_what_is_no_matrix_goes_to_adamw():
-  axes = muon_matrices(abstract_model(MODEL)[1])
+  axes = muon_matrices(abstract_model(MODEL)[1], parameter_info(MODEL))
   names = {name for name, _ in flat_arrays(jax.tree.map(np.asarray, axes)).items()}
   for name in flat_arrays(abstract_model(MODEL)[1]):
     assert any(n.startswith(name) for n in names) == (matrices_of(name, np.zeros((2, 2, 3, 2, 2))) is not None), name
 
 
 def test_muons_matrices_of_perceiver_ar():
-  axes = muon_matrices(abstract_model(variants.VARIANTS["perceiver_ar_modern"])[1])
+  config = variants.VARIANTS["perceiver_ar_modern"]
+  axes = muon_matrices(abstract_model(config)[1], parameter_info(config))
   cross, block = axes["cross"], axes["decoder"]["blocks"]
   assert cross["query"]["kernel"] == ((0,), (1, 2)) and cross["key_value"]["kernel"] == ((0,), (2, 3))
   assert cross["attention_out"]["kernel"] == ((0, 1), (2,)) and cross["ff_in"]["kernel"] == ((0,), (2,))

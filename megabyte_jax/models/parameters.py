@@ -1,0 +1,131 @@
+"""Makes parameters: draws their initial values and attaches what they declare of themselves (`ParameterInfo`).
+
+Every parameter of every model comes from here, directly or in a layer of `make_linear` or `make_norm`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from megabyte_jax.config import BlockOptions, Level
+from megabyte_jax.parallel.parameter_info import Kind, ParameterInfo
+
+Sizes = Mapping[str, int]  # logical axis -> its size, in the order of the array's axes
+
+
+def compute_dtype(options: BlockOptions) -> jnp.dtype:
+  """Returns the dtype of activations; `auto` is float32 on CPU and bfloat16 elsewhere."""
+  if options.compute_dtype == "auto":
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+  return jnp.dtype(options.compute_dtype)
+
+
+def initial_values(options: BlockOptions, info: ParameterInfo, *, scale: float = 1.0, balanced: bool = False) -> Any:
+  """Returns the initializer (key, shape, dtype) -> values of a parameter.
+
+  Appendix A.1: normal with deviation `init_std`, cut at two deviations; biases are 0.
+
+  Args:
+    scale: times the deviation.
+    balanced: divides the deviation by the root of `info.fan_in`.
+  """
+  if info.kind == "bias":
+    return nnx.initializers.zeros
+  scale *= info.fan_in**-0.5 if balanced else 1.0
+  return nnx.initializers.truncated_normal(stddev=options.init_std * scale, lower=-2.0, upper=2.0)
+
+
+def make_parameter(
+  kind: Kind,
+  sizes: Sizes,
+  options: BlockOptions,
+  rngs: nnx.Rngs,
+  *,
+  inputs: tuple[str, ...] = (),
+  balanced: bool = False,
+) -> nnx.Param:
+  """Makes a float32 parameter; `inputs` and `balanced` as in `ParameterInfo` and `initial_values`."""
+  info = ParameterInfo(kind, tuple(sizes), inputs, math.prod(sizes[axis] for axis in inputs))
+  draw, shape = initial_values(options, info, balanced=balanced), tuple(sizes.values())
+  values = draw(rngs.params(), shape, jnp.float32) if kind != "bias" else jnp.zeros(shape)
+  return nnx.Param(values, info=info)
+
+
+def make_linear(
+  sizes_in: Sizes, sizes_out: Sizes, options: BlockOptions, rngs: nnx.Rngs, *, scale: float = 1.0
+) -> nnx.LinearGeneral:
+  """Makes a matrix product over the last axes; `scale` shrinks the initial weights."""
+  info = ParameterInfo("matrix", (*sizes_in, *sizes_out), tuple(sizes_in), math.prod(sizes_in.values()))
+  added = ParameterInfo("bias", tuple("channels" if axis == "width" else axis for axis in sizes_out))
+  return nnx.LinearGeneral(
+    tuple(sizes_in.values()),
+    tuple(sizes_out.values()),
+    axis=tuple(range(-len(sizes_in), 0)),
+    use_bias=options.bias,
+    kernel_init=initial_values(options, info, scale=scale),
+    kernel_metadata={"info": info},
+    bias_metadata={"info": added},
+    dtype=compute_dtype(options),
+    rngs=rngs,
+  )
+
+
+def make_norm(width: int, options: BlockOptions, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:
+  """Makes LayerNorm or RMSNorm over a width; statistics in float32, result in the compute dtype."""
+  if options.norm == "rmsnorm":
+    return _rms_norm(width, "channels", options, rngs)
+  metadata = {"info": ParameterInfo("norm", ("channels",))}
+  return nnx.LayerNorm(
+    width,
+    epsilon=1e-5,
+    use_bias=options.bias,
+    dtype=compute_dtype(options),
+    scale_metadata=metadata,
+    bias_metadata=metadata,
+    rngs=rngs,
+  )
+
+
+def make_head_norm(level: Level, options: BlockOptions, rngs: nnx.Rngs) -> nnx.RMSNorm:
+  """Makes RMSNorm over a head's width (`qk_norm`); one scale for all heads."""
+  return _rms_norm(level.heads[1], "head_dim", options, rngs)
+
+
+def _rms_norm(width: int, axis: str, options: BlockOptions, rngs: nnx.Rngs) -> nnx.RMSNorm:
+  metadata = {"info": ParameterInfo("norm", (axis,))}
+  return nnx.RMSNorm(width, epsilon=1e-5, dtype=compute_dtype(options), scale_metadata=metadata, rngs=rngs)
+
+
+def with_layers(module: nnx.Module) -> None:
+  """Declares a first axis of layers for all parameters of a module that `nnx.vmap` has stacked."""
+  _change(module, lambda info: dataclasses.replace(info, axes=("layers", *info.axes)))
+
+
+def of_level(module: nnx.Module, level: int) -> None:
+  """Declares that all parameters of a module belong to level number `level`, from 0."""
+  _change(module, lambda info: dataclasses.replace(info, level=level))
+
+
+def _change(module: nnx.Module, change: Callable[[ParameterInfo], ParameterInfo]) -> None:
+  for path, node in nnx.iter_graph(module):
+    if isinstance(node, nnx.Param):
+      node.set_metadata(info=change(declared(".".join(map(str, path)), node)))
+
+
+def declared(name: str, parameter: nnx.Variable) -> ParameterInfo:
+  """Returns the info of a parameter.
+
+  Raises:
+    TypeError: it has none.
+  """
+  info = parameter.get_metadata("info", None)
+  if not isinstance(info, ParameterInfo):
+    raise TypeError(f"parameter {name} declares neither kind nor axes; make it by models/parameters.py")
+  return info
