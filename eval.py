@@ -6,7 +6,7 @@
 
 The last line is one JSON object with bpb, bytes, nats, seconds and more. It is also kept in the work directory as
 eval.json and, where a whole split was scored, as eval_SPLIT_METHOD.json (eval_SPLIT_METHOD_strideN.json with --stride),
-which `python -m megabyte_jax.tables` reads.
+which `python -m megabyte_jax tables` reads.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import functools
 import json
 import math
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-  signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below: no traceback
+from megabyte_jax.commands import command_line
+from megabyte_jax.commands.eval import parse_arguments
+
+if __name__ == "__main__":  # before the imports below: --help and mistakes are answered at once
+  ARGUMENTS = command_line.read(parse_arguments)
 
 import jax
 import numpy as np
@@ -32,8 +34,6 @@ from flax import nnx
 
 from megabyte_jax.checkpoints.saved_config import load_config
 from megabyte_jax.checkpoints.trained_model import evaluation_mesh, load
-from megabyte_jax.commands import command_line
-from megabyte_jax.commands.arguments import Parser, add_run_arguments
 from megabyte_jax.config import Config
 from megabyte_jax.data.open_data import open_path, open_source
 from megabyte_jax.data.sources import Source
@@ -42,21 +42,26 @@ from megabyte_jax.errors import ConfigError, DataError, require
 from megabyte_jax.evaluation import image_report, perplexity, report
 from megabyte_jax.evaluation.by_source import by_source
 from megabyte_jax.evaluation.evaluate import Evaluation
-from megabyte_jax.evaluation.windows import METHODS
 from megabyte_jax.files import outputs
 from megabyte_jax.files.atomic_file import replacing
-from megabyte_jax.files.object_stores import is_remote
 from megabyte_jax.models.loss import bits_per_byte
 from megabyte_jax.parallel import distributed
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
-  """Reads the arguments (None: the command line's), evaluates, writes eval.json and pictures into the work directory.
+  """Reads the arguments (None: the command line's) and evaluates as they say; see `run`."""
+  return run(parse_arguments(arguments))
+
+
+def run(args: argparse.Namespace) -> str:
+  """Evaluates, and writes eval.json and pictures into the work directory.
+
+  Args:
+    args: what `parse_arguments` read.
 
   Returns:
     The last line that it prints, one JSON object; '' in all but one of several processes.
   """
-  args = parse_arguments(arguments)
   distributed.start_from_arguments(args)
   config = load_config(args.workdir)
   tiles = config.data.image_tiles if args.image_tiles is None else args.image_tiles
@@ -138,43 +143,6 @@ def main(arguments: Sequence[str] | None = None) -> str:
     print(line)
     return line
   return ""
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-  """See the head of this file."""
-  parser = Parser("python eval.py", description=__doc__)
-  add_run_arguments(parser)
-  parser.add_argument("--split", default="validation", choices=["train", "validation", "test"])
-  parser.add_argument("--data", default="", help="file, folder, glob or data set, instead of a split")
-  parser.add_argument("--skip-bad", action="store_true", help="leave out and count what is empty or unreadable")
-  parser.add_argument("--raw", action="store_true", help="the bytes of files as they are, compressed ones, too")
-  parser.add_argument("--convert-images", action="store_true", help="make grey, transparent and 16-bit images RGB")
-  parser.add_argument(
-    "--image-tiles", type=int, metavar="N", help="scale images to N pixels and cut tiles; 0: whole; default: the run's"
-  )
-  parser.add_argument("--method", default="", choices=["", *METHODS], help="default: config.eval.method")
-  parser.add_argument("--stride", type=int, default=0, help="bytes between sliding windows; default: half a window")
-  parser.add_argument("--batch-size", type=int, default=0, help="windows at once; default: config.eval.batch_size")
-  parser.add_argument("--max-bytes", type=int, default=0, help="score only the first so many bytes")
-  parser.add_argument("--per-byte-out", default="", metavar="FILE.npy", help="write each byte's nats, float32")
-  parser.add_argument(
-    "--words", default="", metavar="N|count|pg19|pg19-SPLIT", help="word-level perplexity over so many words"
-  )
-  parser.add_argument(
-    "--compressors", action=argparse.BooleanOptionalAction, default=True, help="compare with gzip ..."
-  )
-  distributed.add_arguments(parser)
-  args = parser.parse_args(arguments)
-  for name in ("stride", "batch_size", "max_bytes", "image_tiles"):
-    if (getattr(args, name) or 0) < 0:
-      raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative")
-  if args.per_byte_out:
-    if is_remote(args.per_byte_out):
-      raise ConfigError(f"--per-byte-out={args.per_byte_out} is not on this machine's disks; name a file there")
-    outputs.check_output_file("--per-byte-out", args.per_byte_out)
-  if args.words and args.max_bytes:
-    raise ConfigError("--words and --max-bytes exclude each other: the words are those of the whole text")
-  return args
 
 
 def training_data(config: Config) -> Source | None:
@@ -260,4 +228,4 @@ def write_positions(workdir: str, result: Evaluation) -> None:
 
 
 if __name__ == "__main__":
-  command_line.run(main)
+  command_line.run(lambda: run(ARGUMENTS))

@@ -7,25 +7,28 @@ python train.py --config.batch_size=8 --config.model.levels[0].num_layers=6     
 
 from __future__ import annotations
 
+import argparse
 import collections
 import contextlib
 import os
 import signal
+from collections.abc import Sequence
 from typing import Any
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-  signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below, the package's own too: no traceback
+from megabyte_jax.commands import command_line
+from megabyte_jax.commands.train import parse_arguments
+
+if __name__ == "__main__":  # before the imports below: --help and mistakes are answered at once
+  ARGUMENTS = command_line.read(parse_arguments)
 
 import jax
 import numpy as np
 import optax
-from absl import flags
 from jax.sharding import Mesh
 
 from megabyte_jax.checkpoints.checkpoints import Checkpoints
 from megabyte_jax.checkpoints.init_from import parameters_from
 from megabyte_jax.checkpoints.saved_config import check_same_run, save_config
-from megabyte_jax.commands import command_line
 from megabyte_jax.config import Config
 from megabyte_jax.data.batches import batches, open_windows
 from megabyte_jax.data.open_data import open_source
@@ -42,12 +45,6 @@ from megabyte_jax.parallel import distributed
 from megabyte_jax.parallel.sharding import batch_sharding, check_mesh, make_mesh
 from megabyte_jax.training.schedule import learning_rate
 from megabyte_jax.training.state import TrainState, initial_state, make_train_step, restored_state
-
-_QUICK_START = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "quickstart.py")
-_CONFIG = command_line.define_config(_QUICK_START, "What to train.")
-_WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where checkpoints, metrics and pictures go.")
-_INIT_FROM = flags.DEFINE_string("init_from", "", "Start a new run from the parameters of the run in this folder.")
-distributed.define_flags()
 
 
 def train(config: Config, workdir: str, init_from: str = "") -> None:
@@ -314,16 +311,19 @@ class Trace:
       jax.profiler.stop_trace()
 
 
-def main(arguments: list[str]) -> None:
-  """Reads the flags and trains."""
-  if len(arguments) > 1:
-    raise ConfigError(f"unexpected {' '.join(arguments[1:])}; flags begin with --")
-  config = Config.from_dict(_CONFIG.value)
-  outputs.check_output_folder("--workdir", _WORKDIR.value)
-  distributed.start_from_flags()
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Reads the arguments (None: the command line's) and trains as they say."""
+  run(parse_arguments(arguments))
+
+
+def run(args: argparse.Namespace) -> None:
+  """Trains as the arguments that `parse_arguments` read say."""
+  config = Config.from_dict(args.config)
+  outputs.check_output_folder("--workdir", args.workdir)
+  distributed.start_from_arguments(args)
   distributed.outlive_readers()
-  train(config, _WORKDIR.value, _INIT_FROM.value)
+  train(config, args.workdir, args.init_from)
 
 
 if __name__ == "__main__":
-  command_line.run_with_flags(main)
+  command_line.run(lambda: run(ARGUMENTS))

@@ -20,7 +20,7 @@ the paper's recipe as megabyte_jax/paper/recipe.py says, all at once and all but
 All is done in one process, by the functions behind the commands that are printed. What is done of a row is kept in a
 file of its own beside the results (comparison_files.py); the same command goes on from there, also on another machine.
 The results hold bits per byte, the command, the device, what was matched, learning rates and seconds; `python -m
-megabyte_jax.tables` shows them beside the paper's. Beside them are pictures of learning curves and losses by position.
+megabyte_jax tables` shows them beside the paper's. Beside them are pictures of learning curves and losses by position.
 """
 
 from __future__ import annotations
@@ -38,14 +38,12 @@ import sys
 
 import comparison_files
 import jax
-from absl import flags as absl_flags
 from comparison_rows import COMPARISONS, Comparison
-from ml_collections import config_flags
 
 from megabyte_jax.checkpoints.checkpoints import Checkpoints
 from megabyte_jax.commands import command_line
 from megabyte_jax.commands.arguments import Parser
-from megabyte_jax.config import Config
+from megabyte_jax.config import Config, overrides
 from megabyte_jax.data.open_data import open_source
 from megabyte_jax.display.progress import human
 from megabyte_jax.errors import ConfigError, require
@@ -122,11 +120,9 @@ class Run:
 
 def config_in(file: pathlib.Path, row: str, flags: list[str]) -> Config:
   """What train.py makes of a config file such as configs/small.py, a row and flags."""
-  arguments = ["train.py", f"--config={file}:{row}", *flags]
-  values = absl_flags.FlagValues()
-  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
-  values(arguments)
-  return Config.from_dict(values.config)
+  last = {flag.partition("=")[0]: flag for flag in flags}  # a later one replaces an earlier one
+  _, changes = overrides.split(list(last.values()), ["config"])
+  return Config.from_dict(overrides.load("--config", f"{file}:{row}", changes["config"]))
 
 
 def match(run: Run, comparison: Comparison, cost: matching.Cost) -> dict:

@@ -14,7 +14,7 @@ against the Transformer, and against MEGABYTE-pytorch, of the same batch. The fl
 and the filled part of the caches can be read once for every step that uses them, in the dtype of the computation, at
 the bandwidth of a copy that is measured in the same run. What fits into a cache of the chip, as all of the tiny size
 does, can be faster than that. Last come lines of JSON. --output=docs/results/NAME.json also writes what
-`python -m megabyte_jax.tables 9` shows.
+`python -m megabyte_jax tables 9` shows.
 """
 
 from __future__ import annotations

@@ -11,6 +11,10 @@ class ConfigError(UserError):
   """A configuration that cannot work; the message names the key and says what to do."""
 
 
+class FlagError(UserError):
+  """A command line that cannot be read; the message names the flag."""
+
+
 class DataError(UserError):
   """Data that cannot be read as they are; the message names the item and says what to do."""
 

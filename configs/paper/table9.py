@@ -1,7 +1,7 @@
 """Table 9: speed of generating 8,192 bytes, two models trained on PG-19 with equal compute.
 
   python train.py --config=configs/paper/table9.py:megabyte --workdir=runs/table9/megabyte
-  python -m megabyte_jax.generate --workdir=runs/table9/megabyte --bytes=8192
+  python -m megabyte_jax generate --workdir=runs/table9/megabyte --bytes=8192
 
 The paper's numbers (device not named): transformer 1.064 bpb, 132 s; megabyte 0.991 bpb, 93 s.
 """

@@ -1,20 +1,26 @@
-"""Command lines read by argparse: what is wrong with one is one line; flags that several commands have."""
+"""Reads command lines: a mistake is one line, and flags that several commands share are defined here."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn
 
+from megabyte_jax.config import overrides
 from megabyte_jax.config.parsing import did_you_mean, wrong_type
+from megabyte_jax.errors import FlagError
 
 _TYPES = {"int": int, "float": float}
+path = overrides.expanded  # the type of every flag that names a path: `~` is the home folder, also after `=`
 
 
 class Parser(argparse.ArgumentParser):
-  """argparse's, for which what is wrong is one line, and --batch_size is --batch-size, as in absl's commands.
+  """Parses as argparse does, but reports a mistake in one line, and takes --batch_size for --batch-size.
+
+  `add_config` adds a flag that names a config file, whose values `--NAME.key=value` changes.
 
   Args:
     prog: the command as it is called, such as `python eval.py`.
@@ -23,37 +29,102 @@ class Parser(argparse.ArgumentParser):
 
   def __init__(self, prog: str, **options: Any):
     super().__init__(prog, **{"formatter_class": argparse.RawDescriptionHelpFormatter} | options)
+    self._configs: list[str] = []
+
+  def add_config(self, name: str, text: str, default: str | None = None) -> None:
+    """Adds --NAME=FILE[:ROW], whose value is a locked ConfigDict; without a default it must be given."""
+    self.add_argument(f"--{name}", default=default, metavar="FILE[:ROW]", help=text)
+    self._configs.append(name)
 
   def parse_known_args(self, args=None, namespace=None):
-    """As argparse's, but what is not known is refused here: a subcommand knows best which flags it has."""
-    found, unknown = super().parse_known_args(_with_hyphens(args), namespace)
+    """Parses as argparse does, but refuses unknown flags here: a subcommand knows best which flags it has."""
+    given, changes = self._split(sys.argv[1:] if args is None else args)
+    self._check_given_once(given)
+    found, unknown = super().parse_known_args(given, namespace)
     if unknown:
       flag = next((argument.partition("=")[0] for argument in unknown if argument.startswith("-")), "")
       near = did_you_mean(flag[2:], (option[2:] for option in self._option_string_actions if option[2:]), "--")
-      self.error(f"unknown flag {flag}{near}" if flag else f"unexpected {' '.join(unknown)}")
+      only_flags = all(action.option_strings for action in self._actions)
+      unexpected = f"unexpected {' '.join(unknown)}{'; flags begin with --' if only_flags else ''}"
+      self.error(f"unknown flag {flag}{near}" if flag else unexpected)
+    files = {name: getattr(found, name) for name in self._configs}
+    for name, file in files.items():
+      if file is not None:
+        setattr(found, name, self._load(name, file, changes[name]))
+    for name, file in files.items():
+      if file is None:
+        self.error(f"--{name} is missing; give a config, such as configs/paper/table2.py:pg19_megabyte")
     return found, unknown
 
   def error(self, message: str) -> NoReturn:
-    """Ends the process with `message` in one line and exit code 2."""
-    if match := re.fullmatch(r"argument (\S+): invalid (\w+) value: '(.*)'", message):
+    """Ends the command with exit code 2 and `message` in one line."""
+    if match := re.fullmatch(r"argument (\S+): invalid (\w+) value: '(.*)'", message, re.DOTALL):
       name, kind, value = match.groups()
       message = wrong_type(name, _TYPES[kind], value) if kind in _TYPES else f"{name}: invalid value {value!r}"
-    self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+    self._refuse(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
+
+  def _refuse(self, line: str) -> NoReturn:
+    if in_notebook():  # where the end of the process would be a surprise
+      raise FlagError(line)
+    self.exit(2, f"error: {line}\n")
+
+  def _split(self, arguments: Sequence[str]) -> tuple[list[str], dict[str, list[overrides.Override]]]:
+    try:
+      given, changes = overrides.split(arguments, self._configs)
+    except FlagError as error:
+      self._refuse(str(error))
+    defined = {option.replace("_", "-"): option for option in self._option_string_actions}
+
+    def as_defined(name: re.Match[str]) -> str:
+      hyphens = name[0].replace("_", "-")
+      return defined.get(hyphens, hyphens)
+
+    return [re.sub(r"^--\w[\w-]*", as_defined, argument) for argument in given], changes
+
+  def _load(self, name: str, file: str, changes: Sequence[overrides.Override]) -> Any:
+    try:
+      return overrides.load(f"--{name}", file, changes)
+    except FlagError as error:
+      self._refuse(str(error))
+
+  def _check_given_once(self, arguments: Sequence[str]) -> None:
+    """Refuses a second value of one flag; argparse would take the last without a word."""
+    seen: dict[str, str] = {}
+    for argument in arguments:
+      if argument == "--":
+        break
+      flag = argument.partition("=")[0]
+      action = self._option_string_actions.get(flag)
+      if action is None or not flag.startswith("--"):
+        continue
+      if action.dest in seen:
+        both = f"{seen[action.dest]} and {flag} are both given"
+        self.error(f"{f'{flag} is given twice' if seen[action.dest] == flag else both}; leave one out")
+      seen[action.dest] = flag
 
 
-def _with_hyphens(arguments: Sequence[str] | None) -> list[str]:
-  given = sys.argv[1:] if arguments is None else arguments
-  return [re.sub(r"^--\w+", lambda name: name[0].replace("_", "-"), argument) for argument in given]
+def called(command: str) -> str:
+  """How this process was called, for usage and messages: `python train.py`, `megabyte_jax train` or with python -m."""
+  name = os.path.basename(sys.argv[0]).removesuffix(".exe")
+  if name == f"{command}.py" and command in ("train", "eval"):
+    return f"python {name}"
+  return f"megabyte_jax {command}" if name == "megabyte_jax" else f"python -m megabyte_jax {command}"
+
+
+def in_notebook() -> bool:
+  """Returns whether IPython runs this program: there an ordinary exception is better than the end of the process."""
+  get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", None)
+  return get_ipython is not None and get_ipython() is not None
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-  """--workdir and --step: which run, and which of its checkpoints."""
-  parser.add_argument("--workdir", default="runs/quickstart", help="the folder of a train.py run")
+  """Adds --workdir and --step: which run, and which of its checkpoints."""
+  parser.add_argument("--workdir", type=path, default="runs/quickstart", help="the folder of a train.py run")
   parser.add_argument("--step", type=step_argument, metavar="N|best", help="checkpoint; default: the newest")
 
 
 def step_argument(text: str) -> int | Literal["best"]:
-  """The value of a command's --step: a number, or best."""
+  """Returns the value of a command's --step: a number, or best."""
   if text == "best":
     return "best"
   try:

@@ -1,52 +1,68 @@
-"""What the commands share: one line instead of a traceback for what a user can put right; flags read by absl."""
+"""Runs a command: one line instead of a traceback for what a user can put right, and Ctrl-C without one."""
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import io
 import os
-import re
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TypeVar
 
-import jax
-from absl import app, flags, logging
-from ml_collections import config_flags
-
-from megabyte_jax.config.parsing import did_you_mean, wrong_type
-from megabyte_jax.errors import CheckpointError, ConfigError, DataError, PlotError
+from megabyte_jax.commands.arguments import in_notebook
+from megabyte_jax.errors import CheckpointError, ConfigError, DataError, FlagError, PlotError
 from megabyte_jax.files import object_stores, outputs
 from megabyte_jax.parallel import distributed
 
-USER_ERRORS = (ConfigError, CheckpointError, DataError, FloatingPointError, OSError, PlotError)
-# How what absl and Python say of a value begins: what the flag takes.
-_REFUSALS = {
-  "invalid literal for int()": int,
-  "could not convert string to float": float,
-  "('Non-boolean argument": bool,
-}
+USER_ERRORS = (ConfigError, CheckpointError, DataError, FlagError, FloatingPointError, OSError, PlotError)
+_T = TypeVar("_T")
+
+
+def read(parse_arguments: Callable[[], _T]) -> _T:
+  """Returns what parse_arguments() does, for a script that imports JAX afterwards: --help and mistakes come at once.
+
+  Errors end the process as in `run`; until then Ctrl-C ends it without a traceback.
+  """
+  if in_notebook():
+    return parse_arguments()
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+  return _errors_in_one_line(parse_arguments)
 
 
 def run(main: Callable[[], object]) -> None:
   """Calls main(); an error that the user can put right becomes one line on stderr and exit code 1.
 
-  With JAX_TRACEBACK_FILTERING=off the traceback comes before that line.
+  With JAX_TRACEBACK_FILTERING=off the traceback comes before that line. In a notebook all errors are raised, and
+  streams are afterwards as they were.
   """
+  if in_notebook():
+    streams = sys.stdout, sys.stderr
+    try:
+      main()
+    finally:
+      sys.stdout, sys.stderr = streams
+    return
+  sys.unraisablehook = _interrupt_again
+  if signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):
+    signal.signal(signal.SIGINT, _on_interrupt)
+  _errors_in_one_line(main)
+
+
+def _errors_in_one_line(main: Callable[[], _T]) -> _T:
+  """Returns main(), or ends the process as `run` says."""
+  _open_closed_streams()
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
-  sys.unraisablehook = _interrupt_again
-  if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
-    main()
+    return main()
   except BrokenPipeError:  # the reader of our output, head for instance, has seen enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
   except USER_ERRORS as error:
     _traceback_if_wanted()
     notes = (note for note in getattr(error, "__notes__", ()) if "removed its internal frames" not in note)
@@ -68,8 +84,37 @@ def run(main: Callable[[], object]) -> None:
     distributed.end(130, at_once=True)
 
 
+def _open_closed_streams() -> None:
+  """Makes standard streams that were closed (`>&-`) lead nowhere, so that no file of ours takes their place."""
+  for number, name in enumerate(("stdin", "stdout", "stderr")):
+    if getattr(sys, name) is None:
+      file = os.open(os.devnull, os.O_RDWR)
+      if file != number:
+        os.dup2(file, number)
+        os.close(file)
+      setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 (until the process ends)
+
+
+def _on_interrupt(number: int, frame: FrameType | None) -> None:
+  """Ctrl-C: KeyboardInterrupt, but while libraries are imported the end of the process, without a traceback."""
+  at = frame
+  while at is not None:
+    if at.f_code.co_filename.startswith("<frozen importlib"):
+      signal.signal(signal.SIGINT, signal.SIG_DFL)
+      signal.raise_signal(signal.SIGINT)
+    at = at.f_back
+  signal.default_int_handler(number, frame)
+
+
+def _setting(name: str) -> Any:
+  """A setting of JAX; what the environment says where JAX is not imported yet."""
+  jax: Any = sys.modules.get("jax")
+  config = getattr(jax, "config", None)
+  return config.values[name] if config is not None else os.environ.get(name.upper())
+
+
 def _traceback_if_wanted() -> None:
-  if jax.config.values["jax_traceback_filtering"] == "off":
+  if _setting("jax_traceback_filtering") == "off":
     traceback.print_exc()
 
 
@@ -83,7 +128,7 @@ def _about_devices(error: Exception) -> str:
       "parameters over more devices (--config.mesh.data=1 --config.mesh.seq=1 --config.mesh.fsdp=-1); to evaluate, "
       "compress or generate, a smaller --batch-size or fewer --num-samples"
     )
-  wanted = jax.config.values["jax_platforms"]
+  wanted = _setting("jax_platforms")
   if wanted and traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
     return (
       f"JAX finds no device of JAX_PLATFORMS={wanted}{text and f' ({text[:200]})'}; install the JAX that has them "
@@ -97,102 +142,3 @@ def _interrupt_again(unraisable: Any) -> None:
   if unraisable.exc_type is not KeyboardInterrupt:
     return sys.__unraisablehook__(unraisable)
   threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
-
-
-def define_config(default: str, help_string: str) -> flags.FlagHolder:
-  """The flag --config, whose file and overrides absl may read right here."""
-  with _wrong_flags(sys.argv):
-    return config_flags.DEFINE_config_file("config", default, help_string)
-
-
-def parse_config_flags(arguments: Sequence[str]) -> list[str]:
-  """absl's flag parsing, where a wrong flag or `--config.key` is one line that names it."""
-  with _wrong_flags(arguments):
-    rest = flags.FLAGS([re.sub(r"^--[\w-]+", _with_underscores, argument) for argument in arguments])
-    for name in flags.FLAGS:
-      config: Any = flags.FLAGS[name]
-      if not ((config.present or name == "config") and hasattr(config, "config_filename")):
-        continue
-      if not hasattr(config.value, "items"):  # raises where there is no file
-        raise flags.Error(f"get_config() of {config.config_filename} must return Config(...).to_config_dict()")
-    if not flags.FLAGS["verbosity"].present:
-      logging.set_verbosity(logging.WARNING)  # libraries tell a lot at INFO
-    return rest
-
-
-def _with_underscores(flag: re.Match[str]) -> str:
-  """--batch-size as --batch_size, as argparse's commands take both, too."""
-  return "--" + flag[0][2:].replace("-", "_")
-
-
-def run_with_flags(main: Callable[[list[str]], object]) -> None:
-  """`run` for a command with absl's flags; main() gets the command's name and what is no flag."""
-  run(lambda: app.run(main, flags_parser=parse_config_flags))
-
-
-@contextlib.contextmanager
-def _wrong_flags(arguments: Sequence[str]) -> Iterator[None]:
-  try:
-    yield
-  except BrokenPipeError:  # the reader of --help has seen enough
-    raise
-  except SystemExit as error:
-    if traceback.extract_tb(error.__traceback__)[-1].filename != app.__file__:
-      raise  # of the file that --config names
-    sys.exit(0)  # absl's --help, which ends as if it were an error
-  except SyntaxError as error:
-    flag = _config_flag(error.filename or "", arguments)
-    print(f"error: {flag}: {error.filename}, line {error.lineno}: {error.msg}", file=sys.stderr)
-    sys.exit(2)
-  except (flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError) as error:
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    if isinstance(error, (AttributeError, LookupError)) and "ml_collections" not in raised_in:
-      raise  # a bug in the file that --config names, whose traceback is of use
-    print(f"error: {_one_line(error, arguments)}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _config_flag(file: str, arguments: Sequence[str]) -> str:
-  """The flag that names the config file."""
-  named = [
-    argument.partition("=")[0] for argument in arguments if "=" in argument and os.path.basename(file) in argument
-  ]
-  return named[0] if file and named else "--config"
-
-
-def _one_line(error: Exception, arguments: Sequence[str]) -> str:
-  """What went wrong, without the tracebacks and quotes that ml_collections wraps it in."""
-  text = str(error).strip()
-  if isinstance(error, flags.UnrecognizedFlagError):
-    near = did_you_mean(error.flagname.partition(".")[0], flags.FLAGS, "--")
-    return f"unknown flag --{error.flagname}{near} (see --help)"
-  if match := re.fullmatch(r"flag (--\w+)=None: Flag .* must have a value other than None\.", text):
-    return f"{match[1]} is missing (see --help)"
-  if match := re.fullmatch(r"flag (--[^=]+)=(.*?): (.*)", text, re.DOTALL):
-    wanted = next((kind for begin, kind in _REFUSALS.items() if match[3].startswith(begin)), None)
-    if wanted:
-      return wrong_type(match[1], wanted, match[2])
-  if isinstance(error, flags.Error | ValueError):  # perhaps with the traceback of an error within the config file
-    places = re.findall(r'^  File "(.+)", line (\d+)', text, re.MULTILINE)
-    own = [place for place in places if any(os.path.basename(place[0]) in argument for argument in arguments)]
-    is_ours = re.search(r"^\S*ConfigError: ", text, re.MULTILINE)  # and says where to look
-    *_, text = re.split(r"^\S*(?:Error|Exception): ", text, flags=re.MULTILINE)
-    text += "" if is_ours or not own else " ({}, line {})".format(*own[-1])
-  elif isinstance(error, OSError):  # the last of several messages in one
-    text = re.sub(r".*\[Errno \d+\] ", "", text, flags=re.DOTALL)
-    if (file := re.search("'(.+)'", text)) and (folder := os.path.dirname(file[1])):
-      text += did_you_mean(file[1], glob.glob(os.path.join(folder, "*.py")))
-    text = f"{_config_flag(file[1] if file else '', arguments)}: {text}"
-  elif "get_config" in text:
-    flag = re.sub(r".*module '(\w+)_config'.*", r"--\1", text, flags=re.DOTALL)  # ml_collections calls it so
-    text = f"{flag}: {text}; a config file has a function get_config()"
-  else:  # an override of what is not there
-    key, *_ = re.findall(r"\w+", text)
-    close = re.search('Did you mean "(.*?)"', text)
-    overrides = [argument for argument in arguments if re.match(r"--?\w+\.", argument)]
-    named = [argument for argument in overrides if re.search(rf"[.]{key}\b", argument)] or overrides
-    hint = f"did you mean {close[1]}?" if close else "all are in megabyte_jax/config/run.py and model.py"
-    text = f"there is no such key: {' '.join(named)}; {hint}"
-  if text.startswith("get_config() takes 0 positional arguments"):
-    text = "this config file has one config: leave out the colon after its name, and what follows"
-  return " ".join(text.split())

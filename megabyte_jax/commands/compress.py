@@ -1,7 +1,7 @@
-"""Compresses any file without loss with a trained model's probabilities: its bits per byte as a file's size.
+"""Compresses any file without loss with a trained model's probabilities, and gets it back.
 
-python -m megabyte_jax.compress FILE OUT --workdir=runs/quickstart
-python -m megabyte_jax.compress --decompress OUT COPY --workdir=runs/quickstart
+python -m megabyte_jax compress FILE OUT --workdir=runs/quickstart
+python -m megabyte_jax compress --decompress OUT COPY --workdir=runs/quickstart
 
 Decompression needs the same checkpoint on the same kind of device with the same versions: it must compute the same
 probabilities to the last bit. The file says what it was made with, and what differs is refused. The bytes are coded as
@@ -13,36 +13,42 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from megabyte_jax.checkpoints.trained_model import load
-from megabyte_jax.commands import arguments, command_line
+from megabyte_jax.commands import arguments as flags
+from megabyte_jax.commands import command_line
 from megabyte_jax.display.progress import Progress, duration, human
 from megabyte_jax.errors import ConfigError, DataError, require
 from megabyte_jax.files import outputs
-from megabyte_jax.files.atomic_file import replacing
-from megabyte_jax.generation import entropy_coding
-from megabyte_jax.generation.compression import BATCH, compress, decompress, read
 
 
-def parse_arguments() -> argparse.Namespace:
-  """The command line; see the head of this file."""
-  parser = arguments.Parser("python -m megabyte_jax.compress", description=__doc__)
-  parser.add_argument("file", help="what to compress; with --decompress the compressed file")
-  parser.add_argument("out", help="where the result goes")
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+  """Reads the command line (None: this process's own).
+
+  Raises:
+    ConfigError: flags do not go together, or nothing can be written to OUT.
+  """
+  parser = flags.Parser(flags.called("compress"), description=__doc__)
+  parser.add_argument("file", type=flags.path, help="what to compress; with --decompress the compressed file")
+  parser.add_argument("out", type=flags.path, help="where the result goes")
   parser.add_argument("--decompress", action="store_true", help="get the original back")
-  arguments.add_run_arguments(parser)
-  parser.add_argument("--batch-size", type=int, default=0, help=f"windows side by side; default {BATCH}")
-  args = parser.parse_args()
+  flags.add_run_arguments(parser)
+  parser.add_argument("--batch-size", type=int, default=0, help="windows side by side; default: 64")
+  args = parser.parse_args(arguments)
   require(args.batch_size >= 0, f"--batch-size is {args.batch_size}; it must not be negative")
   require(not (args.decompress and args.batch_size), "--batch-size is for compressing; the file says the rest")
   outputs.check_output_file("OUT", args.out)
   return args
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
   """Compresses or decompresses one file; the result appears whole or not at all."""
-  args = parse_arguments()
+  args = parse_arguments(arguments)
+  from megabyte_jax.checkpoints.trained_model import load
+  from megabyte_jax.files.atomic_file import replacing
+  from megabyte_jax.generation import entropy_coding
+  from megabyte_jax.generation.compression import BATCH, compress, decompress, read
+
   entropy_coding.constriction()  # missing? then say so at once
   with open(args.file, "rb") as file:
     data = file.read()

@@ -1,8 +1,8 @@
 """Continues a text, an image or a recording with a trained model.
 
-python -m megabyte_jax.generate --workdir=runs/quickstart --prompt="It is a truth" --bytes=400
-python -m megabyte_jax.generate --workdir=IMAGE_RUN --prompt-file=photo.jpg --num-samples=8 --output=completed.png
-python -m megabyte_jax.generate --workdir=AUDIO_RUN --prompt-file=clip.wav --output=longer.wav
+python -m megabyte_jax generate --workdir=runs/quickstart --prompt="It is a truth" --bytes=400
+python -m megabyte_jax generate --workdir=IMAGE_RUN --prompt-file=photo.jpg --num-samples=8 --output=completed.png
+python -m megabyte_jax generate --workdir=AUDIO_RUN --prompt-file=clip.wav --output=longer.wav
 """
 
 from __future__ import annotations
@@ -11,27 +11,25 @@ import argparse
 import codecs
 import os
 import sys
+from collections.abc import Sequence
 
-import numpy as np
-
-from megabyte_jax.checkpoints.saved_config import load_config
-from megabyte_jax.checkpoints.trained_model import load
-from megabyte_jax.commands import arguments
+from megabyte_jax.commands import arguments as flags
+from megabyte_jax.commands import command_line
 from megabyte_jax.display.progress import Progress, duration, human
 from megabyte_jax.errors import require
 from megabyte_jax.files import outputs
-from megabyte_jax.generation import media_files
-from megabyte_jax.generation.media_files import Prompt
-from megabyte_jax.generation.sampling import Sampling, generate
-from megabyte_jax.parallel.sharding import make_mesh, parse_mesh
 
 
-def parse_arguments() -> argparse.Namespace:
-  """The command line; see the head of this file."""
-  parser = arguments.Parser("python -m megabyte_jax.generate", description=__doc__)
-  arguments.add_run_arguments(parser)
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+  """Reads the command line (None: this process's own).
+
+  Raises:
+    ConfigError: flags do not go together, or one names no file that can be read or written.
+  """
+  parser = flags.Parser(flags.called("generate"), description=__doc__)
+  flags.add_run_arguments(parser)
   parser.add_argument("--prompt", default="", help="text to continue")
-  parser.add_argument("--prompt-file", default="", help="a file to continue, instead of --prompt")
+  parser.add_argument("--prompt-file", type=flags.path, default="", help="a file to continue, instead of --prompt")
   parser.add_argument("--keep", type=float, help="the share of the file to keep; default: 0.5 of an image, else 1")
   parser.add_argument("--bytes", type=int, help="to generate; default: 400, the rest of an image, 2 seconds of audio")
   parser.add_argument("--stop", default="", help="a text that ends a sample")
@@ -42,12 +40,13 @@ def parse_arguments() -> argparse.Namespace:
   parser.add_argument("--seed", type=int, default=0, help="of the samples, which come again with the same one")
   parser.add_argument(
     "--output",
+    type=flags.path,
     default="",
     help="write samples, prompt included, here instead of to standard output; {} numbers them: .png of an image model "
     "(without {} a grid), .wav of an audio model, else raw bytes",
   )
   parser.add_argument("--mesh", default="", help="spread the model over all devices, such as fsdp=4,tensor=2")
-  args = parser.parse_args()
+  args = parser.parse_args(arguments)
   require(not (args.prompt and args.prompt_file), "give --prompt or --prompt-file, not both")
   require(args.bytes is None or args.bytes >= 0, f"--bytes is {args.bytes}; it must not be negative")
   require(args.num_samples >= 1, f"--num-samples is {args.num_samples}; it must be at least 1")
@@ -60,9 +59,18 @@ def parse_arguments() -> argparse.Namespace:
   return args
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
   """Loads the model, streams one sample or shows progress on several, prints or writes them."""
-  args = parse_arguments()
+  args = parse_arguments(arguments)
+  import numpy as np
+
+  from megabyte_jax.checkpoints.saved_config import load_config
+  from megabyte_jax.checkpoints.trained_model import load
+  from megabyte_jax.generation import media_files
+  from megabyte_jax.generation.media_files import Prompt
+  from megabyte_jax.generation.sampling import Sampling, generate
+  from megabyte_jax.parallel.sharding import make_mesh, parse_mesh
+
   sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
   data = load_config(args.workdir).data
   if args.prompt_file:
@@ -135,3 +143,7 @@ class Output:
   def _put(self, data: str | bytes) -> None:
     sys.stdout.buffer.write(data if isinstance(data, bytes) else data.encode(sys.stdout.encoding, "replace"))
     sys.stdout.flush()
+
+
+if __name__ == "__main__":
+  command_line.run(main)

@@ -1,6 +1,6 @@
-"""Compute matching: how many layers give a candidate the cost of a reference (section 4.1, appendix A.2).
+"""Matches compute: finds the layers that give a candidate a reference's cost (section 4.1, appendix A.2).
 
-  python -m megabyte_jax.matching --reference=configs/paper/table2.py:pg19_megabyte \\
+  python -m megabyte_jax matching --reference=configs/paper/table2.py:pg19_megabyte \\
     --candidate=configs/paper/table2.py:pg19_transformer
 
 prints the candidate's layers at which the costs per predicted byte agree best, and the flag that sets them.
@@ -13,38 +13,39 @@ prints the candidate's layers at which the costs per predicted byte agree best, 
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
-from absl import flags
-from ml_collections import config_flags
-
+from megabyte_jax.commands import arguments as flags
 from megabyte_jax.commands import command_line
 from megabyte_jax.config import Config
 from megabyte_jax.errors import require
-from megabyte_jax.planning.matching import cost_against, match, report
 
 
-def define_flags() -> None:
-  """Those of this command."""
-  config_flags.DEFINE_config_file("reference", help_string="config whose cost is to be matched")
-  config_flags.DEFINE_config_file("candidate", help_string="config whose layers are solved for")
-  flags.DEFINE_enum("by", "flops", ["flops", "time"], "what to match: analytic FLOPs or measured time")
-  flags.DEFINE_integer("level", -1, "level of the candidate whose layers vary, from 0; -1 is the finest")
-  rounds = "with --by=time, how often both are timed for each count"
-  flags.DEFINE_integer("rounds", 10, rounds, lower_bound=1)
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+  """Reads the command line (None: this process's own) and the configs that it names."""
+  parser = flags.Parser(flags.called("matching"), description=__doc__)
+  parser.add_config("reference", "config whose cost is to be matched")
+  parser.add_config("candidate", "config whose layers are solved for")
+  parser.add_argument("--by", default="flops", choices=["flops", "time"], help="analytic FLOPs or measured time")
+  parser.add_argument(
+    "--level", type=int, default=-1, help="level of the candidate whose layers vary, from 0; -1 is the finest"
+  )
+  parser.add_argument("--rounds", type=int, default=10, help="with --by=time, how often both are timed for each count")
+  args = parser.parse_args(arguments)
+  require(args.rounds >= 1, f"--rounds is {args.rounds}; it must be at least 1")
+  return args
 
 
-def main(argv: Sequence[str]) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
   """Prints the solution."""
-  options = flags.FLAGS
-  require(len(argv) == 1, f"{' '.join(argv[1:])!r} is no flag; give --reference=CONFIG and --candidate=CONFIG")
-  for name, value in (("reference", options.reference), ("candidate", options.candidate)):
-    require(value is not None, f"--{name} is missing; give a config, such as configs/paper/table2.py:pg19_megabyte")
-  reference, candidate = Config.from_dict(options.reference), Config.from_dict(options.candidate)
-  found = match(candidate, cost_against(reference, options.by, options.rounds), options.level)
-  print(report(found, reference, f"{options.by} per predicted byte"))
+  args = parse_arguments(arguments)
+  from megabyte_jax.planning.matching import cost_against, match, report
+
+  reference, candidate = Config.from_dict(args.reference), Config.from_dict(args.candidate)
+  found = match(candidate, cost_against(reference, args.by, args.rounds), args.level)
+  print(report(found, reference, f"{args.by} per predicted byte"))
 
 
 if __name__ == "__main__":
-  define_flags()
-  command_line.run_with_flags(main)
+  command_line.run(main)

@@ -1,10 +1,10 @@
-"""What a run would need on TPUs, found without one: the real step is compiled ahead of time for a topology.
+"""Tells what a run needs on TPUs, without one: compiles the real step ahead of time for a topology.
 
-  python -m megabyte_jax.plan --config=configs/paper/table5.py:image640_megabyte --topology=v5p:4x4x4
-  python -m megabyte_jax.plan --config=... --topology=v6e:16x16 --mesh=fsdp=64,seq=4 --batch_size=128 --remat=named
-  python -m megabyte_jax.plan --config=... --topology=v5e:16x16 --search       # tries meshes, batch sizes, remat
-  python -m megabyte_jax.plan --config=... --step=generate --json              # train (default), eval or generate
-  python -m megabyte_jax.plan --config=... --save=step.pickle                  # keeps the executable; see `save`
+  python -m megabyte_jax plan --config=configs/paper/table5.py:image640_megabyte --topology=v5p:4x4x4
+  python -m megabyte_jax plan --config=... --topology=v6e:16x16 --mesh=fsdp=64,seq=4 --batch_size=128 --remat=named
+  python -m megabyte_jax plan --config=... --topology=v5e:16x16 --search       # tries meshes, batch sizes, remat
+  python -m megabyte_jax plan --config=... --step=generate --json              # train (default), eval or generate
+  python -m megabyte_jax plan --config=... --save=step.pickle                  # keeps the executable; see `save`
 
 Needs libtpu, not a TPU: pip install "jax[tpu]". Topologies have the form KIND:SIZE, with sizes of chips: v4:2x2x2,
 v5e:4x4 ... 16x16, v5p:2x2x1 ..., v6e:4x4 ... 16x16, tpu7x:2x2x1 ... . Devices of v4 and tpu7x are half a chip.
@@ -12,34 +12,37 @@ v5e:4x4 ... 16x16, v5p:2x2x1 ..., v6e:4x4 ... 16x16, tpu7x:2x2x1 ... . Devices o
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
 import pickle
 import signal
-from typing import get_args
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, get_args
 
-import jax
-from absl import flags
-from ml_collections import config_flags
-
+from megabyte_jax.commands import arguments as flags
 from megabyte_jax.commands import command_line
 from megabyte_jax.config import Config
 from megabyte_jax.config.model import Remat
 from megabyte_jax.display.progress import duration, human
 from megabyte_jax.errors import require
-from megabyte_jax.files.atomic_file import replacing
 from megabyte_jax.files.outputs import check_output_file
 from megabyte_jax.models import flops
-from megabyte_jax.planning.plans import BETWEEN, Plan, axes_text, changed, make_plan, topology_devices
-from megabyte_jax.planning.search import search
+
+if TYPE_CHECKING:
+  import jax
+
+  from megabyte_jax.planning.plans import Plan
 
 STEPS = ("train", "eval", "generate")
 _GIB = 2**30
 
 
 def describe(plan: Plan) -> str:
-  """The plan for people."""
+  """Returns the plan as text for people."""
+  from megabyte_jax.planning.plans import BETWEEN, axes_text
+
   config, model = plan.config, plan.config.model
   axes = axes_text(plan.mesh)
   forward = flops.flops_per_byte(model)
@@ -79,7 +82,7 @@ def describe(plan: Plan) -> str:
 
 
 def to_json(plan: Plan) -> str:
-  """The plan as one JSON object on one line."""
+  """Returns the plan as one JSON object on one line."""
   values = dataclasses.asdict(plan)
   values["config"] = plan.config.to_dict()
   values["parameters"] = flops.parameter_count(plan.config.model)
@@ -95,58 +98,79 @@ def save(executable: jax.stages.Compiled, path: str | os.PathLike) -> None:
   There `jax.experimental.serialize_executable.deserialize_and_load(*pickle.loads(pathlib.Path(path).read_bytes()))`
   makes it callable, without compiling. Unpickling runs code: load only files that you wrote.
   """
-  from jax.experimental.serialize_executable import serialize  # noqa: PLC0415
+  from jax.experimental.serialize_executable import serialize
+
+  from megabyte_jax.files.atomic_file import replacing
 
   with replacing(path) as file:
     file.write_bytes(pickle.dumps(serialize(executable)))
 
 
-def main(arguments: list[str]) -> None:
-  """Reads the flags, compiles, prints."""
-  require(len(arguments) < 2, f"unexpected {' '.join(arguments[1:])}; flags begin with --")
-  jax.config.update("jax_platforms", "cpu")  # nothing runs here, and a TPU of this machine may be busy
-  values = flags.FLAGS
-  if values.save:
-    check_output_file("--save", values.save)
-  config = changed(
-    Config.from_dict(values.config),
-    batch_size=values.batch_size,
-    accumulate=values.accumulate,
-    remat=values.remat,
-    mesh=values.mesh,
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+  """Reads the command line (None: this process's own) and the config that it names.
+
+  Raises:
+    ConfigError: flags do not go together, or no file can be written at --save.
+  """
+  parser = flags.Parser(flags.called("plan"), description=__doc__)
+  parser.add_config("config", "what to plan, and any --config.KEY=VALUE")
+  parser.add_argument("--topology", default="v5p:4x4x4", metavar="KIND:SIZE", help="in chips")
+  parser.add_argument(
+    "--slices", type=int, default=1, help="slices of that topology, joined by the data centre's network"
   )
-  devices = topology_devices(values.topology, values.slices)
+  parser.add_argument("--mesh", default="", help="devices per axis, like fsdp=16,seq=4; default: the config's")
+  parser.add_argument("--batch_size", type=int, default=0, help="windows per step; 0 takes the config's")
+  parser.add_argument(
+    "--accumulate", type=int, default=0, help="parts a batch is worked through in; 0 takes the config's"
+  )
+  parser.add_argument("--remat", default="", choices=["", *get_args(Remat)], help="default: the config's")
+  parser.add_argument("--step", default="train", choices=STEPS, help="what to compile")
+  parser.add_argument(
+    "--quick", action="store_true", help="compile in a third of the time; memory may come out a fifth too small"
+  )
+  parser.add_argument(
+    "--search", action="store_true", help="try meshes, remat, parts and, without --batch_size, batches; recommend one"
+  )
+  parser.add_argument("--tries", type=int, default=8, help="combinations that --search compiles at most")
+  parser.add_argument("--json", action="store_true", help="print one JSON object")
+  parser.add_argument(
+    "--save", type=flags.path, default="", metavar="FILE", help="keep the serialized executable in this file"
+  )
+  args = parser.parse_args(arguments)
+  if args.save:
+    check_output_file("--save", args.save)
+  require(not (args.search and args.quick), "--search ends with the real program; leave out --quick")
+  return args
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Compiles as the command line says, and prints the plan."""
+  args = parse_arguments(arguments)
+  import jax
+
+  from megabyte_jax.planning.plans import changed, make_plan, topology_devices
+  from megabyte_jax.planning.search import search
+
+  jax.config.update("jax_platforms", "cpu")  # nothing runs here, and a TPU of this machine may be busy
+  config = changed(
+    Config.from_dict(args.config),
+    batch_size=args.batch_size,
+    accumulate=args.accumulate,
+    remat=args.remat,
+    mesh=args.mesh,
+  )
+  devices = topology_devices(args.topology, args.slices)
   signal.signal(signal.SIGINT, signal.SIG_DFL)  # compilers hold Python for minutes, and nothing is lost
-  require(not (values.search and values.quick), "--search ends with the real program; leave out --quick")
-  if values.search:
-    sizes = (config.batch_size,) if values.batch_size else ()
-    plan, executable = search(config, values.topology, devices, values.step, tries=values.tries, batch_sizes=sizes)
+  if args.search:
+    sizes = (config.batch_size,) if args.batch_size else ()
+    plan, executable = search(config, args.topology, devices, args.step, tries=args.tries, batch_sizes=sizes)
   else:
-    plan, executable = make_plan(config, values.topology, devices, values.step, quick=values.quick)
-  print(to_json(plan) if values.json else describe(plan), flush=True)
-  if values.save:
-    require(executable is not None, f"--save={values.save}: nothing was written, for the step does not fit")
-    save(executable, values.save)
-
-
-def define_flags() -> None:
-  """The command's flags."""
-  config_flags.DEFINE_config_file("config", None, "What to plan.")
-  flags.mark_flag_as_required("config")
-  flags.DEFINE_string("topology", "v5p:4x4x4", "KIND:SIZE, in chips.")
-  flags.DEFINE_integer("slices", 1, "Slices of that topology, joined by the data centre's network.")
-  flags.DEFINE_string("mesh", "", "Devices per axis, like fsdp=16,seq=4; default the config's.")
-  flags.DEFINE_integer("batch_size", 0, "Windows per step; 0 takes the config's.")
-  flags.DEFINE_integer("accumulate", 0, "Parts a batch is worked through in; 0 takes the config's.")
-  flags.DEFINE_enum("remat", "", ["", *get_args(Remat)], "Default: the config's.")
-  flags.DEFINE_enum("step", "train", STEPS, "What to compile.")
-  flags.DEFINE_boolean("quick", False, "Compile in a third of the time; memory may come out a fifth too small.")
-  flags.DEFINE_boolean("search", False, "Try meshes, remat, parts and, without --batch_size, batches; recommend one.")
-  flags.DEFINE_integer("tries", 8, "Combinations that --search compiles at most.")
-  flags.DEFINE_boolean("json", False, "Print one JSON object.")
-  flags.DEFINE_string("save", "", "Keep the serialized executable in this file.")
+    plan, executable = make_plan(config, args.topology, devices, args.step, quick=args.quick)
+  print(to_json(plan) if args.json else describe(plan), flush=True)
+  if args.save:
+    require(executable is not None, f"--save={args.save}: nothing was written, for the step does not fit")
+    save(executable, args.save)
 
 
 if __name__ == "__main__":
-  define_flags()
-  command_line.run_with_flags(main)
+  command_line.run(main)

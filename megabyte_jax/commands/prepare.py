@@ -1,37 +1,37 @@
 """Turns data sets, folders and archives into what training reads.
 
-  python -m megabyte_jax.prepare pack SOURCE FOLDER    any source (see data/open_data.py) or archive of text files
-                                                            -> one packed folder; then --config.data.train=FOLDER
-  python -m megabyte_jax.prepare build tfds:NAME       downloads and prepares a TFDS data set as ArrayRecord
-  python -m megabyte_jax.prepare convert tfds:NAME     TFRecord files -> ArrayRecord, without TensorFlow
-  python -m megabyte_jax.prepare verify FOLDER         checks the checksums of a packed folder
+  python -m megabyte_jax prepare pack SOURCE FOLDER    any source (see data/open_data.py) or archive of text files
+                                                             -> one packed folder; then --config.data.train=FOLDER
+  python -m megabyte_jax prepare build tfds:NAME       downloads and prepares a TFDS data set as ArrayRecord
+  python -m megabyte_jax prepare convert tfds:NAME     TFRecord files -> ArrayRecord, without TensorFlow
+  python -m megabyte_jax prepare verify FOLDER         checks the checksums of a packed folder
 
 All show their progress and can be interrupted and started again; nothing that looks whole is ever half written.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
 
-from megabyte_jax.commands.arguments import Parser
+from megabyte_jax.commands import arguments as flags
+from megabyte_jax.commands import command_line
 from megabyte_jax.config import DataConfig
 from megabyte_jax.config.parsing import dataclass_from_mapping
-from megabyte_jax.data.packing import packed
-from megabyte_jax.data.packing.pack import pack
 from megabyte_jax.files.outputs import check_output_folder
 
 _SPLITS = ("train", "validation", "test", "train_weights", "documents")  # of no meaning here
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-  """The command line; raises what a person can put right (see command_line.run)."""
-  parser = Parser("python -m megabyte_jax.prepare", description=__doc__)
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+  """Reads the command line (None: this process's own)."""
+  parser = flags.Parser(flags.called("prepare"), description=__doc__)
   commands = parser.add_subparsers(dest="command", required=True)
   packing = commands.add_parser("pack", help="any source or archive -> one packed folder")
-  packing.add_argument("source")
-  packing.add_argument("folder")
+  packing.add_argument("source", type=flags.path)
+  packing.add_argument("folder", type=flags.path)
   for field in dataclasses.fields(DataConfig):
     if field.name in _SPLITS:
       continue
@@ -39,26 +39,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if isinstance(field.default, bool):
       packing.add_argument(name, action="store_true")
     else:
-      packing.add_argument(name, type=type(field.default), default=field.default)
+      wanted = flags.path if isinstance(field.default, str) else type(field.default)
+      packing.add_argument(name, type=wanted, default=field.default)
   for name, text in (("build", "download and prepare a TFDS data set"), ("convert", "TFRecord -> ArrayRecord")):
     command = commands.add_parser(name, help=text)
     command.add_argument("name", help="tfds:NAME")
-    command.add_argument("--tfds-dir", default="")
+    command.add_argument("--tfds-dir", type=flags.path, default="")
     if name == "convert":
-      command.add_argument("--out", default="", help="another TFDS folder to write to; default: beside the old files")
-  commands.add_parser("verify", help="check a packed folder").add_argument("folder")
-  given = vars(parser.parse_args(arguments))
+      command.add_argument(
+        "--out", type=flags.path, default="", help="another TFDS folder to write to; default: beside the old files"
+      )
+  commands.add_parser("verify", help="check a packed folder").add_argument("folder", type=flags.path)
+  return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Reads the command line and does as it says; raises what a person can put right (see command_line.run)."""
+  given = vars(parse_arguments(arguments))
   command = given.pop("command")
   try:
     if command == "pack":
+      from megabyte_jax.data.packing.pack import pack
+
       spec, folder = given.pop("source"), given.pop("folder")
       check_output_folder("FOLDER", folder)
       pack(spec, folder, dataclass_from_mapping(DataConfig, given, "option"))
     elif command == "verify":
+      from megabyte_jax.data.packing import packed
+
       packed.verify(given["folder"])
       print(f"{given['folder']} is whole")
     else:
-      from megabyte_jax.data.packing import tfds_files  # noqa: PLC0415
+      from megabyte_jax.data.packing import tfds_files
 
       getattr(tfds_files, command)(given.pop("name").removeprefix("tfds:"), **given)
   except KeyboardInterrupt:
@@ -67,6 +79,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  from megabyte_jax.commands import command_line
-
   command_line.run(main)

@@ -15,7 +15,13 @@ if TYPE_CHECKING:
   from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
-_IN_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+_IN_WORDS = {
+  int: "a whole number",
+  float: "a number",
+  bool: "True or False",
+  str: "text",
+  tuple: "a tuple like (1, 2)",
+}
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:

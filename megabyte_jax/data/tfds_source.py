@@ -12,6 +12,7 @@ import functools
 import itertools
 import logging
 import re
+import shlex
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -112,8 +113,8 @@ def find_builder(name: str, tfds_dir: str) -> Any:
 
 def prepare_command(action: str, name: str, tfds_dir: str) -> str:
   """The command line that builds or converts a data set."""
-  where = f" --tfds-dir={tfds_dir}" if tfds_dir else ""
-  return f"python -m megabyte_jax.prepare {action} tfds:{name}{where}"
+  where = f" --tfds-dir={shlex.quote(tfds_dir)}" if tfds_dir else ""
+  return f"python -m megabyte_jax prepare {action} tfds:{name}{where}"
 
 
 def _check_prepared(builder: Any, name: str, tfds_dir: str) -> None:
@@ -226,7 +227,7 @@ class Texts:
     if count > 1000:
       logging.warning(
         "reading %s once to learn the lengths of its %d texts; pack it to start at once: "
-        "python -m megabyte_jax.prepare pack %s DIR",
+        "python -m megabyte_jax prepare pack %s DIR",
         *(records.spec, count, records.spec),
       )
     with ThreadPoolExecutor() as pool:

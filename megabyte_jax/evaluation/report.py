@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -116,8 +117,8 @@ def what_next(workdir: str, picture: str, form: str) -> str:
   lines = [
     f"loss curve: {picture}",
     "try next:",
-    f"  python eval.py --workdir={workdir} --data=YOUR_FILE_OR_FOLDER",
-    f"  python -m megabyte_jax.generate --workdir={workdir} {what} --temperature=0.7",
+    f"  python eval.py --workdir={shlex.quote(workdir)} --data=YOUR_FILE_OR_FOLDER",
+    f"  python -m megabyte_jax generate --workdir={shlex.quote(workdir)} {what} --temperature=0.7",
   ]
   if form == "bytes" and not workdir.rstrip("/").endswith("runs/mine"):  # of the default config
     data = "--config.data.train=YOUR_FOLDER --config.data.validation=YOUR_FILE"

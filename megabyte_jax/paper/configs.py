@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-import pathlib
 import runpy
 
 from megabyte_jax.config import Config
 from megabyte_jax.config.parsing import require_known
+from megabyte_jax.config.shipped import shipped
 from megabyte_jax.errors import require
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = shipped()
 CONFIGS = ROOT / "configs" / "paper"
 
 
@@ -19,10 +19,10 @@ def rows_of_file(table: str) -> dict[str, Config]:
   """Reads all rows of configs/paper/TABLE.py, by name.
 
   Raises:
-    ConfigError: there is no such table, or the package lies outside a clone of the repository.
+    ConfigError: there is no such table, or this installation lacks them.
   """
   path = CONFIGS / f"{table}.py"
-  require(CONFIGS.is_dir(), f"{CONFIGS} does not exist; the paper's rows are read from a clone of the repository")
+  require(CONFIGS.is_dir(), f"{CONFIGS} does not exist; install the package whole, or use a clone of the repository")
   require_known(f"table {table!r} in configs/paper", table, _tables())
   return runpy.run_path(str(path))["ROWS"]
 
@@ -31,7 +31,7 @@ def config_of(reference: str) -> Config:
   """Returns the config that a reference such as `table5:image640_megabyte` names.
 
   Raises:
-    ConfigError: there is no such table or row (the message names the nearest one), or the package lies outside a clone.
+    ConfigError: there is no such table or row (the message names the nearest one), or this installation lacks them.
   """
   table, _, name = reference.partition(":")
   if not name:

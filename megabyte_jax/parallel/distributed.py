@@ -6,7 +6,7 @@ Who this process is comes from the first of these that tells it:
      JAX_PROCESS_ID in the environment; what is left out is taken from Slurm, Open MPI or a Kubernetes Indexed Job;
   2. Slurm (srun), Open MPI (mpirun), a Cloud TPU slice, a Kubernetes Indexed Job, as JAX detects them.
 
-Where none of them speaks of several processes, the run has one.
+Where none of them speaks of several processes, the run has one; --num_processes=1 makes it one anywhere.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TextIO
-
-import jax
 
 from megabyte_jax.errors import ConfigError, require
 from megabyte_jax.parallel.rendezvous import meet
@@ -60,9 +58,15 @@ def start(
   Raises:
     ConfigError: what was given does not fit together, or somebody stayed away.
   """
+  import jax  # noqa: PLC0415  (command lines are read before JAX is imported)
+
+  require(start_timeout >= 1, f"--start_timeout is {start_timeout}; it must be at least 1")
   if jax.distributed.is_initialized():  # one command called by another, as benchmarks/comparisons.py does
     return
-  place = given_place(os.environ, coordinator, num_processes, process_id) or detected_place(os.environ, start_timeout)
+  place = given_place(os.environ, coordinator, num_processes, process_id)
+  if place is None and 1 in (num_processes, _number(os.environ, "JAX_NUM_PROCESSES", 0)):
+    return  # alone, whatever a cluster says
+  place = place or detected_place(os.environ, start_timeout)
   if place is None:
     return
   if place.count > 1:
@@ -100,7 +104,8 @@ def end(code: int, *, at_once: bool = False) -> NoReturn:
     at_once: wait for nobody, be it the other processes with what they have to say, or this one's own threads, under
       which Python's usual end crashes while they compile.
   """
-  several = jax.distributed.is_initialized() and jax.process_count() > 1
+  jax: Any = sys.modules.get("jax")
+  several = hasattr(jax, "distributed") and jax.distributed.is_initialized() and jax.process_count() > 1
   if not (several or at_once):
     sys.exit(code)
   if several and jax.process_index() == 0 and not at_once:
@@ -279,33 +284,17 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
   return int(text) if text else default
 
 
-def define_flags() -> None:
-  """The flags of `start` for absl; `start_from_flags` reads them."""
-  from absl import flags  # noqa: PLC0415
-
-  flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where a cluster does not tell it.")
-  flags.DEFINE_integer("num_processes", 0, "Processes of this run; 0: what the environment says.")
-  flags.DEFINE_integer("process_id", -1, "Which of them this is, from 0; -1: what the environment says.")
-  flags.DEFINE_integer("start_timeout", START_SECONDS, "Seconds to wait for the other processes.", lower_bound=1)
-
-
-def start_from_flags() -> None:
-  """`start` with what `define_flags` read."""
-  from absl import flags  # noqa: PLC0415
-
-  values = flags.FLAGS
-  start(values.coordinator, values.num_processes, values.process_id, values.start_timeout)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """The arguments of `start` for argparse, all together in `args`; see `start_from_arguments`."""
-  group = parser.add_argument_group("several processes", "as for train.py; a cluster's environment tells it, mostly")
+  """Adds the flags of `start`; `start_from_arguments` reads them."""
+  group = parser.add_argument_group("several processes", "a cluster's environment tells these, mostly")
   group.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of process 0")
-  group.add_argument("--num-processes", type=int, default=0, metavar="N")
-  group.add_argument("--process-id", type=int, default=-1, metavar="I", help="from 0")
-  group.add_argument("--start-timeout", type=int, default=START_SECONDS, metavar="SECONDS")
+  group.add_argument("--num_processes", type=int, default=0, metavar="N", help="of this run; 1: alone, on any cluster")
+  group.add_argument("--process_id", type=int, default=-1, metavar="I", help="which of them this is, from 0")
+  group.add_argument(
+    "--start_timeout", type=int, default=START_SECONDS, metavar="SECONDS", help="to wait for the other processes"
+  )
 
 
 def start_from_arguments(args: argparse.Namespace) -> None:
-  """`start` with what `add_arguments` read."""
+  """Calls `start` with what `add_arguments` read."""
   start(args.coordinator, args.num_processes, args.process_id, args.start_timeout)

@@ -22,6 +22,7 @@ from megabyte_jax.errors import ConfigError
 _HELLO = "megabyte_jax"
 _NEWS_SECONDS = 2.0  # how often process 0 tells who is missing
 _LONGEST_LINE = 1 << 16
+_ALONE = " (to run one process alone, give --num_processes=1)"
 
 
 def meet(coordinator: str, count: int, process: int, *, timeout: float, patience: float = 10.0) -> None:
@@ -98,7 +99,7 @@ def _receive(coordinator: str, port: int, count: int, end: float, tell: Callable
         tell(f"{_names(missing)} to call {coordinator}")
         if time.monotonic() >= end:
           absent = f"{_names(missing)} of {count} did not start in time; look at their output, and whether they reach "
-          absent += f"{coordinator}"
+          absent += f"{coordinator}{_ALONE}"
           for line in present.values():
             _say(line, error=absent)
           raise ConfigError(absent)
@@ -169,7 +170,7 @@ def _call(
       time.sleep(0.5)
   raise ConfigError(
     f"process {process} of {count} on {socket.gethostname()} could not reach process 0 at {coordinator} ({trouble}); "
-    "is it running, is the address right, does a firewall close the port?"
+    f"is it running, is the address right, does a firewall close the port?{_ALONE}"
   )
 
 

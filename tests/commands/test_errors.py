@@ -20,7 +20,11 @@ TINY = "--config=tests/tiny_config.py"
 DATA = "--config.data.train"
 # name: (arguments, exit code, pattern); FOLDER stands for a folder with the files of `folder` below
 CASES = {
-  "unknown flag": (["train.py", "--confg=x"], 2, r"unknown flag --confg; did you mean --config\? \(see --help\)$"),
+  "unknown flag": (
+    ["train.py", "--confg=x"],
+    2,
+    r"unknown flag --confg; did you mean --config\? \(see python train\.py --help\)$",
+  ),
   "unknown key": (
     ["train.py", "--config.nokey=1"],
     2,
@@ -56,14 +60,18 @@ CASES = {
     2,
     r"--config\.model\.levels\[0\]\.rotary must be True or False, not '2'$",
   ),
-  "wrong type of a flag": (["train.py", "--start_timeout=x"], 2, r"--start_timeout must be a whole number, not 'x'$"),
+  "wrong type of a flag": (
+    ["train.py", "--start_timeout=x"],
+    2,
+    r"--start_timeout must be a whole number, not 'x' \(see",
+  ),
   "missing value": (
     ["train.py", "--workdir=FOLDER/new", "--config.batch_size"],
     2,
     r"Missing value for flag --config\.batch_size",
   ),
   "override first": (["train.py", "--config.seed=1", TINY], 2, r"--config\.seed=1 in argv before a value for --config"),
-  "positional": (["train.py", "configs/quickstart.py"], 1, r"unexpected configs/quickstart\.py; flags begin with --"),
+  "positional": (["train.py", "configs/quickstart.py"], 2, r"unexpected configs/quickstart\.py; flags begin with --"),
   "no config file": (["train.py", "--config=nothing.py"], 2, r"No such file or directory: 'nothing\.py'$"),
   "a config file that is no Python": (["train.py", "--config=README.md"], 2, r"--config: README\.md, line 3: "),
   "a config file without a config": (
@@ -72,17 +80,17 @@ CASES = {
     r"has no attribute 'get_config'; a config file has a function get_config\(\)$",
   ),
   "matching: no config file": (
-    ["-m", "megabyte_jax.matching", TINY.replace("config", "reference", 1), "--candidate=configs/no.py"],
+    ["-m", "megabyte_jax", "matching", TINY.replace("config", "reference", 1), "--candidate=configs/no.py"],
     2,
     r"error: --candidate: No such file or directory: 'configs/no\.py'",
   ),
   "matching: a config file that is no Python": (
-    ["-m", "megabyte_jax.matching", "--candidate=README.md"],
+    ["-m", "megabyte_jax", "matching", "--candidate=README.md"],
     2,
     r"error: --candidate: README\.md, line 3: ",
   ),
   "matching: a config file without a config": (
-    ["-m", "megabyte_jax.matching", "--candidate=megabyte_jax/config/run.py"],
+    ["-m", "megabyte_jax", "matching", "--candidate=megabyte_jax/config/run.py"],
     2,
     r"error: --candidate: module .* has no attribute 'get_config'",
   ),
@@ -161,29 +169,41 @@ CASES = {
     r"--workdir=FOLDER/short/run: FOLDER/short is a f",
   ),
   "prepare: folder below a file": (
-    ["-m", "megabyte_jax.prepare", "pack", "docs", "FOLDER/short/packed"],
+    ["-m", "megabyte_jax", "prepare", "pack", "docs", "FOLDER/short/packed"],
     1,
     r"=FOLDER/short/packed: FOLDER/short is a file, not a folder; choose another ",
   ),
   "tables: picture below a file": (
-    ["-m", "megabyte_jax.tables", "figure3", "--plot=FOLDER/short/figure3.png"],
+    ["-m", "megabyte_jax", "tables", "figure3", "--plot=FOLDER/short/figure3.png"],
     1,
     r"--plot=FOLDER/short/figure3\.png: FOLDER/short is a file, not a folder; choose another --plot$",
   ),
   "plan: result below a file": (
-    ["-m", "megabyte_jax.plan", TINY, "--save=FOLDER/short/step"],
+    ["-m", "megabyte_jax", "plan", TINY, "--save=FOLDER/short/step"],
     1,
     r"--save=FOLDER/short/step: FOLDER/short is a file, not a folder; choose another --save$",
   ),
-  "compress: no such file": (["-m", "megabyte_jax.compress", "FOLDER/x", "FOLDER/y"], 1, r"FOLDER/x does not exist$"),
+  "compress: no such file": (
+    ["-m", "megabyte_jax", "compress", "FOLDER/x", "FOLDER/y"],
+    1,
+    r"FOLDER/x does not exist$",
+  ),
   "no such run to start from": (["train.py", TINY, "--init_from=FOLDER/folder"], 1, r"FOLDER/folder holds no run"),
   "plan: no such remat": (
-    ["-m", "megabyte_jax.plan", "--remat=most"],
+    ["-m", "megabyte_jax", "plan", "--remat=most"],
     2,
-    r"flag --remat=most: value should be one of <\|none\|full\|named>",
+    r"--remat: invalid choice: 'most' \(choose from .*none.*full.*named",
   ),
-  "generate: fewer than no bytes": (["-m", "megabyte_jax.generate", "--bytes=-1"], 1, r"--bytes is -1; it must not be"),
-  "generate: no samples": (["-m", "megabyte_jax.generate", "--num-samples=0"], 1, r"--num-samples is 0; it must be at"),
+  "generate: fewer than no bytes": (
+    ["-m", "megabyte_jax", "generate", "--bytes=-1"],
+    1,
+    r"--bytes is -1; it must not be",
+  ),
+  "generate: no samples": (
+    ["-m", "megabyte_jax", "generate", "--num-samples=0"],
+    1,
+    r"--num-samples is 0; it must be at",
+  ),
   "eval: no picture": (
     ["eval.py", "--workdir=FOLDER/images", "--data=FOLDER/no.png"],
     1,
@@ -211,21 +231,25 @@ CASES = {
     r"--num_processes must be a whole number, not 'x'",
   ),
   "plan: unknown flag": (
-    ["-m", "megabyte_jax.plan", "--topolgy=x"],
+    ["-m", "megabyte_jax", "plan", "--topolgy=x"],
     2,
     r"unknown flag --topolgy; did you mean --top",
   ),
   "generate: unknown flag": (
-    ["-m", "megabyte_jax.generate", "--nm_samples", "3"],
+    ["-m", "megabyte_jax", "generate", "--nm_samples", "3"],
     2,
-    r"unknown flag --nm-samples; did you mean --num-samples\? \(see python -m megabyte_jax\.generate --help\)$",
+    r"unknown flag --nm-samples; did you mean --num-samples\? \(see python -m megabyte_jax generate --help\)$",
   ),
   "prepare: unknown flag of a subcommand": (
-    ["-m", "megabyte_jax.prepare", "pack", "a", "b", "--image-siez=3"],
+    ["-m", "megabyte_jax", "prepare", "pack", "a", "b", "--image-siez=3"],
     2,
     r"unknown flag --image-siez; did you mean --image-size\? \(see .*prepare pack --help\)$",
   ),
-  "compress: one file too many": (["-m", "megabyte_jax.compress", "a", "b", "c"], 2, r"unexpected c \(see .*compress"),
+  "compress: one file too many": (
+    ["-m", "megabyte_jax", "compress", "a", "b", "c"],
+    2,
+    r"unexpected c \(see .*compress",
+  ),
 }
 
 

@@ -1,4 +1,4 @@
-"""python -m megabyte_jax.generate: text to the terminal, bytes to files, pictures and sounds completed."""
+"""python -m megabyte_jax generate: text to the terminal, bytes to files, pictures and sounds completed."""
 
 import io
 import subprocess
@@ -11,6 +11,7 @@ import tiny_config
 from PIL import Image
 from run_commands import ROOT, environment
 
+from megabyte_jax.checkpoints import trained_model
 from megabyte_jax.checkpoints.checkpoints import Checkpoints
 from megabyte_jax.checkpoints.saved_config import save_config
 from megabyte_jax.commands import generate as command
@@ -58,9 +59,10 @@ def run(monkeypatch, *arguments):
   command.main()
 
 
-def test_the_command_itself(text_run):
+@pytest.mark.parametrize("spelling", [["megabyte_jax", "generate"], ["megabyte_jax.generate"]])
+def test_the_command_itself(text_run, spelling):
   """Its output, redirected, is the bytes of the sample and nothing else."""
-  command_line = ["-m", "megabyte_jax.generate", f"--workdir={text_run}", "--prompt=abc", "--bytes=70"]
+  command_line = ["-m", *spelling, f"--workdir={text_run}", "--prompt=abc", "--bytes=70"]
   done = subprocess.run(
     [sys.executable, *command_line], cwd=ROOT, env=environment(), capture_output=True, timeout=300, check=True
   )
@@ -136,11 +138,14 @@ def test_the_function_keeps_its_name_whatever_is_imported():
 import importlib, sys
 import megabyte_jax
 public = megabyte_jax.generate
-import megabyte_jax.generate
+try:
+  importlib.import_module("megabyte_jax.generate")
+except ImportError:
+  pass  # a spelling of python -m alone
 from megabyte_jax import generate
-importlib.import_module("megabyte_jax.generate")
-import megabyte_jax.generate_command
-assert megabyte_jax.generate is generate is public is megabyte_jax.sampling.generate
+importlib.import_module("megabyte_jax.commands.generate")
+import megabyte_jax.generation.sampling
+assert megabyte_jax.generate is generate is public is megabyte_jax.generation.sampling.generate
 """
   subprocess.run([sys.executable, "-c", program], env=environment(), cwd=ROOT, check=True)
 
@@ -212,7 +217,7 @@ def test_wrong_arguments_are_told_before_anything_is_generated(text_run, image_r
   def never(*_, **__):
     raise AssertionError
 
-  monkeypatch.setattr(command, "load", never)
+  monkeypatch.setattr(trained_model, "load", never)
   (tmp_path / "bad.png").write_bytes(b"\x89PNG")
   sound = tmp_path / "x.mp3"
   sound.write_bytes(b"ID3")

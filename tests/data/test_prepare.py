@@ -161,7 +161,7 @@ def test_killing_it_leaves_nothing_that_looks_whole(tmp_path):
   block = np.random.default_rng(0).bytes(1 << 23)
   for i in range(14):
     (big / f"{i:02}").write_bytes(block)
-  command = [sys.executable, "-m", "megabyte_jax.prepare", "pack", str(big), str(tmp_path / "packed")]
+  command = [sys.executable, "-m", "megabyte_jax", "prepare", "pack", str(big), str(tmp_path / "packed")]
   process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
   part = tmp_path / "packed.part" / "data.bin"
   while process.poll() is None and not (part.exists() and part.stat().st_size > 1 << 26):
@@ -254,13 +254,13 @@ def test_tfrecord_copies_are_converted_by_the_command_in_the_error(tmp_path, cap
   with pytest.raises(DataError, match="stored as tfrecord") as error:
     open_path(spec, data)
   command = next(line.split() for line in str(error.value).splitlines() if "prepare" in line)
-  assert command[:3] == ["python", "-m", "megabyte_jax.prepare"]
+  assert command[:4] == ["python", "-m", "megabyte_jax", "prepare"]
   elsewhere = tmp_path / "elsewhere"
-  prepare.main([*command[3:], f"--out={elsewhere}"])
+  prepare.main([*command[4:], f"--out={elsewhere}"])
   assert contents(open_path(spec, DataConfig(form="image", tfds_dir=str(elsewhere)))) == before
-  prepare.main(command[3:])
+  prepare.main(command[4:])
   assert contents(open_path(spec, data)) == before and list(folder.glob("*tfrecord*"))
-  prepare.main(command[3:])
+  prepare.main(command[4:])
   assert "already" in capsys.readouterr().out
 
 

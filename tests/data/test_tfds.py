@@ -105,7 +105,7 @@ def test_missing_data_give_the_command_that_prepares_them(root, tmp_path):
   with pytest.raises(DataError) as error:
     open_path("tfds:imagenet2012:validation", options(tmp_path, form="image"))
   assert (
-    f"python -m megabyte_jax.prepare build tfds:imagenet2012 --tfds-dir={tmp_path}\n"
+    f"python -m megabyte_jax prepare build tfds:imagenet2012 --tfds-dir={tmp_path}\n"
     in f"{error.value}\n".replace(" (", "\n(")
   )
   assert "fetched by hand" in str(error.value)

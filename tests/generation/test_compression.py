@@ -204,7 +204,7 @@ def test_another_process_decompresses(workdir, tmp_path):
     *flags, source, out = arguments
     output, code = finish(
       start(
-        "-m", "megabyte_jax.compress", *flags, tmp_path / source, tmp_path / out, f"--workdir={workdir}", cache=cache
+        "-m", "megabyte_jax", "compress", *flags, tmp_path / source, tmp_path / out, f"--workdir={workdir}", cache=cache
       )
     )
     assert code == 0, output
@@ -214,7 +214,7 @@ def test_another_process_decompresses(workdir, tmp_path):
   (tmp_path / "other.mz").write_bytes(repacked(packed, model="0123456789abcdef"))
   for name, message in {"short.mz": "cut short or altered", "other.mz": "another model 0123456789abcdef"}.items():
     output, code = finish(
-      start("-m", "megabyte_jax.compress", "--decompress", tmp_path / name, tmp_path / "c", f"--workdir={workdir}")
+      start("-m", "megabyte_jax", "compress", "--decompress", tmp_path / name, tmp_path / "c", f"--workdir={workdir}")
     )
     assert code == 1 and "Traceback" not in output
     [line] = [line for line in output.splitlines() if "error: " in line]

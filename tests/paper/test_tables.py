@@ -152,7 +152,7 @@ def test_run_directories(tmp_path):
 
 
 def test_a_folder_without_runs_of_rows_is_told(tmp_path):
-  command = [sys.executable, "-m", "megabyte_jax.tables", "5", f"--runs={tmp_path}"]
+  command = [sys.executable, "-m", "megabyte_jax", "tables", "5", f"--runs={tmp_path}"]
   done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
   assert f"--runs={tmp_path} holds no run of a row, scored by eval.py with the row's method" in done.stderr
 

@@ -1,4 +1,3 @@
-import argparse
 import os
 import resource
 import socket
@@ -9,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from processes import free_port
 
+from megabyte_jax.commands.arguments import Parser
 from megabyte_jax.errors import ConfigError
 from megabyte_jax.parallel import distributed, rendezvous
 from megabyte_jax.parallel.distributed import Place, detected_place, given_place
@@ -214,7 +214,7 @@ def test_output_outlives_its_reader():
 def test_arguments(monkeypatch):
   given = []
   monkeypatch.setattr(distributed, "start", lambda *place: given.append(place))
-  parser = argparse.ArgumentParser()
+  parser = Parser("python test.py")
   distributed.add_arguments(parser)
   distributed.start_from_arguments(parser.parse_args([]))
   flags = ["--coordinator=h:1", "--num-processes=2", "--process-id=1", "--start-timeout=9"]

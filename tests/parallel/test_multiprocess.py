@@ -174,7 +174,9 @@ def test_eval_as_two_processes(two, folder):
 @pytest.mark.slow
 def test_a_second_interrupt_ends_a_process_that_waits_for_another(folder):
   """The other is halted in the middle of training, so that the first cannot even act on the first interrupt."""
-  arguments = ["train.py", *flags(folder, "interrupted"), "--config.num_steps=100000", "--config.eval.every_steps=0"]
+  without_evaluation = [flag for flag in flags(folder, "interrupted") if "eval.every_steps" not in flag]
+  without_evaluation.remove("--config.checkpoint.keep_best=1")
+  arguments = ["train.py", *without_evaluation, "--config.num_steps=100000"]
   with Processes(2, 4, *arguments, cache=folder / "cache") as processes:
     processes.wait_for(" 9/100000")
     processes.running[1].send_signal(signal.SIGSTOP)

@@ -105,7 +105,7 @@ def test_time_of_a_diverged_model_is_refused(monkeypatch):
 
 
 def test_command_line():
-  command = [sys.executable, "-m", "megabyte_jax.matching"]
+  command = [sys.executable, "-m", "megabyte_jax", "matching"]
   configs = [
     "--reference=configs/paper/table2.py:pg19_megabyte",
     "--candidate=configs/paper/table2.py:pg19_transformer",

@@ -10,11 +10,10 @@ import shlex
 
 import numpy as np
 import pytest
-from absl import flags as absl_flags
-from ml_collections import config_flags
 from processes import free_port
 from run_commands import ROOT, run_each
 
+from megabyte_jax.commands.train import parse_arguments
 from megabyte_jax.config import Config
 
 DOCUMENTS = (
@@ -52,15 +51,15 @@ RUN_HERE = {
     "--config.data.validation=",
   ],
   "python eval.py --workdir=runs/images --data=sample:images/validation": ["--max-bytes=12288", "--no-compressors"],
-  'python -m megabyte_jax.generate --workdir=runs/quickstart --prompt="It is a truth" --bytes=400 --temperature=0.7': [
+  'python -m megabyte_jax generate --workdir=runs/quickstart --prompt="It is a truth" --bytes=400 --temperature=0.7': [
     "--bytes=20"
   ],
-  "python -m megabyte_jax.generate --workdir=runs/images --num-samples=8 --output=runs/out.png "
+  "python -m megabyte_jax generate --workdir=runs/images --num-samples=8 --output=runs/out.png "
   "--prompt-file=megabyte_jax/data/sample/images/validation/flower.jpg": ["--num-samples=2", "--keep=0.9"],
-  f"python -m megabyte_jax.compress {TEXT} runs/text.mz --workdir=runs/quickstart": [],
-  "python -m megabyte_jax.compress --decompress runs/text.mz runs/text.txt --workdir=runs/quickstart": [],
-  "python -m megabyte_jax.tables 5": [],
-  "python -m megabyte_jax.tables figure3 --plot=runs/figure3.png": [],
+  f"python -m megabyte_jax compress {TEXT} runs/text.mz --workdir=runs/quickstart": [],
+  "python -m megabyte_jax compress --decompress runs/text.mz runs/text.txt --workdir=runs/quickstart": [],
+  "python -m megabyte_jax tables 5": [],
+  "python -m megabyte_jax tables figure3 --plot=runs/figure3.png": [],
   "python train.py --config=configs/paper/table5.py:image640_megabyte --workdir=runs/image640": [
     *TINY_IMAGES,
     "--config.model.levels[0].width=192",
@@ -78,7 +77,7 @@ RUN_HERE = {
     "--config.eval.max_bytes=200",
   ],
   "python eval.py --workdir=runs/a --step=best --split=test": ["--max-bytes=200", "--no-compressors"],
-  "python -m megabyte_jax.generate --workdir=runs/a --step=best": ["--bytes=20"],
+  "python -m megabyte_jax generate --workdir=runs/a --step=best": ["--bytes=20"],
   "XLA_FLAGS=--xla_gpu_enable_triton_gemm=false python train.py ...": ["--workdir=runs/flag1"],
   "XLA_FLAGS=--xla_gpu_deterministic_ops=true python train.py ...": ["--workdir=runs/flag2"],
   "python train.py --coordinator=HOST:PORT --num_processes=N --process_id=I ...": [
@@ -99,15 +98,15 @@ RUN_BY = {
   ".ci/plan": (".ci/run", ".ci/plan"),
   "python -m venv .venv": (".ci/run", '-m venv "$work/venv"'),
   'pip install "jax[tpu]"': (".ci/plan", '"jax[tpu]"'),
-  "python -m megabyte_jax.plan --config=configs/paper/table2.py:pg19_megabyte --topology=v5e:8x8": (
+  "python -m megabyte_jax plan --config=configs/paper/table2.py:pg19_megabyte --topology=v5e:8x8": (
     ".ci/plan",
     "--config=configs/paper/table2.py:pg19_megabyte --topology=v5e:8x8",
   ),
-  "python -m megabyte_jax.plan": (
+  "python -m megabyte_jax plan": (
     "tests/planning/test_plans.py",
     "def test_search_over_two_slices_ends_with_the_real_program",
   ),
-  "python -m megabyte_jax.matching": ("tests/planning/test_matching.py", "def test_command_line"),
+  "python -m megabyte_jax matching": ("tests/planning/test_matching.py", "def test_command_line"),
   "python benchmarks/comparisons.py": ("tests/benchmarks/test_comparisons.py", "def test_a_small_comparison"),
   "python benchmarks/": ("tests/benchmarks/test_speed_benchmarks.py", 'f"benchmarks/{name}.py"'),
   "python benchmarks/scaling.py": ("tests/benchmarks/test_speed_benchmarks.py", "benchmarks/scaling.py"),
@@ -116,16 +115,16 @@ RUN_BY = {
     "tests/benchmarks/test_corpora.py",
     "def test_another_result_of_the_recorded_packages",
   ),
-  "python -m megabyte_jax.prepare build": (
+  "python -m megabyte_jax prepare build": (
     "tests/data/test_prepare.py",
     "def test_a_data_set_that_nobody_knows_is_one_line",
   ),
-  "python -m megabyte_jax.prepare convert": (
+  "python -m megabyte_jax prepare convert": (
     "tests/data/test_prepare.py",
     "def test_tfrecord_copies_are_converted",
   ),
-  "python -m megabyte_jax.prepare pack": ("tests/data/test_prepare.py", "def test_archives_are_packed"),
-  "python -m megabyte_jax.prepare verify": ("tests/data/test_prepare.py", '"verify"'),
+  "python -m megabyte_jax prepare pack": ("tests/data/test_prepare.py", "def test_archives_are_packed"),
+  "python -m megabyte_jax prepare verify": ("tests/data/test_prepare.py", '"verify"'),
   "python train.py ...": ("tests/parallel/test_launch.py", "def test_tpu_vm"),
 }
 NOT_RUN = (".ci/run", ".ci/slow", 'pip install -e ".[', 'pip install -U "jax[', "JAX_PLATFORMS=cuda pytest")
@@ -140,7 +139,7 @@ def documented() -> dict[str, list[str]]:
     lines = [line for block in blocks for line in re.sub(r" *\\\n *", " ", block).splitlines()]
     words = re.findall(r"`([^`]+)`", re.sub(r"```\w*\n.*?```", "", text, flags=re.S))
     for part in (part for code in (*lines, *words) for part in re.split(r" && |;|  +#", code)):
-      command = " ".join(part.split())
+      command = re.sub(r"-m megabyte_jax\.(?=\w)", "-m megabyte_jax ", " ".join(part.split()))  # the first spelling
       if COMMAND.fullmatch(command):
         found.setdefault(command, []).append(name)
   return found
@@ -170,7 +169,9 @@ def small(command: str, more: list[str], folder: pathlib.Path) -> tuple[list[str
   """The arguments of the small variant, and its environment variables; everything written lies in `folder`."""
   words = shlex.split(re.sub(r" \S+=(HOST:PORT|N|I)\b| \.\.\.$", "", command))
   variables = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"} | dict(w.split("=", 1) for w in words[: words.index("python")])
-  arguments = [*words[words.index("python") + 1 :], *more]
+  given = words[words.index("python") + 1 :]
+  replaced = {argument.partition("=")[0] for argument in more}
+  arguments = [*(argument for argument in given if argument.partition("=")[0] not in replaced), *more]
   if arguments[0] == "train.py" and not any(a.startswith("--config=") for a in arguments):
     arguments.insert(1, "--config=tests/tiny_config.py")
     if not any(a.startswith("--workdir=") for a in arguments):
@@ -214,7 +215,7 @@ def test_they_do_what_the_text_says(said):
   )
   assert (folder / "runs/text.txt").read_bytes() == (ROOT / TEXT).read_bytes()
   assert (folder / "runs/out.png").read_bytes().startswith(b"\x89PNG")
-  assert "(P 192)" in said["python -m megabyte_jax.tables 5"][1]
+  assert "(P 192)" in said["python -m megabyte_jax tables 5"][1]
   assert (folder / "runs/a/checkpoints/validation_bpb.json").exists()
   assert np.isfinite(json.loads((folder / "runs/image640/metrics.jsonl").read_text().splitlines()[0])["bpb"])
 
@@ -225,10 +226,6 @@ def test_flags_between_words_are_fields_of_the_config():
   for name in DOCUMENTS:
     for code in re.findall(r"`(--config\.[^`]+)`", (ROOT / name).read_text()):
       flags = [flag for flag in shlex.split(code) if "=" in flag and not flag.endswith(".")]
-      values = absl_flags.FlagValues()
-      arguments = ["train.py", f"--config={ROOT / 'configs/quickstart.py'}", *flags]
-      config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
-      values(arguments)
-      Config.from_dict(values.config)
+      Config.from_dict(parse_arguments([f"--config={ROOT / 'configs/quickstart.py'}", *flags]).config)
       tried += len(flags)
   assert tried > 10

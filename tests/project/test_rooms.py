@@ -8,10 +8,13 @@ import subprocess
 import sys
 
 import megabyte_jax
+from megabyte_jax.__main__ import COMMANDS
 
 CODE = """
 import json, sys
-import {module}
+import {module} as module
+for name in getattr(module, "__all__", ()):
+  getattr(module, name)
 print(json.dumps(sorted({{name.split(".")[0] for name in sys.modules}})))
 """
 # tensorboardX and matplotlib are for training, soundfile, soxr and PIL for some data, constriction for compression; the
@@ -49,9 +52,33 @@ def test_nor_does_training_bring_tensorflow_or_torch():
   assert not imported("train") & {"tensorflow", "tensorflow_datasets", "torch"}
 
 
+def test_importing_the_package_does_not_wait_for_jax():
+  """Nor does a command that reads its arguments; in a process of its own, for here JAX is imported."""
+  commands = ", ".join(f"megabyte_jax.commands.{name}" for name in COMMANDS)
+  code = f"import sys, megabyte_jax.__main__, {commands}\nassert 'jax' not in sys.modules, sorted(sys.modules)"
+  subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_leaves_the_process_as_it_was():
+  """Signals, streams and hooks; also train.py and eval.py, and again after a reload, as in a notebook."""
+  code = """
+import importlib, signal, sys
+def state():
+  handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+  return handlers, sys.stdout, sys.stderr, sys.excepthook, sys.unraisablehook, sys.displayhook, sys.argv
+import faulthandler, jax, orbax.checkpoint  # what others do is not ours
+before = state()
+import megabyte_jax, megabyte_jax.__main__, train, eval
+importlib.reload(train)
+importlib.reload(eval)
+assert state() == before
+"""
+  subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_importing_a_command_defines_no_flags():
   """So that it can be used from programs that have flags of their own."""
-  code = "from megabyte_jax.commands import matching, plan, tables\n"
+  code = "from megabyte_jax.commands import matching, plan, tables\nimport train\n"
   code += "from absl import flags\n"
   code += "own = [name for name in flags.FLAGS.flags_by_module_dict() if name.startswith('megabyte_jax')]\n"
   code += "assert not own, own"
@@ -93,6 +120,7 @@ ROOMS = (  # each imports only from those before it, and from itself
   "paper",
   "planning",
   "commands",
+  "__main__",
 )
 
 

@@ -11,19 +11,16 @@ import inspect
 import re
 import runpy
 import shlex
-import subprocess
-import sys
 
 import pytest
-from absl import flags as absl_flags
-from ml_collections import config_flags
 from run_commands import ROOT
 
+from megabyte_jax.__main__ import COMMANDS as ALL
+from megabyte_jax.commands.train import parse_arguments
 from megabyte_jax.config import Config
 
 LAUNCHER = r"(?:sbatch )?(?:--nodes=\d+ )?launch/(?:tpu_vm\.sh|tpu_pod\.sh|slurm\.sbatch|until_finished\.sh)(?= )"
 COMMAND = re.compile(r"(?:\w+=\S+ )*(?:python (?!-c )\S.*|launch/\S.*|sbatch .*)")
-ABSL = ("train.py", "megabyte_jax.plan", "megabyte_jax.tables", "megabyte_jax.matching")
 
 
 def head(path):
@@ -54,22 +51,17 @@ def shown():
 
 
 def words_of(command):
-  """(script or module, its arguments); a launcher's are train.py's."""
+  """(script or command of the package, its arguments); a launcher's are train.py's."""
   words = shlex.split(re.sub(LAUNCHER, "python train.py", command))
   words = words[words.index("python") + 1 :]
   if words[0] == "-m":
-    words = words[1:]
+    words = shlex.split(shlex.join(words[1:]).replace("megabyte_jax.", "megabyte_jax ", 1))[1:]  # the first spelling
   return words[0], words[1:]
 
 
 @functools.cache
 def known_flags(script):
   """Names, with underscores, of the flags of a command."""
-  if script in ABSL:
-    module = script.removesuffix(".py")
-    code = f"import {module} as m; getattr(m, 'define_flags', int)(); from absl import flags; print(*flags.FLAGS)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
   names = set()
 
   class Parsed(Exception):
@@ -84,8 +76,8 @@ def known_flags(script):
     if script.endswith(".py"):
       patch.syspath_prepend(str((ROOT / script).parent))
       found = runpy.run_path(str(ROOT / script), run_name="shown")
-    else:  # megabyte_jax.generate gives way to the function of this name
-      found = vars(importlib.import_module(script.replace("jax.generate", "jax.generate_command")))
+    else:
+      found = vars(importlib.import_module(f"megabyte_jax.commands.{script}"))
     reads = found.get("parse_arguments") or found["main"]
     with pytest.raises(Parsed):
       reads(*[None] * len(inspect.signature(reads).parameters))
@@ -105,8 +97,7 @@ def test_commands_are_found():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_it_is_there_and_knows_its_flags(command):
   script, arguments = words_of(command)
-  path = ROOT / (script if script.endswith(".py") else script.replace(".", "/") + ".py")
-  assert path.is_file(), f"{COMMANDS[command]}: there is no {script}"
+  assert script in ALL or (ROOT / script).is_file(), f"{COMMANDS[command]}: there is no {script}"
   flags = [word for word in arguments if re.match(r"--\w", word)]
   names = {flag[2:].partition("=")[0].replace("-", "_") for flag in flags}
   unknown = {name for name in names if not name.startswith("config.")}
@@ -116,8 +107,5 @@ def test_it_is_there_and_knows_its_flags(command):
   if of_config:
     if not any(flag.startswith("--config=") for flag in of_config):
       of_config.insert(0, "--config=configs/quickstart.py")
-    values = absl_flags.FlagValues()
     of_config = [re.sub("^--config=", f"--config={ROOT}/", flag) for flag in of_config]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["train.py", *of_config])
-    values(["train.py", *of_config])
-    Config.from_dict(values.config)
+    Config.from_dict(parse_arguments(of_config).config)

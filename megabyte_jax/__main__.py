@@ -1,0 +1,37 @@
+"""Runs a command: python -m megabyte_jax COMMAND, or megabyte_jax COMMAND once it is installed."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from megabyte_jax.commands import command_line
+from megabyte_jax.config.parsing import did_you_mean
+
+COMMANDS = ("train", "eval", "generate", "compress", "plan", "tables", "matching", "prepare")
+
+
+def describe() -> str:
+  """Returns the usage and one line for each command: the first one of its module."""
+  lines = ["usage: megabyte_jax COMMAND ...", "", "MEGABYTE in JAX; COMMAND --help tells more.", ""]
+  for name in COMMANDS:
+    text = importlib.import_module(f"megabyte_jax.commands.{name}").__doc__ or ""
+    lines.append(f"  {name:<10}{text.splitlines()[0]}")
+  return "\n".join(lines)
+
+
+def main() -> None:
+  """Runs the command that the first argument names, with all others."""
+  name, *arguments = sys.argv[1:] or ["--help"]
+  if name in COMMANDS:
+    command_line.run(lambda: importlib.import_module(f"megabyte_jax.commands.{name}").main(arguments))
+  elif name in ("-h", "--help", "help"):
+    print(describe())
+  else:
+    near = did_you_mean(name, COMMANDS)
+    print(f"error: there is no command {name!r}{near or '; see megabyte_jax --help'}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,135 @@
+"""python -m megabyte_jax: which commands there are, their help without JAX, and flags that all of them read alike."""
+
+import subprocess
+import sys
+
+import pytest
+from run_commands import ROOT, environment
+
+from megabyte_jax import __main__ as package
+from megabyte_jax.commands import arguments, command_line
+from megabyte_jax.errors import FlagError
+
+
+def test_commands_are_listed_with_one_line_each(monkeypatch, capsys):
+  for flags in ([], ["--help"], ["help"]):
+    monkeypatch.setattr(sys, "argv", ["megabyte_jax", *flags])
+    package.main()
+    said = capsys.readouterr().out
+    for name in package.COMMANDS:
+      [line] = [line for line in said.splitlines() if line.startswith(f"  {name} ")]
+      assert len(line) < 130 and line.endswith(".")
+  assert {path.stem for path in (ROOT / "megabyte_jax/commands").glob("*.py")} - set(package.COMMANDS) == {
+    "__init__",
+    "arguments",
+    "command_line",
+    "scripts",
+  }
+
+
+@pytest.mark.parametrize(("name", "hint"), [("trian", "did you mean train?"), ("x", "see megabyte_jax --help")])
+def test_an_unknown_command_is_one_line(monkeypatch, capsys, name, hint):
+  monkeypatch.setattr(sys, "argv", ["megabyte_jax", name])
+  with pytest.raises(SystemExit) as end:
+    package.main()
+  assert end.value.code == 2
+  assert capsys.readouterr().err == f"error: there is no command {name!r}; {hint}\n"
+
+
+HELP = """
+import runpy, sys
+sys.modules["jax"] = None  # an import of it fails
+sys.path.insert(0, ".")
+for arguments in {commands}:
+  sys.argv = list(arguments) + ["--help"]
+  try:
+    if arguments[0].endswith(".py"):
+      runpy.run_path(arguments[0], run_name="__main__")
+    else:
+      runpy.run_module("megabyte_jax", run_name="__main__", alter_sys=True)
+  except SystemExit as end:
+    assert not end.code, arguments
+"""
+
+
+def test_help_does_not_wait_for_jax():
+  commands = [("train.py",), ("eval.py",), *(("megabyte_jax", name) for name in package.COMMANDS)]
+  done = subprocess.run(
+    [sys.executable, "-c", HELP.format(commands=commands)],
+    cwd=ROOT,
+    env=environment(),
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  usages = [line.partition(" [-h]")[0] for line in done.stdout.splitlines() if line.startswith("usage: ")]
+  called = ["python train.py", "python eval.py", *(f"megabyte_jax {name}" for name in package.COMMANDS)]
+  assert [usage.removeprefix("usage: ").removeprefix("python -m ") for usage in usages] == called
+
+
+@pytest.mark.parametrize(
+  ("program", "command", "expected"),
+  [
+    ("/x/train.py", "train", "python train.py"),
+    ("/x/bin/megabyte_jax", "train", "megabyte_jax train"),
+    ("megabyte_jax.exe", "plan", "megabyte_jax plan"),
+    ("/x/megabyte_jax/__main__.py", "generate", "python -m megabyte_jax generate"),
+    ("/x/megabyte_jax/commands/generate.py", "generate", "python -m megabyte_jax generate"),
+  ],
+)
+def test_usage_names_the_command_as_it_was_called(monkeypatch, program, command, expected):
+  monkeypatch.setattr(sys, "argv", [program])
+  assert arguments.called(command) == expected
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    (["--size=1", "--size=2"], "--size is given twice; leave one out (see python test.py --help)"),
+    (["--out-file", "a", "--out_file=b"], "--out-file is given twice; leave one out (see python test.py --help)"),
+    (["--fast", "--no-fast"], "--fast and --no-fast are both given; leave one out (see python test.py --help)"),
+    (["--config=a", "--config=b"], "--config is given twice; leave one out (see python test.py --help)"),
+    (["--config.seed=1", "--config.seed=2"], "--config.seed is given twice; leave one out"),
+  ],
+)
+def test_a_flag_given_twice_is_one_line(capsys, given, message):
+  parser = arguments.Parser("python test.py")
+  parser.add_config("config", "a config")
+  parser.add_argument("--size", type=int)
+  parser.add_argument("--out-file")
+  parser.add_argument("--fast", action=arguments.argparse.BooleanOptionalAction)
+  with pytest.raises(SystemExit) as end:
+    parser.parse_args(given)
+  assert end.value.code == 2
+  assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_a_flag_after_two_hyphens_is_none():
+  parser = arguments.Parser("python test.py")
+  parser.add_argument("--size", type=int)
+  parser.add_argument("files", nargs="*")
+  assert parser.parse_args(["--size=1", "--", "--size=2", "--size=3"]).files == ["--size=2", "--size=3"]
+
+
+class FakeIPython:
+  def get_ipython(self):
+    return self
+
+
+def test_in_a_notebook_mistakes_are_exceptions(monkeypatch):
+  """And sys.stdout is afterwards what it was, though training replaces it."""
+  parser = arguments.Parser("python test.py")
+  parser.add_argument("--size", type=int)
+  monkeypatch.setitem(sys.modules, "IPython", FakeIPython())
+  with pytest.raises(FlagError, match="--size must be a whole number, not 'x'"):
+    parser.parse_args(["--size=x"])
+  before = sys.stdout, sys.unraisablehook
+
+  def main():
+    sys.stdout = object()
+    raise OSError("the disk is gone")
+
+  with pytest.raises(OSError, match="the disk is gone"):
+    command_line.run(main)
+  assert (sys.stdout, sys.unraisablehook) == before
