@@ -2,6 +2,10 @@
 
 import dataclasses
 import io
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -157,6 +161,38 @@ def test_hugging_face_data_sets_by_name(saved, data):
     open_path(f"hf:{saved}/corpus:dev", data)
   with pytest.raises(ConfigError, match=r"names no split; write it like"):
     open_path(f"hf:{saved}/corpus", data)
+
+
+OFFLINE = """
+import sys
+from megabyte_jax.config import DataConfig
+from megabyte_jax.data.open_data import open_path
+for spec in ("hf:org/name:train", "hf:org/name/default:train"):
+  source = open_path(spec, DataConfig())
+  print(source.read(0, 0, int(source.lengths[0])).tobytes().decode())
+try:
+  open_path("hf:org/other:train", DataConfig())
+except ValueError as error:
+  print(error)
+"""
+
+
+def test_hugging_face_data_sets_of_the_cache_need_no_network(saved):
+  """The folder that a data set of the hub leaves in the cache is made by hand here."""
+  datasets = pytest.importorskip("datasets")
+  (saved / "a.jsonl").write_bytes(json_lines())
+  datasets.load_dataset("json", data_files=str(saved / "a.jsonl"), cache_dir=str(saved / "home/datasets"))
+  [made] = [path.parent for path in (saved / "home/datasets/json").rglob("dataset_info.json")]
+  cached = saved / "home/datasets/org___name/default/0.0.0" / made.name
+  shutil.copytree(made, cached)
+  (cached / "json-train.arrow").rename(cached / "name-train.arrow")
+  info = cached / "dataset_info.json"
+  info.write_text(info.read_text().replace('"dataset_name": "json"', '"dataset_name": "name"'))
+  variables = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(saved / "home")}
+  variables.pop("HF_DATASETS_CACHE", None)
+  result = subprocess.run([sys.executable, "-c", OFFLINE], env=variables, capture_output=True, text=True, check=True)
+  *found, error = result.stdout.splitlines()
+  assert found == [TEXTS[0]] * 2 and error.startswith("hf:org/other:train cannot be opened: Couldn't reach"), result
 
 
 def test_hugging_face_images(tmp_path, data):

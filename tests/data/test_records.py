@@ -219,7 +219,7 @@ def test_compressed_files_are_read_as_what_they_hold(tmp_path, data, ending, mon
 def test_what_is_too_large_or_an_archive_is_refused_with_the_command_that_packs_it(tmp_path, data, monkeypatch):
   monkeypatch.setattr(contents, "MOST", 100)
   (tmp_path / "a b.txt.gz").write_bytes(gzip.compress(os.urandom(200)))
-  command = r"\n  python -m megabyte_jax\.prepare pack "
+  command = r"\n  python -m megabyte_jax prepare pack "
   with pytest.raises(DataError, match=rf"2\d\d compressed bytes.*{command}'.*a b\.txt\.gz' FOLDER\n.*--raw"):
     open_path(f"{tmp_path}/a b.txt.gz", data)
   for name in ("x.zip", "x.tar", "x.tar.gz", "x.tgz", "x.tar.zst"):

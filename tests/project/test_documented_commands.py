@@ -3,6 +3,7 @@
 But for those of NOT_RUN, which need a network of their own, another device, or all of CI.
 """
 
+import gzip
 import json
 import pathlib
 import re
@@ -11,6 +12,7 @@ import shlex
 import numpy as np
 import pytest
 from processes import free_port
+from record_files import write_parquet
 from run_commands import ROOT, run_each
 
 from megabyte_jax.commands.train import parse_arguments
@@ -78,6 +80,14 @@ RUN_HERE = {
   ],
   "python eval.py --workdir=runs/a --step=best --split=test": ["--max-bytes=200", "--no-compressors"],
   "python -m megabyte_jax generate --workdir=runs/a --step=best": ["--bytes=20"],
+  "python train.py --workdir=runs/web --config.data.train='corpora/web/*.parquet' "
+  "--config.data.validation=corpora/held_out.jsonl.zst": ["--config.data.cache_dir=runs/cache"],
+  "python eval.py --workdir=runs/web --data='corpora/books.jsonl#body'": ["--no-compressors"],
+  "python eval.py --workdir=runs/web --data=hf:corpora/saved:test": ["--no-compressors"],
+  "python eval.py --workdir=runs/web --data=corpora/notes.txt.gz": ["--no-compressors"],
+  "python eval.py --workdir=runs/web --data=corpora/notes.txt.gz --raw": ["--no-compressors"],
+  "python eval.py --workdir=runs/web --data='corpora/books.jsonl#body,corpora/notes.txt.gz'": ["--no-compressors"],
+  "python -m megabyte_jax prepare pack 'corpora/web/*.jsonl.zst' corpora/packed": [],
   "XLA_FLAGS=--xla_gpu_enable_triton_gemm=false python train.py ...": ["--workdir=runs/flag1"],
   "XLA_FLAGS=--xla_gpu_deterministic_ops=true python train.py ...": ["--workdir=runs/flag2"],
   "python train.py --coordinator=HOST:PORT --num_processes=N --process_id=I ...": [
@@ -176,13 +186,29 @@ def small(command: str, more: list[str], folder: pathlib.Path) -> tuple[list[str
     arguments.insert(1, "--config=tests/tiny_config.py")
     if not any(a.startswith("--workdir=") for a in arguments):
       arguments.append("--workdir=runs/quickstart")
-  return [re.sub(r"(?<![\w/.])runs/", f"{folder}/runs/", a) for a in arguments], variables
+  return [re.sub(r"(?<![\w/.])(runs|corpora)/", rf"{folder}/\1/", a) for a in arguments], variables
+
+
+def write_corpora(folder: pathlib.Path) -> None:
+  """The files of docs/data.md, small."""
+  datasets, zstandard = pytest.importorskip("datasets"), pytest.importorskip("zstandard")
+  (folder / "web").mkdir(parents=True)
+  texts = ["a sentence of a page. " * 20, "another one, which is longer. " * 20]
+  lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+  write_parquet(folder / "web" / "0.parquet", texts)
+  (folder / "held_out.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines))
+  (folder / "web" / "0.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines))
+  (folder / "books.jsonl").write_bytes(lines.replace(b'"text"', b'"body"'))
+  (folder / "notes.txt.gz").write_bytes(gzip.compress(b"notes " * 50))
+  datasets.disable_progress_bars()
+  datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": texts})}).save_to_disk(str(folder / "saved"))
 
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
   folder = tmp_path_factory.mktemp("documented")
   (folder / "runs/photos").mkdir(parents=True)
+  write_corpora(folder / "corpora")
   images = pathlib.Path("megabyte_jax/data/sample/images/train")
   (folder / "runs/photos/china.jpg").write_bytes((ROOT / images / "china.jpg").read_bytes())
   [program] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
@@ -217,6 +243,16 @@ def test_they_do_what_the_text_says(said):
   assert (folder / "runs/out.png").read_bytes().startswith(b"\x89PNG")
   assert "(P 192)" in said["python -m megabyte_jax tables 5"][1]
   assert (folder / "runs/a/checkpoints/validation_bpb.json").exists()
+  evaluated = "python eval.py --workdir=runs/web --data="
+  text, raw = (said[f"{evaluated}corpora/notes.txt.gz{flag}"][1].splitlines()[-1] for flag in ("", " --raw"))
+  assert json.loads(text)["bytes"] == 300 and json.loads(raw)["bytes"] < 100
+  both = json.loads(said[f"{evaluated}'corpora/books.jsonl#body,corpora/notes.txt.gz'"][1].splitlines()[-1])
+  assert [one["documents"] for one in both["sources"]] == [2, 1] and both["bytes"] == 440 + 600 + 300
+  assert json.loads(said[f"{evaluated}hf:corpora/saved:test"][1].splitlines()[-1])["bytes"] == 440 + 600
+  assert (
+    "2 documents, 1,040 bytes"
+    in said["python -m megabyte_jax prepare pack 'corpora/web/*.jsonl.zst' corpora/packed"][1]
+  )
   assert np.isfinite(json.loads((folder / "runs/image640/metrics.jsonl").read_text().splitlines()[0])["bpb"])
 
 

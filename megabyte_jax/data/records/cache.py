@@ -14,7 +14,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
@@ -22,6 +22,9 @@ from etils import epath
 from megabyte_jax.errors import DataError
 from megabyte_jax.files.atomic_file import replacing
 from megabyte_jax.files.object_stores import is_remote
+
+if TYPE_CHECKING:
+  from _typeshed import ReadableBuffer as Buffer
 
 _FORMAT = "megabyte_jax index 1"
 
@@ -113,7 +116,8 @@ def save_index(
     "arrays": [[name, array.dtype.str, int(array.size)] for name, array in whole.items()],
     "notes": dict(notes),
   }
-  parts = [json.dumps(head).encode() + b"\n", *(array.view(np.uint8).data for array in whole.values() if array.size)]
+  parts: list[Buffer] = [json.dumps(head).encode() + b"\n"]
+  parts += [array.data.cast("B") for array in whole.values() if array.size]
   digest = hashlib.sha256()
   for part in parts:
     digest.update(part)

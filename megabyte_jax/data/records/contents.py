@@ -78,7 +78,7 @@ def decompressed(
 def pack_command(spec: str, data: DataConfig) -> str:
   """Returns the command that packs a source."""
   skip = " --skip-bad" if data.skip_bad else ""
-  return f"python -m megabyte_jax.prepare pack {shlex.quote(spec)} FOLDER{skip}"
+  return f"python -m megabyte_jax prepare pack {shlex.quote(spec)} FOLDER{skip}"
 
 
 def _copy_of(path: str, data: DataConfig, skip_empty: bool) -> tuple[str, str] | None:
