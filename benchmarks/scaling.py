@@ -148,7 +148,7 @@ def stream(config, mesh, first_step: int):
 def resumed_loss(config, mesh, step, workdir: str) -> float:
   """The loss of step `STEPS` from the checkpoint in `workdir`."""
   from megabyte_jax.checkpoints.checkpoints import Checkpoints  # noqa: PLC0415
-  from megabyte_jax.training.state import restored_state  # noqa: PLC0415
+  from megabyte_jax.training.resume import restored_state  # noqa: PLC0415
 
   with Checkpoints(workdir, config.checkpoint) as checkpoints:
     state = restored_state(config, mesh, checkpoints)

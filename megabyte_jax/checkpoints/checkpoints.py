@@ -61,7 +61,7 @@ class Checkpoints:
       config: when to save and what to keep.
       read_only: change nothing in the folder, so that evaluation can look on while training goes on.
     """
-    self.folder = epath.Path(workdir).resolve() / "checkpoints"
+    self.workdir, self.folder = str(workdir), epath.Path(workdir).resolve() / "checkpoints"
     self._config, self._read_only = config, read_only
     self._damage: dict[tuple[int, str], str | None] = {}  # what was found by checking (step, item)
     self._saved: set[int] = set()  # steps that this object wrote

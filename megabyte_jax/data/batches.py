@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -69,7 +69,7 @@ class Windows:
   """
 
   def __init__(self, source: Source, context: int, seed: int, documents: str, latents: int = 0):
-    self.source, self.context, self.seed = source, context, seed
+    self.source, self.context, self.seed, self.slow = source, context, seed, source.slow
     self.packed = documents == "packed" and source.joinable
     self.total = int(source.lengths.sum())
     self._first_end = latents or context  # bytes of the first window of a document
@@ -126,27 +126,28 @@ class Windows:
     return int(self._ends[document - 1]) if document else 0
 
 
-class _Mixed:
+class MixedWindows:
   """Draws from several `Windows` in fixed proportions, evenly interleaved."""
 
   def __init__(self, parts: Sequence[Windows], weights: Sequence[float]):
-    self.parts = parts
+    self.parts, self.context, self.slow = parts, parts[0].context, any(part.slow for part in parts)
     endless = [grain.MapDataset.range(1).repeat().map_with_index(lambda i, _, k=k: (k, i)) for k in range(len(parts))]
     self._order = grain.MapDataset.mix(endless, weights)
 
   def read(self, draw: int, out_T: np.ndarray) -> int:
+    """Writes a draw's bytes; see `Windows.read`."""
     part, draw_of_part = self._order[draw]
     return self.parts[part].read(draw_of_part, out_T)
 
 
 def open_windows(
   source: Source, *, context: int, seed: int, documents: str = "packed", latents: int = 0
-) -> Windows | _Mixed:
+) -> Windows | MixedWindows:
   """The windows of a source; those of a `Mixture` are shuffled each on its own and drawn in its proportions."""
   parts = source.sources if isinstance(source, Mixture) else [source]
   seeds = np.random.SeedSequence(seed).generate_state(len(parts))
   windows = [Windows(part, context, int(s), documents, latents) for part, s in zip(parts, seeds, strict=True)]
-  return _Mixed(windows, source.weights) if isinstance(source, Mixture) else windows[0]
+  return MixedWindows(windows, source.weights) if isinstance(source, Mixture) else windows[0]
 
 
 def batches(
@@ -155,10 +156,33 @@ def batches(
   batch_size: int,
   context: int,
   seed: int,
-  first_step: int = 0,
-  num_steps: int | None = None,
   documents: str = "packed",
   latents: int = 0,
+  **options: Any,
+) -> Iterator[tuple[int, Batch]]:
+  """Opens the windows of a source and yields (step, batch) of them.
+
+  Args:
+    source: what to read.
+    batch_size: rows over all devices of all hosts.
+    context: bytes per row.
+    seed: of the order; the same (seed, step) always gives the same batch.
+    documents, latents: see `Windows`.
+    options: further arguments of `draw_batches`.
+
+  Raises:
+    DataError, ConfigError: see `Windows` and `draw_batches`.
+  """
+  windows = open_windows(source, context=context, seed=seed, documents=documents, latents=latents)
+  return draw_batches(windows, batch_size=batch_size, **options)
+
+
+def draw_batches(
+  windows: Windows | MixedWindows,
+  *,
+  batch_size: int,
+  first_step: int = 0,
+  num_steps: int | None = None,
   vocab_size: int = 256,
   sharding: jax.sharding.Sharding | None = None,
   num_threads: int | None = None,
@@ -166,13 +190,10 @@ def batches(
   """Yields (step, batch) for the steps from `first_step` on.
 
   Args:
-    source: what to read.
+    windows: what `open_windows` returns.
     batch_size: rows over all devices of all hosts.
-    context: bytes per row.
-    seed: of the order; the same (seed, step) always gives the same batch.
     first_step: where to start or resume; costs nothing.
     num_steps: stop before this step; None never stops.
-    documents, latents: see `Windows`.
     vocab_size: of the model, which knows no other bytes.
     sharding: of the [batch, context] array. Batches are then global arrays, of which this process reads only the rows
       that its devices hold, and they are sent to the devices ahead of time. None yields NumPy arrays of all rows.
@@ -180,12 +201,12 @@ def batches(
       cheap and threads would only wait for each other; 0 reads when asked.
 
   Raises:
-    DataError: see `Windows`; and, when reached, an item that cannot be read.
+    DataError: when reached, an item that cannot be read.
     ConfigError: when reached, a byte that the model does not know.
   """
-  windows = open_windows(source, context=context, seed=seed, documents=documents, latents=latents)
+  context = windows.context
   rows = np.arange(batch_size) if sharding is None else rows_of_this_process(sharding, batch_size, context)
-  threads = num_threads if num_threads is not None else THREADS if source.slow else 1
+  threads = num_threads if num_threads is not None else THREADS if windows.slow else 1
   host = host_batches(windows, batch_size, rows, first_step, num_steps, context, threads, vocab_size)
   return host if sharding is None else _to_devices(host, rows, batch_size, sharding)
 
@@ -197,7 +218,7 @@ def rows_of_this_process(sharding: jax.sharding.Sharding, batch_size: int, conte
 
 
 def host_batches(
-  windows: Windows | _Mixed,
+  windows: Windows | MixedWindows,
   batch_size: int,
   rows: np.ndarray,
   first_step: int,

@@ -1,4 +1,4 @@
-"""What training changes, and the steps that change or measure it."""
+"""Defines what training changes, and the step that changes it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from megabyte_jax.checkpoints.checkpoints import Checkpoints
 from megabyte_jax.config import Config, PerceiverARConfig
 from megabyte_jax.models.build import abstract_model, initial_parameters, parameter_info
 from megabyte_jax.models.loss import sum_of_nats
@@ -55,19 +53,6 @@ def initial_state(config: Config, mesh: Mesh) -> TrainState:
     return TrainState(jnp.int32(0), parameters, opt_state)
 
   return jax.jit(make, out_shardings=shardings)(jax.random.key(config.seed))
-
-
-def restored_state(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> TrainState:
-  """The state of the newest whole checkpoint, laid out on any mesh.
-
-  Raises:
-    ConfigError: the mesh does not suit the model or the batch.
-    CheckpointError: see `Checkpoints.restore`.
-  """
-  abstract = abstract_state(config, mesh)
-  restored = checkpoints.restore(abstract.parameters, abstract.opt_state)
-  step = jax.device_put(np.int32(restored.step), abstract.step.sharding)
-  return TrainState(step, restored.params, restored.opt_state)
 
 
 def make_train_step(config: Config) -> jax.stages.Wrapped:

@@ -20,6 +20,7 @@ from run_commands import (
 import train
 from megabyte_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, OptimizerConfig
 from megabyte_jax.errors import CheckpointError, ConfigError
+from megabyte_jax.training import stop_signal
 
 STEPS = 120  # more than the pipe of a halted reader holds, in progress lines
 
@@ -119,9 +120,9 @@ def train_with_a_signal(config, workdir, step, number=signal.SIGTERM, **options)
         os.kill(os.getpid(), number)
       yield before, batch
 
-  original = train.batches
+  original = train.draw_batches
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train, "batches", signalling)
+    patch.setattr(train, "draw_batches", signalling)
     train.train(config, str(workdir), **options)
 
 
@@ -183,7 +184,7 @@ def test_a_signal_during_an_evaluation_breaks_it_off_and_the_next_run_makes_up_f
   assert steps == [(5, True), (7, False), (10, True), (14, False), (15, True), (15, False)]
 
 
-@pytest.mark.parametrize("what", ["evaluate_and_print", "print_sample"])
+@pytest.mark.parametrize("what", ["report.evaluate_and_print", "print_sample"])
 def test_a_signal_after_the_last_step_loses_nothing(what, config, compiled, tmp_path, capfd):
   class Ended(BaseException):
     pass
@@ -197,8 +198,8 @@ def test_a_signal_after_the_last_step_loses_nothing(what, config, compiled, tmp_
     raise AssertionError("the signal was not heard")
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train.report, what, signalling)
-    patch.setattr(train.distributed, "end", end)
+    patch.setattr(f"train.{what}", signalling)
+    patch.setattr(stop_signal.distributed, "end", end)
     with pytest.raises(Ended):
       train.train(config, str(tmp_path / "run"))
   assert "all steps are saved in" in capfd.readouterr().err

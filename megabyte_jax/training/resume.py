@@ -1,0 +1,81 @@
+"""Resumes a run from its newest checkpoint, or starts it, also from the parameters of another run."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from megabyte_jax.checkpoints.checkpoints import Checkpoints
+from megabyte_jax.checkpoints.init_from import parameters_from
+from megabyte_jax.checkpoints.saved_config import check_same_run
+from megabyte_jax.config import Config
+from megabyte_jax.data.sources import Source
+from megabyte_jax.errors import ConfigError
+from megabyte_jax.training.state import TrainState, abstract_state, initial_state
+
+
+class Start(NamedTuple):
+  """Where training goes on.
+
+  Attributes:
+    step: optimizer steps done; 0 for a new run.
+    state: to train from.
+    seconds: that the run has taken so far.
+    since_logged: nats and bytes since the last progress line.
+    identity: what each checkpoint says of the run: `config`, `init_from`, `fingerprint`, `validation_fingerprint`.
+  """
+
+  step: int
+  state: TrainState
+  seconds: float
+  since_logged: tuple[float, float]
+  identity: dict[str, Any]
+
+
+def resume_or_start(
+  config: Config, mesh: Mesh, checkpoints: Checkpoints, source: Source, validation: Source | None, init_from: str = ""
+) -> Start:
+  """Restores the newest whole checkpoint; where there is none, draws the state or takes it from `init_from`.
+
+  Args:
+    source, validation: the data, which must be those that the run began with.
+    init_from: the folder of a run whose parameters a new run starts from; '' draws them.
+
+  Raises:
+    ConfigError: the run did not start from `init_from`, or the mesh does not suit the model or the batch.
+    CheckpointError: the run had other settings or data, or is damaged; or `init_from` holds nothing to start from.
+  """
+  identity = {"config": config.to_dict(), "init_from": init_from, "fingerprint": source.fingerprint}
+  identity["validation_fingerprint"] = validation.fingerprint if validation else ""
+  step = checkpoints.latest_step()
+  if step is None:
+    state = initial_state(config, mesh)
+    if init_from:
+      state = state._replace(parameters=parameters_from(init_from, state.parameters, config, mesh))
+    return Start(0, state, 0.0, (0.0, 0.0), identity)
+  meta = checkpoints.meta(step)
+  if init_from and init_from != meta["init_from"]:
+    raise ConfigError(
+      f"{checkpoints.workdir} holds a run already, which did not start from {init_from}; take another --workdir, or "
+      "drop the flag"
+    )
+  check_same_run(meta, identity["config"], identity["fingerprint"], identity["validation_fingerprint"])
+  identity["init_from"] = meta["init_from"]
+  state = restored_state(config, mesh, checkpoints, step)
+  return Start(step, state, meta["seconds"], tuple(meta["since_logged"]), identity)
+
+
+def restored_state(config: Config, mesh: Mesh, checkpoints: Checkpoints, step: int | None = None) -> TrainState:
+  """Restores the state saved at `step` (None: the newest whole checkpoint), laid out on any mesh.
+
+  Raises:
+    ConfigError: the mesh does not suit the model or the batch.
+    CheckpointError: see `Checkpoints.restore`.
+  """
+  abstract = abstract_state(config, mesh)
+  restored = checkpoints.restore(abstract.parameters, abstract.opt_state, step)
+  number = jax.device_put(np.int32(restored.step), abstract.step.sharding)
+  return TrainState(number, restored.params, restored.opt_state)

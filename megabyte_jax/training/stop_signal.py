@@ -1,0 +1,63 @@
+"""Decides what SIGTERM and Ctrl-C do to a training run: the step at hand is saved, and the run ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import jax
+
+from megabyte_jax.parallel import distributed
+
+
+class Interrupted(Exception):
+  """An evaluation was broken off by a signal."""
+
+
+class StopSignal:
+  """Hears SIGTERM (what schedulers send) and Ctrl-C; a second Ctrl-C stops at once.
+
+  `requested` turns True when a signal came. With several processes it never does: there JAX hears SIGTERM, and all
+  agree on a step (`Checkpoints.preempted`). Outside the main thread, where Python allows no signal handlers, nothing
+  is heard, and signals do what the program at hand has them do.
+  """
+
+  def __init__(self):
+    self.requested, self._finished = False, ""
+    self._alone = jax.process_count() == 1
+    heard = (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,)
+    if threading.current_thread() is not threading.main_thread():
+      heard = ()
+    self._before = {number: signal.signal(number, self._on_signal) for number in heard}
+
+  def __enter__(self) -> StopSignal:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    while self._before:  # signals do again what they did before
+      signal.signal(*self._before.popitem())
+
+  def check(self, *_: object) -> None:
+    """Raises Interrupted once a stop is requested; a long evaluation calls this as it goes."""
+    if self.requested:
+      raise Interrupted
+
+  def all_is_saved(self, workdir: str) -> None:
+    """From now on lets a signal end the process at once, with exit code 0: only measuring and drawing are left."""
+    self._finished = f"\nall steps are saved in {workdir}; the same command measures them again\n"
+    if self.requested:
+      self._end()
+
+  def _end(self) -> None:
+    os.write(2, self._finished.encode())  # print may not be called here
+    distributed.end(0, at_once=True)  # an exception may be lost in a callback, or crash what is compiling
+
+  def _on_signal(self, number, frame):
+    if self._finished and self._alone:
+      self._end()
+    self.requested = self._alone
+    if not self._alone:
+      signal.raise_signal(signal.SIGTERM)
+    os.write(2, b"\nstopping soon (Ctrl-C: at once, without saving)\n")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
