@@ -13,6 +13,7 @@ from megabyte_jax.config import DataConfig
 from megabyte_jax.data.media import patch_scan, pictures
 from megabyte_jax.data.media.image_source import image_of
 from megabyte_jax.data.sources import Source
+from megabyte_jax.evaluation.evaluate import Evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,19 @@ class ImageSummary:
     spread = f" +- {self.standard_error:.4f} (standard error)" if self.images > 1 else ""
     images = f"{self.images:,} image{'s' * (self.images != 1)}"
     return f"{self.mean_bpb:.4f} bpb{spread} over " + (f"{self.tiles:,} tiles of {images}" if self.tiles else images)
+
+  def as_json(self) -> dict[str, int | float | None]:
+    """Returns what eval.json says of the images; `tiles` only where there are any."""
+    values = {"images": self.images, "mean_bpb": self.mean_bpb, "standard_error": self.standard_error}
+    return values | ({"tiles": self.tiles} if self.tiles else {})
+
+
+def summarize_evaluation(data: DataConfig, source: Source, result: Evaluation) -> ImageSummary | None:
+  """Summarises an evaluation of `source`; returns None where the data are no images, or none was scored whole."""
+  if data.form != "image" or not (result.document_bytes == source.lengths).any():
+    return None
+  tiles = source.names if data.image_tiles else ()
+  return summarize(result.document_nats, result.document_bytes, source.lengths, tiles)
 
 
 def summarize(

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megabyte_jax.errors import require
+from megabyte_jax.data.sources import Source
+from megabyte_jax.errors import ConfigError, require
 
 _WHITESPACE = np.isin(np.arange(256), list(b" \t\n\r\x0b\x0c"))
 _CHUNK = 2**24
@@ -52,3 +53,32 @@ def count_words(text: bytes | np.ndarray) -> int:
     words += int(np.count_nonzero(before & ~space))
     after_space = bool(space[-1])
   return words
+
+
+def number_of_words(words: str, split: str, source: Source) -> int:
+  """Returns the number of words of a text: as given, counted, or that of the data set.
+
+  Documents are counted one by one: the last word of one and the first of the next are two.
+
+  Args:
+    words: a number; `count`; `pg19`, PG-19's number for `split`; or `pg19-SPLIT`, that of another name of the text.
+    split: of the run's data that is evaluated; '' for other data.
+    source: the text.
+
+  Raises:
+    ConfigError: `words` is none of these, or the text has fewer bytes than words.
+  """
+  if words == "count":
+    read = (source.read(i, 0, int(length)) for i, length in enumerate(source.lengths))
+    return sum(count_words(text) for text in read)
+  if words == "pg19" and not split:
+    raise ConfigError("--words=pg19 with --data: which split is it? Take pg19-train, pg19-validation or pg19-test")
+  if words in ("pg19", *(f"pg19-{name}" for name in PG19)):
+    number = PG19[words.partition("-")[2] or split].words
+  else:
+    known = words.isdigit() and int(words) > 0
+    require(known, f"--words={words} is neither a number nor count nor pg19 nor pg19-{{train,validation,test}}")
+    number = int(words)
+  length = int(source.lengths.sum())
+  require(number <= length, f"--words={words}: {number:,} words cannot be those of {length:,} bytes")
+  return number

@@ -30,6 +30,8 @@ def check_output_file(name: str, path: str) -> None:
     if is_written_into(path):
       require(os.access(path, os.W_OK), f"{name}={path} may not be written to; change its permissions or {name}")
       return
+  except NotADirectoryError:
+    pass  # said below, with the file's name
   except OSError as error:
     problem = f"{name}={path}: {error.strerror}; choose another {name}"
   require(not problem, problem)

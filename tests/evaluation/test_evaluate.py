@@ -12,6 +12,7 @@ from megabyte_jax.config import Config, Level, MegabyteConfig, MeshConfig, Perce
 from megabyte_jax.errors import ConfigError
 from megabyte_jax.evaluation import windows
 from megabyte_jax.evaluation.evaluate import evaluate, make_eval_step
+from megabyte_jax.evaluation.per_byte import FirstBytes
 from megabyte_jax.parallel.sharding import make_mesh
 
 ONE = make_mesh(MeshConfig(data=1), jax.devices()[:1])
@@ -133,6 +134,17 @@ def test_max_bytes_takes_the_first_ones(max_bytes, expected):
   assert result.document_bytes.tolist() == expected
   for times, count in zip(record.times, expected, strict=True):
     assert times.tolist() == [1] * count + [0] * (len(times) - count)
+
+
+@pytest.mark.parametrize(("model", "method"), OWN)
+@pytest.mark.parametrize("count", [1, 7, 12, 15, 33, 0])
+def test_the_first_bytes_of_a_whole_evaluation_are_those_of_a_partial_one(model, method, count):
+  source = random_documents(12, 0, 20, 31)
+  scoring = {"mesh": ONE, "method": method, "eval_step": pretend}
+  first = FirstBytes(source.lengths, count)
+  evaluate(config_for(model), None, source, on_byte_nats=first.put, **scoring)
+  partial = evaluate(config_for(model), None, source, max_bytes=count, **scoring)
+  assert first.bpb == pytest.approx(partial.bpb, rel=1e-12)
 
 
 def test_nothing_to_score_is_an_error():

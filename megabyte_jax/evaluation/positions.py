@@ -1,0 +1,36 @@
+"""Writes bits by position, in the patch (Fig. 5 of the paper) and in the window (Fig. 4)."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+
+from megabyte_jax.display import plots
+from megabyte_jax.evaluation.evaluate import Evaluation
+from megabyte_jax.files.atomic_file import replacing
+from megabyte_jax.models.loss import bits_per_byte
+
+_POINTS = 4096  # a file or a picture of more positions helps nobody
+
+
+def write_positions(workdir: str, result: Evaluation) -> None:
+  """Writes eval_positions.json and a picture of each of its curves to `workdir`.
+
+  Long contexts are written in bins of equal width, `context_bin_width` bytes each.
+  """
+  width = -(-len(result.context_nats) // _POINTS)
+  starts = np.arange(0, len(result.context_nats), width)
+  context_nats, context_bytes = (np.add.reduceat(a, starts) for a in (result.context_nats, result.context_bytes))
+  with np.errstate(invalid="ignore"):
+    patch = bits_per_byte(result.patch_nats, result.patch_bytes)
+    context = bits_per_byte(context_nats, context_bytes)
+  values = {"patch": patch.tolist(), "patch_bytes": result.patch_bytes.tolist()}
+  values |= {"context_bin_width": width, "context": context.tolist(), "context_bytes": context_bytes.tolist()}
+  with replacing(os.path.join(workdir, "eval_positions.json")) as path:
+    path.write_text(json.dumps(values).replace("NaN", "null") + "\n")
+  picture = os.path.join(workdir, "eval_by_context.png")
+  plots.loss_by_position(context, picture, "Loss by position", "byte in context", bin_width=width)
+  if len(patch) > 1 and result.method in ("basic", "sliding"):  # the others score only half of each patch
+    plots.loss_by_position(patch, os.path.join(workdir, "eval_by_patch.png"), "Loss by position", "byte in patch")
