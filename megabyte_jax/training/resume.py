@@ -48,7 +48,7 @@ def resume_or_start(
     ConfigError: the run did not start from `init_from`, or the mesh does not suit the model or the batch.
     CheckpointError: the run had other settings or data, or is damaged; or `init_from` holds nothing to start from.
   """
-  identity = {"config": config.to_dict(), "init_from": init_from, "fingerprint": source.fingerprint}
+  identity: dict[str, Any] = {"config": config.to_dict(), "init_from": init_from, "fingerprint": source.fingerprint}
   identity["validation_fingerprint"] = validation.fingerprint if validation else ""
   step = checkpoints.latest_step()
   if step is None:

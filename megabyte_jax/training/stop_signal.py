@@ -26,9 +26,9 @@ class StopSignal:
   def __init__(self):
     self.requested, self._finished = False, ""
     self._alone = jax.process_count() == 1
-    heard = (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,)
+    heard = [signal.SIGTERM, signal.SIGINT] if self._alone else [signal.SIGINT]
     if threading.current_thread() is not threading.main_thread():
-      heard = ()
+      heard = []
     self._before = {number: signal.signal(number, self._on_signal) for number in heard}
 
   def __enter__(self) -> StopSignal:
