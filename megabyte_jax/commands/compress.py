@@ -4,8 +4,8 @@ python -m megabyte_jax compress FILE OUT --workdir=runs/quickstart
 python -m megabyte_jax compress --decompress OUT COPY --workdir=runs/quickstart
 
 Decompression needs the same checkpoint on the same kind of device with the same versions: it must compute the same
-probabilities to the last bit. The file says what it was made with, and what differs is refused. The bytes are coded as
-they are: a PNG or MP3 file, compressed already, becomes no smaller.
+probabilities to the last bit. The file says what it was made with, and a difference is an error. What the model makes
+no smaller, such as a PNG or MP3 file, is stored as it is: the result is at most 0.1% and 128 bytes larger.
 """
 
 from __future__ import annotations
@@ -47,17 +47,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
   from megabyte_jax.checkpoints.trained_model import load
   from megabyte_jax.files.atomic_file import replacing
   from megabyte_jax.generation import entropy_coding
-  from megabyte_jax.generation.compression import BATCH, compress, decompress, read
+  from megabyte_jax.generation.compression import BATCH, compress, decompress, read, what_bits_are_for
 
   entropy_coding.constriction()  # missing? then say so at once
   with open(args.file, "rb") as file:
     data = file.read()
   with _naming(args.file):
-    length = read(data)[0].length if args.decompress else len(data)
-    model, _, step = load(args.workdir, args.step)
-    print(f"step {step} of {args.workdir}", file=sys.stderr)
+    header = read(data)[0] if args.decompress else None
+    model, length, step = None, header.length if header else len(data), 0
+    if header is None or header.coding:  # what is stored needs no model
+      model, _, step = load(args.workdir, args.step)
+      print(f"step {step} of {args.workdir}", file=sys.stderr)
     with Progress("decompressing" if args.decompress else "compressing", total=length, compiles=True) as progress:
-      if args.decompress:
+      if model is None or args.decompress:
         made = decompress(model, data, on_bytes=progress.add)
       else:
         made = compress(model, data, step=step, batch=args.batch_size or BATCH, on_bytes=progress.add)
@@ -65,12 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path.write_bytes(made)
   seconds = progress.seconds
   speed = f"in {duration(seconds)} ({human(length / seconds, 'B/s')}, compilation included)"
-  if args.decompress:
-    print(f"{len(data):,} bytes -> {len(made):,} {speed}")
-  else:
-    code = read(made)[1].nbytes
-    share = f": {8 * code / length:.4f} bits per byte and {len(made) - code} bytes of header" if length else ""
-    print(f"{length:,} bytes -> {len(made):,} {speed}{share}")
+  more = "" if model is None or args.decompress else what_bits_are_for(made, model.config)
+  print(f"{len(data):,} bytes -> {len(made):,} {speed}{more}")
 
 
 @contextlib.contextmanager

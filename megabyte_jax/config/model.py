@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from megabyte_jax.config.parsing import convert_fields
 from megabyte_jax.errors import require
 
 Remat = Literal["none", "full", "named"]
@@ -40,6 +41,9 @@ class Level:
   cross_patch: int = 0
   conv_filters: tuple[int, ...] = ()
   attention_window: int = 0
+
+  def __post_init__(self):
+    convert_fields(self)
 
   @property
   def byte_width(self) -> int:
@@ -196,6 +200,7 @@ class MegabyteConfig(BlockOptions):
     return span if span < self.context else self.levels[0].patch_size
 
   def __post_init__(self):
+    convert_fields(self)
     self.check_options()
     require(self.context > 0, f"model.context is {self.context}; it must be at least 1")
     require(len(self.levels) > 0, "model.levels is empty; give at least one level")
@@ -257,6 +262,7 @@ class PerceiverARConfig(BlockOptions):
     return (self.level,)
 
   def __post_init__(self):
+    convert_fields(self)
     self.check_options()
     require(self.context > 0, f"model.context is {self.context}; it must be at least 1")
     require(

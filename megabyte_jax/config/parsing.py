@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from megabyte_jax.errors import require
 
@@ -60,11 +63,40 @@ def dataclass_from_mapping(cls: type[T], values: Mapping[str, Any], where: str) 
   return cls(**{key: _convert(values[key], hints[key], f"{where}.{key}") for key in values})
 
 
+def convert_fields(config: DataclassInstance) -> None:
+  """Converts the fields of a frozen dataclass, made in Python, to their annotated types.
+
+  Lists become tuples and numbers of NumPy's Python's, so that a config can be hashed, compared and saved.
+
+  Raises:
+    ConfigError: a field has a value of another type.
+  """
+  for name, hint in _hints(type(config)).items():
+    value = getattr(config, name)
+    object.__setattr__(config, name, _convert(value, hint, f"{type(config).__name__}.{name}"))
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+  hints = typing.get_type_hints(cls)
+  return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
 def _convert(value: Any, hint: Any, where: str) -> Any:
   """`value` as the annotated type `hint`."""
   origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if isinstance(value, np.generic) or (getattr(value, "ndim", None) == 0 and hasattr(value, "item")):
+    value = value.item()
+  if types.NoneType in args:
+    if value is None:
+      return None
+    args = tuple(arg for arg in args if arg is not types.NoneType)
+    if len(args) == 1:
+      return _convert(value, args[0], where)
   if origin is typing.Literal:
     require(value in args, f"{where} is {value!r}; choose one of {', '.join(map(repr, args))}")
+    return value
+  if origin in (types.UnionType, typing.Union) and isinstance(value, args):
     return value
   if origin in (types.UnionType, typing.Union):  # of model families, told apart by their field `family`
     families = {typing.get_args(typing.get_type_hints(cls)["family"])[0]: cls for cls in args}
@@ -73,9 +105,12 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     require(family in families, f"{where}.family is {family!r}; choose one of {', '.join(map(repr, families))}")
     return _convert(value, families[family], where)
   if origin is tuple:
-    require(isinstance(value, Sequence) and not isinstance(value, str), f"{where} must be a tuple, not {value!r}")
+    sequence = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
+    require(sequence, f"{where} must be a tuple, not {value!r}")
     return tuple(_convert(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
   if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+    if isinstance(value, hint):
+      return value
     return dataclass_from_mapping(hint, value, where)
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)

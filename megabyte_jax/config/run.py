@@ -15,7 +15,7 @@ from typing import Any, Literal
 import ml_collections
 
 from megabyte_jax.config.model import BlockOptions, Level, MegabyteConfig, ModelConfig, PerceiverARConfig
-from megabyte_jax.config.parsing import dataclass_from_mapping, mapping_from_dataclass
+from megabyte_jax.config.parsing import convert_fields, dataclass_from_mapping, mapping_from_dataclass
 from megabyte_jax.errors import ConfigError, require
 
 __all__ = [
@@ -82,6 +82,7 @@ class DataConfig:
   cache_dir: str = ""
 
   def __post_init__(self):
+    convert_fields(self)
     require(self.image_size > 0, f"data.image_size is {self.image_size}; it must be at least 1")
     for name in ("image_tiles", "sample_rate"):
       require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; it must not be negative")
@@ -136,6 +137,7 @@ class OptimizerConfig:
     return 1 if self.name == "muon" else 2
 
   def __post_init__(self):
+    convert_fields(self)
     for name in ("learning_rate", "eps", "clip_norm"):
       require(getattr(self, name) > 0, f"optimizer.{name} is {getattr(self, name)}; it must be positive")
     for name in ("b1", "b2", "momentum"):
@@ -155,6 +157,7 @@ class MeshConfig:
   tensor: int = 1
 
   def __post_init__(self):
+    convert_fields(self)
     sizes = dataclasses.astuple(self)
     require(
       all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1,
@@ -182,6 +185,7 @@ class CheckpointConfig:
   keep_best: int = 0
 
   def __post_init__(self):
+    convert_fields(self)
     require(self.keep >= 1, f"checkpoint.keep is {self.keep}; keep at least 1")
     for name in ("every_steps", "every_minutes", "keep_every_steps", "keep_best"):
       require(getattr(self, name) >= 0, f"checkpoint.{name} is {getattr(self, name)}; it must not be negative")
@@ -205,6 +209,7 @@ class EvalConfig:
   method: Method = "basic"
 
   def __post_init__(self):
+    convert_fields(self)
     for name in ("every_steps", "max_bytes", "batch_size"):
       require(getattr(self, name) >= 0, f"eval.{name} is {getattr(self, name)}; it must not be negative")
 
@@ -238,6 +243,7 @@ class Config:
   sample_bytes: int = 0
 
   def __post_init__(self):
+    convert_fields(self)
     for name in ("batch_size", "accumulate", "num_steps", "log_every"):
       require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
     require(

@@ -1,4 +1,9 @@
-"""Compressed files: bytes coded without loss with a trained model's probabilities, and what a file says of itself."""
+"""Makes compressed files: bytes coded without loss with a trained model's probabilities, and a header.
+
+A file is `_MAGIC`, the length of the header (4 bytes, little-endian), the header as JSON, the code and a digest of all
+before it. The code is that of entropy_coding.py; where its file would not be smaller, the bytes stand as they are and
+the header has no `coding`. So a file is at most 128 bytes and 0.01% larger than what it is made of.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +24,26 @@ import jaxlib
 import numpy as np
 from flax import nnx
 
-from megabyte_jax.config.parsing import mapping_from_dataclass
+from megabyte_jax.config import ModelConfig
+from megabyte_jax.config.parsing import dataclass_from_mapping, mapping_from_dataclass
 from megabyte_jax.errors import ConfigError, DataError, require
+from megabyte_jax.files.json_files import parse_json
 from megabyte_jax.generation import entropy_coding
 from megabyte_jax.models.build import Model
 from megabyte_jax.models.parameters import compute_dtype
 
-FORMAT = 2  # raised when older code could no longer read what this code writes
+FORMAT = 1  # raised when older code could no longer read what this code writes
 BATCH = 64  # windows side by side; more make no file smaller
 _MAGIC = b"MBJAX\0\r\n"  # the line end shows that a transfer as text has changed the file
+_REMEDY = "get a whole copy of it, or compress the original again"
 _DIGEST = 16  # bytes of SHA-256, over the whole file before it
 
 
 @dataclasses.dataclass(frozen=True)
-class Header:
-  """What a compressed file says of itself.
+class Coding:
+  """What the code of a file was made with.
 
   Attributes:
-    length, digest: bytes of the original, and its checksum.
     step: of the checkpoint.
     batch: windows side by side.
     model: digest of the model's config and parameters.
@@ -44,8 +51,6 @@ class Header:
       or its code.
   """
 
-  length: int
-  digest: str
   step: int
   batch: int
   model: str
@@ -59,12 +64,28 @@ class Header:
   constriction: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Header:
+  """What a compressed file says of itself.
+
+  Attributes:
+    length, digest: bytes of the original, and its checksum.
+    coding: None where all bytes are stored as they are, which no model is needed for.
+  """
+
+  length: int
+  digest: str
+  coding: Coding | None = None
+
+
 def compress(
   model: Model, text: bytes, *, step: int = 0, batch: int = BATCH, on_bytes: Callable[[int], None] | None = None
 ) -> bytes:
-  """`text` compressed with the probabilities of `model`.
+  """Returns `text` compressed with the probabilities of `model`, or stored as it is where that is no larger.
 
   Args:
+    model: gives the probabilities.
+    text: any bytes.
     step: of the checkpoint, for messages.
     batch: windows side by side, at most.
     on_bytes: called with the number of bytes done since the last call.
@@ -76,54 +97,102 @@ def compress(
   require(batch >= 1, f"the number of windows side by side is {batch}; it must be at least 1")
   data = np.frombuffer(text, np.uint8)
   batch = entropy_coding.batch_size(len(data), model.config, batch)
-  header = Header(len(text), _digest(text).hex(), step, batch, **_circumstances(model))
-  fields = json.dumps({"format": FORMAT, **dataclasses.asdict(header)}, separators=(",", ":")).encode()
-  body = (
-    _MAGIC + len(fields).to_bytes(4, "little") + fields + entropy_coding.encode(model, data, batch, on_bytes).tobytes()
-  )
+  header = Header(len(text), _digest(text).hex())
+  code = entropy_coding.encode(model, data, batch, on_bytes)
+  stored = _file(header, text)
+  coded = _file(dataclasses.replace(header, coding=Coding(step, batch, **_circumstances(model))), code)
+  return coded if entropy_coding.pays(len(coded), len(stored)) else stored
+
+
+def _file(header: Header, code: bytes) -> bytes:
+  fields: dict[str, Any] = {"format": FORMAT, **dataclasses.asdict(header)}
+  if header.coding is None:
+    del fields["coding"]
+  text = json.dumps(fields, separators=(",", ":")).encode()
+  body = _MAGIC + len(text).to_bytes(4, "little") + text + code
   return body + _digest(body)
 
 
-def decompress(model: Model, packed: bytes, *, on_bytes: Callable[[int], None] | None = None) -> bytes:
-  """The text that `compress` made `packed` of.
+def decompress(model: Model | None, packed: bytes, *, on_bytes: Callable[[int], None] | None = None) -> bytes:
+  """Returns the text that `compress` made `packed` of.
+
+  Args:
+    model: the one that it was compressed with; None will do where all is stored.
+    packed: a compressed file.
+    on_bytes: called with the number of bytes done since the last call.
 
   Raises:
     DataError: `packed` is no such file, cut short or altered, or the text did not come out as it was.
     ConfigError: it was compressed with another model or under other circumstances.
   """
-  header, words = read(packed)
-  here = _circumstances(model)
-  other = [f"{key} {_word(was)} (here {_word(here[key])})" for key, was in _shown(header, here) if was != here[key]]
-  if other:
-    at = f", step {header.step} of its run" if any(text.startswith("model") for text in other) else ""
-    raise ConfigError(f"it was compressed with another {', '.join(other)}{at}; it can be decompressed with these alone")
-  text = entropy_coding.decode(model, words, header.length, header.batch, on_bytes).tobytes()
-  if _digest(text).hex() != header.digest:
+  header, code = read(packed)
+  if (coding := header.coding) is None:
+    text = code
+  else:
+    if model is None:
+      raise ConfigError("it was compressed with a model, which is missing; give the same one")
+    here = _circumstances(model)
+    was = {key: getattr(coding, key) for key in here}
+    other = [f"{key} {_word(was[key])} (here {_word(here[key])})" for key in here if was[key] != here[key]]
+    if other:
+      at = f", step {coding.step} of its run" if was["model"] != here["model"] else ""
+      raise ConfigError(
+        f"it was compressed with another {', '.join(other)}{at}; it can be decompressed with these alone"
+      )
+    text = entropy_coding.decode(model, code, header.length, coding.batch, on_bytes).tobytes()
+  if len(text) != header.length or _digest(text).hex() != header.digest:
     raise DataError("what came out is not what was compressed: this machine computes other probabilities")
   return text
 
 
-def read(packed: bytes) -> tuple[Header, np.ndarray]:
-  """The header and the code words of a compressed file. Raises DataError where it is none, cut short or altered."""
+def stored_bytes(packed: bytes, config: ModelConfig) -> int:
+  """Returns how many bytes of the original a compressed file holds as they are. Raises DataError as `read` does."""
+  header, code = read(packed)
+  if header.coding is None:
+    return header.length
+  parts = entropy_coding.split(code, header.length, config, header.coding.batch)
+  return sum(part.stop - part.start for part in parts if part.words is None)
+
+
+def what_bits_are_for(packed: bytes, config: ModelConfig) -> str:
+  """Returns bits per byte and bytes of header of a compressed file in words, and what is stored in it as it is."""
+  header, code = read(packed)
+  stored = stored_bytes(packed, config)
+  if not header.length:
+    return ""
+  if stored == header.length:
+    return ": stored as they are, for the model makes them no smaller"
+  said = f": {8 * len(code) / header.length:.4f} bits per byte and {len(packed) - len(code)} bytes of header"
+  return said + (f"; {stored:,} bytes are stored as they are, for the model makes them no smaller" if stored else "")
+
+
+def read(packed: bytes) -> tuple[Header, bytes]:
+  """Returns the header and the code of a compressed file.
+
+  Raises:
+    DataError: it is none, cut short, altered or of another version, or its header says what cannot be.
+  """
   if packed[: len(_MAGIC)] != _MAGIC:
     raise DataError("this is no file that megabyte_jax.compress wrote")
   body, digest = packed[:-_DIGEST], packed[-_DIGEST:]
   if _digest(body) != digest:
-    raise DataError("the compressed file is cut short or altered")
+    raise DataError(f"the compressed file is cut short or altered; {_REMEDY}")
   start = len(_MAGIC) + 4
   end = start + int.from_bytes(body[len(_MAGIC) : start], "little")
-  fields = json.loads(body[start:end])
-  if fields.pop("format") != FORMAT:
+  fields = parse_json(body[start:end], "the header of the compressed file", DataError, _REMEDY)
+  if fields.pop("format", None) != FORMAT:
     raise DataError("the compressed file was written by another version of megabyte_jax; decompress it with that one")
-  return Header(**fields), np.frombuffer(body[end:], "<u4")
+  try:
+    header = dataclass_from_mapping(Header, fields, "header")
+    require(header.coding is None or header.coding.batch >= 1, "header.coding.batch must be at least 1")
+    require(header.length >= 0, "header.length must not be negative")
+  except ConfigError as error:
+    raise DataError(f"the compressed file has a header that cannot be: {error}; {_REMEDY}") from error
+  return header, body[end:]
 
 
 def _digest(data: bytes) -> bytes:
   return hashlib.sha256(data).digest()[:_DIGEST]
-
-
-def _shown(header: Header, here: dict[str, Any]) -> list[tuple[str, Any]]:
-  return [(key, getattr(header, key)) for key in here]
 
 
 def _word(value: Any) -> str:
@@ -131,7 +200,7 @@ def _word(value: Any) -> str:
 
 
 def _circumstances(model: Model) -> dict[str, Any]:
-  """The fields of `Header` that the machine and the model decide."""
+  """The fields of `Coding` that the machine and the model decide."""
   device = jax.devices()[0]
   cores = 0
   if device.platform == "cpu":  # how many share a matrix product can decide the order of its sums

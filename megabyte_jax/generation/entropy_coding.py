@@ -1,8 +1,12 @@
-"""Entropy coding of bytes with a model's probabilities: its bits are the nats of the basic evaluation, over ln 2.
+"""Codes bytes with a model's probabilities: the bits are the nats of the basic evaluation, over ln 2.
 
 A range coder needs the same probabilities, to the last bit, when it encodes and when it decodes. So both walk through
 the text in the same way, with the same compiled step: it takes the byte before and gives the probabilities of the next
 one. The windows are those of the evaluation; as many as `batch` are walked through side by side.
+
+The code consists of blocks, of 64 KiB or of one round of windows, whichever is more. Each begins with a number of four
+bytes: how many code words follow, or `_STORED`, after which the block's bytes follow as they are. A block is stored
+where its code words would be no fewer bytes, so that a text which the model knows nothing of grows by 0.01%.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +33,33 @@ from megabyte_jax.models.build import Model, in_compute_dtype
 from megabyte_jax.parallel.backend import platform
 
 Code = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (bytes, or anything when decoding; probabilities) -> bytes
+_BLOCK = 1 << 16  # bytes at least, unless the text ends: so that what a block begins and ends with weighs little
+_STORED = 0xFFFFFFFF
 
 
-def encode(model: Model, text: np.ndarray, batch: int, on_bytes: Callable[[int], None] | None = None) -> np.ndarray:
-  """The code words (uint32) of `text` (uint8).
+class Part(NamedTuple):
+  """A block of a code.
+
+  Attributes:
+    start, stop: its bytes of the text.
+    rounds: its windows.
+    words: the code words, or None where the bytes are stored.
+    stored: the bytes as they are, then.
+  """
+
+  start: int
+  stop: int
+  rounds: list[list[Window]]
+  words: np.ndarray | None
+  stored: bytes
+
+
+def encode(model: Model, text: np.ndarray, batch: int, on_bytes: Callable[[int], None] | None = None) -> bytes:
+  """Returns the code of `text` (uint8).
 
   Args:
+    model: gives the probabilities.
+    text: to be coded.
     batch: windows side by side; decoding needs the same number.
     on_bytes: called with the number of bytes that were coded since the last call.
 
@@ -43,35 +68,77 @@ def encode(model: Model, text: np.ndarray, batch: int, on_bytes: Callable[[int],
     FloatingPointError: the model's probabilities are not finite.
   """
   check_bytes(text, model.config.vocab_size)
-  encoder, family = constriction().stream.queue.RangeEncoder(), _family()
+  walk, text, code, family = _walker(model, batch), text.copy(), [], _family()
+  for start, stop, rounds in _blocks(len(text), model.config, batch):
+    encoder = constriction().stream.queue.RangeEncoder()
 
-  def code(bytes_: np.ndarray, p_BV: np.ndarray) -> np.ndarray:
-    encoder.encode(bytes_.astype(np.int32), family, p_BV)
-    return bytes_
+    def put(bytes_: np.ndarray, p_BV: np.ndarray, encoder: Any = encoder) -> np.ndarray:
+      encoder.encode(bytes_.astype(np.int32), family, p_BV)
+      return bytes_
 
-  _walk(model, text.copy(), batch, code, on_bytes)
-  return encoder.get_compressed().astype("<u4")
+    walk(text, rounds, put, on_bytes)
+    words = encoder.get_compressed().astype("<u4")
+    if pays(words.nbytes, stop - start):
+      code += [len(words).to_bytes(4, "little"), words.tobytes()]
+    else:
+      code += [_STORED.to_bytes(4, "little"), text[start:stop].tobytes()]
+  return b"".join(code)
+
+
+def pays(coded: int, stored: int) -> bool:
+  """Returns True where so many bytes of code are better than so many stored ones."""
+  return coded < stored
 
 
 def decode(
-  model: Model, words: np.ndarray, length: int, batch: int, on_bytes: Callable[[int], None] | None = None
+  model: Model, code: bytes, length: int, batch: int, on_bytes: Callable[[int], None] | None = None
 ) -> np.ndarray:
-  """The text of `length` bytes that `encode` made `words` of, with the same model and batch on the same device.
+  """Returns the text of `length` bytes that `encode` made `code` of, with the same model and batch on the same device.
 
   Raises:
-    DataError: the words are no such text's. Not all that are wrong are found out; keep a checksum.
+    DataError: the code is no such text's. Not all that is wrong is found out; keep a checksum.
   """
-  decoder, family = constriction().stream.queue.RangeDecoder(words.astype(np.uint32)), _family()
+  parts, family = split(code, length, model.config, batch), _family()
+  walk, text = _walker(model, batch), np.zeros(length, np.uint8)
+  for part in parts:
+    if part.words is None:
+      text[part.start : part.stop] = np.frombuffer(part.stored, np.uint8)
+      if on_bytes:
+        on_bytes(part.stop - part.start)
+      continue
+    decoder = constriction().stream.queue.RangeDecoder(part.words.astype(np.uint32))
 
-  def code(_: np.ndarray, p_BV: np.ndarray) -> np.ndarray:
-    try:
-      return decoder.decode(family, p_BV).astype(np.uint8)
-    except AssertionError as error:  # how the library tells of words that no text leads to
-      raise DataError("the code does not fit the model's probabilities") from error
+    def get(_: np.ndarray, p_BV: np.ndarray, decoder: Any = decoder) -> np.ndarray:
+      try:
+        return decoder.decode(family, p_BV).astype(np.uint8)
+      except AssertionError as error:  # how the library tells of words that no text leads to
+        raise DataError("the code does not fit the model's probabilities") from error
 
-  text = np.zeros(length, np.uint8)
-  _walk(model, text, batch, code, on_bytes)
+    walk(text, part.rounds, get, on_bytes)
   return text
+
+
+def split(code: bytes, length: int, config: ModelConfig, batch: int) -> list[Part]:
+  """Returns the blocks of the code of a text of `length` bytes.
+
+  Raises:
+    DataError: they are not there, or something else is.
+  """
+  parts: list[Part] = []
+  # Before anything of the claimed size is made: a block has at least four bytes of code, and at most so many of text.
+  fits = length <= len(code) // 4 * (_BLOCK + batch * config.context) and batch == batch_size(length, config, batch)
+  at = 0
+  for start, stop, rounds in _blocks(length, config, batch) if fits else ():
+    count = int.from_bytes(code[at : at + 4], "little")
+    size = stop - start if count == _STORED else 4 * count
+    body, at = code[at + 4 : at + 4 + size], at + 4 + size
+    if at > len(code):
+      break
+    words = None if count == _STORED else np.frombuffer(body, "<u4")
+    parts.append(Part(start, stop, rounds, words, body if words is None else b""))
+  if not fits or at != len(code):
+    raise DataError(f"the code of {len(code):,} bytes is not that of a text of {length:,} bytes")
+  return parts
 
 
 def constriction() -> ModuleType:
@@ -93,30 +160,46 @@ def batch_size(length: int, config: ModelConfig, at_most: int) -> int:
   return max(1, min(at_most, -(-length // config.context)))
 
 
-def _walk(model: Model, text: np.ndarray, batch: int, code: Code, on_bytes: Callable[[int], None] | None) -> None:
-  """Calls `code` for the next byte of each window, round after round, and puts what it returns into `text`."""
+Walk = Callable[[np.ndarray, list[list[Window]], Code, Callable[[int], None] | None], None]
+
+
+def _walker(model: Model, batch: int) -> Walk:
+  """Makes the walk through windows, a round of them after the other, with one model.
+
+  It calls `code` for the next byte of each window and puts what that returns into the text.
+  """
   graph, parameters = nnx.split(model)
   parameters, step = in_compute_dtype(model.config, parameters, batch), _step()
-  for rows in _rounds(len(text), model.config, batch):
-    state, first = _start(graph, parameters, text, rows, batch)
-    previous_B = np.zeros(batch, np.int32)
-    if first:
-      previous_B[0] = text[rows[0].start + first - 1]
-    for t in range(first, rows[0].length):
-      state, p_BV = step(graph, model.first_level_at(t), parameters, state, previous_B)
-      at = [row.start + t for row in rows if t < row.length]  # only the last window of a text is short
-      p_BV = np.asarray(p_BV)[: len(at)]
-      check_finite(p_BV)
+
+  def walk(text: np.ndarray, rounds: list[list[Window]], code: Code, on_bytes: Callable[[int], None] | None) -> None:
+    for rows in rounds:
+      state, first = _start(graph, parameters, text, rows, batch)
       previous_B = np.zeros(batch, np.int32)
-      text[at] = previous_B[: len(at)] = code(text[at], p_BV)
-      if on_bytes:
-        on_bytes(len(at))
+      if first:
+        previous_B[0] = text[rows[0].start + first - 1]
+      for t in range(first, rows[0].length):
+        state, p_BV = step(graph, model.first_level_at(t), parameters, state, previous_B)
+        at = [row.start + t for row in rows if t < row.length]  # only the last window of a text is short
+        p_BV = np.asarray(p_BV)[: len(at)]
+        check_finite(p_BV)
+        previous_B = np.zeros(batch, np.int32)
+        text[at] = previous_B[: len(at)] = code(text[at], p_BV)
+        if on_bytes:
+          on_bytes(len(at))
+
+  return walk
 
 
-def _rounds(length: int, config: ModelConfig, batch: int) -> Iterator[list[Window]]:
+def _blocks(length: int, config: ModelConfig, batch: int) -> Iterator[tuple[int, int, list[list[Window]]]]:
+  """(first byte, the byte after the last, rounds of windows) of each block of a text."""
   rows = windows.windows_of(length, config, "basic")
+  start, rounds = 0, []
   while batch_of_rows := list(itertools.islice(rows, batch)):
-    yield batch_of_rows
+    rounds.append(batch_of_rows)
+    stop = batch_of_rows[-1].start + batch_of_rows[-1].length
+    if stop - start >= _BLOCK or stop == length:
+      yield start, stop, rounds
+      start, rounds = stop, []
 
 
 def _start(

@@ -57,7 +57,7 @@ def byte_nats(
   rows = jnp.arange(B)[:, None]
   nats_BN = _nats(logits_BNV, jnp.take_along_axis(x_BT, at_BN, axis=1))
   scored_BT &= jnp.zeros((B, T), bool).at[rows, at_BN].set(True)
-  return jnp.where(scored_BT, jnp.zeros((B, T)).at[rows, at_BN].set(nats_BN), 0.0), scored_BT
+  return jnp.where(scored_BT, jnp.zeros((B, T), jnp.float32).at[rows, at_BN].set(nats_BN), 0.0), scored_BT
 
 
 def sum_of_nats(

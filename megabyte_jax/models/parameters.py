@@ -54,7 +54,7 @@ def make_parameter(
   """Makes a float32 parameter; `inputs` and `balanced` as in `ParameterInfo` and `initial_values`."""
   info = ParameterInfo(kind, tuple(sizes), inputs, math.prod(sizes[axis] for axis in inputs))
   draw, shape = initial_values(options, info, balanced=balanced), tuple(sizes.values())
-  values = draw(rngs.params(), shape, jnp.float32) if kind != "bias" else jnp.zeros(shape)
+  values = draw(rngs.params(), shape, jnp.float32) if kind != "bias" else jnp.zeros(shape, jnp.float32)
   return nnx.Param(values, info=info)
 
 

@@ -193,8 +193,8 @@ class PerceiverAR(nnx.Module):
     slot, latent = state.position, state.position - state.start
     x_B11D, _ = self.embedder.next_slot(previous_B[:, None], (), slot)
     own = self.cross.keys_values(x_B11D, slot)
-    at = (0, 0, 0, slot, 0, 0)  # written before it is read: otherwise XLA copies it as a whole
-    context = Cache(*(jax.lax.dynamic_update_slice(a, b[None], at) for a, b in zip(state.context, own, strict=True)))
+    put = jax.lax.dynamic_update_slice_in_dim  # written before it is read: otherwise XLA copies it as a whole
+    context = Cache(*(put(a, b[None], slot, axis=3) for a, b in zip(state.context, own, strict=True)))
     x_B11D = self.cross(x_B11D, context.k_LBNSHK[0], context.v_LBNSHK[0], slot[None])
     h_B11D, latents = self.decoder.step(x_B11D, state.latents, latent, False)
     logits_BV = self.embedder.logits(h_B11D)[:, 0, 0]

@@ -151,8 +151,8 @@ class Stack(nnx.Module):
 
 def _written(cache: Cache, new_LB11HK: Sequence[jax.Array], at: jax.Array) -> Cache:
   """The cache with the keys and values of one slot, of all layers, at its entry `at`."""
-  start = (0, 0, 0, at, 0, 0)
-  return Cache(*(jax.lax.dynamic_update_slice(a, b, start) for a, b in zip(cache, new_LB11HK, strict=True)))
+  put = jax.lax.dynamic_update_slice_in_dim
+  return Cache(*(put(a, b, at, axis=3) for a, b in zip(cache, new_LB11HK, strict=True)))
 
 
 def each_in_one_kernel(config: ModelConfig, rows: int) -> bool:

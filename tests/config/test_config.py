@@ -6,6 +6,7 @@ import pathlib
 
 import jax
 import ml_collections
+import numpy as np
 import pytest
 import tiny_config
 
@@ -168,3 +169,39 @@ def test_configs_are_frozen_and_can_be_keys():
   assert {one: 1}[other] == 1
   with pytest.raises(AttributeError):
     one.context = 4
+
+
+def test_lists_and_numbers_of_numpy_are_converted():
+  """As notebooks and sweeps make them: such configs can be hashed, compared and saved."""
+  levels = [{"patch_size": 4, "width": 32, "num_layers": 1, "num_heads": 2}]
+  made = MegabyteConfig(
+    context=np.int64(32), levels=[Level(**{name: np.int32(n) for name, n in levels[0].items()})], dropout=np.float32(0)
+  )
+  plain = MegabyteConfig(context=32, levels=(Level(**levels[0]),), dropout=0.0)
+  assert made == plain and hash(made) == hash(plain)
+  assert type(made.context) is int and type(made.levels) is tuple and type(made.dropout) is float
+  config = Config(model=made, batch_size=np.int64(8), num_steps=np.array(3), data=DataConfig(convert_images=np.True_))
+  assert json.loads(json.dumps(config.to_dict()))["batch_size"] == 8
+  assert config.data.convert_images is True
+  assert Level(**levels[0] | {"conv_filters": np.array([3, 5])}).conv_filters == (3, 5)
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (
+      lambda: Level(patch_size="4", width=32, num_layers=1, num_heads=2),
+      "Level.patch_size must be a whole number, not",
+    ),
+    (
+      lambda: Level(patch_size=4.5, width=32, num_layers=1, num_heads=2),
+      "Level.patch_size must be a whole number, not",
+    ),
+    (lambda: MegabyteConfig(context=32, levels=Level), "MegabyteConfig.levels must be a tuple"),
+    (lambda: MegabyteConfig(context=32, levels=[3]), r"MegabyteConfig.levels\[0\] must be a group of keys, not 3"),
+    (lambda: DataConfig(train=3), "DataConfig.train must be text, not 3"),
+  ],
+)
+def test_values_of_another_type_are_named(make, message):
+  with pytest.raises(ConfigError, match=message):
+    make()
