@@ -105,6 +105,7 @@ def with_options(config: Config, args: argparse.Namespace) -> Config:
     raw=args.raw or config.data.raw,
     convert_images=args.convert_images or config.data.convert_images,
     image_tiles=config.data.image_tiles if args.image_tiles is None else args.image_tiles,
+    max_pixels=args.max_pixels or config.data.max_pixels,
   )
   scoring = dataclasses.replace(config.eval, batch_size=args.batch_size or config.eval.batch_size)
   return dataclasses.replace(config, data=data, eval=scoring)

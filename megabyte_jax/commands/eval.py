@@ -39,6 +39,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
   parser.add_argument(
     "--image-tiles", type=int, metavar="N", help="scale images to N pixels and cut tiles; 0: whole; default: the run's"
   )
+  parser.add_argument("--max-pixels", type=int, default=0, help="of images; more are unreadable; default: the run's")
   parser.add_argument("--method", default="", choices=["", *METHODS], help="default: config.eval.method")
   parser.add_argument("--stride", type=int, default=0, help="bytes between sliding windows; default: half a window")
   parser.add_argument("--batch-size", type=int, default=0, help="windows at once; default: config.eval.batch_size")
@@ -54,7 +55,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
   )
   distributed.add_arguments(parser)
   args = parser.parse_args(arguments)
-  for name in ("stride", "batch_size", "max_bytes", "image_tiles"):
+  for name in ("stride", "batch_size", "max_bytes", "image_tiles", "max_pixels"):
     if (getattr(args, name) or 0) < 0:
       raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative")
   if args.per_byte_out:

@@ -51,6 +51,7 @@ class DataConfig:
     image_size: images are scaled (short side) and centre-cropped to this many pixels squared.
     image_tiles: 0 takes the centred square of an image; else the short side is scaled to this many pixels and the
       image is cut into disjoint tiles of image_size pixels squared.
+    max_pixels: images of more pixels are unreadable: a small file may hold as many as fill the memory.
     convert_images: make grey, alpha, CMYK and 16-bit images RGB instead of calling them unreadable.
     scan: order of an image's bytes: patch (section D.1 of the paper) | raster.
     scan_patch: bytes P = 3 * p^2 of a p x p patch in a patch scan.
@@ -71,6 +72,7 @@ class DataConfig:
   documents: Literal["packed", "whole"] = "packed"
   image_size: int = 64
   image_tiles: int = 0
+  max_pixels: int = 178_956_970
   convert_images: bool = False
   scan: Scan = "patch"
   scan_patch: int = 12
@@ -84,6 +86,7 @@ class DataConfig:
   def __post_init__(self):
     convert_fields(self)
     require(self.image_size > 0, f"data.image_size is {self.image_size}; it must be at least 1")
+    require(self.max_pixels > 0, f"data.max_pixels is {self.max_pixels}; it must be at least 1")
     for name in ("image_tiles", "sample_rate"):
       require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; it must not be negative")
 

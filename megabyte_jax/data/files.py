@@ -1,18 +1,20 @@
-"""Byte files: a file, a folder or a glob, read in place. One file is one document."""
+"""Reads files in place, as their bytes: one document per file."""
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
-import io
 import logging
 import os
 from collections.abc import Sequence
+from typing import IO
 
 import numpy as np
 from etils import epath
 
 from megabyte_jax.data.fingerprints import pair_fingerprints
+from megabyte_jax.data.open_handles import BUDGET, Handles
 from megabyte_jax.data.sources import SKIP_HINT, check_range
 from megabyte_jax.errors import DataError
 from megabyte_jax.files.object_stores import in_parallel, is_remote
@@ -20,7 +22,6 @@ from megabyte_jax.files.object_stores import in_parallel, is_remote
 _BLOCK = 4096  # bytes per place looked at for a fingerprint
 _SAMPLED_FILES = 1024  # files whose contents are looked at; names and sizes of all are
 _WHOLE_FILE, _WHOLE_TOTAL = 1 << 20, 1 << 27  # bytes of one file, and of all, that are looked at as a whole
-_OPEN_FILES = 256  # held open at once
 
 
 class ByteFiles:
@@ -53,7 +54,7 @@ class ByteFiles:
     self.lengths = np.array(lengths, np.int64)
     self._warned = False
     self._modified: dict[int, int] = {}  # times of modification, in nanoseconds, of files that have been read
-    self._file = functools.lru_cache(maxsize=_OPEN_FILES)(self._open)
+    self._file = Handles(functools.partial(_open_number, self.paths))
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -61,7 +62,7 @@ class ByteFiles:
     return fingerprint_files(self.paths, self.names, self.lengths)
 
   def read(self, document: int, start: int, stop: int) -> np.ndarray:
-    """See `Source.read`. Raises DataError where the file is no longer as long as it was."""
+    """Reads bytes; see `Source`. Raises DataError where the file is no longer as long as it was."""
     check_range(self, document, start, stop)
     path = self.paths[document]
     if is_remote(path):
@@ -75,9 +76,9 @@ class ByteFiles:
       raise DataError(f"{path} is no longer the {self.lengths[document]:,} bytes it was when opened; start again")
     return found
 
-  def _check_unchanged(self, document: int, file: io.FileIO) -> None:
+  def _check_unchanged(self, document: int, file: _Descriptor) -> None:
     """Warns, once, of a file that is written to while it is read."""
-    now = os.fstat(file.fileno()).st_mtime_ns
+    now = os.fstat(file.number).st_mtime_ns
     if self._modified.setdefault(document, now) != now:
       self._modified[document] = now
       if not self._warned:
@@ -88,21 +89,47 @@ class ByteFiles:
           self.paths[document],
         )
 
-  def _open(self, document: int) -> io.FileIO:
-    path = self.paths[document]
-    try:
-      return open(path, "rb", buffering=0)
-    except OSError as error:
-      raise DataError(f"{path} is no longer there, or cannot be read any more ({error.strerror})") from error
+
+def open_file(path: str) -> IO[bytes]:
+  """Opens a local or remote file for reading, also where too many files are open that can be closed.
+
+  Raises:
+    DataError: too many are open even so.
+    OSError: the file cannot be opened.
+  """
+  if is_remote(path):
+    return BUDGET.with_room(lambda: epath.Path(path).open("rb"))
+  return BUDGET.with_room(lambda: open(path, "rb"))
 
 
-def _read_into(file: io.FileIO, start: int, out: np.ndarray) -> int:
+class _Descriptor:
+  """A file that closes with the last reference to it, without the warning that Python's own gives."""
+
+  def __init__(self, path: str):
+    self.number = -1
+    self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+  def __del__(self) -> None:
+    if self.number >= 0:
+      os.close(self.number)
+
+
+def _open_number(paths: Sequence[str], i: int) -> _Descriptor:
+  try:
+    return _Descriptor(paths[i])
+  except OSError as error:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+      raise
+    raise DataError(f"{paths[i]} is no longer there, or cannot be read any more ({error.strerror})") from error
+
+
+def _read_into(file: _Descriptor, start: int, out: np.ndarray) -> int:
   """Fills `out` from byte `start` on; fewer bytes than it holds where the file ends. Returns how many.
 
   Not through a memory map: one of a file that has been cut short kills the process when it is touched.
   """
   done = 0
-  while done < len(out) and (count := os.preadv(file.fileno(), [out[done:].data], start + done)):
+  while done < len(out) and (count := os.preadv(file.number, [out[done:].data], start + done)):
     done += count
   return done
 
@@ -134,9 +161,13 @@ def _size_of(path: str) -> int:
 
 
 def read_block(path: str, start: int, stop: int) -> bytes:
-  """Bytes [start, stop) of a local or remote file; fewer where the file ends before. DataError where that fails."""
+  """Returns bytes [start, stop) of a local or remote file; fewer where the file ends before.
+
+  Raises:
+    DataError: the file cannot be read.
+  """
   try:
-    with epath.Path(path).open("rb") if is_remote(path) else open(path, "rb") as file:
+    with open_file(path) as file:
       file.seek(start)
       return file.read(stop - start)
   except OSError as error:
@@ -144,20 +175,21 @@ def read_block(path: str, start: int, stop: int) -> bytes:
 
 
 def read_whole(path: str) -> bytes:
-  """All bytes of a local or remote file. Raises DataError naming it where that fails."""
+  """Returns all bytes of a local or remote file. Raises DataError naming it where that fails."""
   try:
-    return epath.Path(path).read_bytes()
+    with open_file(path) as file:
+      return file.read()
   except OSError as error:
     raise DataError(f"{path} cannot be read ({error.strerror or error})") from error
 
 
 def sizes_of(paths: Sequence[str]) -> list[int]:
-  """Bytes of each file; -1 where it cannot be looked at."""
+  """Returns the bytes of each file; -1 where it cannot be looked at."""
   return in_parallel(_size, paths, any(map(is_remote, paths)))
 
 
 def fingerprint_files(paths: Sequence[str], names: Sequence[str], lengths: Sequence[int] | np.ndarray) -> str:
-  """A fingerprint (see `pair_fingerprints`) of all names and lengths and of what the files hold.
+  """Returns a fingerprint (see `pair_fingerprints`) of all names and lengths and of what the files hold.
 
   Of files of at most 1 MiB that is every byte; of larger ones three blocks of 4 KiB, at the beginning, in the middle
   and at the end. Of more than 1,024 files only evenly spaced ones are looked into, and of more than 128 files only

@@ -1,9 +1,10 @@
-"""Which files a path, a folder or a glob names."""
+"""Finds the files that a path, a folder or a glob names."""
 
 from __future__ import annotations
 
 import functools
 import glob
+import logging
 import os
 import stat
 from collections import Counter
@@ -11,16 +12,23 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from megabyte_jax.data.open_handles import BUDGET
 from megabyte_jax.errors import DataError
 from megabyte_jax.files import object_stores
 
 
-def find_files(spec: str, suffixes: Sequence[str] = ()) -> tuple[list[str], list[str]]:
-  """Paths of a file, of all files below a folder, or of a glob (`**` for any depth), sorted, and short names for them.
+def find_files(spec: str, suffixes: Sequence[str] = (), wanted: str = "") -> tuple[list[str], list[str]]:
+  """Returns the paths of a file, of all files below a folder or of a glob (`**`: any depth), and short names for them.
 
-  Hidden files and folders, and files without one of `suffixes` (if any are given), are left out of folders. Links are
-  followed, but not to a folder in which they lie themselves. Links to nothing are among the files: whoever reads them
-  says so. The names do not change when a folder is moved as a whole.
+  The paths are sorted. Hidden files and folders are left out of folders. Links are followed, but not to a folder in
+  which they lie themselves. Links to nothing are among the files: whoever reads them says so. The names do not change
+  when a folder is moved as a whole.
+
+  Args:
+    spec: a path or a glob, local or remote.
+    suffixes: leave files without one of these out of folders; empty takes all.
+    wanted: what files with these suffixes are, in the plural. Where it is given, one warning counts by their endings
+      the files that are left out.
 
   Raises:
     DataError: there are no such files, or a folder cannot be listed.
@@ -40,6 +48,11 @@ def find_files(spec: str, suffixes: Sequence[str] = ()) -> tuple[list[str], list
     paths = [p for p in everything if _wanted(os.path.basename(p), suffixes)]
     if not paths:
       raise DataError(_nothing_in(spec, suffixes, everything))
+    if wanted and (others := sorted({p for p in everything if _wanted(os.path.basename(p), ())}.difference(paths))):
+      _warn_once(
+        f"{spec}: {len(others):,} of {len(others) + len(paths):,} files are left out, as they are no {wanted} "
+        f"of a kind that is read: {_kinds(others)}"
+      )
   if not paths:
     raise DataError(f"no file matches {spec}; name a file, a folder or another glob")
   paths.sort()
@@ -51,11 +64,20 @@ def _nothing_in(folder: str, suffixes: Sequence[str], others: Sequence[str]) -> 
   looked = f" (looked for {', '.join(suffixes)})" if suffixes else ""
   if not others:
     return f"no files in folder {folder}{looked}; name one that has some"
-  names = [os.path.basename(path) for path in others]
-  kinds = Counter("hidden" if n.startswith(".") else os.path.splitext(n)[1].lower() or "without ending" for n in names)
-  shown = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(4)) + ", ..." * (len(kinds) > 4)
   form = ", or set config.data.form to what these are" if suffixes else ""
-  return f"no files in folder {folder}{looked}, but others: {shown}; name another folder{form}"
+  return f"no files in folder {folder}{looked}, but others: {_kinds(others)}; name another folder{form}"
+
+
+def _kinds(paths: Sequence[str]) -> str:
+  """Counts files by ending, the four most frequent ones."""
+  names = [os.path.basename(path) for path in paths]
+  kinds = Counter("hidden" if n.startswith(".") else os.path.splitext(n)[1].lower() or "without ending" for n in names)
+  return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(4)) + ", ..." * (len(kinds) > 4)
+
+
+@functools.lru_cache(maxsize=256)  # evaluation opens the training data once more
+def _warn_once(line: str) -> None:
+  logging.warning("%s", line)
 
 
 def _fixed_part(pattern: str) -> str:
@@ -73,23 +95,30 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> list[str]:
   """All files below a local folder, whose own folders are known by device and number: `above`."""
   try:
     here = os.stat(folder)
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    entries = BUDGET.with_room(lambda: sorted(os.scandir(folder), key=lambda entry: entry.name))
   except OSError as error:
     raise DataError(f"folder {folder} cannot be listed ({error.strerror or error}); make it readable") from error
   above = (*above, (here.st_dev, here.st_ino))
   found = []
   for entry in entries:
-    if not entry.is_dir():
+    place = _folder_at(entry)
+    if place is None:
       found += [entry.path] if _is_file(entry.path) else []
-    elif not entry.name.startswith("."):
-      place = entry.stat()
-      if (place.st_dev, place.st_ino) not in above:  # a link back to where we come from has nothing new
-        found += _walk(entry.path, above)
+    elif not entry.name.startswith(".") and place not in above:  # a link back to where we come from has nothing new
+      found += _walk(entry.path, above)
   return found
 
 
+def _folder_at(entry: os.DirEntry[str]) -> tuple[int, int] | None:
+  """Device and number of a folder; None for what is none, such as a link to nothing or to itself."""
+  try:
+    return (entry.stat().st_dev, entry.stat().st_ino) if entry.is_dir() else None
+  except OSError:
+    return None
+
+
 def _is_file(path: str) -> bool:
-  """Whether something is a file or a link to nothing, and no socket, pipe or device."""
+  """Whether something is a file or a link to nothing (or to itself), and no socket, pipe or device."""
   try:
     return stat.S_ISREG(os.stat(path).st_mode)
   except OSError:

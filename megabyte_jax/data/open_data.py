@@ -117,8 +117,8 @@ def _open_files(spec: str, data: DataConfig, skip_empty: bool = False) -> Source
   if store := open_encoded(path, field, data, spec, suffixes):
     return _open_store(store, data)
   if data.form == "image":
-    return image_source.Images(image_source.ImageFiles(*find_files(spec, image_decoding.SUFFIXES)), data)
-  return audio.AudioFiles(*find_files(spec, audio.SUFFIXES), data)
+    return image_source.Images(image_source.ImageFiles(*find_files(spec, image_decoding.SUFFIXES, "images")), data)
+  return audio.AudioFiles(*find_files(spec, audio.SUFFIXES, "recordings"), data)
 
 
 def _open_store(store: RecordStore, data: DataConfig) -> Source:

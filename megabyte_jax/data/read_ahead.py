@@ -1,4 +1,4 @@
-"""Reading parts of documents in a given order, a few ahead, by threads where reading takes work."""
+"""Reads parts of documents in a given order, a few ahead, by threads where reading takes work."""
 
 from __future__ import annotations
 

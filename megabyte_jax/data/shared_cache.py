@@ -1,4 +1,4 @@
-"""The latest results of slow work, each worked out once, also when several threads ask for it together."""
+"""Keeps the latest results of slow work, each worked out once, also when several threads ask for it together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DOCUMENT_BYTES = 1 << 30  # of decoded documents that a source keeps: short wind
 
 
 def array_bytes(array: np.ndarray) -> int:
-  """The `weigh` of a cache whose limit is memory."""
+  """Returns the bytes of an array: the `weigh` of a cache whose limit is memory."""
   return array.nbytes
 
 

@@ -1,4 +1,4 @@
-"""TFDS data sets, read at random from ArrayRecord files without TensorFlow.
+"""Reads TFDS data sets at random from ArrayRecord files without TensorFlow.
 
 A data set is named `tfds:NAME:SPLIT` or `tfds:NAME:SPLIT#FEATURE`. NAME is a TFDS name, with configuration and version
 if need be (downsampled_imagenet/64x64, imagenet2012:5.1.0), or the folder of a prepared data set, local or gs://; SPLIT
@@ -24,6 +24,7 @@ from megabyte_jax.config import DataConfig
 from megabyte_jax.data.files import fingerprint_files, sizes_of
 from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.media.image_source import Images
+from megabyte_jax.data.open_handles import Handles, require_descriptor
 from megabyte_jax.data.shared_cache import SharedCache
 from megabyte_jax.data.sources import SKIP_HINT, Source, check_range
 from megabyte_jax.errors import ConfigError, DataError, require
@@ -43,7 +44,7 @@ class Spec(NamedTuple):
 
 
 def parse_spec(spec: str) -> Spec:
-  """Raises ConfigError where `spec` is no `tfds:NAME:SPLIT`."""
+  """Takes a name apart. Raises ConfigError where `spec` is no `tfds:NAME:SPLIT`."""
   match = _SPEC.fullmatch(spec)
   if match is None:
     raise ConfigError(f"data source {spec!r} names no split; write it like tfds:pg19:validation")
@@ -51,7 +52,7 @@ def parse_spec(spec: str) -> Spec:
 
 
 def open_tfds(spec: str, data: DataConfig) -> Source:
-  """The images (data.form = image) or texts (bytes) of a data set.
+  """Opens the images (data.form = image) or texts (bytes) of a data set.
 
   Grey and CMYK JPEGs become RGB, as the data set's own description (three channels) has it.
 
@@ -73,7 +74,7 @@ def open_tfds(spec: str, data: DataConfig) -> Source:
 
 
 def find_builder(name: str, tfds_dir: str) -> Any:
-  """TFDS's builder of a data set, or of the one that lies in the folder `name`. Raises DataError if there is none."""
+  """Returns TFDS's builder of a data set, or of that in the folder `name`. Raises DataError if there is none."""
   import tensorflow_datasets as tfds  # noqa: PLC0415
 
   if object_stores.is_remote(name) or name.startswith((".", "/", "~")):
@@ -112,7 +113,7 @@ def find_builder(name: str, tfds_dir: str) -> Any:
 
 
 def prepare_command(action: str, name: str, tfds_dir: str) -> str:
-  """The command line that builds or converts a data set."""
+  """Returns the command line that builds or converts a data set."""
   where = f" --tfds-dir={shlex.quote(tfds_dir)}" if tfds_dir else ""
   return f"python -m megabyte_jax prepare {action} tfds:{name}{where}"
 
@@ -174,7 +175,7 @@ class Records:
     self._parse = tf_example_pb2.Example.FromString
     self._shards = builder.info.splits[split].file_instructions
     self._ends = list(itertools.accumulate(shard.take for shard in self._shards))
-    self._reader = functools.cache(self._open_shard)
+    self._reader = Handles(functools.partial(_open_shard, self._shards))
     self.names = _Numbered(spec, self._ends[-1])
 
   @functools.cached_property
@@ -186,11 +187,11 @@ class Records:
     return combine_fingerprints([fingerprint_files(paths, names, sizes_of(paths)), part, self.feature])
 
   def place(self, i: int) -> str:
-    """See `EncodedImages.place`."""
+    """Returns where it is; see `EncodedImages`."""
     return self.names[i]
 
   def load(self, i: int) -> bytes:
-    """The stored bytes of record number i. Raises DataError naming it and its file."""
+    """Returns the stored bytes of record number i. Raises DataError naming it and its file."""
     k = bisect.bisect_right(self._ends, i)
     shard = self._shards[k]
     place = i - self._ends[k] + shard.take + shard.skip
@@ -199,21 +200,25 @@ class Records:
       [record] = self._reader(k).read([place])
       [value] = self._parse(record).features.feature[self.feature].bytes_list.value
       return value
+    except DataError:  # too many open files
+      raise
     except Exception as error:  # the reader has no error of its own
       raise DataError(f"{self.names[i]} (record {place} of {shard.filename}) cannot be read: {error}") from error
 
-  def _open_shard(self, k: int) -> Any:
-    """The reader of shard k. Raises ValueError where that is damaged: for some that were cut short it reads nothing."""
-    from array_record.python import array_record_module  # noqa: PLC0415
 
-    shard = self._shards[k]
-    options = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 1 << 15}  # for reading at random
-    reader = array_record_module.ArrayRecordReader(str(shard.filename), **options)
-    if not reader.ok() or reader.num_records() != shard.examples_in_shard:
-      left = f"{reader.num_records()} of {shard.examples_in_shard} records are left"
-      reader.close()
-      raise ValueError(f"the file is damaged, {left}; prepare it again")
-    return reader
+def _open_shard(shards: Sequence[Any], k: int) -> Any:
+  """The reader of shard k. Raises ValueError where that is damaged: for some that were cut short it reads nothing."""
+  from array_record.python import array_record_module  # noqa: PLC0415
+
+  shard = shards[k]
+  options = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 1 << 15}  # for reading at random
+  reader = array_record_module.ArrayRecordReader(str(shard.filename), **options)
+  if not reader.ok() or reader.num_records() != shard.examples_in_shard:
+    left = f"{reader.num_records()} of {shard.examples_in_shard} records are left"
+    reader.close()
+    require_descriptor()
+    raise ValueError(f"the file is damaged, {left}; prepare it again")
+  return reader
 
 
 class Texts:
@@ -253,7 +258,7 @@ class Texts:
       raise
 
   def read(self, document: int, start: int, stop: int) -> np.ndarray:
-    """See `Source.read`."""
+    """Reads bytes; see `Source`."""
     check_range(self, document, start, stop)
     return np.frombuffer(self._text(int(self._kept[document])), np.uint8)[start:stop].copy()
 

@@ -139,7 +139,10 @@ def test_an_ogg_file_without_a_page_is_found(tmp_path):
       all_of(open_path(str(path), DataConfig(form="audio")))
 
 
-def wav(kind, promised=None, samples=b"\1\2" * 500):
+SAMPLES = b"\1\2" * 500
+
+
+def wav(kind, promised=None, samples=SAMPLES):
   """A WAV file of 16-bit samples in one of its three dresses, saying `promised` bytes of samples."""
   promised = len(samples) if promised is None else promised
   order = ">" if kind == b"RIFX" else "<"
@@ -159,7 +162,7 @@ def test_wav_files_of_every_dress_are_read_or_named(tmp_path, kind):
   path.write_bytes(wav(kind))
   assert all_of(open_path(str(path), data)).tobytes() == (b"\2\1" if kind == b"RIFX" else b"\1\2") * 500
   bad = {"is cut short": [wav(kind)[:-4], wav(kind, 1002)]}
-  bad["does not say how long|is cut short"] = [] if kind == b"RF64" else [wav(kind, 0), wav(kind, 0xFFFFFFFF)]
+  bad["does not say how long|is cut short"] = [] if kind == b"RF64" else [wav(kind, 0)]
   sf.write(tmp_path / "fine.wav", tone(), 8000)
   for what, contents in bad.items():
     for content in contents:
@@ -167,6 +170,92 @@ def test_wav_files_of_every_dress_are_read_or_named(tmp_path, kind):
       with pytest.raises(DataError, match=rf"a\.wav ({what})"):
         all_of(open_path(str(path), data))
       assert open_path(str(tmp_path), DataConfig(form="audio", skip_bad=True)).skipped == 1
+
+
+@pytest.mark.parametrize("kind", [b"RIFF", b"RIFX"])
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFF000])
+def test_wav_files_that_came_through_a_pipe_are_read_to_their_end(tmp_path, kind, size):
+  order = ">I" if kind == b"RIFX" else "<I"
+  data = bytearray(wav(kind))
+  data[40:44] = struct.pack(order, size)
+  for riff in (size, (size + 36) & 0xFFFFFFFF, 0):
+    data[4:8] = struct.pack(order, riff)
+    (tmp_path / "a.wav").write_bytes(data)
+    assert all_of(open_path(str(tmp_path), DataConfig(form="audio"))).size == 1000
+
+
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_24", "PCM_16", "GSM610"])
+@pytest.mark.parametrize("more", [-9, 1, 8, 1000])
+def test_wav_files_are_judged_by_their_samples_and_not_by_their_head(tmp_path, subtype, more):
+  path = tmp_path / "a.wav"
+  sf.write(path, tone()[:3999], 8000, subtype=subtype)
+  data = bytearray(path.read_bytes())
+  before = all_of(open_path(str(path), DataConfig(form="audio")))
+  data[4:8] = struct.pack("<I", len(data) - 8 + more)
+  path.write_bytes(data.rstrip(b"\0") if subtype == "PCM_U8" else data)  # without the byte that makes it even
+  np.testing.assert_array_equal(all_of(open_path(str(path), DataConfig(form="audio"))), before)
+  path.write_bytes(data[:-100])
+  with pytest.raises(DataError, match="cut short"):
+    open_path(str(path), DataConfig(form="audio"))
+
+
+@pytest.mark.parametrize("rate", [1, 100, 1 << 23])
+def test_a_head_with_a_wrong_rate_does_not_fill_the_memory(tmp_path, rate):
+  sf.write(tmp_path / "fine.wav", tone(), 8000)
+  data = bytearray(wav(b"RIFF"))
+  data[24:28] = struct.pack("<I", rate)
+  (tmp_path / "wrong.wav").write_bytes(data)
+  with pytest.raises(DataError, match=rf"wrong\.wav says that it has {rate:,} samples per second"):
+    open_path(str(tmp_path), DataConfig(form="audio", sample_rate=8000))
+  source = open_path(str(tmp_path), DataConfig(form="audio", sample_rate=8000, skip_bad=True))
+  assert source.names == ["fine.wav"] and source.skipped == 1
+  assert open_path(str(tmp_path), DataConfig(form="audio")).lengths.tolist() == [8000, 1000]  # nothing is resampled
+
+
+def without_length(flac):
+  """A FLAC file as programs write it that do not know its length beforehand."""
+  return flac[:21] + bytes([flac[21] & 0xF0]) + bytes(4) + flac[26:]
+
+
+@pytest.mark.parametrize("count", [1, 100, 4096, 4097, 20_000])
+def test_flac_files_that_do_not_say_how_long_they_are(tmp_path, count):
+  file = io.BytesIO()
+  samples = np.random.default_rng(0).integers(-9999, 9999, (count, 2)).astype(np.int16)
+  sf.write(file, samples, 8000, format="FLAC")
+  data, path = without_length(file.getvalue()), tmp_path / "a.flac"
+  path.write_bytes(data)
+  assert audio.read_head(str(path)) == (count, 8000)
+  found, rate = audio.decode(str(path))
+  np.testing.assert_allclose(found * 32768, samples.mean(axis=1), atol=0.01)
+  for bad in (data[:-1], data[:-300], data + b"x", data[:-9] + bytes([data[-9] ^ 85]) + data[-8:]):
+    path.write_bytes(bad)
+    with pytest.raises(DataError, match=r"a\.flac is not a readable .*last frame is damaged or cut short"):
+      audio.read_head(str(path))
+
+
+@pytest.mark.parametrize("tag", [b"TAG" + bytes(125), b"APETAGEX" + bytes(24)])
+def test_an_ogg_file_may_have_a_tag_behind_its_last_page(tmp_path, tag):
+  (tmp_path / "a.ogg").write_bytes(encoded("OGG") + tag)
+  assert all_of(open_path(str(tmp_path), DataConfig(form="audio"))).size == 40_000
+
+
+@pytest.mark.parametrize(("kind", "subtype"), [("AIFF", "PCM_16"), ("AU", "PCM_16"), ("CAF", "PCM_16"), ("MP3", None)])
+def test_recordings_of_other_kinds_are_read_and_cut_ones_named(tmp_path, kind, subtype):
+  path = tmp_path / f"a.{kind}"
+  sf.write(path, tone(), 8000, format=kind, subtype=subtype)
+  source = open_path(str(tmp_path), DataConfig(form="audio"))
+  samples = audio.bytes_to_samples(all_of(source), "pcm16")
+  np.testing.assert_allclose(samples, tone(), atol=600 if kind == "MP3" else 0)
+  path.write_bytes(path.read_bytes()[:-400])
+  with pytest.raises(DataError, match=f"a.{kind} is (cut short|damaged or cut short)"):
+    all_of(open_path(str(tmp_path), DataConfig(form="audio")))
+
+
+def test_opus_is_read(tmp_path):
+  sf.write(tmp_path / "a.opus", tone(rate=48000), 48000, format="OGG", subtype="OPUS")
+  source = open_path(str(tmp_path), DataConfig(form="audio", sample_rate=8000))
+  assert source.lengths.tolist() == [8000]
+  assert np.abs(audio.bytes_to_samples(all_of(source), "pcm16")[400:-400] - tone()[400:-400].astype(int)).max() < 1500
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -2,13 +2,16 @@
 
 import os
 import pathlib
+import re
+import shutil
 
 import pytest
 
 from megabyte_jax.commands import prepare
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data.folders import find_files
-from megabyte_jax.data.open_data import open_path
+from megabyte_jax.data.media import image_decoding
+from megabyte_jax.data.open_data import SAMPLE_FOLDER, open_path
 from megabyte_jax.errors import DataError
 
 PLAIN, SKIPPING = DataConfig(), DataConfig(skip_bad=True)
@@ -52,6 +55,35 @@ def test_links_to_nothing_are_named_or_skipped_and_counted(folder):
     open_path(str(folder), DataConfig(form="image")).read(0, 0, 1)
 
 
+@pytest.mark.parametrize("form", ["bytes", "image"])
+def test_links_to_themselves_are_named_or_skipped_and_counted(folder, form):
+  shutil.copy(f"{SAMPLE_FOLDER}/images/validation/flower.jpg", folder / "b" / "flower.jpg")
+  (folder / "b" / "loop.jpg").symlink_to("loop.jpg")
+  for spec in (folder / "b", f"{folder}/b/*.jpg"):
+    with pytest.raises(DataError, match=r"b/loop\.jpg cannot be read \(Too many levels of symbolic links"):
+      source = open_path(str(spec), DataConfig(form=form))
+      source.read(len(source.names) - 1, 0, 1)
+    source = open_path(str(spec), DataConfig(form=form, skip_bad=True))
+    assert source.skipped == 1 and "flower.jpg" in source.names and "loop.jpg" not in source.names
+
+
+def test_files_that_are_left_out_are_counted_by_their_endings(folder, caplog, tmp_path):
+  for name in ("a.png", "b/x.heic", "b/y.HEIC", ".hidden", "._z.png"):
+    (folder / name).write_bytes(b"-")
+  line = r".*/data: 4 of 5 files are left out, as they are no images of a kind that is read: 2 \.\w+, 2 \.\w+"
+  open_path(str(folder), DataConfig(form="image"))
+  open_path(str(folder), DataConfig(form="image"))
+  [found] = caplog.messages  # once
+  assert re.fullmatch(line, found) and "2 .heic" in found and "2 .txt" in found
+  sound = tmp_path / "sound"
+  shutil.copytree(f"{SAMPLE_FOLDER}/audio/validation", sound)
+  (sound / "cover.mp4").write_bytes(b"-")
+  open_path(str(sound), DataConfig(form="audio"))
+  assert caplog.messages[1:] == [
+    f"{sound}: 1 of 2 files are left out, as they are no recordings of a kind that is read: 1 .mp4"
+  ]
+
+
 def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
   scandir = os.scandir
 
@@ -78,7 +110,7 @@ def test_a_folder_of_other_files_says_what_it_has(folder):
   with pytest.raises(DataError) as error:
     open_path(str(folder), DataConfig(form="image"))
   assert str(error.value) == (
-    f"no files in folder {folder} (looked for .jpg, .jpeg, .png, .webp), but others: 2 .txt, 1 hidden, "
+    f"no files in folder {folder} (looked for {', '.join(image_decoding.SUFFIXES)}), but others: 2 .txt, 1 hidden, "
     "1 without ending, 1 .md; name another folder, or set config.data.form to what these are"
   )
   (folder / "b" / "README").rename(folder / "b" / ".README")

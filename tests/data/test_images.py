@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import shutil
 import struct
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data.batches import batches, open_windows
@@ -178,6 +179,99 @@ def test_pngs_of_every_make_are_read_or_named(monkeypatch):
     np.testing.assert_array_equal(np.asarray(image_decoding.open_image(data, "x")), expected)
   with pytest.raises(DataError):
     image_decoding.open_image(text, "x")
+
+
+def frames(kind, count):
+  """Several pictures in one file."""
+  first, *others = (Image.fromarray(random_image(32, 32, i)) for i in range(count))
+  file = io.BytesIO()
+  first.save(file, format=kind, save_all=True, append_images=others)
+  return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "BMP", "AVIF", "JPEG", "MPO"])
+@pytest.mark.parametrize("ending", ["", ".jpg"])
+def test_images_of_all_common_kinds_are_read(tmp_path, kind, ending):
+  if kind == "AVIF" and not features.check("avif"):
+    pytest.skip("this Pillow reads no AVIF")
+  data, ending = encode(random_image(32, 32), kind), ending or {"JPEG": ".jfif", "TIFF": ".tif"}.get(kind, f".{kind}")
+  (tmp_path / f"a{ending}").write_bytes(data)
+  source = open_path(str(tmp_path), SMALL)
+  expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+  np.testing.assert_array_equal(patch_scan.bytes_to_image(source.read(0, 0, 3072), "patch", 12), expected)
+  (tmp_path / f"a{ending}").write_bytes(data[: len(data) // 2])
+  with pytest.raises(DataError, match=r"a\..* is not a whole"):
+    open_path(str(tmp_path), SMALL).read(0, 0, 3072)
+
+
+def test_a_photograph_with_further_pictures_behind_it_gives_the_first(tmp_path):
+  data = frames("MPO", 2)
+  assert getattr(Image.open(io.BytesIO(data)), "n_frames", 1) == 2
+  for whole in (data, data[:-50]):  # also where one of those is cut short
+    (tmp_path / "drone.jpg").write_bytes(whole)
+    found = open_path(str(tmp_path), SMALL).read(0, 0, 3072)
+    first = np.asarray(Image.open(io.BytesIO(data)))
+    np.testing.assert_array_equal(patch_scan.bytes_to_image(found, "patch", 12), first)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF", "TIFF"])
+@pytest.mark.parametrize("convert", [False, True])
+def test_animations_and_pages_are_named_and_never_one_image(tmp_path, kind, convert):
+  if kind == "AVIF" and not features.check("avif"):
+    pytest.skip("this Pillow reads no AVIF")
+  (tmp_path / f"a.{kind}").write_bytes(frames(kind, 2))
+  data = DataConfig(form="image", image_size=32, convert_images=convert)
+  with pytest.raises(
+    DataError, match=r"a\..* is (an animation|a file of several pages), not an 8-bit RGB image; remove"
+  ):
+    open_path(str(tmp_path), data).read(0, 0, 3072)
+  (tmp_path / f"a.{kind}").write_bytes(frames(kind, 1))
+  assert open_path(str(tmp_path), data).read(0, 0, 3072).size == 3072
+
+
+def tiff(directories):
+  """A TIFF of one grey-free pixel for each of the given (kind of page, bits a channel)."""
+  data, place = b"II*\0", 8
+  out = struct.pack("<I", place)
+  for number, (kind, bits) in enumerate(directories):
+    tags = [(254, 4, 1, kind), (256, 4, 1, 1), (257, 4, 1, 1), (258, 3, 3, place + 138), (259, 3, 1, 1), (262, 3, 1, 2)]
+    tags += [(273, 4, 1, place + 144), (277, 3, 1, 3), (278, 4, 1, 1), (279, 4, 1, 3 * bits // 8), (284, 3, 1, 1)]
+    directory = struct.pack("<H", 11) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    after = place + 160 if number + 1 < len(directories) else 0
+    out += directory + struct.pack("<I", after) + struct.pack("<3H", *[bits] * 3) + bytes(range(7, 19)) + bytes(4)
+    place += 160
+  return data + out
+
+
+@pytest.mark.parametrize(
+  ("pages", "what"),
+  [([(0, 8)], ""), ([(0, 8), (1, 8)], ""), ([(0, 8), (0, 8)], "several pages"), ([(0, 16)], "16 bits a channel")],
+)
+def test_pages_of_a_tiff_count_unless_they_are_smaller_copies(pages, what):
+  data = tiff(pages)
+  if what:
+    with pytest.raises(DataError, match=what):
+      image_decoding.open_image(data, "x")
+  else:
+    assert np.asarray(image_decoding.open_image(data, "x")).tolist() == [[[7, 8, 9]]]
+
+
+def test_large_images_are_refused_by_number_of_pixels_or_read_where_that_is_asked_for(tmp_path, monkeypatch):
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow itself refuses twice as many
+  (tmp_path / "map.png").write_bytes(encode(random_image(60, 40), "TIFF"))
+  for tiles in (0, 64):
+    data = DataConfig(form="image", image_size=32, image_tiles=tiles, max_pixels=2399)
+    line = r"map\.png is too large: .*2,400 pixels are more than .*max_pixels=2399.*--max-pixels.*skip_bad|60 pixels"
+    with pytest.raises(DataError, match=line):
+      open_path(str(tmp_path), data).read(0, 0, 3072)
+    assert open_path(str(tmp_path), dataclasses.replace(data, max_pixels=2400)).read(0, 0, 3072).size == 3072
+  with pytest.raises(DataError, match="none of 1 images"):
+    open_path(str(tmp_path), DataConfig(form="image", image_size=32, max_pixels=2399, skip_bad=True))
+  (tmp_path / "map.png").write_bytes(encode(random_image(60, 40)))  # by the other decoder
+  with pytest.raises(DataError, match="40 x 60 pixels are more than"):
+    open_path(str(tmp_path), DataConfig(form="image", image_size=32, max_pixels=2399)).read(0, 0, 3072)
+  with pytest.raises(ConfigError, match=r"data\.max_pixels is 0"):
+    DataConfig(max_pixels=0)
 
 
 def test_no_image_at_all_is_named(tmp_path):

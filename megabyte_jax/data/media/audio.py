@@ -1,4 +1,4 @@
-"""Recordings <-> bytes: 16-bit little-endian samples or 8-bit mu-law, one channel.
+"""Turns recordings into bytes and back: 16-bit little-endian samples or 8-bit mu-law, one channel.
 
 soundfile and soxr are needed only here: pip install -e ".[audio]".
 """
@@ -6,40 +6,41 @@ soundfile and soxr are needed only here: pip install -e ".[audio]".
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from megabyte_jax.config import DataConfig
-from megabyte_jax.data.files import fingerprint_files, read_whole, sizes_of
+from megabyte_jax.data.files import fingerprint_files, open_file, read_whole, sizes_of
 from megabyte_jax.data.fingerprints import combine_fingerprints
+from megabyte_jax.data.media import flac_files
 from megabyte_jax.data.media.image_source import EncodedImages
-from megabyte_jax.data.media.sound_files import ogg_problem, wav_problem
+from megabyte_jax.data.media.sound_files import chunk_problem, ogg_problem
 from megabyte_jax.data.shared_cache import DOCUMENT_BYTES, SharedCache, array_bytes
-from megabyte_jax.data.sources import check_range, said
+from megabyte_jax.data.sources import SKIP_HINT, check_range, said
 from megabyte_jax.errors import DataError, require
 from megabyte_jax.files.atomic_file import replacing
-from megabyte_jax.files.object_stores import is_remote
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".oga")
+SUFFIXES = (".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf")
 _MU = 255.0
-_FLAC_WIDTHS = {"PCM_16": 2, "PCM_24": 3}  # bytes a sample of those FLAC files whose checksum is verified
+_MOST_LONGER = 64  # times as many samples after resampling: a head that says 1 Hz would fill the memory
+_KINDS = "WAV, FLAC, OGG, Opus, MP3, AIFF, AU or CAF"
+_AT_ONCE = 1 << 20  # samples decoded at once: a head may promise more than there are
 
 
 def sample_width(encoding: str) -> int:
-  """Bytes a sample."""
+  """Returns the bytes of a sample."""
   return 2 if encoding == "pcm16" else 1
 
 
 def samples_to_bytes(samples: np.ndarray, encoding: str) -> np.ndarray:
-  """Samples in [-1, 1) (float) or int16 -> uint8.
+  """Turns samples in [-1, 1) (float) or int16 into bytes, uint8.
 
   pcm16: two bytes a sample, the lower first. mulaw8: one byte a sample, round((sign(s) ln(1 + 255 |s|) / ln 256 + 1)
   * 255 / 2), so that neighbouring bytes are neighbouring amplitudes (the codes of G.711 are ordered otherwise).
@@ -54,7 +55,7 @@ def samples_to_bytes(samples: np.ndarray, encoding: str) -> np.ndarray:
 
 
 def bytes_to_samples(x: np.ndarray, encoding: str) -> np.ndarray:
-  """The int16 samples that bytes stand for; half a sample at the end is dropped. Exact for pcm16."""
+  """Returns the int16 samples that bytes stand for; half a sample at the end is dropped. Exact for pcm16."""
   x = np.ascontiguousarray(x, np.uint8)
   if encoding == "pcm16":
     return x[: x.size // 2 * 2].view("<i2").astype(np.int16)
@@ -85,12 +86,12 @@ class Recording(NamedTuple):
   rate: int
 
   def resampled(self, rate: int) -> int:
-    """Samples after resampling to `rate` (0: none), rounded half up."""
+    """Returns the samples after resampling to `rate` (0: none), rounded half up."""
     return (2 * self.frames * rate + self.rate) // (2 * self.rate) if rate else self.frames
 
 
 class AudioFiles:
-  """One document per WAV, FLAC or OGG file: its channels averaged, resampled by soxr ("HQ"), encoded as `data` says.
+  """One document per recording: its channels averaged, resampled by soxr ("HQ"), encoded as `data` says.
 
   Every read needs the whole decoded recording, of which a gigabyte is kept: pack more than that (data/prepare.py).
 
@@ -132,7 +133,7 @@ class AudioFiles:
     return combine_fingerprints([files, str(self.data.sample_rate), self.data.encoding])
 
   def read(self, document: int, start: int, stop: int) -> np.ndarray:
-    """See `Source.read`. Raises DataError naming a file that is damaged."""
+    """Reads bytes; see `Source`. Raises DataError naming a file that is damaged."""
     check_range(self, document, start, stop)
     return self._bytes(document)[start:stop].copy()
 
@@ -141,6 +142,7 @@ class AudioFiles:
     try:
       data = self._records.load(i) if self._records else None
       head = read_head(self.paths[i], data)
+      self._check_rate(head, self.paths[i])
       if self.data.skip_bad:
         decode(self.paths[i], data)
       return head
@@ -148,6 +150,15 @@ class AudioFiles:
       if self.data.skip_bad:
         return None
       raise
+
+  def _check_rate(self, head: Recording, path: str) -> None:
+    """Raises DataError where resampling would leave nothing, or make a file of a wrong head fill the memory."""
+    count = head.resampled(self.data.sample_rate)
+    if count == 0 or count > _MOST_LONGER * head.frames + 1:
+      raise DataError(
+        f"{path} says that it has {head.rate:,} samples per second; {head.frames:,} of these would become {count:,} at "
+        f"config.data.sample_rate={self.data.sample_rate}; write it anew, or skip such files with {SKIP_HINT}"
+      )
 
   def _encode(self, document: int) -> np.ndarray:
     data = self._records.load(self._kept[document]) if self._records else None
@@ -166,7 +177,7 @@ class AudioFiles:
 
 
 def read_head(path: str, data: bytes | None = None) -> Recording:
-  """Length and rate of the recording in a file, or in `data`, which `path` then only names.
+  """Returns the length and rate of the recording in a file, or in `data`, which `path` then only names.
 
   Raises:
     DataError: names the file where it is empty, cut short or no audio.
@@ -174,27 +185,32 @@ def read_head(path: str, data: bytes | None = None) -> Recording:
   soundfile = _import("soundfile")
   try:
     with _opened(path, data) as file:
-      if problem := wav_problem(file):
+      if problem := chunk_problem(file):
         raise DataError(f"{path} {problem}")
+      file.seek(0)
+      if flac_files.says_no_length(file.read(26)):
+        file.seek(0)
+        file = io.BytesIO(flac_files.with_length(file.read()))
       file.seek(0)
       info = soundfile.info(file)
   except DataError:
     raise
   except Exception as error:  # soundfile's own errors, OSError, and whatever the parsing of damaged heads raises
-    raise DataError(f"{path} is not a readable WAV, FLAC or OGG file ({said(error)})") from error
+    raise DataError(f"{path} is not a readable {_KINDS} file ({said(error)})") from error
   if not 0 < info.frames < 1 << 40 or not 0 < info.samplerate < 1 << 24:
     raise DataError(f"{path} has {info.frames} samples at {info.samplerate} Hz by its head; remove it or write it anew")
   return Recording(info.frames, info.samplerate)
 
 
 def _opened(path: str, data: bytes | None) -> IO[bytes]:
-  if data is not None:
-    return io.BytesIO(data)
-  return epath.Path(path).open("rb") if is_remote(path) else open(path, "rb")
+  return open_file(path) if data is None else io.BytesIO(data)
 
 
 def decode(path: str, data: bytes | None = None) -> tuple[np.ndarray, int]:
-  """(samples, samples per second): int16 [n] for 16-bit files of one channel, else float32 [n], channels averaged.
+  """Decodes a recording.
+
+  Returns:
+    (samples, samples per second): int16 [n] for 16-bit files of one channel, else float32 [n], channels averaged.
 
   Raises:
     DataError: names a file that is damaged or cut short.
@@ -204,15 +220,16 @@ def decode(path: str, data: bytes | None = None) -> tuple[np.ndarray, int]:
   if data.startswith(b"OggS") and (problem := ogg_problem(data)):
     raise DataError(f"{path} {problem}")
   try:
+    data = flac_files.with_length(data) if flac_files.says_no_length(data[:26]) else data
     with soundfile.SoundFile(io.BytesIO(data)) as file:
       kind, subtype, channels = file.format, file.subtype, file.channels
       exact = "int16" if subtype == "PCM_16" else "int32" if subtype == "PCM_24" else "float32"
-      samples = file.read(dtype=exact, always_2d=True)
+      samples = _read_all(file, exact, head.frames)
   except Exception as error:  # see read_head
     raise DataError(f"{path} cannot be decoded ({said(error)})") from error
   if len(samples) != head.frames:
     raise DataError(f"{path} is damaged or cut short: {len(samples):,} of {head.frames:,} samples can be decoded")
-  if kind == "FLAC" and subtype in _FLAC_WIDTHS and not _flac_is_whole(data, samples, _FLAC_WIDTHS[subtype]):
+  if kind == "FLAC" and (width := flac_files.WIDTHS.get(subtype)) and not flac_files.has_checksum(data, samples, width):
     raise DataError(f"{path} is damaged: its samples do not have the checksum in its head")
   if exact == "float32" and not np.isfinite(samples).all():
     raise DataError(f"{path} has samples that are no numbers; remove it or write it anew")
@@ -222,15 +239,13 @@ def decode(path: str, data: bytes | None = None) -> tuple[np.ndarray, int]:
   return (samples.astype(np.float32) * np.float32(scale)).mean(axis=1), head.rate
 
 
-def _flac_is_whole(data: bytes, samples: np.ndarray, width: int) -> bool:
-  """Whether the decoded samples [n, channels] have the MD5 that STREAMINFO promises (all zeros promise nothing)."""
-  start = data.find(b"fLaC") + 4
-  promised = data[start + 4 + 18 : start + 4 + 34]
-  if not any(promised):
-    return True
-  raw = np.ascontiguousarray(samples, samples.dtype.newbyteorder("<")).view(np.uint8)
-  raw = raw.reshape(-1, samples.itemsize)[:, samples.itemsize - width :]  # int32 holds 24 bits in its upper bytes
-  return hashlib.md5(raw.tobytes()).digest() == promised
+def _read_all(file: Any, dtype: str, frames: int) -> np.ndarray:
+  """All samples of an open soundfile.SoundFile, [n, channels], n at most `frames`."""
+  blocks, left = [], frames
+  while left and len(block := file.read(min(left, _AT_ONCE), dtype=dtype, always_2d=True)):
+    blocks.append(block)
+    left -= len(block)
+  return np.concatenate(blocks) if blocks else np.zeros((0, file.channels), dtype)
 
 
 def _import(name: str) -> ModuleType:

@@ -1,9 +1,8 @@
-"""Images as documents: decoded, scaled and scanned when they are read."""
+"""Makes images documents, which are decoded, scaled and scanned when they are read."""
 
 from __future__ import annotations
 
 import functools
-import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
@@ -15,7 +14,7 @@ from megabyte_jax.data.files import fingerprint_files, read_whole, sizes_of
 from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.media import image_decoding, image_scaling, patch_scan
 from megabyte_jax.data.shared_cache import DOCUMENT_BYTES, SharedCache, array_bytes
-from megabyte_jax.data.sources import SKIP_HINT, check_range, said
+from megabyte_jax.data.sources import SKIP_HINT, check_range
 from megabyte_jax.errors import DataError, require
 
 if TYPE_CHECKING:
@@ -39,16 +38,16 @@ class EncodedImages(Protocol):
     ...
 
   def load(self, i: int) -> bytes:
-    """The encoded image number i."""
+    """Returns the encoded image number i."""
     ...
 
   def place(self, i: int) -> str:
-    """Where it is, for errors."""
+    """Returns where it is, for errors."""
     ...
 
 
 class ImageFiles:
-  """JPEG, PNG and WebP files."""
+  """Image files, one image each."""
 
   def __init__(self, paths: Sequence[str], names: Sequence[str]):
     self.paths, self.names = paths, names
@@ -59,11 +58,11 @@ class ImageFiles:
     return fingerprint_files(self.paths, self.names, sizes_of(self.paths))
 
   def load(self, i: int) -> bytes:
-    """See `EncodedImages.load`."""
+    """Reads a file; see `EncodedImages`."""
     return read_whole(self.paths[i])
 
   def place(self, i: int) -> str:
-    """See `EncodedImages.place`."""
+    """Returns its path; see `EncodedImages`."""
     return self.paths[i]
 
 
@@ -116,7 +115,7 @@ class Images:
     return combine_fingerprints([self.encoded.fingerprint, repr(how)])
 
   def read(self, document: int, start: int, stop: int) -> np.ndarray:
-    """See `Source.read`. Raises DataError naming an image that cannot be decoded."""
+    """Reads bytes; see `Source`. Raises DataError naming an image that cannot be decoded."""
     check_range(self, document, start, stop)
     return self._documents(document)[start:stop].copy()
 
@@ -135,7 +134,11 @@ class Images:
     return image_scaling.scaled_image(self._open(i), self.data.image_tiles)
 
   def _open(self, i: int) -> Image.Image:
-    return image_decoding.open_image(self.encoded.load(i), self.encoded.place(i), self.convert, _REMEDY)
+    data, place = self.encoded.load(i), self.encoded.place(i)
+    return image_decoding.open_image(data, place, self.convert, _REMEDY, self.data.max_pixels)
+
+  def _size(self, i: int) -> tuple[int, int]:
+    return image_decoding.read_size(self.encoded.load(i), self.encoded.place(i), _REMEDY, self.data.max_pixels)
 
   def _good_images(self) -> list[int]:
     count = len(self.encoded.names)
@@ -157,9 +160,7 @@ class Images:
     n = self.data.image_size
     numbers, names = [], []
     for i in good:
-      width, height = image_scaling.scaled_size(
-        _size(self.encoded.load(i), self.encoded.place(i)), self.data.image_tiles
-      )
+      width, height = image_scaling.scaled_size(self._size(i), self.data.image_tiles)
       for row, column in np.ndindex(height // n, width // n):
         numbers.append(i)
         self._places.append((row * n, column * n))
@@ -168,26 +169,17 @@ class Images:
 
 
 def centred_square(data: bytes, name: str, config: DataConfig) -> np.ndarray:
-  """The bytes of the centred square of an encoded image, which is made RGB; also where training cuts tiles.
+  """Returns the bytes of the centred square of an encoded image, which is made RGB; also where training cuts tiles.
 
   Raises:
     DataError: it cannot be decoded.
   """
-  square = image_scaling.square_image(image_decoding.open_image(data, name, "all"), config.image_size)
+  square = image_scaling.square_image(
+    image_decoding.open_image(data, name, "all", max_pixels=config.max_pixels), config.image_size
+  )
   return patch_scan.image_to_bytes(square, config.scan, config.scan_patch)
 
 
 def image_of(tile: str) -> str:
-  """The name of the image that a tile of this name was cut from."""
+  """Returns the name of the image that a tile of this name was cut from."""
   return tile.rpartition("[")[0]
-
-
-def _size(data: bytes, name: str) -> tuple[int, int]:
-  """(width, height) from the head of an image file."""
-  from PIL import Image  # noqa: PLC0415
-
-  try:
-    with Image.open(io.BytesIO(data)) as image:
-      return image.size
-  except Exception as error:  # see image_decoding.open_image
-    raise DataError(f"{name} is not a JPEG, PNG or WebP image ({said(error)}); {_REMEDY}") from error

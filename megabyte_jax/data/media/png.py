@@ -33,8 +33,8 @@ def chunks_of(data: bytes) -> list[tuple[bytes, int, int]]:
   return chunks
 
 
-def decode_plain(data: bytes, chunks: list[tuple[bytes, int, int]]) -> Image.Image | None:
-  """Decodes a small PNG of 8-bit RGB without alpha or animation; None for any other file.
+def decode_plain(data: bytes, chunks: list[tuple[bytes, int, int]], max_pixels: int) -> Image.Image | None:
+  """Decodes a small PNG of 8-bit RGB without alpha or animation; None for any other, or a larger one.
 
   The pixels are those that `Image.open` gives, by the same decoder, without what it does in Python for each file, which
   is much for a small image and where threads wait for each other.
@@ -46,7 +46,7 @@ def decode_plain(data: bytes, chunks: list[tuple[bytes, int, int]]) -> Image.Ima
     return None
   head = data[chunks[0][1] : chunks[0][2]]
   width, height = int.from_bytes(head[:4], "big"), int.from_bytes(head[4:8], "big")
-  if head[8:] != _RGB8 or not 0 < width * height <= _SMALL:
+  if head[8:] != _RGB8 or not 0 < width * height <= min(_SMALL, max_pixels):
     return None
   pixels = b"".join(data[start:stop] for kind, start, stop in chunks if kind == b"IDAT")
   return Image.frombytes("RGB", (width, height), pixels, "zip", "RGB")

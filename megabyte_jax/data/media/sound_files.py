@@ -1,44 +1,79 @@
-"""Whether WAV and OGG files are whole: libsndfile takes what is left of one that was cut short without a word."""
+"""Finds out whether recordings are whole: libsndfile takes what is left of one that was cut short without a word."""
 
 from __future__ import annotations
 
 import os
-from typing import IO, Literal
+from typing import IO, Literal, NamedTuple
 
-_UNKNOWN = 0xFFFFFFFF  # the size of a chunk whose size is elsewhere, or that was not known when its head was written
+# Sizes that stand for one that is elsewhere, or was not known when the head was written: in pipes, by ffmpeg and sox.
+_UNKNOWN = (0xFFFFFFFF, 0x7FFFF000)
 _FIRST, _LAST = 2, 4  # flags of an OGG page
+_TAGS = (b"TAG", b"ID3", b"APETAGEX", b"3DI")  # begin what some programs append
 
 
-def wav_problem(file: IO[bytes]) -> str:
-  """What is wrong with the sizes in a WAV file (RIFF, RIFX or RF64); empty if nothing is, or it is no such file."""
+class _Layout(NamedTuple):
+  """How a kind of file consists of chunks: a name of four bytes and a size, then so many bytes."""
+
+  head: int  # bytes before the first chunk
+  order: Literal["big", "little"]
+  width: int  # bytes of a size
+  samples: bytes  # name of the chunk that holds them
+  even: bool  # whether chunks begin at even places
+
+
+def _layout(head: bytes) -> _Layout | None:
+  if head[:4] in (b"RIFF", b"RIFX", b"RF64") and head[8:12] == b"WAVE":
+    return _Layout(12, "big" if head[:4] == b"RIFX" else "little", 4, b"data", True)
+  if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
+    return _Layout(12, "big", 4, b"SSND", True)
+  return _Layout(8, "big", 8, b"data", False) if head[:4] == b"caff" else None
+
+
+def chunk_problem(file: IO[bytes]) -> str:
+  """Finds what is wrong with the size of the samples in a WAV, AIFF, CAF or AU file.
+
+  The size in the very head is not looked at: many programs write one that is a few bytes off, and what comes after the
+  samples is not read. A size that stands for an unknown one means all bytes up to the end.
+
+  Returns:
+    What is wrong; empty if nothing is, or it is no such file.
+  """
   total = file.seek(0, os.SEEK_END)
   file.seek(0)
   head = file.read(12)
-  if head[:4] not in (b"RIFF", b"RIFX", b"RF64") or head[8:] != b"WAVE":
+  if head[:4] == b".snd":
+    start, size = int.from_bytes(head[4:8], "big"), int.from_bytes(head[8:12], "big")
+    return _cut(total - start, size) if size not in _UNKNOWN else ""
+  layout = _layout(head)
+  if not layout:
     return ""
-  order: Literal["big", "little"] = "big" if head[:4] == b"RIFX" else "little"
-  promised, long_size = int.from_bytes(head[4:8], order) + 8, None
-  if head[:4] != b"RF64" and promised - 8 not in (0, _UNKNOWN) and total < promised:
-    return f"is cut short: {total:,} bytes of {promised:,}"
-  place = 12
-  while len(chunk := file.read(8)) == 8:
-    size = int.from_bytes(chunk[4:], order)
+  promised, long_size, place = int.from_bytes(head[4:8], layout.order), None, file.seek(layout.head)
+  unknown = (*_UNKNOWN, (1 << 64) - 1)
+  while len(chunk := file.read(4 + layout.width)) == 4 + layout.width:
+    size, place = int.from_bytes(chunk[4:], layout.order), place + len(chunk)
     if chunk[:4] == b"ds64":  # of RF64: the sizes in 64 bits, that of the samples second
       long_size = int.from_bytes(file.read(16)[8:], "little")
-    elif chunk[:4] == b"data":
-      size = long_size if size == _UNKNOWN and long_size is not None else size
-      rest = total - place - 8
-      if size == _UNKNOWN or (size == 0 and rest > 0 and promised - 8 in (0, _UNKNOWN)):
+    elif chunk[:4] == layout.samples:
+      size = long_size if size in _UNKNOWN and long_size is not None else size
+      rest = total - place
+      if size == 0 and rest > 0 and promised in (0, *_UNKNOWN):
         return "does not say how long it is: what wrote it was stopped; write it anew"
-      return f"is cut short: {rest:,} bytes of samples of {size:,}" if rest < size else ""
-    place = file.seek(place + 8 + size + size % 2)
+      if size in unknown:
+        return "" if rest else "has no samples"
+      return _cut(rest, size)
+    place = file.seek(min(place + size + (size % 2 if layout.even else 0), total))
   return "has no samples" if total > 12 else ""
 
 
+def _cut(rest: int, size: int) -> str:
+  return f"is cut short: {max(rest, 0):,} bytes of samples of {size:,}" if rest < size else ""
+
+
 def ogg_problem(data: bytes) -> str:
-  """What is wrong with the pages of an OGG file; empty if nothing is.
+  """Finds what is wrong with the pages of an OGG file; returns an empty text if nothing is.
 
   Pages must follow each other without a gap, be counted without one, and each stream must end with a page that says so.
+  After that a tag may follow.
   """
   place, ended = 0, set()
   next_page: dict[bytes, int] = {}
@@ -46,6 +81,8 @@ def ogg_problem(data: bytes) -> str:
     head = data[place : place + 27]
     sizes = data[place + 27 : place + 27 + head[26]] if len(head) == 27 else b""
     stop = place + 27 + len(sizes) + sum(sizes)
+    if next_page and ended == next_page.keys() and head.startswith(_TAGS):
+      return ""
     if head[:4] != b"OggS" or len(sizes) < head[26] or stop > len(data):
       return f"is damaged or cut short at byte {place:,}"
     flags, stream, number = head[5], head[14:18], int.from_bytes(head[18:22], "little")

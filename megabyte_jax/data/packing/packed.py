@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 
 from megabyte_jax.config import DataConfig
-from megabyte_jax.data.files import ByteFiles, read_whole
+from megabyte_jax.data.files import ByteFiles, read_whole, sizes_of
 from megabyte_jax.data.fingerprints import pair_fingerprints
 from megabyte_jax.data.sources import check_range
 from megabyte_jax.errors import DataError, require
@@ -31,6 +31,7 @@ from megabyte_jax.errors import DataError, require
 FORMAT = "megabyte_jax packed bytes 1"
 PART = ".part"  # ends the name of a folder that is not complete
 MANIFEST = "manifest.json"
+_DATA, _ENDS, _NAMES = FILES = ("data.bin", "ends.npy", "names.txt")  # those with a checksum
 _BLOCK = 1 << 22  # bytes read at once for a checksum
 _KEYS = {"bytes": int, "documents": int, "skipped": int, "unit": int, "settings": dict, "request": dict, "sha256": dict}
 # Settings that change the bytes, by form of data: a folder packed with others is refused.
@@ -73,22 +74,8 @@ class Packed:
     for name, value in settings_of(data).items():
       packed = self.manifest["settings"].get(name)
       require(packed == value, f"{path} was packed with {name}={packed!r}; config.data.{name} is {value!r}")
-    try:
-      ends_file = (folder / "ends.npy").read_bytes()
-      if hashlib.sha256(ends_file).hexdigest() != self.manifest["sha256"].get("ends.npy"):
-        raise ValueError("ends.npy does not have its checksum")
-      ends = np.lib.format.read_array(io.BytesIO(ends_file))
-      self._bytes = ByteFiles([str(folder / "data.bin")], ["data.bin"])
-    except DataError:
-      raise
-    except (OSError, ValueError) as error:
-      raise DataError(f"{path} is not whole ({error}); pack it again") from error
-    found = (len(ends), int(ends[-1]) if len(ends) else 0, int(self._bytes.lengths[0]))
-    promised = (self.manifest["documents"], self.manifest["bytes"], self.manifest["bytes"])
-    if found != promised:
-      raise DataError(
-        f"{path} has {found[0]} documents and {found[2]:,} bytes instead of {promised[0]} and {promised[2]:,}"
-      )
+    ends, digest = _read_ends(folder, self.manifest)
+    self._bytes = ByteFiles([str(folder / _DATA)], [_DATA])
     self._folder = folder
     self._starts = np.concatenate([[0], ends[:-1]])
     self.lengths = np.diff(ends, prepend=0).astype(np.int64)
@@ -96,18 +83,14 @@ class Packed:
     self.joinable = data.form != "image"
     self.unit = self.manifest["unit"]
     self.skipped = self.manifest["skipped"]
-    older = hashlib.sha256(ends_file).hexdigest()[:8] + self._bytes.fingerprint[:8]
-    contents = [self._bytes.fingerprint, self.manifest["sha256"].get("data.bin")]
+    older = digest[:8] + self._bytes.fingerprint[:8]
+    contents = [self._bytes.fingerprint, self.manifest["sha256"].get(_DATA)]
     self.fingerprint = pair_fingerprints(older, hashlib.sha256(repr(contents).encode()).hexdigest()[:16])
 
   @functools.cached_property
   def names(self) -> Sequence[str]:
     """One name per document. Raises DataError where they are not there."""
-    path = self._folder / "names.txt"
-    names = os.fsdecode(read_whole(str(path))).split("\n")[:-1]
-    if len(names) != len(self.lengths):
-      raise DataError(f"{path} has {len(names)} names for {len(self.lengths)} documents; pack the data again")
-    return names
+    return _read_names(self._folder / _NAMES, len(self.lengths))
 
   def read(self, document: int, start: int, stop: int) -> np.ndarray:
     """See `Source.read`."""
@@ -133,15 +116,63 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
 
 
 def verify(path: epath.PathLike) -> None:
-  """Raises DataError unless every file of a packed folder has the checksum in its manifest."""
+  """Checks that the files of a packed folder have their checksums, and as many bytes and documents as it says.
+
+  Raises:
+    DataError: names the file that has not.
+  """
   folder = epath.Path(path)
-  for name, expected in read_manifest(folder)["sha256"].items():
+  manifest = read_manifest(folder)
+  if sorted(manifest["sha256"]) != sorted(FILES):
+    raise DataError(f"{folder / MANIFEST} has not the checksums of {', '.join(FILES)}; pack the data again")
+  for name in FILES:
     try:
       found = sha256_of(folder / name)
     except OSError as error:
       raise DataError(f"{folder / name} cannot be read ({error}); pack it again") from error
-    if found != expected:
+    if found != manifest["sha256"][name]:
       raise DataError(f"{folder / name} has changed since it was packed; pack it again")
+  ends, _ = _read_ends(folder, manifest)
+  _read_names(folder / _NAMES, len(ends))
+
+
+def _read_ends(folder: epath.Path, manifest: dict[str, Any]) -> tuple[np.ndarray, str]:
+  """Where each document ends in data.bin, int64 [documents]; and the SHA-256 sum of the file that says so.
+
+  Raises:
+    DataError: that file is damaged, or it, the manifest and the size of data.bin do not fit each other.
+  """
+  try:
+    file = (folder / _ENDS).read_bytes()
+    digest = hashlib.sha256(file).hexdigest()
+    if digest != manifest["sha256"].get(_ENDS):
+      raise ValueError(f"{_ENDS} does not have its checksum")
+    ends = np.lib.format.read_array(io.BytesIO(file))
+  except (OSError, ValueError) as error:
+    raise DataError(f"{folder} is not whole ({error}); pack it again") from error
+  [size] = sizes_of([str(folder / _DATA)])
+  if size < 0:
+    raise DataError(f"{folder / _DATA} cannot be read; pack it again")
+  is_list = ends.ndim == 1 and ends.dtype == np.int64
+  found = (len(ends), int(ends[-1]) if len(ends) else 0, size) if is_list else (0, 0, size)
+  promised = (manifest["documents"], manifest["bytes"], manifest["bytes"])
+  if found != promised:
+    raise DataError(
+      f"{folder} has {found[0]} documents and {found[2]:,} bytes instead of {promised[0]} and {promised[2]:,}"
+    )
+  unit = manifest["unit"]
+  if not len(ends) or ends[0] <= 0 or (ends[1:] <= ends[:-1]).any() or unit < 1 or (ends % unit).any():
+    raise DataError(
+      f"{folder / _ENDS} has documents that are not one after the other, in units of {unit}; pack it again"
+    )
+  return ends, digest
+
+
+def _read_names(path: epath.Path, documents: int) -> Sequence[str]:
+  names = os.fsdecode(read_whole(str(path))).split("\n")[:-1]
+  if len(names) != documents:
+    raise DataError(f"{path} has {len(names)} names for {documents} documents; pack the data again")
+  return names
 
 
 def sha256_of(path: epath.Path) -> str:

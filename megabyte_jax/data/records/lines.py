@@ -10,17 +10,15 @@ from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 import numpy as np
-from etils import epath
 
 from megabyte_jax.config import DataConfig
-from megabyte_jax.data.files import ByteFiles
+from megabyte_jax.data.files import ByteFiles, open_file
 from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.records import cache
 from megabyte_jax.data.records.store import Numbered
 from megabyte_jax.data.sources import RAW_HINT, SKIP_HINT
 from megabyte_jax.display.progress import Progress
 from megabyte_jax.errors import DataError
-from megabyte_jax.files.object_stores import is_remote
 
 _BLOCK = 1 << 22  # bytes read at once
 _LONGEST = 1 << 30  # bytes of a line; a file that has longer ones is no JSON Lines
@@ -94,7 +92,7 @@ def lines_of(file: IO[bytes], path: str) -> Iterator[tuple[int, int, bytes, bool
 
 def open_for_reading(path: str) -> IO[bytes]:
   """Opens a local or remote file."""
-  return epath.Path(path).open("rb") if is_remote(path) else open(path, "rb")
+  return open_file(path)
 
 
 class Lines:
