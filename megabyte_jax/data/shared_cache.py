@@ -21,7 +21,7 @@ def array_bytes(array: np.ndarray) -> int:
 
 
 class SharedCache(Generic[T]):
-  """`make(number)`, of which the latest results stay in memory; functools.lru_cache would let each thread make its own.
+  """Keeps the latest results of `make(number)` in memory; functools.lru_cache would let each thread make its own.
 
   Args:
     make: the work; what it raises reaches all that wait for it, and is not kept.
@@ -37,7 +37,7 @@ class SharedCache(Generic[T]):
     self._total = 0
 
   def __call__(self, number: int) -> T:
-    """The result for `number`."""
+    """Returns the result for `number`."""
     with self._lock:
       future = self._results.get(number)
       mine = future is None

@@ -49,8 +49,8 @@ class Source(Protocol):
 
 
 def said(error: Exception) -> str:
-  """Returns what a decoder says, without the in-memory file that it was given."""
-  return re.sub(r" ?<_io\.BytesIO object at \w+>", "", str(error))
+  """Returns what a decoder says, without the file object that it was given."""
+  return re.sub(r" ?<_io\.[^>]*>", "", str(error))
 
 
 class Joined:

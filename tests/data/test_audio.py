@@ -227,7 +227,7 @@ def test_flac_files_that_do_not_say_how_long_they_are(tmp_path, count):
   assert audio.read_head(str(path)) == (count, 8000)
   found, rate = audio.decode(str(path))
   np.testing.assert_allclose(found * 32768, samples.mean(axis=1), atol=0.01)
-  for bad in (data[:-1], data[:-300], data + b"x", data[:-9] + bytes([data[-9] ^ 85]) + data[-8:]):
+  for bad in (data[:-1], data[:-5], data + b"x", data[:-9] + bytes([data[-9] ^ 85]) + data[-8:]):
     path.write_bytes(bad)
     with pytest.raises(DataError, match=r"a\.flac is not a readable .*last frame is damaged or cut short"):
       audio.read_head(str(path))

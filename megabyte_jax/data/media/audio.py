@@ -80,7 +80,7 @@ def write_wav(path: epath.PathLike, x: np.ndarray, encoding: str, sample_rate: i
 
 
 class Recording(NamedTuple):
-  """What the head of a file says: samples a channel, samples per second."""
+  """The length and rate in the head of a file: samples a channel, samples per second."""
 
   frames: int
   rate: int

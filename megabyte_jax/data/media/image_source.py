@@ -25,7 +25,7 @@ _SCALED = 16  # images kept whole while their tiles are cut
 
 
 class EncodedImages(Protocol):
-  """Where encoded images come from: files, or records of a data set."""
+  """The origin of encoded images: files, or records of a data set."""
 
   @property
   def names(self) -> Sequence[str]:

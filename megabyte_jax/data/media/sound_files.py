@@ -75,7 +75,7 @@ def ogg_problem(data: bytes) -> str:
   Pages must follow each other without a gap, be counted without one, and each stream must end with a page that says so.
   After that a tag may follow.
   """
-  place, ended = 0, set()
+  place, ended = 0, set[bytes]()
   next_page: dict[bytes, int] = {}
   while place < len(data):
     head = data[place : place + 27]
