@@ -229,6 +229,8 @@ class Config:
     log_every: steps between progress lines.
     profile_steps: (first, last) step of a device trace; () traces nothing.
     sample_bytes: bytes generated at the end of training; 0 none.
+    tracker: where numbers and pictures go beside the work directory: wandb | mlflow; empty for nowhere.
+    tracker_project: the project, or experiment, that the run belongs to there.
   """
 
   model: ModelConfig
@@ -244,6 +246,8 @@ class Config:
   log_every: int = 10
   profile_steps: tuple[int, ...] = ()
   sample_bytes: int = 0
+  tracker: Literal["", "wandb", "mlflow"] = ""
+  tracker_project: str = "megabyte_jax"
 
   def __post_init__(self):
     convert_fields(self)

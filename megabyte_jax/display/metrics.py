@@ -13,6 +13,7 @@ import jax
 from etils import epath
 
 from megabyte_jax.display.progress import duration, human
+from megabyte_jax.display.trackers import Tracker
 from megabyte_jax.files.atomic_file import replacing
 from megabyte_jax.files.object_stores import is_remote
 from megabyte_jax.parallel.hardware import memory_in_use, peak_flops
@@ -40,6 +41,7 @@ class Metrics:
     flops_per_byte: float | None = None,
     devices: Sequence[jax.Device] | None = None,
     tensorboard: bool = True,
+    tracker: Tracker | None = None,
   ):
     """Opens the files in `workdir` and removes lines of later steps, which the run repeats.
 
@@ -54,7 +56,9 @@ class Metrics:
       flops_per_byte: of a training step, by `flops.flops_per_byte(..., training=True)`.
       devices: all devices that train, of every process; None takes `jax.devices()`.
       tensorboard: writes events to `workdir`/tensorboard, too.
+      tracker: gets the same values.
     """
+    self._tracker = tracker
     self._devices = list(jax.devices() if devices is None else devices)
     peaks = [peak_flops(device) for device in self._devices]
     known = [peak for peak in peaks if peak]
@@ -183,6 +187,8 @@ class Metrics:
       return
     # JSON knows no NaN and no infinity.
     plain = {name: value if value is not None and math.isfinite(value) else None for name, value in record.items()}
+    if self._tracker:
+      self._tracker.log(record["step"], plain)
     line = json.dumps(plain) + "\n"
     if self._file is not None:
       self._file.write(line)
