@@ -29,6 +29,7 @@ from megabyte_jax.data.open_data import open_source
 from megabyte_jax.data.sources import Source
 from megabyte_jax.display import plots
 from megabyte_jax.display.metrics import Metrics
+from megabyte_jax.display.trackers import Tracker
 from megabyte_jax.errors import CheckpointError
 from megabyte_jax.evaluation import report, windows
 from megabyte_jax.evaluation.evaluate import evaluate, make_eval_step
@@ -73,7 +74,8 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
     documents=config.data.documents,
     latents=getattr(config.model, "latents", 0),
   )
-  with StopSignal() as stop, contextlib.ExitStack() as closing:  # whatever happens, what is being written is finished
+  # Whatever happens, what is being written is finished; the tracker, last, gets the pictures drawn from it.
+  with StopSignal() as stop, contextlib.ExitStack() as ending, contextlib.ExitStack() as closing:
     if jax.process_index() == 0:
       busy = f"another process is training in {workdir}; wait until it ends, or take another --workdir"
       closing.enter_context(locked(workdir, CheckpointError(busy)))
@@ -82,6 +84,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
     state = start.state
     save_config(workdir, config)
     print(report.describe_run(config, mesh, source, start.step), flush=True)
+    tracker = ending.enter_context(Tracker(config, workdir))
     metrics = closing.enter_context(
       Metrics(
         workdir,
@@ -90,6 +93,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
         start_step=start.step,
         seconds=start.seconds,
         flops_per_byte=flops_per_byte(config.model, training=True),
+        tracker=tracker,
       )
     )
     step_metrics = StepMetrics(config, metrics, checkpoints, start.step, start.since_logged)
@@ -151,7 +155,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
       metrics.write(config.num_steps, {"validation_bpb": part.bpb})
       checkpoints.record(config.num_steps, part.bpb)
     closing.close()  # metrics are whole before they are drawn
-    finish(config, workdir, state.parameters, source, validation)
+    finish(config, workdir, state.parameters, source, validation, tracker)
 
 
 def say_stopped(checkpoints: Checkpoints, step: int) -> None:
@@ -160,14 +164,19 @@ def say_stopped(checkpoints: Checkpoints, step: int) -> None:
   print(f"stopped at step {step}, which is saved in {checkpoints.workdir}; the same command goes on from there")
 
 
-def finish(config: Config, workdir: str, parameters: Any, source: Source, validation: Source | None) -> None:
+def finish(
+  config: Config, workdir: str, parameters: Any, source: Source, validation: Source | None, tracker: Tracker
+) -> None:
   """Draws the loss curve, makes samples, and prints what to try next."""
   picture = os.path.join(workdir, "loss.png")
   if jax.process_index() == 0:
     plots.loss_curve(os.path.join(workdir, "metrics.jsonl"), picture)
+    tracker.picture(picture)
   print_sample(config, parameters, source)
   for path in write_samples(config, parameters, validation or source, workdir):
     print(f"samples: {path}")
+    if path.endswith(".png"):
+      tracker.picture(path)
   print(report.what_next(workdir, picture, config.data.form))
 
 

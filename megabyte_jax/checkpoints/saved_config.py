@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -32,6 +32,10 @@ _FREE = (  # other ways to compute the same numbers, and where data lie whose co
   "data.cache_dir",
 )
 
+_LENGTH_HINT = (
+  "num_steps may change only where the learning rates of all steps so far stay the same: with "
+  "optimizer.schedule=constant, or wsd before its decay begins"
+)
 _ABSENT = object()
 
 
@@ -89,7 +93,11 @@ def changed_keys(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
 
 
 def check_same_run(
-  meta: Mapping[str, Any], config: Mapping[str, Any], fingerprint: Any, validation_fingerprint: str = ""
+  meta: Mapping[str, Any],
+  config: Mapping[str, Any],
+  fingerprint: Any,
+  validation_fingerprint: str = "",
+  free: Collection[str] = (),
 ) -> None:
   """Checks that a checkpoint can be continued exactly under `config` on the data of `fingerprint`.
 
@@ -98,11 +106,14 @@ def check_same_run(
     config: `Config.to_dict()` of what is asked for now.
     fingerprint: of the training data, anything that JSON can hold.
     validation_fingerprint: of the validation data; '' where there are none.
+    free: further keys that may differ.
 
   Raises:
     CheckpointError: naming every key that differs, with both values.
   """
   differences = _differences(upgraded(meta["config"]), config)
+  for key in free:
+    differences.pop(key, None)
   before, now = _flat(meta.get("fingerprint"), "fingerprint"), _flat(_plain(fingerprint), "fingerprint")
   for key in sorted(before.keys() | now.keys()):
     if not same_fingerprint(before.get(key, _ABSENT), now.get(key, _ABSENT)):
@@ -121,6 +132,7 @@ def check_same_run(
     raise CheckpointError(
       f"the checkpoint at step {meta.get('step', '?')} belongs to another run (saved -> given):\n"
       + "\n".join(lines)
+      + ("\n" + _LENGTH_HINT if "num_steps" in differences else "")
       + "\ntake the saved values, or another --workdir (with --init_from=DIR, this one, to start from its parameters)"
     )
 

@@ -109,7 +109,7 @@ class OptimizerConfig:
   Attributes:
     name: adamw | muon (the blocks' matrices by Muon, everything else by AdamW).
     schedule: after a linear warm-up: linear | cosine (to the end of the run) | wsd (constant, and linear over the last
-      `decay_share` of the steps).
+      `decay_share` of the steps) | constant. With the last two num_steps may change on resuming, before the decay.
     warmup_steps: the learning rate grows from 0, which the first step has, for so many steps, or for all of a shorter
       run.
     learning_rate: after the warm-up.
@@ -123,7 +123,7 @@ class OptimizerConfig:
 
   name: Literal["adamw", "muon"] = "adamw"
   learning_rate: float = 2e-4
-  schedule: Literal["linear", "cosine", "wsd"] = "linear"
+  schedule: Literal["linear", "cosine", "wsd", "constant"] = "linear"
   warmup_steps: int = 500
   end_learning_rate: float = 0.0
   decay_share: float = 0.2

@@ -23,7 +23,6 @@ from megabyte_jax.files.atomic_file import replacing
 from megabyte_jax.files.json_files import read_json
 
 TRACKER_FILE = "tracker.json"
-_PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}  # what installs each
 
 
 class _Sink(Protocol):
@@ -65,16 +64,21 @@ class Tracker:
     path = epath.Path(workdir) / TRACKER_FILE
     known = read_json(path, CheckpointError, "remove it to begin a new run there") if path.exists() else {}
     run_id = str(known.get(config.tracker, ""))
-    module, sink = _import(config.tracker), {"wandb": _Wandb, "mlflow": _Mlflow}[config.tracker]
+    module = _import(config.tracker)
+    opened: _Sink
     try:
-      self._sink = sink(module, config, workdir, run_id)
+      if config.tracker == "wandb":
+        opened = _Wandb(module, config, workdir, run_id)
+      else:
+        opened = _Mlflow(module, config, workdir, run_id)
     except Exception as error:  # of a server, an account, a network
       raise ConfigError(
         f"config.tracker={config.tracker}: no run can be opened ({_said(error)}); set up {config.tracker}, or leave "
         "config.tracker empty"
       ) from error
     with replacing(path) as temporary:
-      temporary.write_text(json.dumps({**known, config.tracker: self._sink.run_id}) + "\n")
+      temporary.write_text(json.dumps({**known, config.tracker: opened.run_id}) + "\n")
+    self._sink = opened
 
   def __enter__(self) -> Tracker:
     return self
@@ -152,7 +156,7 @@ def _import(name: str) -> Any:
     return importlib.import_module(name)
   except ImportError as error:
     raise ConfigError(
-      f"config.tracker={name} needs {name}, which is not installed: pip install {_PACKAGES[name]}"
+      f'config.tracker={name} needs {name}, which is not installed: pip install -e ".[{name}]"'
     ) from error
 
 

@@ -14,6 +14,7 @@ from megabyte_jax.checkpoints.saved_config import check_same_run
 from megabyte_jax.config import Config
 from megabyte_jax.data.sources import Source
 from megabyte_jax.errors import ConfigError
+from megabyte_jax.training.schedule import same_rates
 from megabyte_jax.training.state import TrainState, abstract_state, initial_state
 
 
@@ -62,10 +63,19 @@ def resume_or_start(
       f"{checkpoints.workdir} holds a run already, which did not start from {init_from}; take another --workdir, or "
       "drop the flag"
     )
-  check_same_run(meta, identity["config"], identity["fingerprint"], identity["validation_fingerprint"])
+  free = ("num_steps",) if _may_change_length(meta["config"], config, step) else ()
+  check_same_run(meta, identity["config"], identity["fingerprint"], identity["validation_fingerprint"], free)
   identity["init_from"] = meta["init_from"]
   state = restored_state(config, mesh, checkpoints, step)
   return Start(step, state, meta["seconds"], tuple(meta["since_logged"]), identity)
+
+
+def _may_change_length(saved: Any, config: Config, step: int) -> bool:
+  """Whether the first `step` steps would have been the same ones had the run had the length that is asked for now."""
+  try:
+    return step <= config.num_steps and same_rates(Config.from_dict(saved), config, step)
+  except ConfigError:  # check_same_run says what has changed
+    return False
 
 
 def restored_state(config: Config, mesh: Mesh, checkpoints: Checkpoints, step: int | None = None) -> TrainState:

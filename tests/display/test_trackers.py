@@ -3,10 +3,10 @@
 import dataclasses
 import json
 import sys
-import types
 
 import pytest
 import tiny_config
+from fake_trackers import FakeMlflow, FakeWandb
 
 from megabyte_jax.config import Config
 from megabyte_jax.display.metrics import Metrics
@@ -18,43 +18,6 @@ CONFIG = Config.from_dict(tiny_config.get_config())
 
 def tracked(name):
   return dataclasses.replace(CONFIG, tracker=name, tracker_project="books")
-
-
-class FakeWandb(types.ModuleType):
-  """What of wandb is used; `calls` holds what was asked of it."""
-
-  def __init__(self):
-    super().__init__("wandb")
-    self.calls = []
-
-  def init(self, **options):
-    self.calls.append(("init", options))
-    return types.SimpleNamespace(
-      define_metric=lambda *args, **options: self.calls.append(("define_metric", args, options)),
-      log=lambda values: self.calls.append(("log", values)),
-      finish=lambda exit_code: self.calls.append(("finish", exit_code)),
-    )
-
-  def Image(self, path):
-    return ("image", path)
-
-
-class FakeMlflow(types.ModuleType):
-  """What of mlflow is used."""
-
-  def __init__(self):
-    super().__init__("mlflow")
-    self.calls = []
-
-  def __getattr__(self, name):
-    if name.startswith("__"):
-      raise AttributeError(name)
-
-    def call(*args, **options):
-      self.calls.append((name, args, options))
-      return types.SimpleNamespace(info=types.SimpleNamespace(run_id=options.get("run_id", "made")))
-
-    return call
 
 
 @pytest.fixture
@@ -150,5 +113,5 @@ def test_what_cannot_be_opened_is_one_line(wandb, tmp_path, monkeypatch):
   with pytest.raises(CheckpointError, match=r"tracker\.json is no JSON object .*; remove it"):
     Tracker(tracked("wandb"), str(tmp_path))
   monkeypatch.setitem(sys.modules, "mlflow", None)
-  with pytest.raises(ConfigError, match=r"needs mlflow, which is not installed: pip install mlflow-skinny$"):
+  with pytest.raises(ConfigError, match=r"needs mlflow, which is not installed: pip install -e \"\.\[mlflow\]\"$"):
     Tracker(tracked("mlflow"), str(tmp_path / "x"))

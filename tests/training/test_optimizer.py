@@ -87,6 +87,8 @@ def test_warm_up_stable_decay():
   expected = {0: 0.0, 5: 0.5, 10: 1.0, 50: 1.0, 75: 1.0, 80: 0.8, 99: 0.04, 100: 0.0}
   for step, value in expected.items():
     assert float(rate(step)) == pytest.approx(value, abs=1e-6), step
+  constant = learning_rate(OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule="constant"), 20)
+  assert [float(constant(step)) for step in (0, 5, 10, 19, 100)] == pytest.approx([0, 0.5, 1, 1, 1])
   short = learning_rate(OptimizerConfig(learning_rate=1.0, warmup_steps=9, schedule="wsd"), 10)  # decays at once
   assert [float(short(step)) for step in (8, 9, 10)] == pytest.approx([8 / 9, 1.0, 0.0])
 

@@ -149,6 +149,39 @@ def test_progress_lines_and_evaluations_are_those_of_one_run(folder, config, com
   assert metric_lines(tmp_path / "stopped") == lines
 
 
+@pytest.mark.parametrize("schedule", ["wsd", "constant"])
+def test_a_longer_run_is_as_if_it_had_been_longer_from_the_beginning(schedule, config, compiled, tmp_path):
+  model = dataclasses.replace(config.model, levels=config.model.levels[:1])  # quicker to compile
+  optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, schedule=schedule, decay_share=0.25)
+  data = dataclasses.replace(config.data, validation="")
+  config = dataclasses.replace(config, model=model, optimizer=optimizer, data=data, num_steps=12)
+  train.train(config, str(tmp_path / "whole"))
+  short = dataclasses.replace(config, num_steps=8)
+  if schedule == "constant":
+    train.train(short, str(tmp_path / "grown"))  # to its end
+  else:
+    train_with_a_signal(short, tmp_path / "grown", 6)  # the decay begins after it
+  train.train(config, str(tmp_path / "grown"))
+  assert_bitwise_equal(saved_state(tmp_path / "grown"), saved_state(tmp_path / "whole"))
+  assert metric_lines(tmp_path / "grown")[-1]["step"] == 12
+  with pytest.raises(CheckpointError, match=r"num_steps: 12 -> 11"):
+    train.train(dataclasses.replace(config, num_steps=11), str(tmp_path / "grown"))
+
+
+def test_a_run_that_cannot_grow_says_which_can(config, compiled, tmp_path):
+  model = dataclasses.replace(config.model, levels=config.model.levels[:1])
+  data = dataclasses.replace(config.data, validation="")
+  config = dataclasses.replace(config, model=model, data=data, num_steps=4)
+  for schedule in ("linear", "wsd"):  # the latter's decay has begun
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, schedule=schedule, decay_share=0.5)
+    run = dataclasses.replace(config, optimizer=optimizer)
+    train.train(run, str(tmp_path / schedule))
+    with pytest.raises(
+      CheckpointError, match=r"num_steps: 4 -> 9\n.*schedule=constant, or wsd before.*\n.*--init_from"
+    ):
+      train.train(dataclasses.replace(run, num_steps=9), str(tmp_path / schedule))
+
+
 @pytest.mark.slow
 def test_muon_resumes_exactly_too(config, compiled, tmp_path):
   optimizer = OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=2, schedule="wsd", decay_share=0.5)

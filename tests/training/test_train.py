@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import numpy as np
 import pytest
 import tiny_config
+from fake_trackers import FakeWandb
 from run_commands import (
   MESH,
   assert_bitwise_equal,
@@ -118,7 +120,9 @@ def check_run(config, workdir, monkeypatch, name, traced=True):
 
 def test_a_transformer_and_what_its_run_leaves_behind(config, tmp_path, monkeypatch, capsys):
   workdir = tmp_path / "run"
+  monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
   options = {"profile_steps": (2, 3), "sample_bytes": 8, "checkpoint": CheckpointConfig(every_steps=25)}
+  options["tracker"] = "wandb"
   config = dataclasses.replace(config, model=TRANSFORMER, num_steps=40, log_every=10, **options)
   check_run(config, workdir, monkeypatch, "Transformer")
   output = capsys.readouterr().out
@@ -132,6 +136,15 @@ def test_a_transformer_and_what_its_run_leaves_behind(config, tmp_path, monkeypa
   (events,) = (workdir / "tensorboard").iterdir()
   assert not [name for name in (b"loss", b"grad_norm", b"validation_bpb") if name not in events.read_bytes()]
   assert sorted(path.name for path in (workdir / "checkpoints").iterdir() if path.is_dir()) == ["25", "40"]
+  *logged, picture = [call[1] for call in wandb.calls if call[0] == "log"]
+  assert [(values["step"], "validation_bpb" in values) for values in logged] == [
+    (10, 0),
+    (20, 0),
+    (30, 0),
+    (40, 0),
+    (40, 1),
+  ]
+  assert picture == {"loss": ("image", str(workdir / "loss.png"))} and wandb.calls[-1] == ("finish", 0)
 
 
 def test_perceiver_ar(config, tmp_path, monkeypatch):
