@@ -39,7 +39,7 @@ def read_prompt(path: str, data: DataConfig, keep: float | None = None) -> Promp
   not 8-bit RGB made so.
 
   Args:
-    path: JPEG, PNG or WebP for a model of images, WAV, FLAC or OGG for one of audio, or .bin: raw bytes in the order
+    path: an image or a recording (docs/data.md has the kinds) for a model of these, or .bin: raw bytes in the order
       that it was trained on; any file for a model of bytes.
     keep: the share of the bytes that is kept; None takes the upper half of an image, and all of anything else.
 

@@ -15,6 +15,7 @@ from run_commands import compiling_once, evaluate_command, finish, start, write_
 
 import eval as command
 import train
+from megabyte_jax.commands.eval import parse_arguments
 from megabyte_jax.config import Config, DataConfig, EvalConfig
 from megabyte_jax.data.open_data import open_path
 from megabyte_jax.errors import ConfigError
@@ -25,6 +26,15 @@ from megabyte_jax.evaluation.positions import write_positions
 from megabyte_jax.evaluation.report import read_all
 
 LEVELS = Config.from_dict(tiny_config.get_config()).model.levels[:1]  # quick to compile
+
+
+def test_max_pixels_are_the_runs_unless_others_are_given():
+  config = Config.from_dict(tiny_config.get_config())
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_pixels=123))
+  for flags, expected in (([], 123), (["--max-pixels=456"], 456)):
+    assert command.with_options(config, parse_arguments(["--workdir=x", *flags])).data.max_pixels == expected
+  with pytest.raises(ConfigError, match="--max-pixels is -1; it must not be negative"):
+    parse_arguments(["--workdir=x", "--max-pixels=-1"])
 
 
 @pytest.fixture(scope="module")
