@@ -72,7 +72,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
     context=config.model.context,
     seed=config.seed,
     documents=config.data.documents,
-    latents=getattr(config.model, "latents", 0),
+    latents=config.model.num_latents,
   )
   # Whatever happens, what is being written is finished; the tracker, last, gets the pictures drawn from it.
   with StopSignal() as stop, contextlib.ExitStack() as ending, contextlib.ExitStack() as closing:

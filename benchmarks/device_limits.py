@@ -8,7 +8,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from megabyte_jax.config import Config, Level, MegabyteConfig, ModelConfig
+from megabyte_jax.config import Config, Level, ModelConfig
 from megabyte_jax.models import flops
 
 
@@ -61,12 +61,11 @@ def least_seconds(config: Config, ceiling: float, bandwidth: float) -> float:
   """
   model = config.model
   parameters = flops.parameter_count(model)
-  if isinstance(model, MegabyteConfig):
-    blocks = sum(_block_traffic(model, level) * model.context // level.patch_size for level in model.levels)
-    predicted = model.context
-  else:
-    across = 3 * 4 * 2 * model.width * model.context  # the norm and the attention of the prefix, and their gradients
-    blocks, predicted = _block_traffic(model, model.level) * model.latents + across, model.latents
+  stacks = zip(model.levels, model.slots, strict=True)
+  blocks = sum(_block_traffic(model, level) * slots for level, slots in stacks)
+  if cross := model.cross_attention:
+    blocks += 3 * 4 * 2 * cross.width * model.context  # norm and attention of the prefix, and their gradients
+  predicted = model.predicted_bytes
   traffic = config.batch_size * (blocks + 3 * 4 * model.vocab_size * predicted)  # logits: float32, three times
   # Value, gradient and moments read and written in float32; read, written in bfloat16.
   traffic += parameters * (8 * (2 + config.optimizer.moments) + 6)

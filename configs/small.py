@@ -28,7 +28,7 @@ import dataclasses
 import math
 import re
 
-from megabyte_jax.config import EvalConfig, Level, MegabyteConfig, MeshConfig
+from megabyte_jax.config import EvalConfig, Level, MeshConfig
 from megabyte_jax.errors import require
 from megabyte_jax.models import flops
 from megabyte_jax.paper import recipe
@@ -75,13 +75,9 @@ def parts(batch_size: int, at_once: int) -> int:
 
 
 def shrink_model(model, divisor: int):
-  if isinstance(model, MegabyteConfig):
-    levels = tuple(shrink_level(level, divisor) for level in model.levels)
-    parent_init = "balanced" if len(levels) > 1 else model.parent_init
-    return dataclasses.replace(model, levels=levels, remat="named", init_std=INIT_STD, parent_init=parent_init)
-  level = shrink_level(model.level, divisor)
-  names = ("width", "num_layers", "num_heads", "head_dim", "rotary")
-  return dataclasses.replace(model, remat="named", init_std=INIT_STD, **{name: getattr(level, name) for name in names})
+  levels = tuple(shrink_level(level, divisor) for level in model.levels)
+  balanced = {"parent_init": "balanced"} if len(levels) > 1 else {}
+  return dataclasses.replace(model.with_levels(levels), remat="named", init_std=INIT_STD, **balanced)
 
 
 def shrink_level(level: Level, divisor: int) -> Level:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, get_args
 from megabyte_jax.commands import arguments as flags
 from megabyte_jax.commands import command_line
 from megabyte_jax.config import Config
-from megabyte_jax.config.model import Remat
+from megabyte_jax.config.levels import Remat
 from megabyte_jax.display.progress import duration, human
 from megabyte_jax.errors import require
 from megabyte_jax.files.outputs import check_output_file

@@ -1,6 +1,9 @@
 """Says what can be set: the run, its model and its data, as checked dataclasses; it knows nothing of arrays."""
 
-from megabyte_jax.config.model import BlockOptions, Level, MegabyteConfig, ModelConfig, PerceiverARConfig
+from megabyte_jax.config.levels import BlockOptions, Level
+from megabyte_jax.config.megabyte import MegabyteConfig
+from megabyte_jax.config.model import ModelConfig
+from megabyte_jax.config.perceiver_ar import PerceiverARConfig
 from megabyte_jax.config.run import CheckpointConfig, Config, DataConfig, EvalConfig, MeshConfig, OptimizerConfig
 from megabyte_jax.errors import ConfigError
 

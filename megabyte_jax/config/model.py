@@ -1,284 +1,177 @@
-"""What a model can be: levels, shared block options, and the two families of models."""
+"""Defines what every family of models answers about itself; all other rooms ask a config rather than its class.
+
+A new family is a subclass of `ModelConfig` in a file of its own: CONTRIBUTING.md, "Adding a model family".
+"""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 
+from megabyte_jax.config.levels import BlockOptions, Level
 from megabyte_jax.config.parsing import convert_fields
 from megabyte_jax.errors import require
 
-Remat = Literal["none", "full", "named"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Level:
-  """One causal decoder of the hierarchy (level i of n; section 2.2 of the paper has n = 2).
-
-  Attributes:
-    patch_size: S_i, the bytes that one slot of this level stands for.
-    width: D_i = S_i * d_i, the Transformer's width; d_i is the width of one byte's embedding.
-    num_layers: decoder blocks.
-    num_heads: attention heads.
-    head_dim: width of a head; 0 takes width / num_heads.
-    ff_width: hidden width of the feed-forward layers; 0 takes the usual one, see `BlockOptions.hidden`.
-    rotary: rotary relative positions on queries and keys, on top of the learned byte positions.
-    cross_patch: r, the slots of the previous span whose keys and values each layer also sees
-      (section 2.3.2); needs `rotary` for positions relative to the previous span.
-    conv_filters: filter sizes of the causal convolutional patch encoder (section 2.3.1): (3, 5, 7) in the paper.
-    attention_window: a slot sees itself and the `attention_window - 1` slots before it; 0 sees all.
-  """
-
-  patch_size: int
-  width: int
-  num_layers: int
-  num_heads: int
-  head_dim: int = 0
-  ff_width: int = 0
-  rotary: bool = False
-  cross_patch: int = 0
-  conv_filters: tuple[int, ...] = ()
-  attention_window: int = 0
-
-  def __post_init__(self):
-    convert_fields(self)
-
-  @property
-  def byte_width(self) -> int:
-    """d_i, the width of one byte's embedding (D_G for the global model, D_L for the local one)."""
-    return self.width // self.patch_size
-
-  @property
-  def heads(self) -> tuple[int, int]:
-    """(number of heads, width of one)."""
-    return self.num_heads, self.head_dim or self.width // self.num_heads
-
-  def check(self, where: str, span: int, *, has_previous_span: bool) -> None:
-    """Raises ConfigError unless this level works on spans of `span` bytes."""
-    for name in ("patch_size", "width", "num_layers", "num_heads"):
-      require(getattr(self, name) > 0, f"{where}.{name} is {getattr(self, name)}; it must be at least 1")
-    for name in ("head_dim", "ff_width", "cross_patch", "attention_window"):
-      require(getattr(self, name) >= 0, f"{where}.{name} is {getattr(self, name)}; it must not be negative")
-    down = self.width // self.patch_size * self.patch_size
-    require(
-      self.width % self.patch_size == 0,
-      f"{where}.width {self.width} is not a multiple of patch_size {self.patch_size} (a slot is the concatenation of "
-      f"{self.patch_size} byte embeddings); take {down or self.patch_size} or {down + self.patch_size}",
-    )
-    require(
-      self.head_dim > 0 or self.width % self.num_heads == 0,
-      f"{where}.width {self.width} is not a multiple of num_heads {self.num_heads}; set {where}.head_dim",
-    )
-    require(
-      span % self.patch_size == 0,
-      f"{where}.patch_size {self.patch_size} does not divide the {span} bytes of its span "
-      "(the patch size of the level above, the context for the first)",
-    )
-    slots = span // self.patch_size
-    require(
-      not (self.rotary or self.cross_patch) or self.heads[1] % 2 == 0,
-      f"{where}.head_dim {self.heads[1]} is odd; rotary positions need an even one",
-    )
-    require(
-      self.cross_patch == 0 or has_previous_span,
-      f"{where}.cross_patch is {self.cross_patch}, but the first level has no previous span; set it to 0",
-    )
-    require(
-      self.cross_patch <= slots,
-      f"{where}.cross_patch {self.cross_patch} is more than the {slots} slots of a span",
-    )
-    require(
-      self.cross_patch == 0 or self.rotary,
-      f"{where}.cross_patch needs {where}.rotary=True: learned positions do not reach into the previous span",
-    )
-    require(
-      self.attention_window == 0 or self.cross_patch == 0,
-      f"{where}: attention_window and cross_patch exclude each other; set one to 0",
-    )
-    require(
-      all(f > 0 for f in self.conv_filters), f"{where}.conv_filters {self.conv_filters}: sizes must be at least 1"
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockOptions:
-  """What all decoder blocks of a model share. Defaults are the paper's (appendix A.1).
-
-  Attributes:
-    norm: layernorm | rmsnorm, always before attention and feed-forward and once after the last block.
-    activation: relu | gelu | silu | swiglu (silu of one half of the feed-forward's inner units times the other half).
-    bias: biases in norms, projections and feed-forward layers.
-    qk_norm: RMSNorm of every head's queries and keys, with learned scales, before rotary positions.
-    dropout: on the output of every attention and feed-forward layer; never on embeddings.
-    attention_dropout: on attention probabilities; only the xla attention can do it.
-    init_std: standard deviation of the normal (cut at two of them) that parameters are drawn from.
-    remat: what backward recomputes: none | full (each block) | named (all but q, k and v, what attention gives, and the
-      hidden layer).
-    compute_dtype: auto | bfloat16 | float32; auto is float32 on CPU and bfloat16 elsewhere. Products of float32 are as
-      precise as JAX's default_matmul_precision: on GPUs and TPUs less than float32, unless that is "highest".
-    scan_layers: always | never | auto: whether one compiled block serves all layers of a level, or each is compiled by
-      itself, which is faster but, with remat=named, keeps more activations; auto is never on a GPU, always elsewhere.
-    attention: auto | xla | cudnn | splash, see models/attention.py; with xla decoding has no kernels either.
-  """
-
-  norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-  activation: Literal["relu", "gelu", "silu", "swiglu"] = "relu"
-  bias: bool = True
-  qk_norm: bool = False
-  dropout: float = 0.1
-  attention_dropout: float = 0.0
-  init_std: float = 0.006
-  remat: Remat = "none"
-  scan_layers: Literal["auto", "always", "never"] = "auto"
-  compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-  attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-
-  @property
-  def gated(self) -> bool:
-    """Whether the feed-forward layers have two inner halves."""
-    return self.activation == "swiglu"
-
-  def hidden(self, level: Level) -> int:
-    """Width of a level's feed-forward hidden layer, of one half if gated.
-
-    Without `ff_width` 4 * width; if gated 8/3 of the width, for as many parameters in three matrices as the others have
-    in two, to the nearest multiple of 128 (of 8 below a width of 384).
-    """
-    if level.ff_width or not self.gated:
-      return level.ff_width or 4 * level.width
-    unit = 128 if level.width >= 384 else 8
-    return max(1, round(8 * level.width / (3 * unit))) * unit
-
-  def check_options(self) -> None:
-    """Raises ConfigError for impossible values."""
-    for name in ("dropout", "attention_dropout"):
-      require(0 <= getattr(self, name) < 1, f"model.{name} is {getattr(self, name)}; it must be in [0, 1)")
-    require(self.init_std > 0, f"model.init_std is {self.init_std}; it must be positive")
-    require(
-      self.attention_dropout == 0 or self.attention in ("auto", "xla"),
-      f"model.attention_dropout needs model.attention=xla, not {self.attention}",
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MegabyteConfig(BlockOptions):
-  """MEGABYTE as a list of levels; see models/megabyte.py.
-
-  Levels with patch sizes (P, 1) are the paper's model, (1,) is the byte-level Transformer, (P,) the
-  ablation without a local model, and (1,) with `span=P` the ablation without a global model.
-
-  Attributes:
-    context: T, the longest input in bytes.
-    levels: from the coarsest to the finest; each patch size divides the one above.
-    span: bytes that the first level sees together; 0 takes the whole context.
-    patch_groups: the levels below the first work on the patches in so many groups, one after the other, so that only
-      the first level's memory grows with the context; for very long sequences.
-    parent_init: how w_i of eq. (4) is drawn: paper (as all other parameters: next to a parent's output the embeddings
-      that it is added to are small then) | balanced (divided by the root of its number of inputs: both begin as large).
-    vocab_size: values of a byte, all of them counted; tests use fewer.
-  """
-
-  family: Literal["megabyte"] = "megabyte"
-  context: int
-  levels: tuple[Level, ...]
-  span: int = 0
-  patch_groups: int = 1
-  parent_init: Literal["paper", "balanced"] = "paper"
-  vocab_size: int = 256
-
-  @property
-  def spans(self) -> tuple[int, ...]:
-    """Bytes per span of each level: S_{i-1} for level i, with S_0 the context (or `span`)."""
-    return (self.span or self.context, *(level.patch_size for level in self.levels[:-1]))
-
-  @property
-  def alignment(self) -> int:
-    """Bytes that belong together: a patch of the first level, or a whole span where there are several."""
-    span = self.spans[0]
-    return span if span < self.context else self.levels[0].patch_size
-
-  def __post_init__(self):
-    convert_fields(self)
-    self.check_options()
-    require(self.context > 0, f"model.context is {self.context}; it must be at least 1")
-    require(len(self.levels) > 0, "model.levels is empty; give at least one level")
-    require(1 <= self.vocab_size <= 256, f"model.vocab_size is {self.vocab_size}; bytes have 1 to 256 values")
-    require(
-      self.span == 0 or (self.span > 0 and self.context % self.span == 0),
-      f"model.span {self.span} does not divide model.context {self.context}",
-    )
-    require(self.patch_groups > 0, f"model.patch_groups is {self.patch_groups}; it must be at least 1")
-    require(
-      self.patch_groups == 1 or len(self.levels) > 1,
-      f"model.patch_groups is {self.patch_groups}, but there is no level below the first; set it to 1",
-    )
-    require(
-      self.patch_groups == 1 or not any(level.cross_patch for level in self.levels),
-      f"model.patch_groups is {self.patch_groups}, but with cross-patch attention patches need the ones before them; "
-      "set it to 1, or cross_patch to 0",
-    )
-    for i, (level, span) in enumerate(zip(self.levels, self.spans, strict=True)):
-      level.check(f"model.levels[{i}]", span, has_previous_span=span < self.context)
-      require(
-        i == 0 or level.patch_size < span,
-        f"model.levels[{i}].patch_size {level.patch_size} must be smaller than the {span} of the level above",
-      )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PerceiverARConfig(BlockOptions):
-  """PerceiverAR baseline (appendix C of the paper); see models/perceiver_ar.py.
-
-  Attributes:
-    context: T, the longest input in bytes: a prefix and then the latents.
-    latents: N, the last positions of the input, whose next bytes are predicted.
-    width, num_layers, num_heads, head_dim, ff_width, rotary: as in `Level`; the cross-attention
-      layer comes on top of `num_layers` self-attention layers.
-    vocab_size: as in `MegabyteConfig`.
-  """
-
-  family: Literal["perceiver_ar"] = "perceiver_ar"
-  context: int
-  latents: int
-  width: int
-  num_layers: int
-  num_heads: int
-  head_dim: int = 0
-  ff_width: int = 0
-  rotary: bool = False
-  vocab_size: int = 256
-
-  @property
-  def level(self) -> Level:
-    """The self-attention layers over the latents, described as a level of single bytes."""
-    names = ("width", "num_layers", "num_heads", "head_dim", "ff_width", "rotary")
-    return Level(patch_size=1, **{name: getattr(self, name) for name in names})
-
-  @property
-  def levels(self) -> tuple[Level, ...]:
-    """The one, as `MegabyteConfig` has several."""
-    return (self.level,)
-
-  def __post_init__(self):
-    convert_fields(self)
-    self.check_options()
-    require(self.context > 0, f"model.context is {self.context}; it must be at least 1")
-    require(
-      1 <= self.latents <= self.context,
-      f"model.latents is {self.latents}; it must be between 1 and model.context ({self.context})",
-    )
-    require(1 <= self.vocab_size <= 256, f"model.vocab_size is {self.vocab_size}; bytes have 1 to 256 values")
-    self.level.check("model", self.context, has_previous_span=False)
+Attention = Literal["causal", "dense"]  # which products of attention count, see models/flops.py
 
 
 def latent_stride(latents: int) -> int:
-  """Bytes from one window of PerceiverAR's to the next: half the latents, in evaluation and in training."""
+  """Returns the bytes from one window to the next where only the last `latents` bytes are predicted: half of them."""
   return max(1, latents // 2)
 
 
-ModelConfig = MegabyteConfig | PerceiverARConfig
+class CrossAttention(NamedTuple):
+  """Sizes of a layer that looks over the whole input, beside the levels' blocks.
+
+  Attributes:
+    queries: slots that look.
+    keys: slots that one of them sees on average.
+    heads: attention heads.
+    width: of a slot.
+  """
+
+  queries: int
+  keys: float
+  heads: int
+  width: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(BlockOptions, abc.ABC):
+  """Describes a model of any family: its sizes, and how it reads, predicts, decodes and is spread over devices.
+
+  Subclasses set `family`, a `Literal` that names the class in config files, and have `levels` as a field or property.
+
+  Attributes:
+    context: T, the longest input in bytes.
+    vocab_size: values of a byte, all of them counted; tests use fewer.
+  """
+
+  default_family: ClassVar[str] = "megabyte"  # of a config that names none
+  largest_vocab: ClassVar[int] = 256  # a family that reads tokens rather than bytes allows more
+
+  family: str
+  context: int
+  vocab_size: int = 256
+
+  if TYPE_CHECKING:  # a property here would be taken for the default of a field of this name
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+      """Sizes of every stack of blocks, from the coarsest to the finest."""
+      ...
+
+  def check_sizes(self) -> None:
+    """Raises ConfigError for impossible options, context or vocabulary; subclasses call it first."""
+    convert_fields(self)
+    self.check_options()
+    require(self.context > 0, f"model.context is {self.context}; it must be at least 1")
+    largest = self.largest_vocab
+    require(
+      1 <= self.vocab_size <= largest,
+      f"model.vocab_size is {self.vocab_size}; "
+      + (f"bytes have 1 to {largest} values" if largest == 256 else f"it must be between 1 and {largest:,}"),
+    )
+
+  # --- Names. ---
+
+  @property
+  @abc.abstractmethod
+  def display_name(self) -> str:
+    """The model's name in tables for people."""
+
+  def level_key(self, i: int) -> str:
+    """Returns the key under which the sizes of level i are set, such as `model.levels[1]`."""
+    return f"model.levels[{i}]"
+
+  @property
+  def level_names(self) -> tuple[str, ...]:
+    """The levels' names for people."""
+    return tuple(f"level {i}" for i in range(1, len(self.levels) + 1))
+
+  # --- What a window is, in training, evaluation and generation; see evaluation/windows.py. ---
+
+  @property
+  def num_latents(self) -> int:
+    """Bytes at a window's end that alone are predicted, in windows that overlap by half of them; 0 predicts all."""
+    return 0
+
+  @property
+  def predicted_bytes(self) -> int:
+    """Bytes that a full window predicts."""
+    return self.num_latents or self.context
+
+  @property
+  def default_stride(self) -> int:
+    """Bytes from one overlapping window to the next: half of those that a window predicts."""
+    return latent_stride(self.predicted_bytes)
+
+  @property
+  def alignment(self) -> int:
+    """Bytes that belong together: inputs are padded to whole multiples."""
+    return 1
+
+  @property
+  def patch_bytes(self) -> int:
+    """Bytes of a patch: decoding makes so many at once, and strided evaluation shifts windows by half of them."""
+    return 1
+
+  # --- What a window costs. ---
+
+  @property
+  @abc.abstractmethod
+  def spans(self) -> tuple[int, ...]:
+    """Bytes per span of each level: those that its attention sees together."""
+
+  @property
+  def slots(self) -> tuple[int, ...]:
+    """Slots of a full window that each level works on, all spans together."""
+    return tuple(self.context // level.patch_size for level in self.levels)
+
+  @property
+  def attention_shapes(self) -> tuple[tuple[int, int], ...]:
+    """Spans that each level's attention works on together, and the slots of one, in training."""
+    lengths = [span // level.patch_size for level, span in zip(self.levels, self.spans, strict=True)]
+    return tuple((slots // length, length) for slots, length in zip(self.slots, lengths, strict=True))
+
+  @property
+  def cross_attention(self) -> CrossAttention | None:
+    """A layer beside those of the levels, if there is one."""
+    return None
+
+  @abc.abstractmethod
+  def parameter_count(self) -> int:
+    """Returns the number of trainable parameters: tables, positions, pads, biases and norms included."""
+
+  @abc.abstractmethod
+  def flops_breakdown(self, attention: Attention) -> dict[str, float]:
+    """Returns the forward operations per predicted byte, by parts such as `levels[0].weights` and `head`."""
+
+  # --- Other sizes of the same model. ---
+
+  @abc.abstractmethod
+  def with_levels(self, levels: tuple[Level, ...]) -> Self:
+    """Returns the same model with other sizes of its levels, as many as it has.
+
+    Raises:
+      ConfigError: the sizes do not suit each other.
+    """
+
+  def with_layers(self, layers: int, level: int = -1) -> Self:
+    """Returns the same model with another number of layers in one level; -1 is the finest."""
+    levels = list(self.levels)
+    levels[level] = dataclasses.replace(levels[level], num_layers=layers)
+    return self.with_levels(tuple(levels))
+
+  # --- Meshes. ---
+
+  @property
+  def sequence_parts(self) -> int:
+    """Parts that a sequence can be spread over (the mesh's axis `seq` divides them); 0 if it cannot be."""
+    return 0
 
 
 def check_bytes(x: np.ndarray, vocab_size: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import inspect
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -96,12 +97,12 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
   if origin is typing.Literal:
     require(value in args, f"{where} is {value!r}; choose one of {', '.join(map(repr, args))}")
     return value
-  if origin in (types.UnionType, typing.Union) and isinstance(value, args):
+  if inspect.isabstract(hint) and isinstance(value, hint):
     return value
-  if origin in (types.UnionType, typing.Union):  # of model families, told apart by their field `family`
-    families = {typing.get_args(typing.get_type_hints(cls)["family"])[0]: cls for cls in args}
+  if inspect.isabstract(hint):  # `ModelConfig`, whose subclasses are told apart by their field `family`
+    families = {typing.get_args(typing.get_type_hints(cls)["family"])[0]: cls for cls in hint.__subclasses__()}
     require(hasattr(value, "items"), f"{where} must be a group of keys, not {value!r}")
-    family = value.get("family", next(iter(families)))
+    family = value.get("family", hint.default_family)
     require(family in families, f"{where}.family is {family!r}; choose one of {', '.join(map(repr, families))}")
     return _convert(value, families[family], where)
   if origin is tuple:

@@ -14,24 +14,9 @@ from typing import Any, Literal
 
 import ml_collections
 
-from megabyte_jax.config.model import BlockOptions, Level, MegabyteConfig, ModelConfig, PerceiverARConfig
+from megabyte_jax.config.model import ModelConfig
 from megabyte_jax.config.parsing import convert_fields, dataclass_from_mapping, mapping_from_dataclass
-from megabyte_jax.errors import ConfigError, require
-
-__all__ = [
-  "BlockOptions",
-  "CheckpointConfig",
-  "Config",
-  "ConfigError",
-  "DataConfig",
-  "EvalConfig",
-  "Level",
-  "MegabyteConfig",
-  "MeshConfig",
-  "ModelConfig",
-  "OptimizerConfig",
-  "PerceiverARConfig",
-]
+from megabyte_jax.errors import require
 
 Scan = Literal["patch", "raster"]
 Method = Literal["basic", "sliding", "strided", "both"]

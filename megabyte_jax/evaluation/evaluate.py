@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from megabyte_jax.config import Config, MegabyteConfig
+from megabyte_jax.config import Config
 from megabyte_jax.config.model import check_bytes
 from megabyte_jax.data.batches import rows_of_this_process
 from megabyte_jax.data.read_ahead import read_ahead
@@ -110,7 +110,7 @@ def evaluate(
   windows.check_method(config.model, method, stride)
   eval_step = eval_step or make_eval_step(config)
   context = config.model.context
-  patch = config.model.alignment if isinstance(config.model, MegabyteConfig) else 1
+  patch = config.model.alignment
   lengths = np.asarray(source.lengths, np.int64)
   require(bool(lengths.sum() > 0), "there is not a single byte to evaluate")
   total = int(lengths.sum()) if not max_bytes else min(int(lengths.sum()), max_bytes)
@@ -129,7 +129,7 @@ def evaluate(
   batch_size += -batch_size % share
   sharding = batch_sharding(mesh)
   own_rows = set(rows_of_this_process(sharding, batch_size, context).tolist())
-  with_latents = not isinstance(config.model, MegabyteConfig)
+  with_latents = config.model.num_latents > 0
 
   plan = functools.partial(_rows, lengths, config, method, stride, max_bytes)
   own = (row for place, row in enumerate(plan()) if place % batch_size in own_rows)

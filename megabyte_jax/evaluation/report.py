@@ -18,13 +18,14 @@ from megabyte_jax.display.progress import Progress, duration, human
 from megabyte_jax.evaluation.by_source import SourceBits, by_source
 from megabyte_jax.evaluation.compressors import Compressed, compress_all
 from megabyte_jax.evaluation.evaluate import Evaluation, evaluate
+from megabyte_jax.models import attention
 from megabyte_jax.models.flops import flops_per_byte, parameter_count
 
 _COMPRESSED_BYTES = 20_000_000  # with those of the primer; beyond this xz would run for minutes
 
 
 def describe_run(config: Config, mesh: Mesh, source: Source, first_step: int) -> str:
-  """Device, model, data and where the run stands."""
+  """Describes the device, the model and its attention, the data, and where the run stands."""
   device = jax.devices()[0]
   axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
   model = config.model
@@ -38,11 +39,30 @@ def describe_run(config: Config, mesh: Mesh, source: Source, first_step: int) ->
       f"device  {jax.device_count()} x {device.device_kind}" + (f" (mesh: {axes})" if axes else ""),
       f"model   {model.family}, {human(parameter_count(model))} parameters, context {model.context:,} bytes, "
       f"{human(flops_per_byte(model, training=True), 'FLOP')} per byte of training",
+      f"attention  {attention_line(config, mesh)}",
       f"data    {int(source.lengths.sum()):,} bytes in {count_documents(source)}",
       *notices.get(form, []),
       f"steps   {first_step:,} of {config.num_steps:,} done, {config.batch_size} x {model.context:,} bytes each",
     ]
   )
+
+
+def attention_line(config: Config, mesh: Mesh) -> str:
+  """Returns which attention each level trains with on `mesh`, and why not with a kernel: `global: splash; local: xla`.
+
+  Raises:
+    ConfigError: the attention asked for cannot serve here.
+  """
+  with jax.set_mesh(mesh):
+    choices = attention.choices(config.model, config.batch_size // config.accumulate)
+  levels: dict[attention.Choice, list[str]] = {}
+  for name, choice in choices.items():
+    levels.setdefault(choice, []).append(name)
+  parts = []
+  for (name, reason), of in levels.items():
+    where = f"{', '.join(of)}: " if len(choices) > 1 else ""
+    parts.append(where + name + (f" ({reason})" if reason else ""))
+  return "; ".join(parts)
 
 
 def count_documents(source: Source) -> str:
@@ -95,13 +115,10 @@ def results_table(
   config: Config, result: Evaluation, compressors: dict[str, Compressed], sources: Sequence[SourceBits] = ()
 ) -> str:
   """Bits per byte of the model and of the compressors, one line each."""
-  name = "MEGABYTE" if config.model.family == "megabyte" else "PerceiverAR"
-  if config.model.family == "megabyte" and len(config.model.levels) == 1 and config.model.levels[0].patch_size == 1:
-    name = "Transformer"
   documents = _documents(int(np.count_nonzero(result.document_bytes)))
   lines = [
     f"bits per byte on {result.bytes:,} bytes ({documents}, {duration(result.seconds)})",
-    f"  {name:<12}{result.bpb:7.3f}   {result.method} inference, {result.cost:g}x",
+    f"  {config.model.display_name:<12}{result.bpb:7.3f}   {result.method} inference, {result.cost:g}x",
   ]
   lines += [f"{'':14}{one.bpb:7.3f}   of {one.name}, {one.bytes:,} bytes" for one in sources]
   for compressor, bits in sorted(compressors.items(), key=lambda item: item[1].alone):

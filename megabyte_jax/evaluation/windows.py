@@ -20,8 +20,7 @@ from typing import get_args
 
 import numpy as np
 
-from megabyte_jax.config import MegabyteConfig, ModelConfig, PerceiverARConfig
-from megabyte_jax.config.model import latent_stride
+from megabyte_jax.config import ModelConfig
 from megabyte_jax.config.run import Method
 from megabyte_jax.errors import require
 
@@ -68,46 +67,34 @@ def windows_of(document_length: int, config: ModelConfig, method: str = "basic",
     config: the model.
     method: basic | sliding | strided | both. PerceiverAR's basic is its paper's own evaluation, which slides by half
       the latents; its sliding is the same.
-    stride: bytes from one sliding window to the next; 0 takes `default_stride(config)`.
+    stride: bytes from one sliding window to the next; 0 takes `config.default_stride`.
 
   Raises:
     ConfigError: the method or stride does not fit the model.
   """
   check_method(config, method, stride)
-  if isinstance(config, PerceiverARConfig):
-    return _latent_windows(document_length, config, stride or default_stride(config))
-  step = (stride or default_stride(config)) if method in ("sliding", "both") else config.context
-  windows = _sliding_windows(document_length, config.context, step)
-  if method in ("strided", "both"):
-    windows = _strided(windows, config.levels[0].patch_size)
-  return windows
+  step = (stride or config.default_stride) if _slides(config, method) else config.context
+  windows = _moving_windows(document_length, config, step)
+  return _strided(windows, config.patch_bytes) if method in ("strided", "both") else windows
+
+
+def _slides(config: ModelConfig, method: str) -> bool:
+  return config.num_latents > 0 or method in ("sliding", "both")
 
 
 def check_method(config: ModelConfig, method: str, stride: int = 0) -> None:
   """Raises ConfigError unless the model can be evaluated by `method` with `stride`."""
   require(method in METHODS, f"method is {method!r}; choose one of {', '.join(METHODS)}")
-  perceiver = isinstance(config, PerceiverARConfig)
   require(
-    method in ("basic", "sliding") or (isinstance(config, MegabyteConfig) and config.levels[0].patch_size > 1),
+    method in ("basic", "sliding") or config.patch_bytes > 1,
     f"method={method} shifts patches, but this model's first level reads single bytes; take basic or sliding",
   )
   require(
-    stride == 0 or perceiver or method in ("sliding", "both"),
+    stride == 0 or _slides(config, method),
     f"stride is {stride}, but method={method} does not slide; leave it 0 or take method=sliding or both",
   )
-  if isinstance(config, PerceiverARConfig):
-    limit, name = config.latents, "model.latents"
-  else:
-    limit, name = config.context, "model.context"
+  limit, name = config.predicted_bytes, "model.latents" if config.num_latents else "model.context"
   require(0 <= stride <= limit, f"stride is {stride}; it must be between 1 and {name} ({limit}), or 0 for half of it")
-
-
-def default_stride(config: ModelConfig) -> int:
-  """Returns half the context in whole patches (spans, if `config.span` is set); for PerceiverAR half the latents."""
-  if isinstance(config, PerceiverARConfig):
-    return latent_stride(config.latents)
-  unit = config.span or config.levels[0].patch_size
-  return config.context // 2 // unit * unit or max(1, config.context // 2)
 
 
 def cost_factor(method: str, config: ModelConfig, stride: int = 0) -> float:
@@ -120,9 +107,7 @@ def cost_factor(method: str, config: ModelConfig, stride: int = 0) -> float:
     ConfigError: the method or stride does not fit the model.
   """
   check_method(config, method, stride)
-  if isinstance(config, PerceiverARConfig):
-    return config.latents / (stride or default_stride(config))
-  slide = config.context / (stride or default_stride(config)) if method in ("sliding", "both") else 1.0
+  slide = config.predicted_bytes / (stride or config.default_stride) if _slides(config, method) else 1.0
   return slide * (2.0 if method in ("strided", "both") else 1.0)
 
 
@@ -133,42 +118,38 @@ def window_start(position: int, config: ModelConfig) -> int:
   `windows_of` with method=sliding gives it. PerceiverAR's latents move by half their number when they are full, as in
   its evaluation; its window starts at `latents_window`.
   """
-  size = config.latents if isinstance(config, PerceiverARConfig) else config.context
-  stride = default_stride(config)
-  return max(0, -(-(position + 1 - size) // stride)) * stride
+  stride = config.default_stride
+  return max(0, -(-(position + 1 - config.predicted_bytes) // stride)) * stride
 
 
-def latents_window(latents_start: int, config: PerceiverARConfig) -> int:
-  """Returns the start of the window whose full set of latents starts at `latents_start`."""
-  return max(0, latents_start + config.latents - config.context)
+def latents_window(latents_start: int, config: ModelConfig) -> int:
+  """Returns the start of the window whose predicted bytes (latents, or all) start at byte `latents_start`."""
+  return max(0, latents_start + config.predicted_bytes - config.context)
 
 
 def generation_window(position: int, config: ModelConfig) -> tuple[int, int, int]:
-  """Returns (start, capacity in bytes, PerceiverAR's latent start in it) of the window that generates `position`."""
-  start = window_start(position, config)
-  if not isinstance(config, PerceiverARConfig):
-    return start, config.context, 0
-  window = latents_window(start, config)
-  return window, start - window + config.latents, start - window
+  """Returns where byte `position` is generated.
+
+  Returns:
+    The window's start in the text; the bytes that it can hold; where the latents start in it, or 0.
+  """
+  predicted = window_start(position, config)
+  start = latents_window(predicted, config)
+  return start, predicted - start + config.predicted_bytes, predicted - start
 
 
-def _sliding_windows(document_length: int, context: int, stride: int) -> Iterator[Window]:
-  """Yields windows of `context` bytes at multiples of `stride`; each scores what the previous one did not reach."""
-  scored, start = 0, 0
+def _moving_windows(document_length: int, config: ModelConfig, stride: int) -> Iterator[Window]:
+  """Yields windows whose predicted bytes move by `stride`; each scores what the one before did not reach.
+
+  Without latents a window predicts all of its bytes. With latents the first window has nothing else; then the prefix
+  grows up to the context.
+  """
+  scored, predicted = 0, 0
   while scored < document_length:
-    length = min(context, document_length - start)
-    yield Window(start, length, scored - start, length)
-    scored, start = start + length, start + stride
-
-
-def _latent_windows(document_length: int, config: PerceiverARConfig, stride: int) -> Iterator[Window]:
-  """Yields a first window of latents only; then the latents move by `stride` and the prefix grows to the context."""
-  scored, latents = 0, 0
-  while scored < document_length:
-    start = latents_window(latents, config)
-    length = min(latents + config.latents, document_length) - start
-    yield Window(start, length, scored - start, length, latent_start=latents - start)
-    scored, latents = start + length, latents + stride
+    start = latents_window(predicted, config)
+    length = min(predicted + config.predicted_bytes, document_length) - start
+    yield Window(start, length, scored - start, length, latent_start=predicted - start)
+    scored, predicted = start + length, predicted + stride
 
 
 def _strided(windows: Iterator[Window], patch: int) -> Iterator[Window]:

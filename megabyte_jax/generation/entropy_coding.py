@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from megabyte_jax.config import ModelConfig, PerceiverARConfig
+from megabyte_jax.config import ModelConfig
 from megabyte_jax.config.model import check_bytes
 from megabyte_jax.errors import ConfigError, DataError
 from megabyte_jax.evaluation import windows
@@ -155,8 +155,8 @@ def _family() -> Any:
 
 def batch_size(length: int, config: ModelConfig, at_most: int) -> int:
   """How many windows of a text of `length` bytes to walk through side by side."""
-  if isinstance(config, PerceiverARConfig):
-    return 1  # each of its windows begins with the end of the one before
+  if config.num_latents:
+    return 1  # each window begins with the end of the one before
   return max(1, min(at_most, -(-length // config.context)))
 
 
@@ -207,7 +207,7 @@ def _start(
 ) -> tuple[Any, int]:
   """The state before the first byte that the windows score, and that byte's place in them."""
   config = nnx.merge(graph, parameters).config
-  if not isinstance(config, PerceiverARConfig):
+  if not config.num_latents:
     return _empty_state(graph, parameters, batch), 0
   [row] = rows
   x_BT = np.zeros((1, config.context), np.int32)

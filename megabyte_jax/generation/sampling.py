@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from megabyte_jax.config import ModelConfig, PerceiverARConfig
+from megabyte_jax.config import ModelConfig
 from megabyte_jax.config.model import check_bytes
 from megabyte_jax.errors import require
 from megabyte_jax.evaluation import windows
@@ -80,8 +80,8 @@ def check_finite(values: np.ndarray) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _read_prompt(graph, parameters, x_BT, *where):
-  return _lay_out(nnx.merge(graph, parameters).read_prompt(x_BT, *where))
+def _read_prompt(graph, parameters, x_BT, length, latent_start):
+  return _lay_out(nnx.merge(graph, parameters).read_prompt(x_BT, length, latent_start))
 
 
 def row_spec(ndim: int) -> PartitionSpec:
@@ -127,7 +127,7 @@ def decode_chunk(
   """
   model = nnx.merge(graph, parameters)
   state, x_BT, keys_B = _lay_out((state, x_BT, keys_B))
-  B, S = x_BT.shape[0], patch_bytes(model.config)
+  B, S = x_BT.shape[0], model.config.patch_bytes
 
   first = state.position
   noise = jax.vmap(jax.vmap(gumbel_noise, in_axes=(None, 0, None)), in_axes=(0, None, None))
@@ -157,14 +157,9 @@ def decode_chunk(
   return _lay_out(state), bytes_BC, nats_BC
 
 
-def patch_bytes(config: ModelConfig) -> int:
-  """Bytes that `model.decode_patch` makes at once."""
-  return 1 if isinstance(config, PerceiverARConfig) else config.levels[0].patch_size
-
-
 def chunk_bytes(config: ModelConfig) -> int:
   """Bytes of a chunk: whole patches."""
-  patch = patch_bytes(config)
+  patch = config.patch_bytes
   return max(_CHUNK_BYTES // patch, 1) * patch
 
 
@@ -221,7 +216,7 @@ def generate(
   require(stop != b"", "the bytes to stop at are empty")
   graph, parameters = nnx.split(model)
   config, context = model.config, model.config.context
-  S, size = patch_bytes(config), chunk_bytes(config)
+  S, size = config.patch_bytes, chunk_bytes(config)
   mesh = _mesh_of(parameters)
   rows = num_samples
   if mesh:  # prompts are spread over data and fsdp: rows that nobody asked for fill up what is not whole
@@ -241,10 +236,7 @@ def generate(
       offset, limit, latent_start = windows.generation_window(done, config)
       x_BT = jnp.asarray(text[:, offset : offset + context], jnp.int32)
       known = done - offset
-      if isinstance(config, PerceiverARConfig):
-        state = _read_prompt(graph, parameters, x_BT, known, latent_start)
-      else:
-        state = _read_prompt(graph, parameters, x_BT[:, : _prompt_length(known, model)], known)
+      state = _read_prompt(graph, parameters, x_BT[:, : _prompt_length(known, model)], known, latent_start)
       at = known // model.alignment * model.alignment  # bytes from here to `known` are decoded as given
       # The newest: its bytes are looked at only when the device has the next to go on with.
       chunk: tuple[int, int, list[jax.Array]] | None = None
@@ -273,6 +265,8 @@ def generate(
 
 def _prompt_length(known: int, model: Model) -> int:
   """Bytes to read so that the first `known` are among them, one of few numbers: each is compiled for."""
+  if model.config.num_latents:  # the prefix has a cache of the context's size
+    return model.config.context
   length = max(_PROMPT_BYTES, 1 << max(known - 1, 0).bit_length())
   return min(-(-length // model.alignment) * model.alignment, model.config.context)
 

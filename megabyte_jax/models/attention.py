@@ -1,4 +1,4 @@
-"""Causal attention within spans, behind one contract.
+"""Computes causal attention within spans, behind one contract.
 
 Shapes: B batch, N spans, M slots of a span, S earlier slots, H heads, K head width. A level whose span is
 the whole context has N = 1 (global attention); the local model has one span per patch (local attention).
@@ -8,14 +8,17 @@ Batch and spans are never merged, so that spans can lie on different devices wit
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from megabyte_jax.config import ModelConfig
 from megabyte_jax.errors import ConfigError
 from megabyte_jax.models import dropout as dropout_lib
 from megabyte_jax.models.kernels import fused_attention
+from megabyte_jax.models.kernels.fused_attention import Shaped
+from megabyte_jax.models.parameters import compute_dtype
 from megabyte_jax.parallel.backend import platform
 
 _FUSED: dict[str, Callable[..., jax.Array]] = {"cudnn": fused_attention.cudnn, "splash": fused_attention.splash}
@@ -24,7 +27,7 @@ _SHORT_SPAN = 16  # slots, up to which sums of products beat matrix products on 
 
 
 class Past(NamedTuple):
-  """Keys and values from before the slots at hand: a cache, or the end of the previous span.
+  """Holds keys and values from before the slots at hand: a cache, or the end of the previous span.
 
   Attributes:
     k_BNSHK, v_BNSHK: keys (rotated, where positions are rotary) and values.
@@ -47,7 +50,7 @@ def attention(
   dropout: float = 0.0,
   dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-  """Each slot attends to itself, to earlier slots of its span, and to what it sees of `past`.
+  """Lets each slot attend to itself, to earlier slots of its span, and to what it sees of `past`.
 
   Args:
     q_BNMHK, k_BNMHK, v_BNMHK: queries, keys and values; scaling by 1/sqrt(K) is done here.
@@ -65,32 +68,117 @@ def attention(
   Raises:
     ConfigError: the implementation asked for cannot serve this call.
   """
-  drops = dropout > 0 and dropout_key is not None
+  rate = dropout if dropout_key is not None else 0.0
+  choice = choose_attention(q_BNMHK, past=past, window=window, implementation=implementation, drops=rate > 0)
+  if choice.name in _FUSED:
+    return _FUSED[choice.name](q_BNMHK, k_BNMHK, v_BNMHK, window)
+  if choice.name == "windowed":
+    return _windowed(q_BNMHK, k_BNMHK, v_BNMHK, window, rate, dropout_key)
+  if choice.name == "tiles":
+    of_past = None if past is None else (past.k_BNSHK, past.v_BNSHK, past.visible[:, 0, 0])
+    return fused_attention.tile(q_BNMHK, k_BNMHK, v_BNMHK, of_past)
+  if choice.name == "masked cudnn":
+    return _masked(q_BNMHK, k_BNMHK, v_BNMHK, past)
   M = q_BNMHK.shape[2]
-  for name, fused in _FUSED.items():
+  distance_MM = jnp.arange(M)[:, None] - jnp.arange(M)[None, :]
+  visible_MM = (distance_MM >= 0) & (distance_MM < (window or M))
+  if choice.name == "short":
+    return _short(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past)
+  return _xla(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past, rate, dropout_key)
+
+
+class Choice(NamedTuple):
+  """Names an implementation of attention.
+
+  Attributes:
+    name: splash | cudnn | windowed (blocks of a sliding window, by XLA) | tiles (local_attention.py) | masked cudnn |
+      short (sums of products, by XLA) | xla.
+    reason: why it is none of the kernels, or ''.
+  """
+
+  name: str
+  reason: str = ""
+
+
+def choose_attention(q_BNMHK: Shaped, *, past: Past | None, window: int, implementation: str, drops: bool) -> Choice:
+  """Chooses what `attention` computes with, for the device and mesh at hand; the arguments may be shapes.
+
+  Args:
+    drops: whether attention probabilities are dropped.
+
+  Raises:
+    ConfigError: the implementation asked for cannot serve this call.
+  """
+  _, N, M, _, _ = q_BNMHK.shape
+  obstacles = {}
+  for name in _FUSED:
     if implementation not in ("auto", name):
       continue
     obstacle = _obstacle(name, q_BNMHK, past is not None, drops)
-    if implementation == name and obstacle and past is None and q_BNMHK.shape[1] == 1:
+    if implementation == name and obstacle and past is None and N == 1:
       raise ConfigError(f"model.attention={name} cannot serve here: {obstacle}; take model.attention=auto")
     if not obstacle and (implementation == name or M >= _FUSED_MIN_SLOTS):
-      return fused(q_BNMHK, k_BNMHK, v_BNMHK, window)
-  if window and past is None and window < M and M % window == 0 and q_BNMHK.shape[1] == 1:
-    return _windowed(q_BNMHK, k_BNMHK, v_BNMHK, window, dropout if drops else 0.0, dropout_key)
-  plain = not drops and not 0 < window < M
-  if plain and implementation == "auto" and not _tile_obstacle(q_BNMHK, past):
-    of_past = None if past is None else (past.k_BNSHK, past.v_BNSHK, past.visible[:, 0, 0])
-    return fused_attention.tile(q_BNMHK, k_BNMHK, v_BNMHK, of_past)
+      return Choice(name)
+    obstacles[name] = obstacle or f"spans of {M} slots are short"
   earlier = past.k_BNSHK.shape[2] if past is not None else 0  # a cache of a short span holds that of the one before
-  sees_past = plain and past is not None and M >= _FUSED_MIN_SLOTS
-  may_be_cudnn = implementation in ("auto", "cudnn")
-  if sees_past and may_be_cudnn and not fused_attention.masked_cudnn_obstacle(q_BNMHK, earlier + M):
-    return _masked(q_BNMHK, k_BNMHK, v_BNMHK, past)
-  distance_MM = jnp.arange(M)[:, None] - jnp.arange(M)[None, :]
-  visible_MM = (distance_MM >= 0) & (distance_MM < (window or M))
-  if M <= _SHORT_SPAN and earlier <= 2 * _SHORT_SPAN and not drops and platform() == "gpu":
-    return _short(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past)
-  return _xla(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past, dropout if drops else 0.0, dropout_key)
+  if window and past is None and window < M and M % window == 0 and N == 1:
+    return Choice("windowed", _reason(implementation, obstacles, M))
+  plain = not drops and not 0 < window < M
+  if plain and implementation == "auto":
+    obstacles["tiles"] = _tile_obstacle(q_BNMHK, past)
+    if not obstacles["tiles"]:
+      return Choice("tiles")
+  if plain and past is not None and M >= _FUSED_MIN_SLOTS and implementation in ("auto", "cudnn"):
+    obstacles["cudnn"] = fused_attention.masked_cudnn_obstacle(q_BNMHK, earlier + M)
+    if not obstacles["cudnn"]:
+      return Choice("masked cudnn")
+  is_short = M <= _SHORT_SPAN and earlier <= 2 * _SHORT_SPAN and not drops and platform() == "gpu"
+  return Choice("short" if is_short else "xla", _reason(implementation, obstacles, M))
+
+
+def choose_cross_attention(q_B1NHK: Shaped, keys: int, *, implementation: str, drops: bool) -> Choice:
+  """Chooses what `cross_attention` computes with for so many keys; as `choose_attention`."""
+  if implementation not in ("auto", "cudnn"):
+    return Choice("xla", f"model.attention={implementation}")
+  obstacle = "it has no dropout on attention probabilities" if drops else ""
+  if q_B1NHK.shape[2] < _FUSED_MIN_SLOTS:
+    obstacle = obstacle or f"{q_B1NHK.shape[2]} latents are few"
+  obstacle = obstacle or fused_attention.masked_cudnn_obstacle(q_B1NHK, keys)
+  return (
+    Choice("xla", _reason(implementation, {"cudnn": obstacle}, _FUSED_MIN_SLOTS))
+    if obstacle
+    else Choice("masked cudnn")
+  )
+
+
+def _reason(implementation: str, obstacles: dict[str, str], slots: int) -> str:
+  """Says why no kernel serves: of the one that would be the fastest here."""
+  if implementation == "xla":
+    return "model.attention=xla"
+  if platform() == "cpu":
+    return "a CPU has no kernels"
+  wanted = "splash" if platform() == "tpu" else "tiles" if slots < _FUSED_MIN_SLOTS else "cudnn"
+  name = wanted if wanted in obstacles else next(iter(obstacles))
+  return f"not {name}: {obstacles[name]}"
+
+
+def choices(config: ModelConfig, rows: int) -> dict[str, Choice]:
+  """Returns what each level of a model trains with in batches of so many rows, by the level's name."""
+  found, drops = {}, config.attention_dropout > 0
+  if cross := config.cross_attention:
+    q = jax.ShapeDtypeStruct((rows, 1, cross.queries, *config.levels[0].heads), compute_dtype(config))
+    found["cross"] = choose_cross_attention(q, config.context, implementation=config.attention, drops=drops)
+  for name, level, (spans, slots) in zip(config.level_names, config.levels, config.attention_shapes, strict=True):
+    q = jax.ShapeDtypeStruct((rows, spans, slots, *level.heads), compute_dtype(config))
+    past = None
+    if level.cross_patch:
+      end: Any = jax.ShapeDtypeStruct((rows, spans, level.cross_patch, *level.heads), q.dtype)
+      visible: Any = jax.ShapeDtypeStruct((spans, 1, 1), jnp.bool_)
+      past = Past(end, end, visible)
+    found[name] = choose_attention(
+      q, past=past, window=level.attention_window, implementation=config.attention, drops=drops
+    )
+  return found
 
 
 def cross_attention(
@@ -103,7 +191,7 @@ def cross_attention(
   dropout: float = 0.0,
   dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-  """Each of N slots attends to those of T keys that it sees.
+  """Lets each of N slots attend to those of T keys that it sees.
 
   Args:
     visible_BNT: bool, [B, N, T] or one for all rows, [1, N, T].
@@ -112,12 +200,12 @@ def cross_attention(
   Returns:
     The attended values, [B, 1, N, H, K], in the dtype of q. The softmax is float32.
   """
-  drops = dropout > 0 and dropout_key is not None
+  rate = dropout if dropout_key is not None else 0.0
   visible_B1NT = visible_BNT[:, None]
-  may_be_cudnn = q_B1NHK.shape[2] >= _FUSED_MIN_SLOTS and implementation in ("auto", "cudnn") and not drops
-  if may_be_cudnn and not fused_attention.masked_cudnn_obstacle(q_B1NHK, k_B1THK.shape[2]):
+  choice = choose_cross_attention(q_B1NHK, k_B1THK.shape[2], implementation=implementation, drops=rate > 0)
+  if choice.name == "masked cudnn":
     return fused_attention.masked_cudnn(q_B1NHK, k_B1THK, v_B1THK, visible_B1NT)
-  return _xla(q_B1NHK, k_B1THK, v_B1THK, visible_B1NT, None, dropout if drops else 0.0, dropout_key)
+  return _xla(q_B1NHK, k_B1THK, v_B1THK, visible_B1NT, None, rate, dropout_key)
 
 
 def _masked(q_BNMHK, k_BNMHK, v_BNMHK, past):
@@ -184,12 +272,12 @@ def _windowed(q_B1MHK, k_B1MHK, v_B1MHK, window, dropout, dropout_key):
 
 
 def previous_span(x_BNMHK: jax.Array) -> jax.Array:
-  """The same array one span later: span n holds what span n - 1 held, span 0 zeros."""
+  """Returns the same array one span later: span n holds what span n - 1 held, span 0 zeros."""
   return shift(x_BNMHK, axis=1)
 
 
 def shift(x: jax.Array, axis: int) -> jax.Array:
-  """x one place later along `axis`, zeros first; the last place falls out.
+  """Returns x one place later along `axis`, zeros first; the last place falls out.
 
   As a pad with a negative end XLA moves one place between neighbouring devices; a concatenation of unequal parts
   would be redistributed as a whole.
@@ -197,15 +285,15 @@ def shift(x: jax.Array, axis: int) -> jax.Array:
   return jax.lax.pad(x, jnp.zeros((), x.dtype), [(int(i == axis), -int(i == axis), 0) for i in range(x.ndim)])
 
 
-def _tile_obstacle(q_BNMHK: jax.Array, past: Past | None) -> str:
-  """Why many short spans cannot be attended to in tiles, or '' if they can."""
+def _tile_obstacle(q_BNMHK: Shaped, past: Past | None) -> str:
+  """Returns why many short spans cannot be attended to in tiles, or '' if they can."""
   if past is not None and past.visible.shape != (q_BNMHK.shape[1], 1, 1):
     return "what it sees of the past must be one answer for each span"
   return fused_attention.tile_obstacle(q_BNMHK, past.k_BNSHK.shape[2] if past is not None else 0)
 
 
-def _obstacle(name: str, q_BNMHK: jax.Array, has_past: bool, drops: bool) -> str:
-  """Why the fused attention `name` cannot serve this call on this device, or '' if it can."""
+def _obstacle(name: str, q_BNMHK: Shaped, has_past: bool, drops: bool) -> str:
+  """Returns why the fused attention `name` cannot serve this call on this device, or '' if it can."""
   if has_past:
     return "it sees only the span's own slots, not the previous span's or a cache"
   if drops:

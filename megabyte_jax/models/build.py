@@ -12,7 +12,8 @@ import jax
 from flax import nnx
 from jax.experimental.layout import Format, Layout
 
-from megabyte_jax.config import MegabyteConfig, ModelConfig
+from megabyte_jax.config import MegabyteConfig, ModelConfig, PerceiverARConfig
+from megabyte_jax.models.family import Model
 from megabyte_jax.models.kernels import cached_attention
 from megabyte_jax.models.megabyte import Megabyte
 from megabyte_jax.models.parameters import compute_dtype, declared
@@ -20,16 +21,20 @@ from megabyte_jax.models.perceiver_ar import PerceiverAR
 from megabyte_jax.models.stack import each_in_one_kernel, unstacked
 from megabyte_jax.parallel.parameter_info import ParameterInfo, is_variable, map_with_info, parameter_name
 
-Model = Megabyte | PerceiverAR
+# The model of each family's config; every other room asks the config (config/model.py) or the model (family.py).
+FAMILIES: dict[type[ModelConfig], Callable[[Any, nnx.Rngs], Model]] = {
+  MegabyteConfig: Megabyte,
+  PerceiverARConfig: PerceiverAR,
+}
 
 
 def make_model(config: ModelConfig, rngs: nnx.Rngs) -> Model:
-  """A model with freshly drawn parameters."""
-  return Megabyte(config, rngs) if isinstance(config, MegabyteConfig) else PerceiverAR(config, rngs)
+  """Makes a model with freshly drawn parameters."""
+  return FAMILIES[type(config)](config, rngs)
 
 
 def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
-  """The model without memory: its graph, and its parameters as nested dicts of ShapeDtypeStructs.
+  """Returns a model as shapes only: its graph, and its parameters as nested dicts of ShapeDtypeStructs.
 
   `nnx.merge(graph, parameters)` with real parameters is the model again.
   """
@@ -55,7 +60,7 @@ def parameter_info(config: ModelConfig) -> Mapping[str, ParameterInfo]:
 
 
 def trained_model(config: ModelConfig, parameters: dict[str, Any]) -> Model:
-  """The model with these parameters, for evaluation or generation.
+  """Returns the model with these parameters, for evaluation or generation.
 
   A fused attention that it was trained with by name may not serve here; the one for the devices at hand does.
   """
@@ -66,26 +71,26 @@ def trained_model(config: ModelConfig, parameters: dict[str, Any]) -> Model:
 
 
 def initial_parameters(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
-  """Freshly drawn parameters as nested dicts; the same for the same key on any mesh, but for roundings."""
+  """Draws parameters as nested dicts; the same for the same key on any mesh, but for roundings."""
   return nnx.to_pure_dict(nnx.split(make_model(config, nnx.Rngs(key)))[1])
 
 
 def in_compute_dtype(config: ModelConfig, parameters: nnx.State, rows: int) -> nnx.State:
-  """Parameters as every step of decoding `rows` rows uses them: cast once, not each time. Those of norms stay float32.
+  """Returns parameters as every step of decoding `rows` rows uses them, cast once; those of norms stay float32.
 
   What is cast here, a step would cast itself before using it. For kernels they also lie as these read them, and
-  layers that no single kernel takes together (stack_kernel.py) become arrays of their own.
+  layers that no single kernel takes together (decoding_step.py) become arrays of their own.
   """
   sharding = jax.tree.leaves(parameters)[0].sharding
   kernels = cached_attention.wanted(config, compute_dtype(config)) and len(sharding.device_set) == 1
-  if not kernels or not all(cached_attention.serves(level) for level in config.levels):
+  if not kernels or any(cached_attention.obstacle(level, config) for level in config.levels):
     return cast_for_decoding(config, parameters)
   return _prepare(config, sharding, each_in_one_kernel(config, rows))(parameters)
 
 
 @functools.cache
 def _prepare(config: ModelConfig, sharding: jax.sharding.Sharding, stacked: bool) -> Callable[[nnx.State], nnx.State]:
-  """The jitted `prepared_for_decoding` on one device."""
+  """Returns the jitted `prepared_for_decoding` on one device."""
   prepare = functools.partial(prepared_for_decoding, config, stacked=stacked)
   shapes = jax.eval_shape(lambda: prepare(nnx.split(make_model(config, nnx.Rngs(0)))[1]))
   layouts = decoding_layouts(config, shapes, stacked=stacked)

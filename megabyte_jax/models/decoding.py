@@ -6,19 +6,18 @@ Shapes as in megabyte.py; S the S_1 bytes of a patch of the first level.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from megabyte_jax.config import MegabyteConfig
+from megabyte_jax.models.family import Model, Pick
 from megabyte_jax.models.level import LevelModel
 from megabyte_jax.models.parameters import compute_dtype
 from megabyte_jax.models.patch_embedder import check_length
 from megabyte_jax.models.stack import Cache
-
-Pick = Callable[[jax.Array, jax.Array], jax.Array]  # (logits [B, V], position) -> bytes [B] int32
 
 
 class DecodeState(NamedTuple):
@@ -64,8 +63,8 @@ class _Patch(NamedTuple):
   logits_BSV: jax.Array
 
 
-class Decoding:
-  """The half of `Megabyte` that decodes."""
+class Decoding(Model):
+  """Decodes: the half of `Megabyte` that does."""
 
   config: MegabyteConfig
   levels: Sequence[LevelModel]
@@ -79,12 +78,13 @@ class Decoding:
       jnp.int32(0),
     )
 
-  def read_prompt(self, x_BT: jax.Array, length: jax.Array) -> DecodeState:
+  def read_prompt(self, x_BT: jax.Array, length: jax.Array, latent_start: jax.Array | int = 0) -> DecodeState:
     """The state after the first `length` bytes, rounded down to `alignment`, all processed at once.
 
     Args:
       x_BT: the prompt and then anything; T a multiple of `alignment`, at most the context.
       length: int32 scalar, known bytes.
+      latent_start: of other families.
     """
     B, T = x_BT.shape
     check_length(T, self.config.context)
@@ -209,7 +209,7 @@ class Decoding:
     starts = (i for i, level in enumerate(self.config.levels) if position % level.patch_size == 0)
     return next(starts, len(self.levels))
 
-  def decode_byte(self, state: ByteState, previous_B: jax.Array, first_level: int) -> tuple[ByteState, jax.Array]:
+  def decode_byte(self, state: ByteState, previous_B: jax.Array, first_level: int = 0) -> tuple[ByteState, jax.Array]:
     """The logits of one byte, [B, V] float32, and the state for the next.
 
     Args:

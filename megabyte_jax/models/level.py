@@ -6,6 +6,7 @@ that of a slice of it, the part for one slot.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -53,3 +54,27 @@ class LevelModel(nnx.Module):
       slots_BNMD = self.add_parent(slots_BNMD, parent_BNE)
     one_span = slots_BNMD.shape[1] == 1  # on a mesh its slots are spread over devices, of several whole spans are
     return self.decoder(constrain(slots_BNMD, "slots" if one_span else "spans"), **options)
+
+
+def fold_level(dropout_key: jax.Array | None, i: int) -> jax.Array | None:
+  """The dropout key of level i (from 0)."""
+  return None if dropout_key is None else jax.random.fold_in(dropout_key, i)
+
+
+def as_spans(h_BNMD: jax.Array) -> jax.Array:
+  """The output of each slot as the input of one span of the next level: [B, N M, D]."""
+  return h_BNMD.reshape(h_BNMD.shape[0], -1, h_BNMD.shape[-1])
+
+
+def finer_levels(
+  levels: Sequence[LevelModel], x_BT: jax.Array, h_BNE: jax.Array, dropout_key: jax.Array | None
+) -> jax.Array:
+  """Eqs. (4)-(6): logits [B, T, V] from the first level's output for each of the N = T / S_1 patches.
+
+  Without cross-patch attention the patches need not be neighbours.
+  """
+  B, T = x_BT.shape
+  for i, level in enumerate(levels[1:], start=1):
+    h_BNMD, _ = level(x_BT, h_BNE, dropout_key=fold_level(dropout_key, i))
+    h_BNE = as_spans(h_BNMD)
+  return levels[-1].embedder.logits(h_BNE.reshape(B, T, -1))  # the output of a slot, cut into those of its bytes

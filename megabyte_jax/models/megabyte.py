@@ -16,45 +16,20 @@ a span of the next.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from megabyte_jax.config import MegabyteConfig
 from megabyte_jax.models.decoding import Decoding
-from megabyte_jax.models.level import LevelModel
+from megabyte_jax.models.level import LevelModel, as_spans, finer_levels, fold_level
 from megabyte_jax.models.parameters import of_level
 from megabyte_jax.models.patch_embedder import check_length
+from megabyte_jax.models.patch_groups import PatchGroups
 
 
-def fold_level(dropout_key: jax.Array | None, i: int) -> jax.Array | None:
-  """The dropout key of level i (from 0)."""
-  return None if dropout_key is None else jax.random.fold_in(dropout_key, i)
-
-
-def as_spans(h_BNMD: jax.Array) -> jax.Array:
-  """The output of each slot as the input of one span of the next level: [B, N M, D]."""
-  return h_BNMD.reshape(h_BNMD.shape[0], -1, h_BNMD.shape[-1])
-
-
-def finer_levels(
-  levels: Sequence[LevelModel], x_BT: jax.Array, h_BNE: jax.Array, dropout_key: jax.Array | None
-) -> jax.Array:
-  """Eqs. (4)-(6): logits [B, T, V] from the first level's output for each of the N = T / S_1 patches.
-
-  Without cross-patch attention the patches need not be neighbours.
-  """
-  B, T = x_BT.shape
-  for i, level in enumerate(levels[1:], start=1):
-    h_BNMD, _ = level(x_BT, h_BNE, dropout_key=fold_level(dropout_key, i))
-    h_BNE = as_spans(h_BNMD)
-  return levels[-1].embedder.logits(h_BNE.reshape(B, T, -1))  # the output of a slot, cut into those of its bytes
-
-
-class Megabyte(Decoding, nnx.Module):
-  """p(x_t | x_<t) for every byte of a sequence; see `MegabyteConfig` for the models it can be."""
+class Megabyte(Decoding, PatchGroups):
+  """Predicts every byte of a sequence; see `MegabyteConfig` for the models it can be."""
 
   def __init__(self, config: MegabyteConfig, rngs: nnx.Rngs):
     self.config = config
@@ -93,11 +68,6 @@ class Megabyte(Decoding, nnx.Module):
     check_length(x_BT.shape[1], self.config.context)
     h_BNMD, _ = self.levels[0](self._padded(x_BT), None, dropout_key=fold_level(dropout_key, 0))
     return as_spans(h_BNMD)
-
-  @property
-  def alignment(self) -> int:
-    """Inputs are padded to a multiple of this many bytes: whole patches, or whole spans if there are several."""
-    return self.config.alignment
 
   def _padded(self, x_BT: jax.Array) -> jax.Array:
     return jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % self.alignment)))

@@ -8,48 +8,89 @@ Shapes: B batch, T bytes, K patches, P bytes of a patch, G patches of a group, g
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from megabyte_jax.models.megabyte import Megabyte, finer_levels
-
-Nats = Callable[[jax.Array, jax.Array], jax.Array]  # logits [..., V], bytes [...] -> nats [...]
-
-
-def grouped_nats(model: Megabyte, nats: Nats, x_BT: jax.Array) -> jax.Array:
-  """Nats of every byte, [B, T], without dropout; only those of a group have their logits in memory at a time."""
-  B, T = x_BT.shape
-  h_BKD = model.first_level(x_BT)
-
-  def group_nats(group):
-    h_BGD, x_BGP = group
-    return nats(_logits(model.levels, h_BGD, x_BGP, None), x_BGP)
-
-  nats_gBGP = jax.lax.map(group_nats, _groups(model, h_BKD, x_BT))
-  return jnp.moveaxis(nats_gBGP, 0, 2).reshape(B, -1)[:, :T]
+from megabyte_jax.config import MegabyteConfig
+from megabyte_jax.models.family import Model, counted, cross_entropy
+from megabyte_jax.models.level import LevelModel, finer_levels
 
 
-def grouped_sum_of_nats(
-  model: Megabyte, nats: Nats, x_BT: jax.Array, scored_BT: jax.Array, dropout_key: jax.Array | None
-) -> jax.Array:
-  """The sum over the scored bytes. Forward and backward run group by group, without recomputation."""
-  h_BKD = model.first_level(x_BT, dropout_key)
-  h_gBGD, x_gBGP = _groups(model, h_BKD, x_BT)
-  (scored_gBGP,) = _groups(model, None, scored_BT)
-  graph, levels = nnx.split(nnx.List(model.levels[1:]))
-  keys = None
-  if dropout_key is not None:  # numbers 0, 1, ... are those of the levels
-    keys = jax.random.split(jax.random.fold_in(dropout_key, len(model.levels)), len(x_gBGP))
+class PatchGroups(Model):
+  """Computes nats group by group where `config.patch_groups` asks for it: a part of `Megabyte`."""
 
-  def group_sum(levels, h_BGD, x_BGP, scored_BGP, key):
-    logits = _logits([None, *nnx.merge(graph, levels)], h_BGD, x_BGP, key)
-    return jnp.sum(jnp.where(scored_BGP, nats(logits, x_BGP), 0.0))
+  config: MegabyteConfig
+  levels: Sequence[LevelModel]
 
-  return _sum_in_one_pass(group_sum, levels, h_gBGD, (x_gBGP, scored_gBGP, keys))
+  def first_level(self, x_BT: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+    """Returns the first level's output for each patch, [B, K, D]."""
+    raise NotImplementedError
+
+  def byte_nats(
+    self,
+    x_BT: jax.Array,
+    *,
+    length_B: jax.Array | None = None,
+    start_B: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns the nats of every byte [B, T] and which count; without dropout only a group's logits are in memory."""
+    if self.config.patch_groups == 1 or dropout_key is not None:
+      return super().byte_nats(x_BT, length_B=length_B, dropout_key=dropout_key)
+    B, T = x_BT.shape
+
+    def group_nats(group):
+      h_BGD, x_BGP = group
+      return cross_entropy(_logits(self.levels, h_BGD, x_BGP, None), x_BGP)
+
+    nats_gBGP = jax.lax.map(group_nats, self._groups(self.first_level(x_BT), x_BT))
+    nats_BT = jnp.moveaxis(nats_gBGP, 0, 2).reshape(B, -1)[:, :T]
+    scored_BT = counted(x_BT, length_B)
+    return jnp.where(scored_BT, nats_BT, 0.0), scored_BT
+
+  def sum_of_nats(
+    self,
+    x_BT: jax.Array,
+    *,
+    length_B: jax.Array | None = None,
+    start_B: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns the sum over the bytes that count; forward and backward run group by group, without recomputation."""
+    if self.config.patch_groups == 1:
+      return super().sum_of_nats(x_BT, length_B=length_B, dropout_key=dropout_key)
+    scored_BT = counted(x_BT, length_B)
+    h_gBGD, x_gBGP = self._groups(self.first_level(x_BT, dropout_key), x_BT)
+    (scored_gBGP,) = self._groups(None, scored_BT)
+    graph, levels = nnx.split(nnx.List(self.levels[1:]))
+    keys = None
+    if dropout_key is not None:  # numbers 0, 1, ... are those of the levels
+      keys = jax.random.split(jax.random.fold_in(dropout_key, len(self.levels)), len(x_gBGP))
+
+    def group_sum(levels, h_BGD, x_BGP, scored_BGP, key):
+      logits = _logits([None, *nnx.merge(graph, levels)], h_BGD, x_BGP, key)
+      return jnp.sum(jnp.where(scored_BGP, cross_entropy(logits, x_BGP), 0.0))
+
+    return _sum_in_one_pass(group_sum, levels, h_gBGD, (x_gBGP, scored_gBGP, keys)), jnp.sum(scored_BT)
+
+  def _groups(self, h_BKD: jax.Array | None, x_BT: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns each group's first-level outputs [g, B, G, D] (if given) and what x says of its bytes [g, B, G, P].
+
+    Patch k goes to group k % g, so that devices that share a sequence share every group. What is missing is zero.
+    """
+    g, P = self.config.patch_groups, self.config.levels[0].patch_size
+    B, T = x_BT.shape
+    patches = -(-T // (P * g)) * g
+    x_BKP = jnp.pad(x_BT, ((0, 0), (0, patches * P - T))).reshape(B, patches, P)
+    arrays = [x_BKP]
+    if h_BKD is not None:
+      missing = patches - h_BKD.shape[1]
+      arrays.insert(0, jnp.pad(h_BKD, ((0, 0), (0, missing), (0, 0))) if missing > 0 else h_BKD[:, :patches])
+    return tuple(jnp.moveaxis(a.reshape(B, patches // g, g, -1), 2, 0) for a in arrays)
 
 
 def _sum_in_one_pass(
@@ -78,22 +119,6 @@ def _sum_in_one_pass(
 
   total.defvjp(forward, backward)
   return total(parameters, inputs_g)
-
-
-def _groups(model: Megabyte, h_BKD: jax.Array | None, x_BT: jax.Array) -> tuple[jax.Array, ...]:
-  """The patches of each group: their first-level outputs [g, B, G, D] (if given) and what x says of bytes [g, B, G, P].
-
-  Patch k goes to group k % g, so that devices that share a sequence share every group. What is missing is zero.
-  """
-  g, P = model.config.patch_groups, model.config.levels[0].patch_size
-  B, T = x_BT.shape
-  patches = -(-T // (P * g)) * g
-  x_BKP = jnp.pad(x_BT, ((0, 0), (0, patches * P - T))).reshape(B, patches, P)
-  arrays = [x_BKP]
-  if h_BKD is not None:
-    missing = patches - h_BKD.shape[1]
-    arrays.insert(0, jnp.pad(h_BKD, ((0, 0), (0, missing), (0, 0))) if missing > 0 else h_BKD[:, :patches])
-  return tuple(jnp.moveaxis(a.reshape(B, patches // g, g, -1), 2, 0) for a in arrays)
 
 
 def _logits(levels: Any, h_BGD: jax.Array, x_BGP: jax.Array, dropout_key: jax.Array | None) -> jax.Array:

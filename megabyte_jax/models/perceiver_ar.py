@@ -17,8 +17,8 @@ from flax import nnx
 from megabyte_jax.config import PerceiverARConfig
 from megabyte_jax.models import attention as attention_lib
 from megabyte_jax.models.block import activate, make_ff_in, products_apart, rotate
-from megabyte_jax.models.decoding import Pick
 from megabyte_jax.models.dropout import dropout
+from megabyte_jax.models.family import Model, Pick, counted, cross_entropy
 from megabyte_jax.models.parameters import make_head_norm, make_linear, make_norm
 from megabyte_jax.models.patch_embedder import PatchEmbedder, check_length
 from megabyte_jax.models.stack import Cache, Stack, rematerialised
@@ -105,10 +105,10 @@ class DecodeState(NamedTuple):
   start: jax.Array
 
 
-class PerceiverAR(nnx.Module):
-  """p(x_t | x_<t) for the last N bytes of a context."""
+class PerceiverAR(Model):
+  """Predicts the last N bytes of a context."""
 
-  alignment = 1  # read_prompt takes any number of bytes
+  config: PerceiverARConfig
 
   def __init__(self, config: PerceiverARConfig, rngs: nnx.Rngs):
     self.config = config
@@ -134,6 +134,26 @@ class PerceiverAR(nnx.Module):
     """
     logits_BNV, _ = self._run(x_BT, start_B, dropout_key, keep=lambda k, v: None)
     return logits_BNV
+
+  def byte_nats(
+    self,
+    x_BT: jax.Array,
+    *,
+    length_B: jax.Array | None = None,
+    start_B: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns the nats of the bytes at the latents, [B, T], and a mask of these."""
+    B, T = x_BT.shape
+    N = min(self.config.latents, T)
+    if start_B is None and length_B is not None:
+      start_B = jnp.clip(length_B - N, 0, T - N)
+    logits_BNV = self(x_BT, start_B=start_B, dropout_key=dropout_key)
+    at_BN = (jnp.full((B,), T - N) if start_B is None else start_B)[:, None] + jnp.arange(N)
+    rows = jnp.arange(B)[:, None]
+    nats_BN = cross_entropy(logits_BNV, jnp.take_along_axis(x_BT, at_BN, axis=1))
+    scored_BT = counted(x_BT, length_B) & jnp.zeros((B, T), bool).at[rows, at_BN].set(True)
+    return jnp.where(scored_BT, jnp.zeros((B, T), jnp.float32).at[rows, at_BN].set(nats_BN), 0.0), scored_BT
 
   def _run(self, x_BT, start_B, dropout_key, keep):
     T = x_BT.shape[1]
@@ -181,10 +201,6 @@ class PerceiverAR(nnx.Module):
     state, logits_BV = self.decode_byte(state, state.byte_B1[:, 0])
     byte_B1 = pick(logits_BV, state.position - 1)[:, None].astype(jnp.int32)
     return state._replace(byte_B1=byte_B1), byte_B1, logits_BV[:, None]
-
-  def first_level_at(self, position: int) -> int:
-    """Of `Megabyte`: here every byte takes the same step."""
-    return 0
 
   def decode_byte(
     self, state: DecodeState, previous_B: jax.Array, first_level: int = 0

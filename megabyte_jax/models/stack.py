@@ -156,12 +156,12 @@ def _written(cache: Cache, new_LB11HK: Sequence[jax.Array], at: jax.Array) -> Ca
 
 
 def each_in_one_kernel(config: ModelConfig, rows: int) -> bool:
-  """Whether the kernel of stack_kernel.py takes each of the model's stacks; parameters are laid out for all or none."""
-  return all(decoding_step.serves(level, config, rows) for level in config.levels)
+  """Returns whether decoding_step.py takes each of the model's stacks; parameters are laid out for all or none."""
+  return not any(decoding_step.obstacle(level, config, rows) for level in config.levels)
 
 
 def stack_weights(stack: Stack) -> decoding_step.Weights:
-  """The stacked parameters as stack_kernel.py takes them: no copies where they lie as build.py puts them."""
+  """Returns the stacked parameters as decoding_step.py takes them: no copies where they lie as build.py puts them."""
   blocks, level = stack.blocks, stack.level
   (heads, width), L, D = level.heads, level.num_layers, level.width
   qkv_LD3HK, out_LHKD = blocks.qkv.kernel[...], blocks.attention_out.kernel[...]

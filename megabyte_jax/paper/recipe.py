@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from megabyte_jax.config import Config, MegabyteConfig
+from megabyte_jax.config import Config
 from megabyte_jax.errors import require
 
 
@@ -26,9 +26,8 @@ def _optimizer(**changes: Any) -> Callable[[Config], Config]:
 
 def _rotary(config: Config) -> Config:
   """Rotary positions at every level, beside the learned ones."""
-  if not isinstance(config.model, MegabyteConfig):
-    return _model(rotary=True)(config)
-  return _model(levels=tuple(dataclasses.replace(level, rotary=True) for level in config.model.levels))(config)
+  levels = tuple(dataclasses.replace(level, rotary=True) for level in config.model.levels)
+  return dataclasses.replace(config, model=config.model.with_levels(levels))
 
 
 CHANGES: dict[str, Callable[[Config], Config]] = {

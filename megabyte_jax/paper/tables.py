@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from megabyte_jax.config import Config, ModelConfig, PerceiverARConfig
+from megabyte_jax.config import Config, ModelConfig
 from megabyte_jax.errors import require
 from megabyte_jax.models import flops
 from megabyte_jax.paper import measured
@@ -73,9 +73,10 @@ def _same_settings(reference: str, config: Config) -> bool:
 
 def cut(model: ModelConfig) -> str:
   """Returns the text for a model's division of its context: `P 8`, `1,024 latents`, or nothing."""
-  if isinstance(model, PerceiverARConfig):
-    return f"{model.latents:,} latents"
-  patches = [size for size in (model.span, *(level.patch_size for level in model.levels)) if size > 1]
+  if model.num_latents:
+    return f"{model.num_latents:,} latents"
+  span = model.spans[0] if model.spans[0] < model.context else 0
+  patches = [size for size in (span, *(level.patch_size for level in model.levels)) if size > 1]
   return f"P {', '.join(map(str, patches))}" if patches else ""
 
 

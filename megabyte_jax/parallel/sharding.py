@@ -20,7 +20,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from megabyte_jax.config import MegabyteConfig, MeshConfig, ModelConfig
+from megabyte_jax.config import MeshConfig, ModelConfig
 from megabyte_jax.errors import ConfigError, require
 from megabyte_jax.parallel.activation_layout import BATCH
 from megabyte_jax.parallel.parameter_info import ParameterInfo, ParameterInfos, map_with_info
@@ -118,11 +118,11 @@ def check_mesh(mesh: Mesh | AbstractMesh, model: ModelConfig, batch_size: int) -
       "mesh.data * mesh.fsdp",
     ),
   }
-  if isinstance(model, MegabyteConfig):
-    patches = model.context // max(model.levels[0].patch_size, model.span)
-    spread["the number of patches (context / patch size)"] = (patches, mesh.shape["seq"], "mesh.seq")
-  elif mesh.shape["seq"] > 1:
-    raise ConfigError(f"mesh.seq is {mesh.shape['seq']}, but PerceiverAR's sequences are not spread; set it to 1")
+  parts, seq = model.sequence_parts, mesh.shape["seq"]
+  if parts:
+    spread["the number of patches (context / patch size)"] = (parts, seq, "mesh.seq")
+  else:
+    require(seq == 1, f"mesh.seq is {seq}, but {model.display_name}'s sequences are not spread; set it to 1")
   for i, level in enumerate(model.levels):
     spread[f"levels[{i}].num_heads"] = (level.num_heads, mesh.shape["tensor"], "mesh.tensor")
     spread[f"levels[{i}] feed-forward width"] = (model.hidden(level), mesh.shape["tensor"], "mesh.tensor")

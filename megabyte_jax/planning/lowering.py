@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from megabyte_jax.config import Config, PerceiverARConfig
+from megabyte_jax.config import Config
 from megabyte_jax.evaluation.evaluate import make_eval_step
 from megabyte_jax.generation import sampling
 from megabyte_jax.models.build import abstract_model, cast_for_decoding, parameter_info
@@ -26,7 +26,6 @@ def lower(config: Config, mesh: Mesh, step: str) -> jax.stages.Lowered:
     mesh: the devices, which may be those of a topology that does not exist here.
     step: train | eval | generate; `generate` decodes one chunk of bytes with full caches.
   """
-  is_perceiver = isinstance(config.model, PerceiverARConfig)
   may_be_short = config.data.windows_may_be_short
 
   def rows(shape, dtype):
@@ -40,7 +39,7 @@ def lower(config: Config, mesh: Mesh, step: str) -> jax.stages.Lowered:
     infos = parameter_info(config.model)
     if step == "eval":
       parameters = shard_abstract(parameters, infos, mesh)
-      return make_eval_step(config).lower(parameters, x_BT, length_B, *([length_B] if is_perceiver else []))
+      return make_eval_step(config).lower(parameters, x_BT, length_B, *([length_B] if config.model.num_latents else []))
     parameters = jax.eval_shape(functools.partial(cast_for_decoding, config.model), parameters)
     return _lower_generate(config, mesh, shard_abstract(parameters, infos, mesh))
 
@@ -51,8 +50,9 @@ def _lower_generate(config: Config, mesh: Mesh, parameters: Any) -> jax.stages.L
   batch, context = config.batch_size, config.model.context
   x_BT = jax.ShapeDtypeStruct((batch, context), jnp.int32, sharding=NamedSharding(mesh, sampling.row_spec(2)))
   scalar = jax.ShapeDtypeStruct((), jnp.int32)
-  where = (scalar, scalar) if isinstance(config.model, PerceiverARConfig) else (scalar,)
-  state = jax.eval_shape(lambda p, x, *where: nnx.merge(graph, p).read_prompt(x, *where), parameters, x_BT, *where)
+  state = jax.eval_shape(
+    lambda p, x, *where: nnx.merge(graph, p).read_prompt(x, *where), parameters, x_BT, scalar, scalar
+  )
 
   def place(leaf):
     sharding = NamedSharding(mesh, sampling.row_spec(len(leaf.shape)))

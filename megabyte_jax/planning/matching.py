@@ -7,7 +7,7 @@ import statistics
 import sys
 from collections.abc import Callable
 
-from megabyte_jax.config import Config, PerceiverARConfig
+from megabyte_jax.config import Config
 from megabyte_jax.errors import require
 from megabyte_jax.models import flops
 from megabyte_jax.planning.step_time import TimedStep, time_ratios
@@ -37,8 +37,7 @@ class Match:
   @property
   def override(self) -> str:
     """The flag of train.py that sets the layers."""
-    levels = "" if isinstance(self.config.model, PerceiverARConfig) else f".levels[{self.level}]"
-    return f"--config.model{levels}.num_layers={self.layers}"
+    return f"--config.{self.config.model.level_key(self.level)}.num_layers={self.layers}"
 
 
 def match(candidate: Config, cost: Cost, level: int = -1) -> Match:
@@ -54,8 +53,7 @@ def match(candidate: Config, cost: Cost, level: int = -1) -> Match:
   """
   start = layers_of(candidate, level)
   layers, tried = solve(lambda layers: cost(with_layers(candidate, layers, level)), 1.0, start)
-  count = 1 if isinstance(candidate.model, PerceiverARConfig) else len(candidate.model.levels)
-  return Match(with_layers(candidate, layers, level), layers, level % count, tried)
+  return Match(with_layers(candidate, layers, level), layers, level % len(candidate.model.levels), tried)
 
 
 def solve(cost: Callable[[int], float], target: float, start: int) -> tuple[int, dict[int, float]]:
@@ -93,8 +91,6 @@ def layers_of(config: Config, level: int = -1) -> int:
   Raises:
     ConfigError: there is no such level.
   """
-  if isinstance(config.model, PerceiverARConfig):
-    return config.model.num_layers
   count = len(config.model.levels)
   require(-count <= level < count, f"--level is {level}, but the candidate has {count} levels; take 0 to {count - 1}")
   return config.model.levels[level].num_layers
@@ -102,12 +98,7 @@ def layers_of(config: Config, level: int = -1) -> int:
 
 def with_layers(config: Config, layers: int, level: int = -1) -> Config:
   """Returns `config` with another number of layers in one level."""
-  model = config.model
-  if isinstance(model, PerceiverARConfig):
-    return dataclasses.replace(config, model=dataclasses.replace(model, num_layers=layers))
-  levels = list(model.levels)
-  levels[level] = dataclasses.replace(levels[level], num_layers=layers)
-  return dataclasses.replace(config, model=dataclasses.replace(model, levels=tuple(levels)))
+  return dataclasses.replace(config, model=config.model.with_layers(layers, level))
 
 
 def flops_ratio(candidate: Config, reference: Config) -> float:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 
 from megabyte_jax.config import Config
-from megabyte_jax.config.model import Remat
+from megabyte_jax.config.levels import Remat
 from megabyte_jax.errors import ConfigError, require
 from megabyte_jax.parallel import hardware
 from megabyte_jax.parallel.sharding import check_mesh, make_mesh, parse_mesh

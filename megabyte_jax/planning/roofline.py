@@ -12,7 +12,7 @@ import dataclasses
 
 import jax
 
-from megabyte_jax.config import Config, Level, MegabyteConfig, ModelConfig
+from megabyte_jax.config import Config, Level, ModelConfig
 from megabyte_jax.models import flops
 from megabyte_jax.parallel import hardware
 
@@ -105,15 +105,11 @@ def memory_traffic(config: Config, devices: int, tensor: int, step: str) -> floa
   weights = 2 * parameters / tensor * count * (config.accumulate if step == "train" else 1)
   per_parameter = 8 * (2 + config.optimizer.moments)  # value, gradient and moments, float32, read and written
   optimizer = per_parameter * parameters / devices if step == "train" else 0.0
-  if isinstance(model, MegabyteConfig):
-    levels = zip(model.levels, model.spans, strict=True)
-    per_row = sum(_activations(model, level, model.context // level.patch_size, span) for level, span in levels)
-    per_row += 3 * 4 * model.vocab_size * model.context
-  else:
-    per_row = _activations(model, model.level, model.latents, model.latents)
-    per_row += 3 * 4 * model.vocab_size * model.latents
-    keys = (model.context - model.latents / 2) * model.num_heads * 2 * 4
-    per_row += model.latents * keys + 4 * 2 * model.width * model.context  # the cross-attention layer
+  stacks = zip(model.levels, model.slots, model.spans, strict=True)
+  per_row = sum(_activations(model, level, slots, span) for level, slots, span in stacks)
+  per_row += 3 * 4 * model.vocab_size * model.predicted_bytes
+  if cross := model.cross_attention:
+    per_row += cross.queries * cross.keys * cross.heads * 2 * 4 + 4 * 2 * cross.width * model.context
   return weights + optimizer + config.batch_size * per_row * count / devices
 
 

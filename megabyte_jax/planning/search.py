@@ -17,8 +17,8 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh
 
-from megabyte_jax.config import Config, MegabyteConfig, MeshConfig
-from megabyte_jax.config.model import Remat
+from megabyte_jax.config import Config, MeshConfig
+from megabyte_jax.config.levels import Remat
 from megabyte_jax.errors import ConfigError
 from megabyte_jax.models import flops
 from megabyte_jax.parallel import hardware
@@ -113,7 +113,7 @@ def _meshes(config: Config, devices: list[jax.Device]) -> Iterator[MeshConfig]:
   """Yields meshes of all devices on which every slice holds the same number of replicas."""
   slices = _slices(devices)
   each = len(devices) // slices
-  seqs = _powers(each) if isinstance(config.model, MegabyteConfig) else (1,)
+  seqs = _powers(each) if config.model.sequence_parts else (1,)
   for seq, tensor, replicas in itertools.product(seqs, (1, 2, 4), _powers(each)):
     if each % (seq * tensor * replicas) == 0:
       yield MeshConfig(data=slices * replicas, fsdp=each // (seq * tensor * replicas), seq=seq, tensor=tensor)
@@ -147,13 +147,11 @@ def estimate(config: Config, devices: list[jax.Device], step: str) -> float:
   replicas, gradients = mesh.data // slices, 2 * parameters / (mesh.fsdp * mesh.tensor) * training
   sent += 2 * gradients * (1 - 1 / replicas)
   rows = config.batch_size / (mesh.data * mesh.fsdp)
-  if isinstance(model, MegabyteConfig):
-    for level, span in zip(model.levels, model.spans, strict=True):
-      slots = model.context // level.patch_size
-      if mesh.seq > 1 and span == model.context:  # keys and values are gathered
-        sent += rows * slots * 2 * 2 * level.width / mesh.tensor * level.num_layers * forward_passes
-      if mesh.tensor > 1:  # two sums over devices a layer
-        sent += rows * slots / mesh.seq * 4 * 2 * level.width * level.num_layers * forward_passes
+  for level, slots, span in zip(model.levels, model.slots, model.spans, strict=True):
+    if mesh.seq > 1 and span == model.context:  # keys and values are gathered
+      sent += rows * slots * 2 * 2 * level.width / mesh.tensor * level.num_layers * forward_passes
+    if mesh.tensor > 1:  # two sums over devices a layer
+      sent += rows * slots / mesh.seq * 4 * 2 * level.width * level.num_layers * forward_passes
   # Gradients are summed within a slice first: then each device sends its part of them to the other slices.
   between = 2 * 2 * parameters * training * slices / len(devices) * (1 - 1 / slices)
   bounds = roofline.bounds(config, devices[0], len(devices), mesh.tensor, step, sent, between)

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from megabyte_jax.config import Config, PerceiverARConfig
+from megabyte_jax.config import Config
 from megabyte_jax.models.build import abstract_model, initial_parameters, parameter_info
 from megabyte_jax.models.loss import sum_of_nats
 from megabyte_jax.parallel.sharding import check_mesh, constrain_state, shard_abstract
@@ -64,7 +64,7 @@ def make_train_step(config: Config) -> jax.stages.Wrapped:
   graph, _ = abstract_model(config.model)
   optimizer, infos = _optimizer(config), parameter_info(config.model)
   drops = config.model.dropout > 0 or config.model.attention_dropout > 0
-  latents = config.model.latents if isinstance(config.model, PerceiverARConfig) else 0
+  latents = config.model.num_latents
   parts = config.accumulate
 
   def summed_nats(parameters, x_BT, length_B, key):

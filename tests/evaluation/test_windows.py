@@ -48,7 +48,7 @@ def test_every_byte_is_scored_once_with_the_promised_context(case):
     assert w.start >= 0 and 0 < w.length <= context and w.start + w.length <= length
     if method in ("sliding", "both"):
       shift = patch // 2 if strided else 0
-      assert t - w.start >= min(t, context - (stride or windows.default_stride(config))) - shift
+      assert t - w.start >= min(t, context - (stride or config.default_stride)) - shift
     if strided and w.start + w.whole <= t:
       assert (t - w.start) % patch < (patch + 1) // 2
   assert all(windows.scored_mask(w).any() for w in plan)
@@ -68,7 +68,7 @@ def test_perceiver_scores_every_byte_once_among_its_latents(case):
   length, config, stride = case
   scored = scored_bytes(windows.windows_of(length, config, "basic", stride))
   assert sorted(t for t, _ in scored) == list(range(length))
-  stride = stride or windows.default_stride(config)
+  stride = stride or config.default_stride
   for t, w in scored:
     assert 0 < w.length <= config.context
     assert w.latent_start <= t - w.start < w.latent_start + config.latents
@@ -124,7 +124,7 @@ def test_generation_sees_what_sliding_evaluation_sees(position, case):
   start, latents = 0, isinstance(config, PerceiverARConfig)
   size = config.latents if latents else config.context
   while position >= start + size:
-    start += windows.default_stride(config)
+    start += config.default_stride
   assert start == windows.window_start(position, config)
   (window,) = [w for t, w in scored_bytes(windows.windows_of(position + 1, config, "sliding")) if t == position]
   if latents:
@@ -138,11 +138,11 @@ def test_generation_sees_what_sliding_evaluation_sees(position, case):
 
 
 def test_default_strides():
-  assert windows.default_stride(megabyte(8192, 8, 1)) == 4096
-  assert windows.default_stride(megabyte(36, 12, 1)) == 12
-  assert windows.default_stride(megabyte(12, 12)) == 6
-  assert windows.default_stride(megabyte(64, 1, span=16)) == 32
-  assert windows.default_stride(perceiver(8192, 1024)) == 512
+  assert megabyte(8192, 8, 1).default_stride == 4096
+  assert megabyte(36, 12, 1).default_stride == 12
+  assert megabyte(12, 12).default_stride == 6
+  assert megabyte(64, 1, span=16).default_stride == 32
+  assert perceiver(8192, 1024).default_stride == 512
 
 
 def test_cost_factors():

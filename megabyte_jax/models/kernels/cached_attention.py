@@ -1,4 +1,4 @@
-"""Attention of a single new slot to the filled part of a cache, on one GPU.
+"""Computes attention of a single new slot to the filled part of a cache, on one GPU.
 
 XLA's would read the whole cache, zeros and all. This is a Pallas (Triton) kernel, interpreted where there is no GPU:
 a program takes a head of a row and walks through the slots that it sees.
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from megabyte_jax.config import BlockOptions, Level
+from megabyte_jax.models.kernels.known_options import LAYER_BY_LAYER
 from megabyte_jax.parallel.backend import platform, triton
 
 _SLOTS = 128  # that a program has in registers at once
@@ -22,24 +23,26 @@ LOWEST, SMALLEST = -1e30, 1e-30  # of logits that are not there, of sums
 
 
 def wanted(options: BlockOptions, dtype: jnp.dtype) -> bool:
-  """Whether decoding takes kernels: where it can, unless attention=xla asks for what they are tested against."""
+  """Returns whether decoding takes kernels: where it can, unless attention=xla asks for their plain twins."""
   return options.attention != "xla" and on_one_gpu(dtype) and triton() is not None
 
 
 def on_one_gpu(dtype: jnp.dtype) -> bool:
-  """Whether the program at hand is for one GPU, in bfloat16."""
+  """Returns whether the program at hand is for one GPU, in bfloat16."""
   mesh = jax.sharding.get_abstract_mesh()
   return platform() == "gpu" and (mesh.empty or mesh.size == 1) and dtype == jnp.bfloat16
 
 
-def serves(level: Level) -> bool:
-  """Whether the kernel takes the heads of this level."""
+def obstacle(level: Level, options: BlockOptions) -> str:
+  """Returns why a step cannot go layer by layer with this kernel, or '' if it can."""
   _, head_width = level.heads
-  return head_width >= 16 and head_width & (head_width - 1) == 0
+  if head_width < 16 or head_width & (head_width - 1):
+    return f"heads of {head_width} are no power of two from 16 on"
+  return LAYER_BY_LAYER.obstacle(level, options)
 
 
 class Filled(NamedTuple):
-  """What a single slot sees of a stack's cache.
+  """Holds what a single slot sees of a stack's cache.
 
   Attributes:
     k_LRSHK, v_LRSHK: keys and values of all layers.
@@ -54,7 +57,7 @@ class Filled(NamedTuple):
 
 
 def attend(qkv_R3HK: jax.Array, past: Filled) -> jax.Array:
-  """The attended values [R, H, K] of one slot of each row, over itself and what it sees of the cache."""
+  """Returns the attended values [R, H, K] of one slot of each row, over itself and what it sees of the cache."""
   R, _, H, K = qkv_R3HK.shape
   slots = min(_SLOTS, 1 << (past.k_LRSHK.shape[2] - 1).bit_length())
 

@@ -1,7 +1,7 @@
-"""What the kernel of stack_kernel.py does in each phase of a layer; each of its programs, for its share of columns.
+"""Computes the phases of a layer for the kernel of decoding_step.py; each of its programs does a share of columns.
 
 A phase asks for its first weights, waits for the phase before, reads what other programs wrote, and writes its columns.
-Shapes are those of stack_kernel.py.
+Shapes are those of decoding_step.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SLOTS = 128  # of a cache that a program has in registers at once
 _SHORT = 16  # slots of a cache, up to which every program does the attention of all heads by itself
 _MAX_PARTS = 8
 
-Refs = dict[str, Any]  # by name, with the fields of stack_kernel.Weights
+Refs = dict[str, Any]  # by name, with the fields of decoding_step.Weights
 Place = tuple[Any, ...]  # indices of a weight, but for its layer and its inputs
 Wait = Callable[[], None]  # for the phase before
 Inputs = Callable[[], list[jax.Array]]  # of a product, in chunks

@@ -1,8 +1,8 @@
-"""All layers of a stack, for one slot of a single sample, in one GPU kernel.
+"""Computes all layers of a stack, for one slot of a single sample, in one GPU kernel.
 
 A byte of one sample costs each layer its matrices, which are read once. As kernels of their own these products take
 longer to start, to fetch their input and to end than to read. Here as many programs as the chip has multiprocessors
-stay for the whole step. They go through the phases (stack_phases.py) of every layer together,
+stay for the whole step. They go through the phases (decoding_phases.py) of every layer together,
 
   qkv       norm, product, rotary positions; keys and values go into the cache
   attend    for long caches only: each program takes a head, or some slots of one
@@ -35,6 +35,7 @@ from jax.experimental import pallas as pl
 from megabyte_jax.config import BlockOptions, Level
 from megabyte_jax.models.kernels import cached_attention
 from megabyte_jax.models.kernels.decoding_phases import Phase, Phases, Refs, power_of_two_in
+from megabyte_jax.models.kernels.known_options import IN_ONE_KERNEL
 from megabyte_jax.parallel.backend import platform, triton
 
 _INTERPRETED_PROGRAMS = 4
@@ -43,7 +44,7 @@ Arrays = dict[str, Any]  # or their shapes, by name
 
 
 class Weights(NamedTuple):
-  """A stack's parameters, of all layers; no bias or shift is None.
+  """Holds a stack's parameters, of all layers; no bias or shift is None.
 
   Attributes:
     qkv_LD: [L, 3, H, 2, K / 2, D]; the two halves of a head, which rotary positions mix.
@@ -67,25 +68,26 @@ class Weights(NamedTuple):
 
 
 def programs() -> int:
-  """Of a kernel: a power of two, at most the multiprocessors of the GPU."""
+  """Returns the programs of a kernel: a power of two, at most the multiprocessors of the GPU."""
   if platform() != "gpu":
     return _INTERPRETED_PROGRAMS
   return 1 << (jax.devices()[0].core_count.bit_length() - 1)
 
 
-def serves(level: Level, options: BlockOptions, rows: int) -> bool:
-  """Whether the kernel takes so many samples of this level."""
+def obstacle(level: Level, options: BlockOptions, rows: int) -> str:
+  """Returns why all layers of this level cannot be one kernel for so many samples, or '' if they can."""
   heads, head_width = level.heads
   hidden = options.hidden(level)
   largest = level.num_layers * level.width * max(3 * heads * head_width, (1 + options.gated) * hidden)
-  return (
-    rows == 1
-    and not options.qk_norm
-    and cached_attention.serves(level)
-    and all(n % programs() == 0 for n in (heads * head_width // 2, level.width, hidden))
-    and all(power_of_two_in(n) >= 64 for n in (level.width, heads * head_width, hidden))
-    and largest < 1 << 31  # offsets have 32 bits
-  )
+  if rows != 1:
+    return f"it takes one sample, not {rows}"
+  if any(n % programs() for n in (heads * head_width // 2, level.width, hidden)):
+    return f"{programs()} programs do not divide the widths {heads * head_width // 2}, {level.width} and {hidden}"
+  if any(power_of_two_in(n) < 64 for n in (level.width, heads * head_width, hidden)):
+    return f"64 does not divide the widths {level.width}, {heads * head_width} and {hidden}"
+  if largest >= 1 << 31:
+    return "offsets have 32 bits"
+  return IN_ONE_KERNEL.obstacle(level, options) or cached_attention.obstacle(level, options)
 
 
 def step(
@@ -101,7 +103,7 @@ def step(
   options: BlockOptions,
   epsilon: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The residual stream after all layers (float32 [D], before the last norm), and the caches with the new slot.
+  """Returns the residual stream after all layers (float32 [D], before the last norm), and the caches with the new slot.
 
   Args:
     first, at: which entries of the caches are seen: from `first` on to `at`, the slot's own.
@@ -133,7 +135,7 @@ def step(
 
 
 def in_one(phases: Phases, given: Arrays, changed: Arrays, between: Arrays, num_layers: int) -> Arrays:
-  """All phases of all layers in one kernel."""
+  """Runs all phases of all layers in one kernel."""
 
   def kernel(refs: Refs) -> None:
     arrived = refs["arrived"]
@@ -165,7 +167,7 @@ def in_one(phases: Phases, given: Arrays, changed: Arrays, between: Arrays, num_
 
 
 def one_by_one(phases: Phases, given: Arrays, changed: Arrays, between: Arrays, num_layers: int) -> Arrays:
-  """A call for each phase of each layer, interpreted."""
+  """Runs a call for each phase of each layer, interpreted."""
   changed = changed | {name: jnp.zeros(a.shape, a.dtype) for name, a in between.items()}
   for layer in range(num_layers):
     for phase in phases.in_order:
@@ -180,7 +182,7 @@ def one_by_one(phases: Phases, given: Arrays, changed: Arrays, between: Arrays, 
 def run(
   kernel: Callable[[Refs], None], num_programs: int, given: Arrays, changed: Arrays, made: Arrays, **options: Any
 ) -> Arrays:
-  """The arrays that `kernel` changes or makes; it is given all by name."""
+  """Returns the arrays that `kernel` changes or makes; it is given all by name."""
   outputs = changed | made
 
   def with_names(*refs):

@@ -1,4 +1,4 @@
-"""Fused attention, also over a mesh: splash (Pallas, TPU), cuDNN (NVIDIA), and the kernel of tile_attention.py.
+"""Runs fused attention, also over a mesh: splash (Pallas, TPU), cuDNN (NVIDIA), and local_attention.py's kernel.
 
 XLA cannot split such a kernel over devices, so under a mesh it runs inside `jax.shard_map`: the batch is spread over
 `data` and `fsdp`, heads over `tensor`. What `seq` spreads depends on the kernel:
@@ -26,13 +26,15 @@ from megabyte_jax.models.kernels import local_attention
 from megabyte_jax.parallel.activation_layout import BATCH
 from megabyte_jax.parallel.backend import platform, triton
 
+Shaped = jax.Array | jax.ShapeDtypeStruct  # of which only shape and dtype are asked
+
 _LANES = 128  # splash's key blocks are whole numbers of TPU vector lanes
 _BLOCK = 1024  # slots a block should have at most: larger ones gain little and take on-chip memory
 _LARGEST_BLOCK = 2048
 
 
-def cudnn_obstacle(q_BNMHK: jax.Array, keys: int | None = None) -> str:
-  """Why cuDNN cannot attend here, or '' if it can; `keys` of a span, if they are not as many as its slots."""
+def cudnn_obstacle(q_BNMHK: Shaped, keys: int | None = None) -> str:
+  """Returns why cuDNN cannot attend here, or '' if it can; `keys` of a span, if they are not as many as its slots."""
   if platform() != "gpu":
     return f"the device is {platform()}, not an NVIDIA GPU"
   if q_BNMHK.dtype not in (jnp.bfloat16, jnp.float16):
@@ -49,7 +51,7 @@ def cudnn_obstacle(q_BNMHK: jax.Array, keys: int | None = None) -> str:
 
 
 def cudnn(q_BNMHK: jax.Array, k_BNMHK: jax.Array, v_BNMHK: jax.Array, window: int) -> jax.Array:
-  """Causal attention within spans by cuDNN; arguments as in `attention.attention`."""
+  """Computes causal attention within spans by cuDNN; arguments as in `attention.attention`."""
   return _over_mesh(functools.partial(_cudnn, window=window), q_BNMHK, k_BNMHK, v_BNMHK)
 
 
@@ -61,13 +63,13 @@ def _cudnn(q_BNMHK, k_BNMHK, v_BNMHK, window):
   return out.reshape(B, N, M, H, K)
 
 
-def masked_cudnn_obstacle(q_BNMHK: jax.Array, keys: int) -> str:
-  """Why cuDNN cannot attend to so many keys of each span by a mask, or '' if it can."""
+def masked_cudnn_obstacle(q_BNMHK: Shaped, keys: int) -> str:
+  """Returns why cuDNN cannot attend to so many keys of each span by a mask, or '' if it can."""
   return _spread_span(q_BNMHK) or cudnn_obstacle(q_BNMHK, keys)
 
 
 def masked_cudnn(q_BNMHK: jax.Array, k_BNSHK: jax.Array, v_BNSHK: jax.Array, visible_BNMS: jax.Array) -> jax.Array:
-  """Attention of each slot to the keys that it sees, by cuDNN; rows of `visible` may be one for all, if N = 1."""
+  """Computes attention of each slot to the keys that it sees, by cuDNN; `visible` may have one row for all if N = 1."""
   B, N = q_BNMHK.shape[:2]
   if N > 1:
     visible_BNMS = jnp.broadcast_to(visible_BNMS, (B, N, *visible_BNMS.shape[2:]))
@@ -106,8 +108,8 @@ def _over_mesh(function, q_BNMHK, k_BNMHK, v_BNMHK):
   return mapped(q_BNMHK, k_BNMHK, v_BNMHK)
 
 
-def tile_obstacle(q_BNMHK: jax.Array, earlier: int) -> str:
-  """Why tiles of short spans cannot be attended to here, or '' if they can; `earlier` slots of each are a past."""
+def tile_obstacle(q_BNMHK: Shaped, earlier: int) -> str:
+  """Returns why tiles of short spans cannot be attended to here, or ''; `earlier` slots of each are a past."""
   if platform() != "gpu":
     return f"the device is {platform()}, not an NVIDIA GPU"
   if triton() is None:
@@ -123,7 +125,7 @@ def tile(
   v_BNMHK: jax.Array,
   past: tuple[jax.Array, jax.Array, jax.Array] | None,
 ) -> jax.Array:
-  """Causal attention within many short spans; arguments as in `local_attention.tile_attention`."""
+  """Computes causal attention within many short spans; arguments as in `local_attention.tile_attention`."""
   if not _mesh():
     return local_attention.tile_attention(q_BNMHK, k_BNMHK, v_BNMHK, past)
   spec = P(BATCH, "seq", None, "tensor")
@@ -136,8 +138,8 @@ def tile(
   return mapped(q_BNMHK, k_BNMHK, v_BNMHK, past)
 
 
-def splash_obstacle(q_BNMHK: jax.Array) -> str:
-  """Why splash attention cannot attend here, whatever the device, or '' if it can."""
+def splash_obstacle(q_BNMHK: Shaped) -> str:
+  """Returns why splash attention cannot attend here, whatever the device, or '' if it can."""
   _, N, M, _, _ = q_BNMHK.shape
   if N > 1:
     return "it serves one span of slots (the global model), not many spans side by side"
@@ -153,7 +155,7 @@ def splash_obstacle(q_BNMHK: jax.Array) -> str:
 def splash(
   q_B1MHK: jax.Array, k_B1MHK: jax.Array, v_B1MHK: jax.Array, window: int, *, interpret: bool = False
 ) -> jax.Array:
-  """Causal attention over all slots by splash attention; arguments as in `attention.attention`.
+  """Computes causal attention over all slots by splash attention; arguments as in `attention.attention`.
 
   Args:
     interpret: run the kernel step by step on any device (tests).
@@ -216,12 +218,12 @@ def _mesh() -> dict[str, int]:
   return dict(mesh.shape) if mesh.size > 1 else {}
 
 
-def _spread_span(q_BNMHK: jax.Array) -> str:
+def _spread_span(q_BNMHK: Shaped) -> str:
   """Says if no device has the only span as a whole, or ''."""
   return "the slots of a span are spread over devices" if q_BNMHK.shape[1] == 1 and _mesh().get("seq", 1) > 1 else ""
 
 
-def _uneven(q_BNMHK: jax.Array) -> str:
+def _uneven(q_BNMHK: Shaped) -> str:
   """What the mesh that is set does not divide, or ''."""
   B, N, M, H, _ = q_BNMHK.shape
   mesh = _mesh()
