@@ -23,7 +23,7 @@ DOCUMENTS = (
   "CONTRIBUTING.md",
   "launch/README.md",
   "benchmarks/README.md",
-  *(f"docs/{n}.md" for n in ("data", "running", "scaling")),
+  *(f"docs/{n}.md" for n in ("comparisons", "data", "running", "scaling")),
 )
 COMMAND = re.compile(r"(?:\w+=\S+ )*(?:python|pytest|pip|ruff|mypy|\.ci/)\b.*")
 TINY_IMAGES = [  # the small images that both image models are given, and what shrinks them
@@ -116,6 +116,7 @@ RUN_BY = {
     "tests/planning/test_plans.py",
     "def test_search_over_two_slices_ends_with_the_real_program",
   ),
+  "python -m megabyte_jax --help": ("tests/commands/test_commands.py", '["--help"]'),
   "python -m megabyte_jax matching": ("tests/planning/test_matching.py", "def test_command_line"),
   "python benchmarks/comparisons.py": ("tests/benchmarks/test_comparisons.py", "def test_a_small_comparison"),
   "python benchmarks/": ("tests/benchmarks/test_speed_benchmarks.py", 'f"benchmarks/{name}.py"'),
@@ -137,7 +138,14 @@ RUN_BY = {
   "python -m megabyte_jax prepare verify": ("tests/data/test_prepare.py", '"verify"'),
   "python train.py ...": ("tests/parallel/test_launch.py", "def test_tpu_vm"),
 }
-NOT_RUN = (".ci/run", ".ci/slow", 'pip install -e ".[', 'pip install -U "jax[', "JAX_PLATFORMS=cuda pytest")
+NOT_RUN = (
+  ".ci/run",
+  ".ci/slow",
+  "pip install .",
+  'pip install -e ".[',
+  'pip install -U "jax[',
+  "JAX_PLATFORMS=cuda pytest",
+)
 
 
 def documented() -> dict[str, list[str]]:

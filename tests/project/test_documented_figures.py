@@ -1,14 +1,21 @@
-"""Figures in README.md and docs/results.md are those of the files in docs/results."""
+"""Figures in README.md and the documents are those of the files in docs/results.
+
+They are found by a link in their passage, the label of a row or the heading of an item, never by a sentence's words.
+"""
 
 import json
 import re
+
+import pytest
 
 from megabyte_jax.paper.configs import ROOT
 
 DATA = ("books", "images")
 MODELS = ("megabyte", "transformer", "windowed_transformer", "perceiver_ar")
 IMAGE_MODELS = ("megabyte", "transformer", "perceiver_ar")
-README, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "docs/results.md"))
+README, RESULTS, COMPARED = (
+  (ROOT / name).read_text() for name in ("README.md", "docs/results.md", "docs/comparisons.md")
+)
 
 
 def result(name):
@@ -19,26 +26,54 @@ def short(rate):
   return f"{rate:.1e}".replace(".0e", "e").replace("e-0", "e-")
 
 
-def flat(text):
-  return " ".join(text.split())
+def numbers(text):
+  """The numbers in a text as they are written, without the commas that divide thousands."""
+  found = re.findall(r"(?<![\w.,-])\d[\d,]*(?:\.\d+)?(?:e-?\d+)?", text)
+  return [number.replace(",", "") for number in found]
+
+
+def passages(text):
+  """Paragraphs and items of lists, each on one line; tables are left out."""
+  parts = re.split(r"\n\s*\n|\n(?=\s*- )", text)
+  return [" ".join(part.split()) for part in parts if not part.lstrip().startswith("|")]
+
+
+def passage(text, mark):
+  """The one paragraph or item that has `mark`, a link or a piece of code, and figures."""
+  found = [part for part in passages(text) if mark in part and numbers(part.replace(mark, ""))]
+  assert len(found) == 1, f"{mark} stands in {len(found)} passages with figures, not in one"
+  return found[0]
+
+
+def assert_shows(text, mark, *figures):
+  """The passage with `mark` has these numbers in this order, others and any words between them."""
+  shown = numbers(passage(text, mark))
+  rest = iter(shown)
+  missing = [figure for figure in figures if figure.replace(",", "") not in rest]  # `in` reads on from the last one
+  assert not missing, f"{missing} are not there, in this order, in the passage with {mark}, which has {shown}"
+
+
+def row(text, label):
+  """The cells, after the first, of the one table row whose first cell is `label`."""
+  lines = [line.strip().strip("|").split("|") for line in text.splitlines() if line.lstrip().startswith("|")]
+  found = [[cell.strip() for cell in cells[1:]] for cells in lines if cells[0].strip() == label]
+  assert len(found) == 1, f"{len(found)} rows are called {label!r}"
+  return found[0]
 
 
 def test_generation():
   rows = {(row["model"], row["batch"]): row for row in result("generation")["measured"]}
   ours, transformer, peer = (rows[name, 1] for name in ("MEGABYTE", "Transformer", "MEGABYTE-pytorch"))
   seconds = [row["seconds_per_8192_bytes"] for row in (ours, transformer, peer)]
-  said = (
-    f"generates 8,192 bytes in {seconds[0]:.2f} s, a Transformer of the paper's Table 9 in {seconds[1]:.2f} s "
-    f"({ours['speed_up']:.2f} times; the paper: 1.42), MEGABYTE-pytorch in {seconds[2]:.0f} s"
-  )
-  assert said in flat(README)
-  assert f"| {seconds[0]:.2f} s | {seconds[2]:.0f} s |" in README
-  assert f"{rows['MEGABYTE', 256]['speed_up']:.1f} times the Transformer" in flat(README)
-  for row in rows.values():
-    shown = "{:,.1f}" if row["bytes_per_second"] < 100 else "{:,.0f}"
-    assert f"| {row['batch']} | {shown.format(row['bytes_per_second'])} | " in RESULTS, row
-    if "share_of_floor" in row:
-      assert f" {row['share_of_floor']:.1%} " in RESULTS
+  said = [f"{seconds[0]:.2f}", f"{seconds[1]:.2f}", f"{ours['speed_up']:.2f}", "1.42", f"{seconds[2]:.0f}"]
+  assert_shows(COMPARED, "(results.md#generation-on-one-gpu)", *said, f"{rows['MEGABYTE', 256]['speed_up']:.1f}")
+  assert_shows(README, "(docs/comparisons.md#speed)", said[0], said[-1])
+  assert row(COMPARED, "generating 8,192 bytes with it, one sample")[:2] == [said[0] + " s", said[-1] + " s"]
+  for one in rows.values():
+    shown = "{:,.1f}" if one["bytes_per_second"] < 100 else "{:,.0f}"
+    assert f"| {one['batch']} | {shown.format(one['bytes_per_second'])} | " in RESULTS, one
+    if "share_of_floor" in one:
+      assert f" {one['share_of_floor']:.1%} " in RESULTS
 
 
 def bpb_of(*names):
@@ -47,7 +82,7 @@ def bpb_of(*names):
   return {re.search("|".join(MODELS), row["row"])[0]: row["bpb"] for row in rows}
 
 
-def test_small_scale_in_the_readme():
+def test_small_scale_in_short():
   lines = {
     "books, 120 MB": ["books"],
     "the same, modern recipe": ["modern_models"],
@@ -60,7 +95,10 @@ def test_small_scale_in_the_readme():
   for line, names in lines.items():
     bpb = bpb_of(*names)
     shown = " ".join(f"{bpb[model]:.3f} |" if model in bpb else "|" for model in MODELS)
-    assert f"| {line} | {shown}" in README
+    assert f"| {line} | {shown}" in COMPARED
+  books, modern = bpb_of("books"), bpb_of("modern_models")
+  figures = [f"{bpb[model]:.3f}" for bpb in (books, modern) for model in MODELS[:2]]
+  assert_shows(README, "(docs/comparisons.md#megabyte-and-its-baselines-at-small-scale)", *figures)
 
 
 def test_books_at_small_scale():
@@ -75,7 +113,9 @@ def test_images_at_small_scale():
       assert f" | {row['bpb']:.3f} | {row['training_seconds'] / 60:.1f} |" in RESULTS, row["row"]
   ours = bpb_of("image256")["megabyte"]
   windows, other_seed = (result(f"image256_windows{seed}")["rows"][0]["bpb"] for seed in ("", "_seed1"))
-  assert f"It has **{windows:.3f}** instead of {ours:.3f} ({other_seed:.3f} with another seed)" in flat(RESULTS)
+  figures = [f"{bpb:.3f}" for bpb in (windows, ours, other_seed)]
+  assert_shows(RESULTS, "(results/image256_windows_seed1.json)", *figures)
+  assert_shows(RESULTS, "*How many photographs*", *figures)
 
 
 def test_sixteen_photographs_a_step():
@@ -91,14 +131,14 @@ def test_audio_and_more_text_at_small_scale():
   for row in result("audio")["rows"]:
     assert f" | {row['bpb']:.3f} | {row['training_seconds'] / 60:.1f} | " in RESULTS, row["row"]
   (code,) = result("code300")["rows"]
-  assert f"With 300 MB of code, 4.5 times the data, MEGABYTE has {code['bpb']:.3f}" in flat(RESULTS)
-  assert f"9,155 steps, {code['training_seconds'] / 60:.1f} minutes" in flat(RESULTS)
+  minutes = f"{code['training_seconds'] / 60:.1f}"
+  assert_shows(RESULTS, "(results/code300.json)", f"{code['bpb']:.3f}", "9155", minutes)
   code, latex = (bpb_of(f"{name}_rate3")["megabyte"] for name in ("code", "latex"))
-  assert f"no worse: {code:.3f} on code ([code_rate3.json](results/code_rate3.json)) and {latex:.3f}" in flat(RESULTS)
+  assert_shows(RESULTS, "(results/code_rate3.json)", f"{code:.3f}", f"{latex:.3f}")
   trials = result("image64_rates/table5.image64_megabyte")
-  for factor, said in (("0.5", "**{:.3f} at 1.5e-4**"), ("1", "at {:.3f} at the paper's 3e-4")):
-    bpb = trials[f"trial of {factor} times the paper's learning rate"]["bpb"]
-    assert said.format(bpb) in flat(RESULTS)
+  paper, half = (trials[f"trial of {factor} times the paper's learning rate"]["bpb"] for factor in ("1", "0.5"))
+  mark = "(results/image64_rates/table5.image64_megabyte.json)"
+  assert_shows(RESULTS, mark, f"{paper:.3f}", "3e-4", f"{half:.3f}", "1.5e-4")
 
 
 def test_the_other_comparisons_at_small_scale():
@@ -113,23 +153,22 @@ def test_the_other_comparisons_at_small_scale():
   for (name, row), bpb in rows.items():
     if name == "ablations":
       assert re.search(rf"\| \d+% \| [\d.e-]+ \| {bpb:.3f} \| [\d.]+ \|", RESULTS), row
-  said = "(512 + 512) {:.3f}, 12 + 9 (768 + 512) {:.3f}, 12 + 7 with a large one (1024 + 512) {:.3f}."
-  sizes = ("global350m_local290m", "global760m_local262m", "global1300m_local218m")
-  assert said.format(*(rows["shares", row] for row in sizes)) in flat(RESULTS)
-  said = "P = 48 {:.3f}, 192 {:.3f}, 768 {:.3f}."
-  assert said.format(*(rows["patch_sizes", f"patch{size}"] for size in (48, 192, 768))) in flat(RESULTS)
-  seeds = [rows["books_seed1", f"books_{model}"] for model in MODELS]
-  assert "has {:.3f}, {:.3f}, {:.3f} and {:.3f}: MEGABYTE's distance".format(*seeds) in flat(RESULTS)
+  orders = {
+    "shares": ("global350m_local290m", "global760m_local262m", "global1300m_local218m"),
+    "patch_sizes": ("patch48", "patch192", "patch768"),
+    "books_seed1": [f"books_{model}" for model in MODELS],
+  }
+  for name, order in orders.items():
+    assert_shows(RESULTS, f"(results/{name}.json)", *(f"{rows[name, row]:.3f}" for row in order))
   four = [result(f"image256_four/{model}")["rows"][0] for model in MODELS[:2]]
-  ours, transformer = (f"{row['bpb']:.3f} ({row['training_seconds'] / 60:.1f}" for row in four)
-  assert f"MEGABYTE {ours} minutes), Transformer {transformer})" in flat(RESULTS)
+  figures = [(f"{found['bpb']:.3f}", f"{found['training_seconds'] / 60:.1f}") for found in four]
+  assert_shows(RESULTS, "(results/image256_four)", *figures[0], *figures[1])
 
 
 def test_the_modern_recipe():
   books, images = ({row["row"].partition("megabyte")[2]: row for row in result(f"modern_{of}")["rows"]} for of in DATA)
-  said = "In the time of 60 MB of books it has {:.3f} bits per byte, the paper's recipe {:.3f}; in that of 200 MB of "
-  said += "photographs {:.3f} and {:.3f}."
-  assert said.format(*(rows[change]["bpb"] for rows in (books, images) for change in ("+modern", ""))) in flat(README)
+  figures = [f"{rows[change]['bpb']:.3f}" for rows in (books, images) for change in ("+modern", "")]
+  assert_shows(COMPARED, "(results.md#the-modern-recipe)", *figures)
   for change in books:
     shown = (
       f"{(row['matched'] or {'cost': 1})['cost']:.2f} | {row['bytes_trained'] / 1e6:.0f} MB | "
@@ -153,18 +192,40 @@ def test_several_gpus():
   alone = rows["text24", "seq"]["one"]["bytes/s"]  # one GPU that takes its rows at once
   shares = {axis: rows["text24", axis]["many"]["bytes/s"] / alone / 2 for axis in ("data", "fsdp", "seq", "tensor")}
   image = rows["image640", "seq"]["of ideal"]
-  said = re.search(
-    r"Two GPUs: (\d+)% of .*? with `data`, (\d+)% with `fsdp`, (\d+)% with one .*?, (\d+)% with `tensor`", flat(README)
-  )
-  assert said
-  assert [int(n) for n in said.groups()] == [
-    round(100 * share) for share in (shares["data"], shares["fsdp"], image, shares["tensor"])
-  ]
+  item = passage(COMPARED, "(results.md#several-gpus)")
+  said = dict(re.findall(r"(\d+)%[^%`]*`(\w+)`", item))
+  said = {axis: int(percent) for percent, axis in said.items()}
+  assert said == {
+    "data": round(100 * shares["data"]),
+    "fsdp": round(100 * shares["fsdp"]),
+    "seq": round(100 * image),
+    "tensor": round(100 * shares["tensor"]),
+  }
   for (case, axis), row in rows.items():
     share = shares[axis] if case == "text24" else image
     assert f"| {row['many']['bytes/s']:,.0f} | {share:.1%} | " in RESULTS, (case, axis)
 
 
 def test_long_sequences():
-  for row in result("long_sequences")["measured"]:
-    assert f"| {row['bytes']:,} | {row['seconds']:.3f} | " in RESULTS, row
+  steps = result("long_sequences")["measured"]
+  for step in steps:
+    assert f"| {step['bytes']:,} | {step['seconds']:.3f} | " in RESULTS, step
+  longest = max(steps, key=lambda step: step["bytes"])
+  figures = f"{longest['seconds']:.0f}", f"{longest['memory_bytes'] / 2**30:.0f}"
+  assert_shows(COMPARED, "(results.md#very-long-sequences)", *figures)
+  assert_shows(README, "(docs/results.md#very-long-sequences)", *figures)
+  assert row(COMPARED, "one training step on 100 million bytes")[0] == f"{figures[0]} s, {figures[1]} GiB"
+
+
+def test_look_ups_notice_another_figure():
+  text = (
+    "The rate is 2.377, not 2.5,\nhere ([rows](results/a.json)).\n\n- one 1,508 ([b](results/b.json))\n\n| a | 1.5 |\n"
+  )
+  assert_shows(text, "(results/a.json)", "2.377")
+  assert_shows(text, "(results/b.json)", "1,508")
+  assert row(text, "a") == ["1.5"]
+  for figure in ("2.37", "2.378", "377", "1508"):
+    with pytest.raises(AssertionError, match=re.escape(figure)):
+      assert_shows(text, "(results/a.json)", figure)
+  with pytest.raises(AssertionError, match="in this order"):
+    assert_shows(text, "(results/a.json)", "2.5", "2.377")
