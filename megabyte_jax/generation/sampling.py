@@ -22,6 +22,7 @@ from megabyte_jax.config.model import check_bytes
 from megabyte_jax.errors import require
 from megabyte_jax.evaluation import windows
 from megabyte_jax.models.build import Model, in_compute_dtype
+from megabyte_jax.parallel.activation_layout import lay_out, mesh_axes
 from megabyte_jax.parallel.backend import platform
 from megabyte_jax.parallel.sharding import check_mesh
 
@@ -93,9 +94,7 @@ def row_spec(ndim: int) -> PartitionSpec:
 
 
 def _lay_out(tree):
-  if jax.sharding.get_abstract_mesh().empty:
-    return tree
-  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, row_spec(x.ndim)), tree)
+  return jax.tree.map(lambda x: lay_out(x, row_spec(x.ndim)), tree)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -152,7 +151,7 @@ def decode_chunk(
   if platform() == "gpu":  # there the host waits before each round, unless it knows how many there are
     patches = size // S
   state, bytes_BC, nats_BC = jax.lax.fori_loop(0, patches, one_patch, empty)
-  if not jax.sharding.get_abstract_mesh().empty:  # for the host
+  if mesh_axes():  # for the host
     bytes_BC, nats_BC = jax.lax.with_sharding_constraint((bytes_BC, nats_BC), PartitionSpec())
   return _lay_out(state), bytes_BC, nats_BC
 
@@ -220,7 +219,7 @@ def generate(
   mesh = _mesh_of(parameters)
   rows = num_samples
   if mesh:  # prompts are spread over data and fsdp: rows that nobody asked for fill up what is not whole
-    rows += -rows % (mesh.shape["data"] * mesh.shape["fsdp"])
+    rows += -rows % (mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1))
     check_mesh(mesh, config, rows)
   done, total = len(prompt), len(prompt) + num_bytes
   text = np.zeros((rows, total + S + context), np.uint8)  # room for a last patch and a last window

@@ -6,10 +6,9 @@ import math
 from typing import Any
 
 import jax
-import numpy as np
 
-from megabyte_jax.config.model import check_bytes
 from megabyte_jax.models.family import Model
+from megabyte_jax.models.patch_embedder import check_input
 
 
 def byte_nats(
@@ -34,9 +33,9 @@ def byte_nats(
       Transformer, those at the latents for PerceiverAR.
 
   Raises:
-    ConfigError: x_BT has a number that is no byte of the model; not looked for within jit.
+    ConfigError: x_BT is no batch of bytes of the model; within jit numbers are not looked at.
   """
-  _check(model, x_BT)
+  check_input(x_BT, model.config.context, model.config.vocab_size)
   return model.byte_nats(x_BT, length_B=length_B, start_B=start_B, dropout_key=dropout_key)
 
 
@@ -52,13 +51,8 @@ def sum_of_nats(
 
   With `patch_groups` neither the logits nor the activations of all bytes are in memory together.
   """
-  _check(model, x_BT)
+  check_input(x_BT, model.config.context, model.config.vocab_size)
   return model.sum_of_nats(x_BT, length_B=length_B, start_B=start_B, dropout_key=dropout_key)
-
-
-def _check(model: Model, x_BT: jax.Array) -> None:
-  if not isinstance(x_BT, jax.core.Tracer) and getattr(x_BT, "is_fully_addressable", True):
-    check_bytes(np.asarray(x_BT), model.config.vocab_size)
 
 
 def bits_per_byte(nats: Any, count: Any) -> Any:

@@ -24,7 +24,7 @@ from megabyte_jax.config import MegabyteConfig
 from megabyte_jax.models.decoding import Decoding
 from megabyte_jax.models.level import LevelModel, as_spans, finer_levels, fold_level
 from megabyte_jax.models.parameters import of_level
-from megabyte_jax.models.patch_embedder import check_length
+from megabyte_jax.models.patch_embedder import check_input
 from megabyte_jax.models.patch_groups import PatchGroups
 
 
@@ -52,7 +52,7 @@ class Megabyte(Decoding, PatchGroups):
       Float32 logits [B, T, V]; those at t depend on x_<t alone.
 
     Raises:
-      ConfigError: T is 0 or longer than the context.
+      ConfigError: x_BT is no batch of bytes, or T is longer than the context; see `check_input`.
     """
     h_BKD = self.first_level(x_BT, dropout_key)
     return finer_levels(self.levels, self._padded(x_BT), h_BKD, dropout_key)[:, : x_BT.shape[1]]
@@ -63,9 +63,9 @@ class Megabyte(Decoding, PatchGroups):
     A partly filled last patch, or last span if there are several, is padded to a whole one.
 
     Raises:
-      ConfigError: T is 0 or longer than the context.
+      ConfigError: x_BT is no batch of bytes, or T is longer than the context; see `check_input`.
     """
-    check_length(x_BT.shape[1], self.config.context)
+    check_input(x_BT, self.config.context, self.config.vocab_size)
     h_BNMD, _ = self.levels[0](self._padded(x_BT), None, dropout_key=fold_level(dropout_key, 0))
     return as_spans(h_BNMD)
 

@@ -10,9 +10,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from megabyte_jax.config import BlockOptions, Level
+from megabyte_jax.config.model import check_bytes
 from megabyte_jax.errors import require
 from megabyte_jax.models.attention import shift
 from megabyte_jax.models.lookup import lookup
@@ -142,6 +144,31 @@ class PatchEmbedder(nnx.Module):
       h_B1Sd = convolution(h_B1Sd, left)
     h_B11D = h_B1Sd.reshape(h_B1Sd.shape[0], 1, 1, -1)
     return jnp.where(is_first, self.pad_slot(), h_B11D), tuple(new_memory)
+
+
+def check_input(x_BT: jax.Array, context: int, vocab_size: int) -> None:
+  """Checks what a model is given, as far as shapes and types tell; the numbers, too, where they are at hand.
+
+  Raises:
+    ConfigError: x_BT is no batch of 1 to `context` integers below `vocab_size`, or lies on a mesh with Explicit axes.
+  """
+  shape = getattr(x_BT, "shape", None)
+  require(shape is not None, f"the input is of type {type(x_BT).__name__}; give an array [batch, bytes]")
+  require(
+    len(shape) == 2,
+    f"the input has the shape {shape}; give [batch, bytes]" + (", such as x[None]" if len(shape) == 1 else ""),
+  )
+  require(shape[0] >= 1, "the batch is empty; give at least one row")
+  check_length(shape[1], context)
+  require(jnp.issubdtype(x_BT.dtype, jnp.integer), f"the input has the type {x_BT.dtype}; bytes are integers")
+  spec = getattr(jax.typeof(x_BT).sharding, "spec", ())
+  require(
+    not any(spec or ()),
+    f"the input lies on Explicit axes of a mesh ({spec}); give the mesh Auto ones, as in jax.make_mesh(sizes, names, "
+    "axis_types=(jax.sharding.AxisType.Auto,) * len(names))",
+  )
+  if not isinstance(x_BT, jax.core.Tracer) and getattr(x_BT, "is_fully_addressable", True):
+    check_bytes(np.asarray(x_BT), vocab_size)
 
 
 def check_length(length: int, context: int) -> None:

@@ -20,7 +20,7 @@ from megabyte_jax.models.block import activate, make_ff_in, products_apart, rota
 from megabyte_jax.models.dropout import dropout
 from megabyte_jax.models.family import Model, Pick, counted, cross_entropy
 from megabyte_jax.models.parameters import make_head_norm, make_linear, make_norm
-from megabyte_jax.models.patch_embedder import PatchEmbedder, check_length
+from megabyte_jax.models.patch_embedder import PatchEmbedder, check_input
 from megabyte_jax.models.stack import Cache, Stack, rematerialised
 
 
@@ -130,7 +130,7 @@ class PerceiverAR(Model):
       Float32 logits [B, min(N, T), V].
 
     Raises:
-      ConfigError: T is 0 or longer than the context.
+      ConfigError: x_BT is no batch of bytes, or T is longer than the context; see `check_input`.
     """
     logits_BNV, _ = self._run(x_BT, start_B, dropout_key, keep=lambda k, v: None)
     return logits_BNV
@@ -156,8 +156,8 @@ class PerceiverAR(Model):
     return jnp.where(scored_BT, jnp.zeros((B, T), jnp.float32).at[rows, at_BN].set(nats_BN), 0.0), scored_BT
 
   def _run(self, x_BT, start_B, dropout_key, keep):
+    check_input(x_BT, self.config.context, self.config.vocab_size)
     T = x_BT.shape[1]
-    check_length(T, self.config.context)
     N = min(self.config.latents, T)
     keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     context_B1TD = self.embedder.slots(x_BT[:, None])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+AXES = ("data", "fsdp", "seq", "tensor")
 BATCH = ("data", "fsdp")  # the axes that rows are spread over
 ACTIVATIONS = {
   "slots": P(BATCH, None, "seq", None),  # B 1 M D: the first level's slots are spread
@@ -12,8 +16,36 @@ ACTIVATIONS = {
 }
 
 
+def mesh_axes() -> dict[str, int]:
+  """Returns the sizes of the axes, by name, over which XLA spreads arrays on the mesh that `jax.set_mesh` set.
+
+  Empty without a mesh. Not among them are axes within `jax.shard_map`, where each device has arrays of its own, and
+  those of type Explicit, along which JAX wants every array's layout from the program that set the mesh.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+  return {name: size for name, size, kind in kinds if kind == AxisType.Auto}
+
+
+def lay_out(x: jax.Array, spec: P) -> jax.Array:
+  """Lays an array out on the mesh that is set; nothing without one.
+
+  On a mesh of the user's own, axes that it has not, or that do not divide the array, are left out of `spec`.
+  """
+  axes = mesh_axes()
+  if not axes:
+    return x
+  if not axes.keys() >= set(AXES):
+    fitting = []
+    for size, entry in zip(x.shape, spec, strict=False):
+      names = [name for name in ((entry,) if isinstance(entry, str) else entry or ()) if name in axes]
+      fitting.append(tuple(names) if names and size % math.prod(axes[name] for name in names) == 0 else None)
+    if not any(fitting):
+      return x
+    spec = P(*fitting)
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
 def constrain(x_BNMD: jax.Array, kind: str) -> jax.Array:
-  """Lays an activation out as ACTIVATIONS[kind] says, on the mesh that `jax.set_mesh` set; nothing without one."""
-  if jax.sharding.get_abstract_mesh().empty:
-    return x_BNMD
-  return jax.lax.with_sharding_constraint(x_BNMD, ACTIVATIONS[kind])
+  """Lays an activation out as ACTIVATIONS[kind] says; see `lay_out`."""
+  return lay_out(x_BNMD, ACTIVATIONS[kind])

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from megabyte_jax.config import MeshConfig, ModelConfig
 from megabyte_jax.errors import ConfigError, require
-from megabyte_jax.parallel.activation_layout import BATCH
+from megabyte_jax.parallel.activation_layout import AXES, BATCH
 from megabyte_jax.parallel.parameter_info import ParameterInfo, ParameterInfos, map_with_info
 
 # Logical axes of parameters (parameter_info.py) -> axes of the mesh. An axis that is not here is not cut: layers, byte
@@ -111,22 +111,23 @@ def _divisors(count: int) -> list[int]:
 
 def check_mesh(mesh: Mesh | AbstractMesh, model: ModelConfig, batch_size: int) -> None:
   """Raises ConfigError, naming sizes that would fit, unless the model and batch can be spread over the mesh."""
+  sizes = {axis: mesh.shape.get(axis, 1) for axis in AXES}  # a mesh of the user's own may lack some
   spread = {
     "batch_size (per accumulation step)": (
       batch_size,
-      mesh.shape["data"] * mesh.shape["fsdp"],
+      sizes["data"] * sizes["fsdp"],
       "mesh.data * mesh.fsdp",
     ),
   }
-  parts, seq = model.sequence_parts, mesh.shape["seq"]
+  parts, seq = model.sequence_parts, sizes["seq"]
   if parts:
     spread["the number of patches (context / patch size)"] = (parts, seq, "mesh.seq")
   else:
     require(seq == 1, f"mesh.seq is {seq}, but {model.display_name}'s sequences are not spread; set it to 1")
   for i, level in enumerate(model.levels):
-    spread[f"levels[{i}].num_heads"] = (level.num_heads, mesh.shape["tensor"], "mesh.tensor")
-    spread[f"levels[{i}] feed-forward width"] = (model.hidden(level), mesh.shape["tensor"], "mesh.tensor")
-    spread[f"levels[{i}].width"] = (level.width, mesh.shape["fsdp"], "mesh.fsdp")
+    spread[f"levels[{i}].num_heads"] = (level.num_heads, sizes["tensor"], "mesh.tensor")
+    spread[f"levels[{i}] feed-forward width"] = (model.hidden(level), sizes["tensor"], "mesh.tensor")
+    spread[f"levels[{i}].width"] = (level.width, sizes["fsdp"], "mesh.fsdp")
   for what, (size, parts, axis) in spread.items():
     if size % parts:
       fits = [n for n in _divisors(mesh.size) if size % n == 0]

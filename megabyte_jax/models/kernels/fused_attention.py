@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from megabyte_jax.models.kernels import local_attention
-from megabyte_jax.parallel.activation_layout import BATCH
+from megabyte_jax.parallel.activation_layout import AXES, BATCH, mesh_axes
 from megabyte_jax.parallel.backend import platform, triton
 
 Shaped = jax.Array | jax.ShapeDtypeStruct  # of which only shape and dtype are asked
@@ -45,7 +45,7 @@ def cudnn_obstacle(q_BNMHK: Shaped, keys: int | None = None) -> str:
   if odd := next((n for n in (M, M if keys is None else keys) if n % 2), 0):
     return f"it has no gradients for an odd number of slots, {odd}"
   mesh = _mesh()
-  if mesh and N == 1 and H // mesh["tensor"] % mesh["seq"]:
+  if mesh.keys() >= set(AXES) and N == 1 and H // mesh["tensor"] % mesh["seq"]:
     return f"mesh.seq {mesh['seq']} does not divide the {H // mesh['tensor']} heads of a device"
   return _uneven(q_BNMHK)
 
@@ -213,9 +213,9 @@ def _query_block(queries: int) -> int:
 
 
 def _mesh() -> dict[str, int]:
-  """Sizes of the axes of the mesh that is set; empty without one, and on a single device."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return dict(mesh.shape) if mesh.size > 1 else {}
+  """Sizes of the axes of the mesh that is set; empty without one, on a single device and within `jax.shard_map`."""
+  sizes = mesh_axes()
+  return sizes if math.prod(sizes.values()) > 1 else {}
 
 
 def _spread_span(q_BNMHK: Shaped) -> str:
@@ -229,6 +229,8 @@ def _uneven(q_BNMHK: Shaped) -> str:
   mesh = _mesh()
   if not mesh:
     return ""
+  if not mesh.keys() >= set(AXES):
+    return f"the mesh has the axes {', '.join(mesh)} instead of {', '.join(AXES)}"
   rows = math.prod(mesh[axis] for axis in BATCH)
   spread = ("slots", M) if N == 1 else ("spans", N)
   for what, size, parts in (("rows", B, rows), (*spread, mesh["seq"]), ("heads", H, mesh["tensor"])):
