@@ -5,6 +5,9 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+if sys.platform == "win32":
+  raise ImportError("megabyte_jax runs on Linux and macOS, not on Windows itself; run it within WSL 2")
+
 if TYPE_CHECKING:
   from megabyte_jax.checkpoints.trained_model import load
   from megabyte_jax.config import Config, Level, MegabyteConfig, PerceiverARConfig

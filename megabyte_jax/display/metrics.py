@@ -212,7 +212,7 @@ def _keep_until(path: epath.Path, last_step: int) -> list[str]:
   path.parent.mkdir(parents=True, exist_ok=True)
   if not path.exists():
     return []
-  text = path.read_text()
+  text = path.read_text(errors="replace")
   lines = [line for line in text.splitlines(keepends=True) if _stays(line, last_step)]
   if "".join(lines) != text:
     with replacing(path) as temporary:
@@ -225,5 +225,5 @@ def _stays(line: str, last_step: int) -> bool:
   try:
     record = json.loads(line) if line.endswith("\n") else {"step": math.inf}
     return record["step"] < last_step or (record["step"] == last_step and "loss" in record)
-  except (ValueError, KeyError, TypeError):
+  except (ValueError, KeyError, TypeError, RecursionError):
     return False

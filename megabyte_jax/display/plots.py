@@ -252,9 +252,19 @@ def _axes(out_png: epath.PathLike, title: str, xlabel: str, ylabel: str, width: 
 
 
 def _records(text: str) -> list[dict[str, Any]]:
-  """Returns the complete lines of a JSONL file, parsed; the last line may still be in the making."""
-  lines = text.splitlines(keepends=True)
-  return [json.loads(line) for line in lines if line.endswith("\n")]
+  """Returns the complete lines of a JSONL file, parsed; the last line may still be in the making.
+
+  Raises:
+    PlotError: a line is no JSON; says which.
+  """
+  records = []
+  for number, line in enumerate(text.splitlines(keepends=True), 1):
+    if line.endswith("\n"):
+      try:
+        records.append(json.loads(line))
+      except (ValueError, RecursionError) as error:
+        raise PlotError(f"line {number} of the metrics is no JSON ({error}); remove it") from error
+  return records
 
 
 def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:

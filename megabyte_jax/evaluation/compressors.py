@@ -22,8 +22,8 @@ class Compressed:
 
   Attributes:
     alone: for the data alone.
-    primed: for the data after the training text, whose own size is subtracted; None without a training text. gzip sees
-      only its last 32 kB, bzip2 its last 900 kB.
+    primed: for the data after the training text, whose own size is subtracted; None without a training text, and for
+      so few bytes that the two sizes do not differ. gzip sees only its last 32 kB, bzip2 its last 900 kB.
   """
 
   alone: float
@@ -35,6 +35,6 @@ def compress_all(data: bytes, primer: bytes | None = None) -> dict[str, Compress
   results = {}
   for name, size in COMPRESSORS.items():
     bits = 8 / len(data)
-    primed = None if not primer else (size(primer + data) - size(primer)) * bits
-    results[name] = Compressed(size(data) * bits, primed)
+    more = size(primer + data) - size(primer) if primer else 0
+    results[name] = Compressed(size(data) * bits, more * bits if more > 0 else None)
   return results

@@ -152,8 +152,8 @@ def check_input(x_BT: jax.Array, context: int, vocab_size: int) -> None:
   Raises:
     ConfigError: x_BT is no batch of 1 to `context` integers below `vocab_size`, or lies on a mesh with Explicit axes.
   """
-  shape = getattr(x_BT, "shape", None)
-  require(shape is not None, f"the input is of type {type(x_BT).__name__}; give an array [batch, bytes]")
+  require(hasattr(x_BT, "shape"), f"the input is of type {type(x_BT).__name__}; give an array [batch, bytes]")
+  shape = x_BT.shape
   require(
     len(shape) == 2,
     f"the input has the shape {shape}; give [batch, bytes]" + (", such as x[None]" if len(shape) == 1 else ""),

@@ -116,7 +116,7 @@ def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
 def _read(path: pathlib.Path) -> Any:
   try:
     return json.loads(path.read_text())
-  except json.JSONDecodeError as error:
+  except (ValueError, RecursionError) as error:
     raise ConfigError(f"{path} is not JSON ({error}); repair or remove it") from error
 
 

@@ -85,6 +85,12 @@ def test_importing_a_command_defines_no_flags():
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_windows_is_refused_in_one_line():
+  code = "import sys; sys.platform = 'win32'; import megabyte_jax"
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+  assert done.stderr.splitlines()[-1].startswith("ImportError: megabyte_jax runs on Linux and macOS")
+
+
 def module_name(path):
   return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
 

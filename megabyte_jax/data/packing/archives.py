@@ -10,7 +10,6 @@ import gzip
 import io
 import lzma
 import os
-import shutil
 import tarfile
 import tempfile
 import zipfile
@@ -203,7 +202,9 @@ class _Links:
       for i, (_, opened) in enumerate(_tar_members(self._path, file)):
         if i in wanted:
           start = self._copies.tell()
-          shutil.copyfileobj(opened(), self._copies)
+          file_in_tar = opened()
+          while block := file_in_tar.read(_BLOCK):
+            self._copies.write(block)
           self._copied[i] = start, self._copies.tell()
 
 

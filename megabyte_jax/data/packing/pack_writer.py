@@ -18,6 +18,7 @@ from megabyte_jax.display.progress import Progress
 from megabyte_jax.errors import DataError
 from megabyte_jax.files.atomic_file import replacing
 from megabyte_jax.files.folder_lock import locked
+from megabyte_jax.files.json_files import read_json
 from megabyte_jax.files.outputs import NO_ROOM
 
 _SAVE_EVERY = 1 << 26  # bytes between points from which a restart goes on
@@ -155,8 +156,7 @@ class PackWriter:
   def _load_state(self) -> dict[str, Any]:
     """Where an earlier attempt stopped; the very beginning if that was another request, or its files are not whole."""
     try:
-      with open(os.path.join(self.part, _STATE)) as file:
-        state = json.load(file)
+      state = read_json(os.path.join(self.part, _STATE), DataError, "begin anew")
       sizes = [(os.path.getsize(os.path.join(self.part, name)), state[key] * width) for key, name, width in _FILES]
       whole = all(found >= promised for found, promised in sizes) and state["items"] >= 0
       return state if whole and _same_request(state["request"], self.request) else self._new

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +26,7 @@ from megabyte_jax.data.files import ByteFiles, read_whole, sizes_of
 from megabyte_jax.data.fingerprints import pair_fingerprints
 from megabyte_jax.data.sources import check_range
 from megabyte_jax.errors import DataError, require
+from megabyte_jax.files.json_files import read_json
 
 FORMAT = "megabyte_jax packed bytes 1"
 PART = ".part"  # ends the name of a folder that is not complete
@@ -100,19 +100,24 @@ class Packed:
 
 
 def read_manifest(folder: epath.Path) -> dict[str, Any]:
-  """What manifest.json says. Raises DataError where it is not there or is none."""
+  """Returns what manifest.json says.
+
+  Raises:
+    DataError: it is not there, damaged, of another format, or lacks an entry.
+  """
+  path = folder / MANIFEST
   try:
-    manifest = json.loads((folder / MANIFEST).read_text())
-    if manifest["format"] != FORMAT:
-      raise DataError(f"{folder} is in the format {manifest['format']!r}; this version reads {FORMAT!r}")
-    missing = [key for key, kind in _KEYS.items() if not isinstance(manifest[key], kind)]
-    if missing:
-      raise DataError(f"{folder / MANIFEST} has a wrong {missing[0]!r}; pack the data again")
-    return manifest
-  except DataError:
-    raise
-  except (OSError, KeyError, TypeError, ValueError) as error:
-    raise DataError(f"{folder / MANIFEST} cannot be read ({error!r}); pack the data again") from error
+    manifest = read_json(path, DataError, "pack the data again")
+  except OSError as error:
+    raise DataError(f"{path} cannot be read ({error.strerror or error}); pack the data again") from error
+  if manifest.get("format") != FORMAT:
+    raise DataError(f"{folder} is in the format {manifest.get('format')!r}; this version reads {FORMAT!r}")
+  for key, kind in _KEYS.items():
+    value = manifest.get(key)
+    negative = isinstance(value, int) and value < 0
+    if not isinstance(value, kind) or isinstance(value, bool) or negative:
+      raise DataError(f"{path} has a wrong {key!r}; pack the data again")
+  return manifest
 
 
 def verify(path: epath.PathLike) -> None:

@@ -15,6 +15,7 @@ from megabyte_jax.data.tfds_source import find_builder
 from megabyte_jax.display.progress import Progress
 from megabyte_jax.errors import DataError
 from megabyte_jax.files.atomic_file import replacing
+from megabyte_jax.files.json_files import read_json
 
 _INFO = "dataset_info.json"
 
@@ -58,7 +59,7 @@ def convert(name: str, tfds_dir: str = "", out: str = "") -> None:
   if not builder.info.splits:
     raise DataError(f"tfds:{name} is not in {source}; nothing to convert")
   target = epath.Path(out) / builder.info.full_name if out else source
-  description = json.loads((source / _INFO).read_text())
+  description = read_json(source / _INFO, DataError, "prepare the data set again")
   if "array_record" in {f.value for f in builder.info.available_file_formats()} and target == source:
     print(f"tfds:{name} has ArrayRecord files in {source} already")
     return
