@@ -31,7 +31,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from megabyte_jax.checkpoints.saved_config import load_config
+from megabyte_jax.checkpoints.saved_config import is_shipped, load_config
 from megabyte_jax.checkpoints.trained_model import evaluation_mesh, load
 from megabyte_jax.config import Config
 from megabyte_jax.data.open_data import open_path, open_source
@@ -148,7 +148,12 @@ def keep(
   result: Evaluation,
   images: image_report.ImageSummary | None,
 ) -> None:
-  """Writes the result, bits by position and pictures into the work directory; warns where that is not possible."""
+  """Writes the result, bits by position and pictures into the work directory; warns where that is not possible.
+
+  Nothing is written into the package, where a shipped model lies.
+  """
+  if is_shipped(args.workdir):
+    return
   names = ["eval.json"]
   if not (args.data or args.max_bytes):
     names.append(f"eval_{args.split}_{result.method}{f'_stride{args.stride}' if args.stride else ''}.json")

@@ -188,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
   """Trains as the arguments that `parse_arguments` read say."""
   config = Config.from_dict(args.config)
+  require(not is_shipped(args.workdir), f"--workdir={args.workdir} is part of the package; give it to --init_from instead")
   outputs.check_output_folder("--workdir", args.workdir)
   distributed.start_from_arguments(args)
   distributed.outlive_readers()

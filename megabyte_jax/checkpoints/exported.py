@@ -65,6 +65,7 @@ def export_model(
     names = {f"model-{i:05d}-of-{len(files):05d}.safetensors": file for i, file in enumerate(files, start=1)}
     for name, file in names.items():
       save_file({tensor: tensors[tensor] for tensor in file}, temporary / name)
+      os.chmod(temporary / name, 0o644)  # it was made for its owner alone
     metadata = {"format": FORMAT, "step": step, "total_size": sum(array.nbytes for array in tensors.values())}
     index = {"metadata": metadata, "weight_map": {tensor: name for name, file in names.items() for tensor in file}}
     (temporary / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")

@@ -39,15 +39,20 @@ _LENGTH_HINT = (
 _ABSENT = object()
 
 
+def is_shipped(workdir: epath.PathLike) -> bool:
+  """Returns whether `workdir` names a model that the package holds, rather than a folder."""
+  return os.fspath(workdir).startswith(SHIPPED)
+
+
 def shipped_folder(workdir: epath.PathLike) -> epath.PathLike:
   """Returns the folder that `pretrained:NAME` stands for; any other work directory as it is.
 
   Raises:
     CheckpointError: no model of this name is shipped with the package.
   """
-  name = os.fspath(workdir)
-  if not name.startswith(SHIPPED):
+  if not is_shipped(workdir):
     return workdir
+  name = os.fspath(workdir)
   folder = _SHIPPED_FOLDER / name.removeprefix(SHIPPED)
   known = sorted(path.name for path in _SHIPPED_FOLDER.iterdir()) if _SHIPPED_FOLDER.exists() else []
   if folder.name not in known:
