@@ -22,7 +22,7 @@ if __name__ == "__main__":  # before the imports below: --help and mistakes are 
 import jax
 
 from megabyte_jax.checkpoints.checkpoints import Checkpoints
-from megabyte_jax.checkpoints.saved_config import save_config
+from megabyte_jax.checkpoints.saved_config import is_shipped, save_config
 from megabyte_jax.config import Config
 from megabyte_jax.data.batches import draw_batches, open_windows
 from megabyte_jax.data.open_data import open_source
@@ -30,7 +30,7 @@ from megabyte_jax.data.sources import Source
 from megabyte_jax.display import plots
 from megabyte_jax.display.metrics import Metrics
 from megabyte_jax.display.trackers import Tracker
-from megabyte_jax.errors import CheckpointError
+from megabyte_jax.errors import CheckpointError, require
 from megabyte_jax.evaluation import report, windows
 from megabyte_jax.evaluation.evaluate import evaluate, make_eval_step
 from megabyte_jax.evaluation.per_byte import FirstBytes
@@ -188,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
   """Trains as the arguments that `parse_arguments` read say."""
   config = Config.from_dict(args.config)
-  require(not is_shipped(args.workdir), f"--workdir={args.workdir} is part of the package; give it to --init_from instead")
+  require(not is_shipped(args.workdir), f"--workdir={args.workdir} cannot be trained in; give it to --init_from")
   outputs.check_output_folder("--workdir", args.workdir)
   distributed.start_from_arguments(args)
   distributed.outlive_readers()

@@ -8,7 +8,7 @@ import sys
 from megabyte_jax.commands import command_line
 from megabyte_jax.config.parsing import did_you_mean
 
-COMMANDS = ("train", "eval", "generate", "compress", "plan", "tables", "matching", "prepare")
+COMMANDS = ("train", "eval", "generate", "compress", "plan", "tables", "matching", "prepare", "export")
 
 
 def describe() -> str:

@@ -15,10 +15,12 @@ from megabyte_jax.checkpoints import exported, saved_config
 from megabyte_jax.checkpoints.exported import export_model, is_exported, read_exported
 from megabyte_jax.checkpoints.saved_config import load_config
 from megabyte_jax.checkpoints.trained_model import load
+from megabyte_jax.commands import export
 from megabyte_jax.config import Config
 from megabyte_jax.errors import CheckpointError, ConfigError
+from megabyte_jax.models import flops
 from megabyte_jax.models.build import abstract_model, initial_parameters, parameter_info
-from megabyte_jax.models.loss import byte_nats
+from megabyte_jax.models.loss import bits_per_byte, byte_nats
 from megabyte_jax.parallel.sharding import shard_abstract
 
 
@@ -119,3 +121,45 @@ def test_a_shipped_model_is_found_by_its_name(tmp_path, monkeypatch):
     load("pretrained:large")
   with pytest.raises(CheckpointError, match="exported model of step 7 alone; leave out --step=8"):
     load("pretrained:tiny", step=8)
+
+
+def test_the_command_exports_what_the_run_has(tmp_path, capsys):
+  config = config_of("two_levels")
+  export_model(str(tmp_path / "model"), config, parameters_of(config), step=7)
+  export.main([str(tmp_path / "out"), f"--workdir={tmp_path}/model", "--max-file-size=70000"])
+  assert capsys.readouterr().out == f"step 7 of {tmp_path}/model is in {tmp_path}/out\n"
+  assert_bitwise_equal(parameters_of(config), read_exported(tmp_path / "out", abstract_of(config))[0])
+  with pytest.raises(ConfigError, match="--max-file-size is 0; it must be positive"):
+    export.parse_arguments([str(tmp_path / "x"), "--max-file-size=0"])
+
+
+SHIPPED = sorted(path.name for path in saved_config._SHIPPED_FOLDER.iterdir())
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_models_are_whole_small_and_explained(name):
+  """Reading checks every file's checksum."""
+  folder = saved_config._SHIPPED_FOLDER / name
+  model, config, step = load(f"pretrained:{name}")
+  assert step == config.num_steps and model.config == config.model
+  sizes = [path.stat().length for path in folder.iterdir()]
+  assert max(sizes) <= 4e6 and sum(sizes) <= 12e6
+  card = (folder / "README.md").read_text()
+  for heading in ("## Data", "## Size", "## Results", "## Licence", "## How it was made"):
+    assert heading in card
+  assert f"{flops.parameter_count(config.model):,} parameters" in card
+
+
+def test_books_predict_english(tmp_path):
+  """Held-out prose costs the shipped model far less than a model that knows letters alone."""
+  model, _, _ = load("pretrained:books")
+  text = b"It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want"
+  nats = byte_nats(model, jnp.asarray(np.frombuffer(text, np.uint8))[None])[0]
+  assert bits_per_byte(float(nats.sum()), len(text)) < 2.6
+
+
+def test_a_shipped_model_cannot_be_trained_in():
+  import train  # noqa: PLC0415
+
+  with pytest.raises(ConfigError, match=r"--workdir=pretrained:books cannot be trained in; give it to --init_from"):
+    train.main(["--workdir=pretrained:books"])
