@@ -53,6 +53,9 @@ RUN_HERE = {
     "--config.data.validation=",
   ],
   "python eval.py --workdir=runs/images --data=sample:images/validation": ["--max-bytes=12288", "--no-compressors"],
+  'python -m megabyte_jax generate --workdir=pretrained:books --prompt="Late at night" --bytes=400 --temperature=0.7': [
+    "--bytes=20"
+  ],
   'python -m megabyte_jax generate --workdir=runs/quickstart --prompt="It is a truth" --bytes=400 --temperature=0.7': [
     "--bytes=20"
   ],
@@ -117,6 +120,8 @@ RUN_BY = {
     "def test_search_over_two_slices_ends_with_the_real_program",
   ),
   "python -m megabyte_jax --help": ("tests/commands/test_commands.py", '["--help"]'),
+  "python -m megabyte_jax export": ("tests/checkpoints/test_exported.py", "export.main"),
+  "python benchmarks/file_compression.py": ("tests/benchmarks/test_file_compression.py", "benchmark.main("),
   "python -m megabyte_jax matching": ("tests/planning/test_matching.py", "def test_command_line"),
   "python benchmarks/comparisons.py": ("tests/benchmarks/test_comparisons.py", "def test_a_small_comparison"),
   "python benchmarks/": ("tests/benchmarks/test_speed_benchmarks.py", 'f"benchmarks/{name}.py"'),
