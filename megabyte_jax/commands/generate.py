@@ -53,7 +53,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
   require(args.keep is None or bool(args.prompt_file), "--keep is for --prompt-file")
   if args.prompt_file:
     what = "is a folder" if os.path.isdir(args.prompt_file) else "does not exist"
-    require(os.path.isfile(args.prompt_file), f"--prompt-file={args.prompt_file} {what}; name one file")
+    found = os.path.exists(args.prompt_file) and not os.path.isdir(args.prompt_file)  # a file, or a pipe
+    require(found, f"--prompt-file={args.prompt_file} {what}; name one file")
   if args.output:
     outputs.check_output_file("--output", args.output)
   return args

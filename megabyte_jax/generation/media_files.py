@@ -62,7 +62,7 @@ def read_prompt(path: str, data: DataConfig, keep: float | None = None) -> Promp
     unit, rate = source.unit, data.sample_rate or audio.read_head(path).rate
     whole = source.read(0, 0, int(source.lengths[0]))
   else:
-    whole = np.fromfile(path, np.uint8)
+    whole = np.frombuffer(read_whole(path), np.uint8)  # also of a pipe
   kept = whole if keep is None else whole[: int(keep * whole.size) // unit * unit]
   return Prompt(kept, whole, rate)
 
