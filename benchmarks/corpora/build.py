@@ -26,6 +26,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 
+import novels
 import packages
 import pictures
 import texts
@@ -60,6 +61,24 @@ def code(get: Get, work: pathlib.Path) -> Documents:
   yield from texts.linux(get("debian", "linux-source-6.1"))
 
 
+def kernel(get: Get, work: pathlib.Path) -> Documents:
+  """All C files of the Linux kernel."""
+  yield from texts.linux(get("debian", "linux-source-6.1"), ())
+
+
+def library(get: Get, work: pathlib.Path) -> Documents:
+  """Some hundred English books, tested on novels of another collection; overlaps are left out (novels.py)."""
+  scored = []
+  for split, name, text in novels.held_out(get("git", novels.ELTEC)):
+    scored.append(text)
+    yield f"{split}/{name}", text
+  shipped = pathlib.Path(__file__).parents[2] / "megabyte_jax" / "data" / "sample" / "text"
+  scored += [path.read_bytes() for path in sorted(shipped.rglob("*.txt"))]
+  scored += [text for name, text in texts.austen(get("debian", "r-cran-janeaustenr")) if name in _BOOK_SPLITS]
+  books = novels.to_train_on(get("git", novels.CLASSICS), get("git", novels.HUNDRED))
+  yield from novels.without_overlap(books, iter(scored))
+
+
 def latex(get: Get, work: pathlib.Path) -> Documents:
   """English LaTeX documents."""
   yield from texts.latex([get("debian", name) for name in texts.LATEX_PACKAGES])
@@ -90,14 +109,24 @@ def audio(get: Get, work: pathlib.Path) -> Documents:
       yield f"{kind}/{package}_{path.rpartition('/sounds/')[2].replace('/', '_')}", contents
 
 
-CORPORA = {"books": books, "code": code, "latex": latex, "photos": photos, "audio": audio}
+CORPORA = {
+  "books": books,
+  "code": code,
+  "latex": latex,
+  "photos": photos,
+  "audio": audio,
+  "kernel": kernel,
+  "library": library,
+}
 
 
 def split_of(corpus: str, name: str) -> str:
   """train, validation or test, by whole document: by name for the books, else by a hash of the name."""
   if corpus == "books" and "/" not in name:
     return _BOOK_SPLITS.get(name, "train")
-  bucket = int(hashlib.md5(name.encode()).hexdigest(), 16) % 10
+  if corpus == "library":
+    return name.partition("/")[0] if name.startswith(("test/", "validation/")) else "train"
+  bucket = int(hashlib.md5(name.encode()).hexdigest(), 16) % (200 if corpus == "kernel" else 10)
   return {0: "test", 1: "validation"}.get(bucket, "train")
 
 
@@ -108,7 +137,8 @@ def build(corpus: str, work: pathlib.Path, get: Get) -> dict:
     shutil.rmtree(part, ignore_errors=True)
     for name, contents in CORPORA[corpus](get, work):
       if contents:
-        path = part / split_of(corpus, name) / name
+        split = split_of(corpus, name)
+        path = part / split / name.removeprefix(f"{split}/")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(contents)
     os.rename(part, folder)
@@ -134,6 +164,9 @@ def main() -> None:
   wrong: list[str] = []
 
   def get(kind: str, name: str) -> pathlib.Path:
+    if kind == "git":
+      print(f"  {name}", flush=True)
+      return packages.clone(name, work / ".packages" / kind)
     path = packages.fetch(kind, name, work / ".packages" / kind)
     if path.name not in fetched:
       fetched[path.name] = packages.sha256(path)

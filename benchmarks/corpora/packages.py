@@ -1,4 +1,4 @@
-"""Fetching Debian, npm and PyPI packages through their own clients, and unpacking parts of them."""
+"""Fetching Debian, npm and PyPI packages and git commits through their own clients, and unpacking parts of them."""
 
 from __future__ import annotations
 
@@ -70,13 +70,43 @@ def _run(command: Sequence[str], folder: pathlib.Path, hint: str) -> None:
     sys.exit(f"{' '.join(command)} failed: {result.stderr.strip()[-300:]}; {hint}")
 
 
+def clone(name: str, folder: pathlib.Path) -> pathlib.Path:
+  """A git repository in `folder` that has the commit of OWNER/NAME@COMMIT, fetched from GitHub if it is not there.
+
+  A clone of one's own may lie there, too, as `folder`/OWNER+NAME@COMMIT.
+
+  Raises:
+    SystemExit: git is missing or fails; the message says what to do.
+  """
+  repository, _, commit = name.partition("@")
+  path = folder / name.replace("/", "+")
+  if not path.exists():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Scratch(folder / ".git.part") as scratch:
+      hint = f"is GitHub reachable? A clone of it can also be put at {path}"
+      _run(["git", "init", "-q", "--bare", "."], scratch, hint)
+      _run(["git", "fetch", "-q", "--depth=1", f"https://github.com/{repository}", commit], scratch, hint)
+      os.replace(scratch, path)
+  _run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], path, f"{path} is no repository with that commit; delete it")
+  return path
+
+
+_MOST_BYTES = 4 * 2**20  # of a file out of a repository
+
+
 def files(package: pathlib.Path, patterns: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-  """(path, contents) of the regular files of a package whose paths match a pattern (`*` spans folders), as stored."""
+  """(path, contents) of the regular files of a package whose paths match a pattern (`*` spans folders), as stored.
+
+  Of a repository (`clone`) only those below 4 MiB.
+  """
   patterns = list(patterns)
 
   def wanted(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name.removeprefix("./"), pattern) for pattern in patterns)
 
+  if package.is_dir():
+    yield from _git_files(package, package.name.rpartition("@")[2], wanted)
+    return
   if package.suffix == ".whl":
     with zipfile.ZipFile(package) as wheel:
       for name in wheel.namelist():
@@ -92,6 +122,16 @@ def files(package: pathlib.Path, patterns: Iterable[str]) -> Iterator[tuple[str,
     return
   with tarfile.open(package, "r|*") as archive:
     yield from _tar_files(archive, wanted)
+
+
+def _git_files(repository: pathlib.Path, commit: str, wanted) -> Iterator[tuple[str, bytes]]:
+  listing = subprocess.run(
+    ["git", "ls-tree", "-r", "-l", "-z", commit], cwd=repository, capture_output=True, check=True
+  ).stdout
+  for entry in filter(None, listing.decode().split("\0")):
+    (_, kind, blob, size), path = entry.partition("\t")[0].split(), entry.partition("\t")[2]
+    if kind == "blob" and wanted(path) and size.isdigit() and int(size) < _MOST_BYTES:
+      yield path, subprocess.run(["git", "cat-file", kind, blob], cwd=repository, capture_output=True, check=True).stdout
 
 
 def _tar_files(archive: tarfile.TarFile, wanted) -> Iterator[tuple[str, bytes]]:

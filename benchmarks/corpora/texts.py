@@ -116,12 +116,12 @@ def _is_english_latex(source: bytes) -> bool:
 def linux(
   package: pathlib.Path, folders: tuple[str, ...] = ("kernel", "mm", "fs", "net")
 ) -> Iterator[tuple[str, bytes]]:
-  """(path, source) of the C files in some folders of the kernel."""
+  """(path, source) of the C files of the kernel, in some of its folders or, if none are named, in all."""
   [(_, archive)] = files(package, ["usr/src/linux-source-*.tar.xz"])
   with tarfile.open(fileobj=io.BytesIO(archive), mode="r|xz") as sources:
     for member in sources:
       path = member.name.partition("/")[2]
-      is_wanted = member.isfile() and path.endswith(".c") and path.split("/")[0] in folders
+      is_wanted = member.isfile() and path.endswith(".c") and (not folders or path.split("/")[0] in folders)
       if is_wanted and (file := sources.extractfile(member)):
         yield path, file.read()
 
