@@ -72,11 +72,12 @@ VARIANTS: dict[str, ModelConfig] = {
     bias=False,
     activation="swiglu",
     qk_norm=True,
+    logit_scale="width",
   ),
   "perceiver_ar": _perceiver(20, 8),
   "perceiver_ar_rotary": _perceiver(20, 8, rotary=True, head_dim=6, ff_width=12),
   "perceiver_ar_all_latents": _perceiver(12, 12),
-  "perceiver_ar_modern": _perceiver(20, 8, rotary=True, activation="swiglu", qk_norm=True),
+  "perceiver_ar_modern": _perceiver(20, 8, rotary=True, activation="swiglu", qk_norm=True, logit_scale="width"),
 }
 
 every_variant = list(VARIANTS)

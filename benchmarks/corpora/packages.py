@@ -131,7 +131,10 @@ def _git_files(repository: pathlib.Path, commit: str, wanted) -> Iterator[tuple[
   for entry in filter(None, listing.decode().split("\0")):
     (_, kind, blob, size), path = entry.partition("\t")[0].split(), entry.partition("\t")[2]
     if kind == "blob" and wanted(path) and size.isdigit() and int(size) < _MOST_BYTES:
-      yield path, subprocess.run(["git", "cat-file", kind, blob], cwd=repository, capture_output=True, check=True).stdout
+      yield (
+        path,
+        subprocess.run(["git", "cat-file", kind, blob], cwd=repository, capture_output=True, check=True).stdout,
+      )
 
 
 def _tar_files(archive: tarfile.TarFile, wanted) -> Iterator[tuple[str, bytes]]:

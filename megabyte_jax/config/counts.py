@@ -44,5 +44,7 @@ def visible_keys(level: Level, slots: int, spans: int, attention: Attention) -> 
   window = min(level.attention_window or slots, slots)
   if attention == "causal":
     return window - window**2 / (2 * slots) + level.cross_patch
+  if attention == "whole":
+    return window + level.cross_patch
   blocked = spans == 1 and slots % window == 0  # blocks of `window` that also see the block before (attention.py)
   return (min(2 * window, slots) if blocked else slots) + level.cross_patch

@@ -111,7 +111,13 @@ class BlockOptions:
     qk_norm: RMSNorm of every head's queries and keys, with learned scales, before rotary positions.
     dropout: on the output of every attention and feed-forward layer; never on embeddings.
     attention_dropout: on attention probabilities; only the xla attention can do it.
+    init: how matrices are drawn, from a normal cut at two deviations: paper (of deviation init_std, which is divided by
+      the root of the number of residual branches for what these end with) | fan_in (one over the root of the number of
+      inputs).
     init_std: standard deviation of the normal (cut at two of them) that parameters are drawn from.
+    embedding_std: that of byte tables, positions and pads; 0 takes init_std.
+    logit_scale: what logits are multiplied by: one | width (one over the root of the width, so that logits from a byte
+      table of deviation 1 begin with about 1).
     remat: what backward recomputes: none | full (each block) | named (all but q, k and v, what attention gives, and the
       hidden layer).
     compute_dtype: auto | bfloat16 | float32; auto is float32 on CPU and bfloat16 elsewhere. Products of float32 are as
@@ -127,7 +133,10 @@ class BlockOptions:
   qk_norm: bool = False
   dropout: float = 0.1
   attention_dropout: float = 0.0
+  init: Literal["paper", "fan_in"] = "paper"
   init_std: float = 0.006
+  embedding_std: float = 0.0
+  logit_scale: Literal["one", "width"] = "one"
   remat: Remat = "none"
   scan_layers: Literal["auto", "always", "never"] = "auto"
   compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -154,6 +163,7 @@ class BlockOptions:
     for name in ("dropout", "attention_dropout"):
       require(0 <= getattr(self, name) < 1, f"model.{name} is {getattr(self, name)}; it must be in [0, 1)")
     require(self.init_std > 0, f"model.init_std is {self.init_std}; it must be positive")
+    require(self.embedding_std >= 0, f"model.embedding_std is {self.embedding_std}; it must not be negative")
     require(
       self.attention_dropout == 0 or self.attention in ("auto", "xla"),
       f"model.attention_dropout needs model.attention=xla, not {self.attention}",

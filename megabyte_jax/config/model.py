@@ -15,7 +15,7 @@ from megabyte_jax.config.levels import BlockOptions, Level
 from megabyte_jax.config.parsing import convert_fields
 from megabyte_jax.errors import require
 
-Attention = Literal["causal", "dense"]  # which products of attention count, see models/flops.py
+Attention = Literal["causal", "dense", "whole"]  # which products of attention count, see models/flops.py
 
 
 def latent_stride(latents: int) -> int:

@@ -99,7 +99,7 @@ class PerceiverARConfig(ModelConfig):
     level, context, latents = self.level, self.context, self.latents
     heads, weights = attention_width(level), block_weights(self, level)
     keys_and_values = 2 * self.width * heads
-    own = latents if attention == "dense" else latents / 2
+    own = latents / 2 if attention == "causal" else latents
     return {
       "cross.weights": 2 * (weights + keys_and_values * (context / latents - 1)),
       "cross.attention": 4 * (context - latents + own) * heads,

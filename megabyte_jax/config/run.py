@@ -93,12 +93,17 @@ class OptimizerConfig:
 
   Attributes:
     name: adamw | muon (the blocks' matrices by Muon, everything else by AdamW).
-    schedule: after a linear warm-up: linear | cosine (to the end of the run) | wsd (constant, and linear over the last
-      `decay_share` of the steps) | constant. With the last two num_steps may change on resuming, before the decay.
+    schedule: after a linear warm-up: linear | cosine | half_cosine (the first quarter of a cosine's period, which falls
+      late), all three to the end of the run | wsd (constant, and linear over the last `decay_share` of the steps) |
+      constant. With the last two num_steps may change on resuming, before the decay.
     warmup_steps: the learning rate grows from 0, which the first step has, for so many steps, or for all of a shorter
       run.
     learning_rate: after the warm-up.
-    end_learning_rate: what linear, cosine and wsd end at.
+    end_learning_rate: what all but constant end at.
+    matrix_rate: of matrices and convolutions, relative to the rate: same | fan_in (divided by the root of their number
+      of inputs, so that one learning rate serves all widths; for adamw).
+    embedding_rate: of byte tables, positions and pads, as a factor.
+    level_rates: of all parameters of each level, from the coarsest to the finest, as factors; empty has none.
     b1, b2: of AdamW, with either name.
     eps: of AdamW, and of the normalisation in Muon.
     momentum: of Muon.
@@ -108,9 +113,12 @@ class OptimizerConfig:
 
   name: Literal["adamw", "muon"] = "adamw"
   learning_rate: float = 2e-4
-  schedule: Literal["linear", "cosine", "wsd", "constant"] = "linear"
+  schedule: Literal["linear", "cosine", "half_cosine", "wsd", "constant"] = "linear"
   warmup_steps: int = 500
   end_learning_rate: float = 0.0
+  matrix_rate: Literal["same", "fan_in"] = "same"
+  embedding_rate: float = 1.0
+  level_rates: tuple[float, ...] = ()
   decay_share: float = 0.2
   b1: float = 0.9
   b2: float = 0.98
@@ -126,10 +134,18 @@ class OptimizerConfig:
 
   def __post_init__(self):
     convert_fields(self)
-    for name in ("learning_rate", "eps", "clip_norm"):
+    for name in ("learning_rate", "embedding_rate", "eps", "clip_norm"):
       require(getattr(self, name) > 0, f"optimizer.{name} is {getattr(self, name)}; it must be positive")
     for name in ("b1", "b2", "momentum"):
       require(0 <= getattr(self, name) < 1, f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
+    require(
+      all(rate > 0 for rate in self.level_rates),
+      f"optimizer.level_rates is {self.level_rates}; each must be positive",
+    )
+    require(
+      self.matrix_rate == "same" or self.name == "adamw",
+      f"optimizer.matrix_rate={self.matrix_rate} is for adamw; the updates of {self.name} suit all widths as they are",
+    )
     require(0 < self.decay_share <= 1, f"optimizer.decay_share is {self.decay_share}; it must be in (0, 1]")
     for name in ("warmup_steps", "end_learning_rate", "weight_decay"):
       require(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
@@ -241,6 +257,11 @@ class Config:
     require(
       self.batch_size % self.accumulate == 0,
       f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}",
+    )
+    rates = self.optimizer.level_rates
+    require(
+      len(rates) in (0, len(self.model.levels)),
+      f"optimizer.level_rates has {len(rates)} factors; the model has {len(self.model.levels)} levels",
     )
     require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be between 0 and {2**32 - 1}")
     require(self.sample_bytes >= 0, f"sample_bytes is {self.sample_bytes}; it must not be negative")

@@ -10,6 +10,7 @@ Training is three times the forward pass (backward does each product twice); rec
   causal   those that a causal mask leaves: 2 L T D per token, half of the square. Fig. 3 of the paper, every
            TFLOP/s and every fraction of peak that this project prints.
   dense    the whole square, 4 L T D per token: what XLA reports for the matrix products it runs.
+  whole    as dense, but of a sliding window its own width alone: as SpaceByte counts (Slagle, 2024).
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def flops_breakdown(
   config: ModelConfig, context: int | None = None, attention: Attention = "causal"
 ) -> dict[str, float]:
   """Returns the parts of `flops_per_byte` (forward) by name, such as `levels[0].weights` and `head`."""
-  require(attention in ("causal", "dense"), f"attention is {attention!r}; choose 'causal' or 'dense'")
+  require(attention in ("causal", "dense", "whole"), f"attention is {attention!r}; choose 'causal', 'dense' or 'whole'")
   if context is not None:
     config = dataclasses.replace(config, context=context)
   return config.flops_breakdown(attention)

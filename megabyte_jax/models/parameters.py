@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from megabyte_jax.config import BlockOptions, Level
-from megabyte_jax.parallel.parameter_info import Kind, ParameterInfo
+from megabyte_jax.parallel.parameter_info import EMBEDDINGS, Kind, ParameterInfo
 
 Sizes = Mapping[str, int]  # logical axis -> its size, in the order of the array's axes
 
@@ -30,16 +30,22 @@ def compute_dtype(options: BlockOptions) -> jnp.dtype:
 def initial_values(options: BlockOptions, info: ParameterInfo, *, scale: float = 1.0, balanced: bool = False) -> Any:
   """Returns the initializer (key, shape, dtype) -> values of a parameter.
 
-  Appendix A.1: normal with deviation `init_std`, cut at two deviations; biases are 0.
+  Appendix A.1: normal with deviation `init_std`, cut at two deviations; biases are 0. Matrices and convolutions may
+  have `fan_in`^-1/2 instead (`BlockOptions.init`), and embeddings a deviation of their own.
 
   Args:
-    scale: times the deviation.
-    balanced: divides the deviation by the root of `info.fan_in`.
+    scale: times the deviation of the paper.
+    balanced: divides that by the root of `info.fan_in`.
   """
   if info.kind == "bias":
     return nnx.initializers.zeros
-  scale *= info.fan_in**-0.5 if balanced else 1.0
-  return nnx.initializers.truncated_normal(stddev=options.init_std * scale, lower=-2.0, upper=2.0)
+  if info.kind in EMBEDDINGS:
+    deviation = options.embedding_std or options.init_std
+  elif options.init == "fan_in" and info.inputs:
+    deviation = info.fan_in**-0.5
+  else:
+    deviation = options.init_std * scale * (info.fan_in**-0.5 if balanced else 1.0)
+  return nnx.initializers.truncated_normal(stddev=deviation, lower=-2.0, upper=2.0)
 
 
 def make_parameter(
@@ -61,7 +67,7 @@ def make_parameter(
 def make_linear(
   sizes_in: Sizes, sizes_out: Sizes, options: BlockOptions, rngs: nnx.Rngs, *, scale: float = 1.0
 ) -> nnx.LinearGeneral:
-  """Makes a matrix product over the last axes; `scale` shrinks the initial weights."""
+  """Makes a matrix product over the last axes; `scale` shrinks the paper's initial weights."""
   info = ParameterInfo("matrix", (*sizes_in, *sizes_out), tuple(sizes_in), math.prod(sizes_in.values()))
   added = ParameterInfo("bias", tuple("channels" if axis == "width" else axis for axis in sizes_out))
   return nnx.LinearGeneral(

@@ -80,6 +80,7 @@ class PatchEmbedder(nnx.Module):
   def __init__(self, level: Level, span: int, vocab_size: int, options: BlockOptions, rngs: nnx.Rngs):
     self.patch_size, self.dtype = level.patch_size, compute_dtype(options)
     width = level.byte_width
+    self.logit_scale = width**-0.5 if options.logit_scale == "width" else 1.0
     self.table = make_parameter("table", {"vocab": vocab_size, "byte_width": width}, options, rngs)
     self.positions = make_parameter("positions", {"positions": span, "byte_width": width}, options, rngs)
     self.pad = make_parameter("pad", {"patch": level.patch_size, "byte_width": width}, options, rngs)
@@ -113,6 +114,8 @@ class PatchEmbedder(nnx.Module):
 
   def logits(self, h: jax.Array) -> jax.Array:
     """Eq. (6): the output of each byte, [..., d], times the byte table; float32 [..., V]."""
+    if self.logit_scale != 1.0:
+      h *= self.logit_scale
     return jnp.einsum("...d,Vd->...V", h, self.table.astype(self.dtype), preferred_element_type=jnp.float32)
 
   # Stepwise decoding: the convolutions remember the bytes before the patch at hand.

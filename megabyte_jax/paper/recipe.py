@@ -1,8 +1,10 @@
-"""A modern recipe for the paper's models: changes that later work agrees on, one by one or together.
+"""Two recipes for the paper's models: changes that later work agrees on, one by one or together.
 
 A row's name may end with changes: `table2:books_megabyte+modern` has all of MODERN, `...+modern-muon` all but one,
-`...+swiglu+muon` only these. configs/small.py and configs/modern.py take such names; `modern_books` and `modern_images`
-of benchmarks/comparisons.py ask what each change is worth.
+`...+swiglu+muon` only these. `+scaled` is AdamW with initial values and rates scaled by width (SpaceByte's rule;
+Slagle, 2024): for those who want AdamW, not as good as `+modern`. configs/recipe.py has models of free sizes for both.
+configs/small.py and configs/modern.py take such names; `modern_books` and `modern_images` of benchmarks/comparisons.py
+ask what each change is worth.
 """
 
 from __future__ import annotations
@@ -37,12 +39,29 @@ CHANGES: dict[str, Callable[[Config], Config]] = {
   "qk_norm": _model(qk_norm=True),
   "init": _model(init_std=0.02),
   "muon": _optimizer(name="muon"),
-  # Not in the recipe: the paper's schedule stays, and dropout is a matter of the data.
+  "no_bias": _model(bias=False),
+  "fan_in": _model(init="fan_in"),
+  "unit_embeddings": _model(embedding_std=1.0, logit_scale="width"),
+  "fan_in_rates": _optimizer(matrix_rate="fan_in", learning_rate=0.04),
+  "light_decay": _optimizer(weight_decay=0.01),
+  "half_cosine": _optimizer(schedule="half_cosine"),
+  # In neither recipe: the paper's schedule stays, and dropout is a matter of the data.
   "cosine": _optimizer(schedule="cosine"),
   "wsd": _optimizer(schedule="wsd"),
   "no_dropout": _model(dropout=0.0),
 }
 MODERN = ("rmsnorm", "swiglu", "rotary", "qk_norm", "init", "muon")
+SCALED = (
+  "no_bias",
+  "rotary",
+  "qk_norm",
+  "fan_in",
+  "unit_embeddings",
+  "fan_in_rates",
+  "light_decay",
+  "half_cosine",
+)
+_TOGETHER = {"modern": MODERN, "scaled": SCALED}
 
 
 def split_name(name: str) -> tuple[str, tuple[str, ...]]:
@@ -54,12 +73,12 @@ def split_name(name: str) -> tuple[str, tuple[str, ...]]:
   row, *parts = re.split(r"(?=[+-])", name)
   changes: list[str] = []
   for part in parts:
-    meant = MODERN if part[1:] == "modern" else (part[1:],)
+    meant = _TOGETHER.get(part[1:], (part[1:],))
     unknown = sorted(set(meant) - set(CHANGES if part[0] == "+" else changes))
     require(
       not unknown,
       f"{name}: there is no {' or '.join(unknown)} to {'add' if part[0] == '+' else 'take away'}; write "
-      f"{row}+CHANGE, with CHANGE one of modern, {', '.join(CHANGES)}, or +modern-CHANGE",
+      f"{row}+CHANGE, with CHANGE one of {', '.join((*_TOGETHER, *CHANGES))}, or +modern-CHANGE",
     )
     changes = (
       [*changes, *(m for m in meant if m not in changes)] if part[0] == "+" else [c for c in changes if c not in meant]

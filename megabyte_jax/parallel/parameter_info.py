@@ -15,6 +15,8 @@ from flax import nnx
 
 Kind = Literal["table", "positions", "pad", "matrix", "convolution", "bias", "norm"]
 
+EMBEDDINGS: tuple[Kind, ...] = ("table", "positions", "pad")
+
 # Axes along which a parameter holds matrices of their own: layers; queries, keys and values; a gated layer's halves.
 COUNTING_AXES = ("layers", "projections", "halves")
 

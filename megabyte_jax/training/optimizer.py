@@ -11,7 +11,7 @@ import optax
 
 from megabyte_jax.config import OptimizerConfig
 from megabyte_jax.parallel.backend import platform
-from megabyte_jax.parallel.parameter_info import ParameterInfos, map_with_info
+from megabyte_jax.parallel.parameter_info import EMBEDDINGS, ParameterInfo, ParameterInfos, map_with_info
 from megabyte_jax.training.schedule import learning_rate
 
 _RMS = 0.2  # of Muon's updates, about AdamW's: one learning rate and weight decay serve both (Liu et al., 2025)
@@ -43,7 +43,28 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, infos: ParameterInfo
     update = optax.GradientTransformation(update.init, _with_bfloat16_products(update.update))
   else:
     update = optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay)
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+  parts = [optax.clip_by_global_norm(config.clip_norm), update]
+  if (config.matrix_rate, config.embedding_rate, config.level_rates) != ("same", 1.0, ()):
+    parts.append(_with_own_rates(config, infos))
+  return optax.chain(*parts)
+
+
+def _with_own_rates(config: OptimizerConfig, infos: ParameterInfos) -> optax.GradientTransformation:
+  """Returns updates, their weight decay included, times each parameter's own factor of the learning rate."""
+
+  def scaled(updates, state, parameters=None):
+    del parameters
+    return map_with_info(lambda update, info: update * rate_factor(config, info), updates, infos), state
+
+  return optax.GradientTransformation(lambda _: optax.EmptyState(), scaled)
+
+
+def rate_factor(config: OptimizerConfig, info: ParameterInfo) -> float:
+  """Returns what a parameter's learning rate is multiplied by."""
+  factor = config.level_rates[info.level] if config.level_rates else 1.0
+  if info.kind in EMBEDDINGS:
+    return factor * config.embedding_rate
+  return factor * info.fan_in**-0.5 if config.matrix_rate == "fan_in" else factor
 
 
 def _with_bfloat16_products(update: Callable) -> Callable:

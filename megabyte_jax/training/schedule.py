@@ -1,7 +1,10 @@
-"""Defines the learning-rate schedules: warm-up, then linear, cosine, warm-up-stable-decay or constant."""
+"""Defines the learning-rate schedules: warm-up, then linear, cosine, half a cosine, warm-up-stable-decay or constant."""
 
 from __future__ import annotations
 
+import math
+
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -20,6 +23,8 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     pieces.append(optax.constant_schedule(peak))
   elif config.schedule == "cosine":
     pieces.append(optax.cosine_decay_schedule(peak, max(1, left), alpha=end / peak))
+  elif config.schedule == "half_cosine":
+    pieces.append(lambda step: end + (peak - end) * jnp.cos(0.5 * math.pi * jnp.clip(step / max(1, left), 0, 1)))
   else:
     decay = left if config.schedule == "linear" else min(left, round(config.decay_share * num_steps))
     if decay < left:

@@ -44,6 +44,16 @@ def test_transformer_row_of_table_15():
   assert flops.flops_per_byte(transformer, training=True) == 3 * flops.flops_per_byte(transformer)
   dense, causal = (flops.flops_breakdown(transformer, attention=a)["levels[0].attention"] for a in ("dense", "causal"))
   assert dense == 2 * causal
+  assert flops.flops_breakdown(transformer, attention="whole")["levels[0].attention"] == dense
+
+
+def test_whole_attention_counts_a_window_as_wide_as_it_is():
+  """SpaceByte's count: 2 D W multiplications and additions a byte and layer, whatever a mask leaves of them."""
+  windowed = MegabyteConfig(context=4096, levels=(level(1, 512, 6, attention_window=256),))
+  assert flops.flops_breakdown(windowed, attention="whole")["levels[0].attention"] == 4 * 6 * 512 * 256
+  perceiver = PerceiverARConfig(context=64, latents=16, width=8, num_layers=2, num_heads=2)
+  parts = flops.flops_breakdown(perceiver, attention="whole")
+  assert (parts["latents.attention"], parts["cross.attention"]) == (4 * 2 * 16 * 8, 4 * 64 * 8)
 
 
 def test_fig3_and_the_model_agree_but_for_the_parts_fig3_leaves_out():

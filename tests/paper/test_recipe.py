@@ -20,7 +20,7 @@ def test_names():
 @pytest.mark.parametrize(
   ("name", "message"),
   [
-    ("a:b+moern", r"there is no moern to add; write a:b\+CHANGE, with CHANGE one of modern, rmsnorm, swiglu"),
+    ("a:b+moern", r"there is no moern to add; write a:b\+CHANGE, with CHANGE one of modern, scaled, rmsnorm, swiglu"),
     ("a:b+modern-wsd", r"there is no wsd to take away"),
     ("a:b-muon", r"there is no muon to take away"),
   ],
@@ -35,6 +35,17 @@ def test_each_change_is_one(row):
   config = config_of(row)
   changed = [recipe.with_changes(config, (change,)) for change in recipe.CHANGES]
   assert len({config, *changed}) == 1 + len(recipe.CHANGES)
+
+
+def test_scaled():
+  """SpaceByte's rule: AdamW with initial values, rates and logits scaled by width."""
+  assert recipe.split_name("a:b+scaled") == ("a:b", recipe.SCALED)
+  config = recipe.with_changes(config_of("table2:books_megabyte"), recipe.SCALED)
+  model, optimizer = config.model, config.optimizer
+  assert (model.init, model.embedding_std, model.logit_scale) == ("fan_in", 1.0, "width")
+  assert (model.norm, model.bias, model.qk_norm, model.activation) == ("layernorm", False, True, "relu")
+  assert (optimizer.name, optimizer.matrix_rate, optimizer.learning_rate) == ("adamw", "fan_in", 0.04)
+  assert (optimizer.weight_decay, optimizer.schedule) == (0.01, "half_cosine")
 
 
 def test_modern():

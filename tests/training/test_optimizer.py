@@ -81,6 +81,14 @@ def test_cosine():
     assert float(rate(step)) == pytest.approx(value, abs=1e-6), step
 
 
+def test_half_cosine():
+  config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, end_learning_rate=0.2, schedule="half_cosine")
+  rate = learning_rate(config, 110)
+  expected = {0: 0.0, 5: 0.5, 10: 1.0, 60: 0.2 + 0.8 * 0.5**0.5, 110: 0.2}
+  for step, value in expected.items():
+    assert float(rate(step)) == pytest.approx(value, abs=1e-6), step
+
+
 def test_warm_up_stable_decay():
   config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule="wsd", decay_share=0.25)
   rate = learning_rate(config, 100)
@@ -91,6 +99,32 @@ def test_warm_up_stable_decay():
   assert [float(constant(step)) for step in (0, 5, 10, 19, 100)] == pytest.approx([0, 0.5, 1, 1, 1])
   short = learning_rate(OptimizerConfig(learning_rate=1.0, warmup_steps=9, schedule="wsd"), 10)  # decays at once
   assert [float(short(step)) for step in (8, 9, 10)] == pytest.approx([8 / 9, 1.0, 0.0])
+
+
+# -- Rates of one's own --
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_rates_of_kinds_and_levels(name):
+  """Each update is that of one rate for all, weight decay included, times the factors that belong to the parameter."""
+  matrix_rate = "fan_in" if name == "adamw" else "same"
+  plain = OptimizerConfig(name=name, learning_rate=0.1, warmup_steps=1, weight_decay=0.3)
+  own = dataclasses.replace(plain, matrix_rate=matrix_rate, embedding_rate=5.0, level_rates=(1.0, 2.0))
+  infos, tree = parameter_info(MODEL), variants.draw_parameters(MODEL)
+  gradient = variants.draw_parameters(MODEL, seed=1)
+
+  def second_updates(config):
+    optimizer = make_optimizer(config, num_steps=1000, infos=infos)
+    state, update = optimizer.init(tree), jax.jit(optimizer.update)
+    _, state = update(gradient, state, tree)  # the first step's rate is 0
+    return flat_arrays(update(gradient, state, tree)[0])
+
+  before, after = second_updates(plain), second_updates(own)
+  for parameter, info in infos.items():
+    factor = (1.0, 2.0)[info.level] * (5.0 if info.kind in ("table", "positions", "pad") else 1.0)
+    if name == "adamw" and info.kind == "matrix":
+      factor /= info.fan_in**0.5
+    np.testing.assert_allclose(after[parameter], before[parameter] * factor, rtol=1e-5, err_msg=parameter)
 
 
 # -- Muon --

@@ -1,0 +1,240 @@
+"""Trains one small model by a recipe and writes what came out as JSON: a row of docs/results.md's tables of recipes.
+
+  python benchmarks/recipe_runs.py megabyte:4:768x6:384x6+modern --train=C.train --validation=C.validation \
+    --bytes=4.2e8 --output=rows/p4_modern.json model.levels[1].previous_bytes=true optimizer.learning_rate=5e-3
+
+The model and recipe are named as in configs/recipe.py; KEY=VALUE arguments change any field of its config, values are
+JSON. Training is that of train.py without checkpoints. With --flops instead of --bytes the run gets as many bytes as
+that many operations pay for, counted as SpaceByte counts them: six for each multiplication and addition of a weight,
+attention as if nothing were masked.
+
+--switch=SHARE trains the first part of the steps without cross-patch attention. --diagnose=N measures every N steps
+how far gradients of each level reach and what the first level contributes: the bits per byte by which a batch becomes
+worse when the first level's output is that of another text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import pathlib
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from megabyte_jax.config import Config, MegabyteConfig
+from megabyte_jax.data.batches import batches
+from megabyte_jax.data.open_data import open_source
+from megabyte_jax.evaluation.evaluate import evaluate
+from megabyte_jax.models.build import abstract_model
+from megabyte_jax.models.flops import flops_per_byte, parameter_count, predicted_bytes
+from megabyte_jax.models.loss import bits_per_byte, sum_of_nats
+from megabyte_jax.models.megabyte import finer_levels
+from megabyte_jax.parallel.sharding import batch_sharding, make_mesh
+from megabyte_jax.training.state import initial_state, make_train_step
+
+_CONFIGS = pathlib.Path(__file__).parents[1] / "configs" / "recipe.py"
+_LOG_EVERY = 50
+
+
+def named_config(name: str) -> dict[str, Any]:
+  """The config that configs/recipe.py has under a name, as plain dicts."""
+  spec = importlib.util.spec_from_file_location("recipe_config", _CONFIGS)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return Config.from_dict(module.get_config(name)).to_dict()
+
+
+def changed(values: Any, key: str, value: Any) -> None:
+  """Sets `model.levels[1].rotary` and the like in nested dicts and lists."""
+  *parents, last = [int(part) if part.isdigit() else part for part in re.findall(r"[^.\[\]]+", key)]
+  for parent in parents:
+    values = values[parent]
+  if isinstance(values, dict) and last not in values:
+    raise SystemExit(f"{key}: there is no {last}; choose one of {', '.join(values)}")
+  values[last] = value
+
+
+def make_config(arguments: argparse.Namespace) -> Config:
+  """The named config with the changes, the data, and the number of steps that the budget pays for."""
+  values = named_config(arguments.name)
+  values["data"].update(train=arguments.train, validation=arguments.validation)
+  values["seed"] = arguments.seed
+  for change in arguments.changes:
+    key, _, value = change.partition("=")
+    changed(values, key, json.loads(value))
+  config = Config.from_dict(values)
+  per_step = config.batch_size * predicted_bytes(config.model)
+  total = arguments.bytes or arguments.flops / flops_per_byte(config.model, attention="whole", training=True)
+  steps = max(2, round(total / per_step))
+  share = arguments.warmup
+  optimizer = dataclasses.replace(config.optimizer, warmup_steps=max(1, round(share * steps)))
+  return dataclasses.replace(config, num_steps=steps, optimizer=optimizer)
+
+
+def without_cross_patch(config: Config) -> Config:
+  """The same model, each span of it by itself: parameters are the same."""
+  levels = tuple(dataclasses.replace(level, cross_patch=0) for level in config.model.levels)
+  return dataclasses.replace(config, model=dataclasses.replace(config.model, levels=levels))
+
+
+def make_diagnosis(config: Config):
+  """The jitted (parameters, x_BT) -> gradient norms of each level, and bits that the first level is worth."""
+  graph, _ = abstract_model(config.model)
+
+  @jax.jit
+  def diagnose(parameters, x_BT):
+    def mean_nats(parameters, x_BT):
+      nats, count = sum_of_nats(nnx.merge(graph, parameters), x_BT)
+      return nats / count
+
+    def nats_with(x_BT, other_BT):
+      model = nnx.merge(graph, parameters)
+      logits = finer_levels(model.levels, x_BT, model.first_level(other_BT), None)
+      return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, x_BT.astype(jnp.int32)))
+
+    norms = {}
+    for i, level in jax.grad(mean_nats)(parameters, x_BT)["levels"].items():
+      norms[f"level{i}"] = optax.tree.norm(level)
+      norms[f"level{i}.embedder"] = optax.tree.norm(level["embedder"])
+      if "from_parent" in level:
+        norms[f"level{i}.from_parent"] = optax.tree.norm(level["from_parent"])
+    worse = nats_with(x_BT, jnp.roll(x_BT, 1, axis=0)) - nats_with(x_BT, x_BT)
+    return {"gradient_norms": norms, "first_level_bits": worse / jnp.log(2.0)}
+
+  return diagnose
+
+
+def run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
+  """Trains and evaluates; the contents of the row's file."""
+  began = time.perf_counter()
+  mesh = make_mesh(config.mesh)
+  source = open_source(config.data, "train")
+  first = round(arguments.switch * config.num_steps)
+  state = initial_state(config, mesh)
+  step_function = make_train_step(without_cross_patch(config) if first else config)
+  diagnose = make_diagnosis(config) if arguments.diagnose else None
+  curve, diagnoses, waiting = [], [], []
+  per_step = config.batch_size * predicted_bytes(config.model)
+  latents = getattr(config.model, "latents", 0)
+  start = measured_from = time.perf_counter()
+  stream = batches(
+    source,
+    batch_size=config.batch_size,
+    context=config.model.context,
+    seed=config.seed,
+    num_steps=None,
+    latents=latents,
+    sharding=batch_sharding(mesh),
+  )
+  for number, batch in stream:
+    if number == config.num_steps:
+      break
+    if number and number == first:
+      step_function = make_train_step(config)
+    if arguments.seconds and number == 6 * _LOG_EVERY:  # as many steps as the time is enough for
+      each = (time.perf_counter() - measured_from) / (number - curve[0][0])
+      more = round((arguments.seconds - (time.perf_counter() - began) - 60) / each)
+      config = dataclasses.replace(config, num_steps=number + more)
+      step_function = make_train_step(config)
+    state, metrics = step_function(state, batch.x_BT, None)
+    waiting.append(metrics)
+    done = number + 1
+    if done % _LOG_EVERY == 0 or done == config.num_steps:
+      nats, count, norms = (np.array([float(m[k]) for m in waiting]) for k in ("nats", "bytes", "grad_norm"))
+      waiting.clear()
+      curve.append((done, round(float(bits_per_byte(nats.sum(), count.sum())), 5), round(float(norms.mean()), 5)))
+      print(f"step {done}/{config.num_steps} bits {curve[-1][1]} {time.perf_counter() - start:.0f} s", flush=True)
+      if len(curve) == 1:
+        measured_from = time.perf_counter()
+    if diagnose and (done % arguments.diagnose == 0 or done == 1):
+      found = jax.device_get(diagnose(state.parameters, batch.x_BT[:16]))
+      diagnoses.append({"step": done, **jax.tree.map(float, found)})
+  seconds = time.perf_counter() - measured_from
+  device = jax.devices()[0]
+  row = {
+    "name": arguments.name,
+    "changes": arguments.changes,
+    "switch": arguments.switch,
+    "train_bpb_of_last_steps": curve[-1][1],
+    "train_bytes": config.num_steps * per_step,
+    "corpus_bytes": int(source.lengths.sum()),
+    "parameters": parameter_count(config.model),
+    "flops_per_byte": flops_per_byte(config.model, training=True),
+    "spacebyte_flops_per_byte": flops_per_byte(config.model, attention="whole", training=True),
+    "bytes_per_second": (config.num_steps - curve[0][0]) * per_step / seconds if len(curve) > 1 else None,
+    "seconds": time.perf_counter() - began,
+    "device": f"{jax.device_count()} x {device.device_kind}",
+    "shared_device": arguments.shared,
+    "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
+    "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    "curve": curve,
+    "diagnoses": diagnoses,
+    "config": config.to_dict(),
+  }
+  if arguments.save:
+    save_parameters(state.parameters, pathlib.Path(arguments.save))
+  result = evaluate(
+    config, state.parameters, open_source(config.data, "validation"), mesh=mesh, max_bytes=arguments.validation_bytes
+  )
+  return {"validation_bpb": round(result.bpb, 5), "validation_bytes": result.bytes, **row}
+
+
+def save_parameters(parameters: Any, folder: pathlib.Path) -> None:
+  """Float32 arrays under their names, in files of at most 15 MB: FOLDER/0.npz, FOLDER/1.npz, ..."""
+  leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(parameters))
+  files, size = [{}], 0
+  for path, leaf in leaves:
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    for i, part in enumerate(np.array_split(leaf, -(-leaf.nbytes // 15_000_000))):
+      if size + part.nbytes > 15_000_000 and files[-1]:
+        files.append({})
+        size = 0
+      files[-1][f"{name}/{i}"] = part
+      size += part.nbytes
+  folder.mkdir(parents=True, exist_ok=True)
+  for i, arrays in enumerate(files):
+    np.savez(folder / f"{i}.npz", **arrays)
+
+
+def main() -> None:
+  """The command line."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("name")
+  parser.add_argument("changes", nargs="*", metavar="KEY=VALUE")
+  parser.add_argument("--train", required=True)
+  parser.add_argument("--validation", required=True)
+  parser.add_argument("--validation_bytes", type=int, default=0, help="score only so many; 0 scores all")
+  budget = parser.add_mutually_exclusive_group(required=True)
+  budget.add_argument("--bytes", type=float)
+  budget.add_argument("--flops", type=float)
+  parser.add_argument("--warmup", type=float, default=0.04, help="share of the steps")
+  parser.add_argument("--seconds", type=float, default=0, help="end after about so long instead, from 300 steps on")
+  parser.add_argument("--switch", type=float, default=0.0, help="share of the steps without cross-patch attention")
+  parser.add_argument("--diagnose", type=int, default=0, help="every so many steps")
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--shared", action="store_true", help="note that another run shares the device")
+  parser.add_argument("--save", default="", help="a folder for the parameters")
+  parser.add_argument("--output", type=pathlib.Path, required=True)
+  arguments = parser.parse_intermixed_args()
+  config = make_config(arguments)
+  if arguments.switch and not isinstance(config.model, MegabyteConfig):
+    parser.error("--switch is for MEGABYTE")
+  row = run(config, arguments)
+  arguments.output.parent.mkdir(parents=True, exist_ok=True)
+  arguments.output.write_text(json.dumps(row) + "\n")
+  print(f"{arguments.name} {' '.join(arguments.changes)}: {row['validation_bpb']} bits per byte", flush=True)
+
+
+if __name__ == "__main__":
+  main()
