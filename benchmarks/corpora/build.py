@@ -3,9 +3,10 @@
   sudo apt-get update
   python benchmarks/corpora/build.py FOLDER            all; or only some: --only books code latex photos audio
 
-Needs a Debian or Ubuntu with apt-get and dpkg-deb, npm, and this project's own requirements; about 700 MB to fetch and
-400 MB of results, in a few minutes. What is there already is not fetched or built again. FOLDER/books, FOLDER/code,
-FOLDER/latex, FOLDER/photos and FOLDER/audio appear only when they are complete, each split by whole document into
+Needs a Debian or Ubuntu with apt-get and dpkg-deb, npm, git, and this project's own requirements; about 1 GB to fetch
+and 1.4 GB of results, in some minutes. What is there already is not fetched or built again. FOLDER/books, FOLDER/code,
+FOLDER/latex, FOLDER/photos, FOLDER/audio, FOLDER/kernel (all C files of Linux) and FOLDER/library (some hundred English
+books, tested on novels of another collection) appear only when they are complete, each split by whole document into
 train, validation and test:
 
   python train.py --config.data.train=FOLDER/books/train --config.data.validation=FOLDER/books/validation

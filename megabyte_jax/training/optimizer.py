@@ -52,9 +52,12 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, infos: ParameterInfo
 def _with_own_rates(config: OptimizerConfig, infos: ParameterInfos) -> optax.GradientTransformation:
   """Returns updates, their weight decay included, times each parameter's own factor of the learning rate."""
 
+  def own(update, info):
+    return update * rate_factor(config, info)
+
   def scaled(updates, state, parameters=None):
     del parameters
-    return map_with_info(lambda update, info: update * rate_factor(config, info), updates, infos), state
+    return map_with_info(own, updates, infos), state
 
   return optax.GradientTransformation(lambda _: optax.EmptyState(), scaled)
 

@@ -1,4 +1,4 @@
-"""Defines the learning-rate schedules: warm-up, then linear, cosine, half a cosine, warm-up-stable-decay or constant."""
+"""Defines the learning-rate schedules: warm-up, then linear, (half) cosine, warm-up-stable-decay or constant."""
 
 from __future__ import annotations
 
