@@ -18,8 +18,8 @@ from megabyte_jax.display.progress import Progress, duration, human
 from megabyte_jax.evaluation.by_source import SourceBits, by_source
 from megabyte_jax.evaluation.compressors import Compressed, compress_all
 from megabyte_jax.evaluation.evaluate import Evaluation, evaluate
-from megabyte_jax.models import attention
 from megabyte_jax.models.flops import flops_per_byte, parameter_count
+from megabyte_jax.models.layers import attention
 
 _COMPRESSED_BYTES = 20_000_000  # with those of the primer; beyond this xz would run for minutes
 

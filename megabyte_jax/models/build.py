@@ -15,10 +15,10 @@ from jax.experimental.layout import Format, Layout
 from megabyte_jax.config import MegabyteConfig, ModelConfig, PerceiverARConfig
 from megabyte_jax.models.family import Model
 from megabyte_jax.models.kernels import cached_attention
+from megabyte_jax.models.layers.stack import each_in_one_kernel, unstacked
 from megabyte_jax.models.megabyte import Megabyte
 from megabyte_jax.models.parameters import compute_dtype, declared
 from megabyte_jax.models.perceiver_ar import PerceiverAR
-from megabyte_jax.models.stack import each_in_one_kernel, unstacked
 from megabyte_jax.parallel.parameter_info import ParameterInfo, is_variable, map_with_info, parameter_name
 
 # The model of each family's config; every other room asks the config (config/model.py) or the model (family.py).

@@ -13,9 +13,9 @@ import jax
 from flax import nnx
 
 from megabyte_jax.config import Level, MegabyteConfig
+from megabyte_jax.models.layers.stack import Stack
 from megabyte_jax.models.parameters import make_parameter
 from megabyte_jax.models.patch_embedder import PatchEmbedder
-from megabyte_jax.models.stack import Stack
 from megabyte_jax.parallel.activation_layout import constrain
 
 

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from megabyte_jax.config import PerceiverARConfig
-from megabyte_jax.models import attention as attention_lib
-from megabyte_jax.models.block import activate, make_ff_in, products_apart, rotate
-from megabyte_jax.models.dropout import dropout
 from megabyte_jax.models.family import Model, Pick, counted, cross_entropy
+from megabyte_jax.models.layers import attention as attention_lib
+from megabyte_jax.models.layers.block import activate, make_ff_in, products_apart, rotate
+from megabyte_jax.models.layers.dropout import dropout
+from megabyte_jax.models.layers.stack import Cache, Stack, rematerialised
 from megabyte_jax.models.parameters import make_head_norm, make_linear, make_norm
 from megabyte_jax.models.patch_embedder import PatchEmbedder, check_input
-from megabyte_jax.models.stack import Cache, Stack, rematerialised
 
 
 class CrossAttention(nnx.Module):

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from megabyte_jax import Level, MegabyteConfig, PerceiverARConfig, byte_nats, generate, make_model
-from megabyte_jax.models import attention
+from megabyte_jax.models.layers import attention
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU: JAX_PLATFORMS=cuda pytest ...")
 

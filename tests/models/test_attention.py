@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from megabyte_jax.errors import ConfigError
-from megabyte_jax.models import attention as lib
-from megabyte_jax.models.attention import Past, attention
+from megabyte_jax.models.layers import attention as lib
+from megabyte_jax.models.layers.attention import Past, attention
 
 B, N, M, H, K = 2, 3, 8, 2, 4
 

@@ -11,10 +11,10 @@ from flax import nnx
 from megabyte_jax.config import Config, Level, MegabyteConfig, MeshConfig, PerceiverARConfig
 from megabyte_jax.errors import ConfigError
 from megabyte_jax.evaluation.report import attention_line
-from megabyte_jax.models import attention
-from megabyte_jax.models.attention import Choice
 from megabyte_jax.models.build import abstract_model
 from megabyte_jax.models.kernels import fused_attention
+from megabyte_jax.models.layers import attention
+from megabyte_jax.models.layers.attention import Choice
 from megabyte_jax.models.loss import sum_of_nats
 from megabyte_jax.parallel.sharding import make_mesh
 

@@ -11,7 +11,7 @@ from flax import nnx
 from megabyte_jax.config import Level, MegabyteConfig
 from megabyte_jax.models import build
 from megabyte_jax.models.kernels import cached_attention, decoding_step, fused_attention
-from megabyte_jax.models.stack import Cache, Stack, stack_weights
+from megabyte_jax.models.layers.stack import Cache, Stack, stack_weights
 
 
 def normal(seed, *shape, dtype=jnp.bfloat16):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from megabyte_jax.models.dropout import dropout, random_bits
+from megabyte_jax.models.layers.dropout import dropout, random_bits
 
 SHAPE = (4, 16, 8, 256)
 NUMBERS = 4 * 16 * 8 * 256

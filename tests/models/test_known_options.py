@@ -14,7 +14,7 @@ from flax import nnx
 from megabyte_jax.config import BlockOptions, Level
 from megabyte_jax.models.kernels import cached_attention, decoding_step
 from megabyte_jax.models.kernels.known_options import ANY, IN_ONE_KERNEL, LAYER_BY_LAYER
-from megabyte_jax.models.stack import Cache, Stack, unstacked
+from megabyte_jax.models.layers.stack import Cache, Stack, unstacked
 from megabyte_jax.parallel.parameter_info import is_variable
 
 WAYS = {"in one kernel": IN_ONE_KERNEL, "layer by layer": LAYER_BY_LAYER}
@@ -127,7 +127,7 @@ def test_every_variant_is_computed_as_the_plain_step_does_or_refused(monkeypatch
     original = getattr(module, function)
     monkeypatch.setattr(module, function, lambda *a, f=original, n=function, **o: calls.append(n) or f(*a, **o))
   monkeypatch.setattr(cached_attention, "on_one_gpu", lambda dtype: True)
-  monkeypatch.setattr("megabyte_jax.models.stack.each_in_one_kernel", lambda config, rows: in_one)
+  monkeypatch.setattr("megabyte_jax.models.layers.stack.each_in_one_kernel", lambda config, rows: in_one)
   if not in_one:
     state = nnx.State({**state, "blocks": jax.tree.map(unstacked, state["blocks"], is_leaf=is_variable)})
 

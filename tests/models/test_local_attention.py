@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from megabyte_jax.config import MeshConfig
-from megabyte_jax.models import attention
-from megabyte_jax.models.attention import Past
 from megabyte_jax.models.kernels import fused_attention, local_attention
+from megabyte_jax.models.layers import attention
+from megabyte_jax.models.layers.attention import Past
 from megabyte_jax.parallel.sharding import make_mesh
 
 

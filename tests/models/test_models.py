@@ -13,9 +13,9 @@ from jax.ad_checkpoint import print_saved_residuals
 
 from megabyte_jax.config import Config, Level, MegabyteConfig, PerceiverARConfig
 from megabyte_jax.errors import ConfigError
-from megabyte_jax.models import block as block_module
-from megabyte_jax.models import dropout
 from megabyte_jax.models.build import abstract_model, initial_parameters, make_model, parameter_info
+from megabyte_jax.models.layers import block as block_module
+from megabyte_jax.models.layers import dropout
 from megabyte_jax.models.loss import byte_nats
 from megabyte_jax.training.optimizer import make_optimizer
 from megabyte_jax.training.state import TrainState, make_train_step

@@ -9,8 +9,8 @@ from model_variants import draw_parameters
 
 from megabyte_jax.config import Level, MegabyteConfig, MeshConfig
 from megabyte_jax.errors import ConfigError
-from megabyte_jax.models import lookup
 from megabyte_jax.models.build import abstract_model
+from megabyte_jax.models.layers import lookup
 from megabyte_jax.models.loss import byte_nats, sum_of_nats
 from megabyte_jax.parallel.sharding import batch_sharding, make_mesh
 

@@ -9,8 +9,8 @@ import pytest
 
 from megabyte_jax.config import MeshConfig
 from megabyte_jax.errors import ConfigError
-from megabyte_jax.models.attention import Past, attention
 from megabyte_jax.models.kernels import fused_attention
+from megabyte_jax.models.layers.attention import Past, attention
 from megabyte_jax.parallel.sharding import make_mesh
 
 
@@ -68,20 +68,20 @@ def zeros(slots, *, spans=1, rows=1, heads=2):
   ],
 )
 def test_splash_that_cannot_serve_is_an_error_that_says_why(monkeypatch, platform, slots, options, reason):
-  monkeypatch.setattr("megabyte_jax.models.attention.platform", lambda: platform)
+  monkeypatch.setattr("megabyte_jax.models.layers.attention.platform", lambda: platform)
   with pytest.raises(ConfigError, match=reason):
     attention(*zeros(slots), implementation="splash", **options)
 
 
 @pytest.mark.parametrize(("spans", "options"), [(2, {}), (1, {"past": Past(*zeros(4)[:2], jnp.ones((1,), bool))})])
 def test_splash_leaves_local_models_and_caches_to_xla(monkeypatch, spans, options):
-  monkeypatch.setattr("megabyte_jax.models.attention.platform", lambda: "tpu")
+  monkeypatch.setattr("megabyte_jax.models.layers.attention.platform", lambda: "tpu")
   monkeypatch.setitem(attention.__globals__["_FUSED"], "splash", lambda *_: pytest.fail("splash was called"))
   assert attention(*zeros(256, spans=spans), implementation="splash", **options).shape[1] == spans
 
 
 def test_splash_on_an_uneven_mesh_is_an_error(monkeypatch):
-  monkeypatch.setattr("megabyte_jax.models.attention.platform", lambda: "tpu")
+  monkeypatch.setattr("megabyte_jax.models.layers.attention.platform", lambda: "tpu")
   with (
     jax.set_mesh(make_mesh(MeshConfig(data=1, tensor=8))),
     pytest.raises(ConfigError, match="8 devices do not divide 2 heads"),
@@ -93,7 +93,7 @@ def test_splash_on_an_uneven_mesh_is_an_error(monkeypatch):
   ("slots", "spans", "taken"), [(256, 1, "splash"), (200, 1, "xla"), (16, 1, "xla"), (256, 2, "xla")]
 )
 def test_auto_takes_splash_where_it_can_serve(monkeypatch, slots, spans, taken):
-  monkeypatch.setattr("megabyte_jax.models.attention.platform", lambda: "tpu")
+  monkeypatch.setattr("megabyte_jax.models.layers.attention.platform", lambda: "tpu")
   calls = []
 
   def splash(q, k, v, window):

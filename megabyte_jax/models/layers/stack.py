@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from megabyte_jax.config import Level, ModelConfig
-from megabyte_jax.models.attention import Past
-from megabyte_jax.models.block import Block, normalised, rotate
 from megabyte_jax.models.kernels import cached_attention, decoding_step
+from megabyte_jax.models.layers.attention import Past
+from megabyte_jax.models.layers.block import Block, normalised, rotate
 from megabyte_jax.models.parameters import compute_dtype, make_norm, with_layers
 from megabyte_jax.parallel.backend import platform, row_major
 from megabyte_jax.parallel.parameter_info import is_variable

@@ -13,10 +13,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from megabyte_jax.config import BlockOptions, Level
-from megabyte_jax.models import attention as attention_lib
-from megabyte_jax.models.attention import Past
-from megabyte_jax.models.dropout import dropout
 from megabyte_jax.models.kernels import cached_attention
+from megabyte_jax.models.layers import attention as attention_lib
+from megabyte_jax.models.layers.attention import Past
+from megabyte_jax.models.layers.dropout import dropout
 from megabyte_jax.models.parameters import make_head_norm, make_linear, make_norm
 from megabyte_jax.parallel.backend import platform, row_major
 

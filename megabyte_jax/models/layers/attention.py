@@ -15,9 +15,9 @@ import jax.numpy as jnp
 
 from megabyte_jax.config import ModelConfig
 from megabyte_jax.errors import ConfigError
-from megabyte_jax.models import dropout as dropout_lib
 from megabyte_jax.models.kernels import fused_attention
 from megabyte_jax.models.kernels.fused_attention import Shaped
+from megabyte_jax.models.layers import dropout as dropout_lib
 from megabyte_jax.models.parameters import compute_dtype
 from megabyte_jax.parallel.backend import platform
 
