@@ -1,9 +1,9 @@
 """Lists the options that the fast ways of a decoding step know, and for which values.
 
-There are two (models/layers/stack.py): all layers in one kernel (decoding_step.py and decoding_phases.py), and layer by layer
-with attention by a kernel (`Block._one_slot` and cached_attention.py). Both repeat what `Block.__call__` does, so a new
-field of `Level` or `BlockOptions` would be ignored by them until it is listed here: a stack with anything that is not
-listed takes the plain step.
+There are two (models/layers/stack.py): all layers in one kernel (decoding_step.py and decoding_phases.py), and layer by
+layer with attention by a kernel (`Block._one_slot` and cached_attention.py). Both repeat what `Block.__call__` does, so
+a new field of `Level` or `BlockOptions` would be ignored by them until it is listed here: a stack with anything that is
+not listed takes the plain step.
 """
 
 from __future__ import annotations

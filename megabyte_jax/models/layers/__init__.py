@@ -1,1 +1,1 @@
-"""Holds what models are built of: attention, the decoder block, stacks of blocks with their caches, dropout and look-ups."""
+"""Holds what models are built of: attention, the decoder block, stacks with their caches, dropout and look-ups."""
