@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from megabyte_jax.config import DataConfig
-from megabyte_jax.data.files import fingerprint_files, sizes_of
+from megabyte_jax.data.files import fingerprint_files, open_file, sizes_of
 from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.folders import find_files
 from megabyte_jax.data.packing import archives, packed
 from megabyte_jax.data.packing.archives import BadItem
 from megabyte_jax.data.records import hugging_face
 from megabyte_jax.data.records.contents import ERRORS, decompressing, is_compressed, stem
-from megabyte_jax.data.records.lines import BadRecord, bad_line, lines_of, open_for_reading, text_of
+from megabyte_jax.data.records.lines import BadRecord, bad_line, lines_of, text_of
 from megabyte_jax.data.records.open_files import kind_of
 from megabyte_jax.data.records.parquet import Parquet
 from megabyte_jax.data.records.store import RecordTexts
@@ -126,7 +126,7 @@ def _file_documents(
 
 def _plain_blocks(path: str) -> Iterator[bytes]:
   try:
-    with open_for_reading(path) as file:
+    with open_file(path) as file:
       while block := file.read(_BLOCK):
         yield block
   except OSError as error:
@@ -137,7 +137,7 @@ def _records(path: str, name: str, field: str, skip_bad: bool, on_place: Callabl
   """The texts of a file of JSON Lines, compressed or not."""
   count = 0
   try:
-    with open_for_reading(path) as file:
+    with open_file(path) as file:
       opened = decompressing(file, path) if is_compressed(path) else file
       for number, _, line, has_end in lines_of(opened, path):
         try:

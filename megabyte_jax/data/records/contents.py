@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import IO
 
 from megabyte_jax.config import DataConfig
-from megabyte_jax.data.files import sizes_of
+from megabyte_jax.data.files import open_file, sizes_of
 from megabyte_jax.data.packing.decompression import Decompressed
 from megabyte_jax.data.packing.zstd import ZstdFile
 from megabyte_jax.data.records import cache
-from megabyte_jax.data.records.lines import open_for_reading
 from megabyte_jax.data.sources import RAW_HINT, SKIP_HINT
 from megabyte_jax.display.progress import Progress
 from megabyte_jax.errors import DataError
@@ -126,7 +125,7 @@ def _decompress(path: str, copy: str, size: int) -> int:
     OSError: the copy cannot be written.
   """
   with (
-    open_for_reading(path) as file,
+    open_file(path) as file,
     replacing(copy) as temporary,
     open(temporary, "wb") as out,
     Progress(f"decompressing {path}", size, enabled=size > _SHOWN) as progress,

@@ -90,11 +90,6 @@ def lines_of(file: IO[bytes], path: str) -> Iterator[tuple[int, int, bytes, bool
     parts, held = [lines[-1]], len(lines[-1])
 
 
-def open_for_reading(path: str) -> IO[bytes]:
-  """Opens a local or remote file."""
-  return open_file(path)
-
-
 class Lines:
   """The texts of JSON Lines files, in one field; a `RecordStore`.
 
@@ -189,7 +184,7 @@ def _scan(path: str, shown: str, field: str, skip_bad: bool, size: int) -> tuple
   starts, widths, sizes, numbers = array.array("q"), array.array("i"), array.array("i"), array.array("I")
   notes: dict[str, Any] = {"bad": 0, "empty": 0, "first": ""}
   try:
-    with Progress(f"indexing {shown}", size, enabled=size > _SHOWN) as progress, open_for_reading(path) as file:
+    with Progress(f"indexing {shown}", size, enabled=size > _SHOWN) as progress, open_file(path) as file:
       for number, start, line, has_end in lines_of(file, shown):
         try:
           text = text_of(line, field)

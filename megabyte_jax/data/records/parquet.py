@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from megabyte_jax.config import DataConfig
-from megabyte_jax.data.files import fingerprint_files, sizes_of
+from megabyte_jax.data.files import fingerprint_files, open_file, sizes_of
 from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.records import cache
 from megabyte_jax.data.records.columns import binary_column, byte_lengths, choose_field, import_arrow
-from megabyte_jax.data.records.lines import open_for_reading
 from megabyte_jax.data.records.store import Chosen, Numbered
 from megabyte_jax.data.shared_cache import SharedCache
 from megabyte_jax.data.sources import SKIP_HINT
@@ -135,7 +134,7 @@ class Parquet:
   def _values(self, path: str, number: int) -> Any:
     """The column in one row group of a file. Raises DataError naming the file where it is damaged."""
     try:
-      with open_for_reading(path) as file:
+      with open_file(path) as file:
         opened = self._module.ParquetFile(file, page_checksum_verification=True)
         return binary_column(opened.read_row_group(number, columns=[self._field], use_threads=False).column(0))
     except ConfigError:
@@ -164,7 +163,7 @@ class Parquet:
   def _row_groups(self, path: str) -> np.ndarray:
     """Rows of each row group of a file, whose column is there; int64."""
     try:
-      with open_for_reading(path) as file:
+      with open_file(path) as file:
         opened = self._module.ParquetFile(file)
         schema, metadata = opened.schema_arrow, opened.metadata
         types = {name: schema.field(name).type for name in schema.names}
