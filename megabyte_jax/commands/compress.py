@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   """Compresses or decompresses one file; the result appears whole or not at all."""
   args = parse_arguments(arguments)
   from megabyte_jax.checkpoints.trained_model import load
-  from megabyte_jax.files.atomic_file import replacing
+  from megabyte_jax.files.atomic_file import is_standard_output, replacing
   from megabyte_jax.generation import entropy_coding
   from megabyte_jax.generation.compression import BATCH, compress, decompress, read, what_bits_are_for
 
@@ -68,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
   seconds = progress.seconds
   speed = f"in {duration(seconds)} ({human(length / seconds, 'B/s')}, compilation included)"
   more = "" if model is None or args.decompress else what_bits_are_for(made, model.config)
-  print(f"{len(data):,} bytes -> {len(made):,} {speed}{more}")
+  to = sys.stderr if is_standard_output(args.out) else sys.stdout
+  print(f"{len(data):,} bytes -> {len(made):,} {speed}{more}", file=to)
 
 
 @contextlib.contextmanager

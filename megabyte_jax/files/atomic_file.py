@@ -63,6 +63,11 @@ def is_written_into(path: str) -> bool:
   return not stat.S_ISREG(mode)
 
 
+def is_standard_output(path: str) -> bool:
+  """Returns True where a local path is this process's standard output, which then should get nothing else."""
+  return _descriptor(path) == 1
+
+
 def _descriptor(path: str) -> int | None:
   """The number of this process's descriptor that a path such as /dev/stdout or /dev/fd/3 leads to."""
   for _ in range(8):  # links, one by one: the last of them leads to the descriptor's own file

@@ -16,6 +16,7 @@ from flax import nnx
 from run_commands import compiling_once, evaluate_command, finish, start, write_data
 
 import train
+from megabyte_jax.checkpoints import trained_model
 from megabyte_jax.commands import compress
 from megabyte_jax.config import Config, DataConfig, EvalConfig, Level, MegabyteConfig, PerceiverARConfig
 from megabyte_jax.data.media.image_source import Images
@@ -360,6 +361,16 @@ def test_the_command_says_what_it_stores(workdir, monkeypatch, capsys, tmp_path)
   assert (tmp_path / "packed").stat().st_size <= 3128
   command(monkeypatch, capsys, "--decompress", tmp_path / "packed", tmp_path / "back", "--workdir", workdir)
   assert (tmp_path / "back").read_bytes() == (tmp_path / "noise").read_bytes()
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/stdout").exists(), reason="standard output has no name here")
+def test_standard_output_gets_the_file_alone(model, monkeypatch, capfdbinary, tmp_path):
+  monkeypatch.setattr(trained_model, "load", lambda workdir, step: (model, None, 3))
+  (tmp_path / "text").write_bytes(b"some text")
+  compress.main([str(tmp_path / "text"), "/dev/stdout", "--workdir=run"])
+  out, err = capfdbinary.readouterr()
+  assert compression.decompress(None, out) == b"some text"
+  assert b"9 bytes -> " in err
 
 
 def test_a_folder_to_write_to_is_refused_at_once(workdir, monkeypatch, capsys, tmp_path):
