@@ -191,9 +191,8 @@ def run(args: argparse.Namespace) -> None:
   require(not is_shipped(args.workdir), f"--workdir={args.workdir} cannot be trained in; give it to --init_from")
   outputs.check_output_folder("--workdir", args.workdir)
   distributed.start_from_arguments(args)
-  distributed.outlive_readers()
   train(config, args.workdir, args.init_from)
 
 
 if __name__ == "__main__":
-  command_line.run(lambda: run(ARGUMENTS))
+  command_line.run(lambda: run(ARGUMENTS), outlive_readers=True)

@@ -24,7 +24,8 @@ def main() -> None:
   """Runs the command that the first argument names, with all others."""
   name, *arguments = sys.argv[1:] or ["--help"]
   if name in COMMANDS:
-    command_line.run(lambda: importlib.import_module(f"megabyte_jax.commands.{name}").main(arguments))
+    module = f"megabyte_jax.commands.{name}"
+    command_line.run(lambda: importlib.import_module(module).main(arguments), outlive_readers=name == "train")
   elif name in ("-h", "--help", "help"):
     print(describe())
   else:

@@ -30,6 +30,7 @@ class Parser(argparse.ArgumentParser):
   def __init__(self, prog: str, **options: Any):
     super().__init__(prog, **{"formatter_class": argparse.RawDescriptionHelpFormatter} | options)
     self._configs: list[str] = []
+    self.register("type", int, _whole_number)
 
   def add_config(self, name: str, text: str, default: str | None = None) -> None:
     """Adds --NAME=FILE[:ROW], whose value is a locked ConfigDict; without a default it must be given."""
@@ -101,6 +102,13 @@ class Parser(argparse.ArgumentParser):
         both = f"{seen[action.dest]} and {flag} are both given"
         self.error(f"{f'{flag} is given twice' if seen[action.dest] == flag else both}; leave one out")
       seen[action.dest] = flag
+
+
+def _whole_number(text: str) -> int:
+  number = int(text)
+  if not -(2**63) <= number < 2**63:
+    raise argparse.ArgumentTypeError(f"{text} is too large a number")
+  return number
 
 
 def called(command: str) -> str:

@@ -30,14 +30,19 @@ def read(parse_arguments: Callable[[], _T]) -> _T:
     return parse_arguments()
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+  _prepare_streams()
   return _errors_in_one_line(parse_arguments)
 
 
-def run(main: Callable[[], object]) -> None:
+def run(main: Callable[[], object], outlive_readers: bool = False) -> None:
   """Calls main(); an error that the user can put right becomes one line on stderr and exit code 1.
 
   With JAX_TRACEBACK_FILTERING=off the traceback comes before that line. In a notebook all errors are raised, and
   streams are afterwards as they were.
+
+  Args:
+    main: the command, its arguments read or not.
+    outlive_readers: goes on where nobody reads the output any more (`distributed.outlive_readers`); others end.
   """
   if in_notebook():
     streams = sys.stdout, sys.stderr
@@ -49,15 +54,14 @@ def run(main: Callable[[], object]) -> None:
   sys.unraisablehook = _interrupt_again
   if signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):
     signal.signal(signal.SIGINT, _on_interrupt)
+  _prepare_streams()
+  if outlive_readers:
+    distributed.outlive_readers()
   _errors_in_one_line(main)
 
 
 def _errors_in_one_line(main: Callable[[], _T]) -> _T:
   """Returns main(), or ends the process as `run` says."""
-  _open_closed_streams()
-  for stream in (sys.stdout, sys.stderr):
-    if isinstance(stream, io.TextIOWrapper):
-      stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
   try:
     return main()
   except BrokenPipeError:  # the reader of our output, head for instance, has seen enough
@@ -84,8 +88,11 @@ def _errors_in_one_line(main: Callable[[], _T]) -> _T:
     distributed.end(130, at_once=True)
 
 
-def _open_closed_streams() -> None:
-  """Makes standard streams that were closed (`>&-`) lead nowhere, so that no file of ours takes their place."""
+def _prepare_streams() -> None:
+  """Makes standard streams that were closed (`>&-`) lead nowhere, so that no file of ours takes their place.
+
+  The others show names of files that are no UTF-8, too.
+  """
   for number, name in enumerate(("stdin", "stdout", "stderr")):
     if getattr(sys, name) is None:
       file = os.open(os.devnull, os.O_RDWR)
@@ -93,6 +100,9 @@ def _open_closed_streams() -> None:
         os.dup2(file, number)
         os.close(file)
       setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 (until the process ends)
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors="backslashreplace")
 
 
 def _on_interrupt(number: int, frame: FrameType | None) -> None:

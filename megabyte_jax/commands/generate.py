@@ -1,6 +1,7 @@
-"""Continues a text, an image or a recording with a trained model.
+r"""Continues a text, an image or a recording with a trained model.
 
 python -m megabyte_jax generate --workdir=runs/quickstart --prompt="It is a truth" --bytes=400
+python -m megabyte_jax generate --workdir=runs/quickstart --prompt="It is" --stop='\n\n'   to the end of the paragraph
 python -m megabyte_jax generate --workdir=IMAGE_RUN --prompt-file=photo.jpg --num-samples=8 --output=completed.png
 python -m megabyte_jax generate --workdir=AUDIO_RUN --prompt-file=clip.wav --output=longer.wav
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -32,7 +34,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
   parser.add_argument("--prompt-file", type=flags.path, default="", help="a file to continue, instead of --prompt")
   parser.add_argument("--keep", type=float, help="the share of the file to keep; default: 0.5 of an image, else 1")
   parser.add_argument("--bytes", type=int, help="to generate; default: 400, the rest of an image, 2 seconds of audio")
-  parser.add_argument("--stop", default="", help="a text that ends a sample")
+  parser.add_argument(
+    "--stop", default="", help=r"a text that ends a sample; \n, \t, \r, \0, \\ and \xHH stand for one byte each"
+  )
   parser.add_argument("--num-samples", type=int, default=1, help="continuations, generated side by side")
   parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most probable byte")
   parser.add_argument("--top-k", type=int, default=0, help="only the k most probable bytes; 0: all")
@@ -50,6 +54,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
   require(not (args.prompt and args.prompt_file), "give --prompt or --prompt-file, not both")
   require(args.bytes is None or args.bytes >= 0, f"--bytes is {args.bytes}; it must not be negative")
   require(args.num_samples >= 1, f"--num-samples is {args.num_samples}; it must be at least 1")
+  for name in ("bytes", "num_samples"):  # positions are numbers of 32 bits
+    flag, value = f"--{name.replace('_', '-')}", getattr(args, name) or 0
+    require(value < 2**31, f"{flag} is {value}; it must be at most {2**31 - 1}")
+  require(-(2**31) <= args.seed < 2**32, f"--seed is {args.seed}; it must be between {-(2**31)} and {2**32 - 1}")
   require(args.keep is None or bool(args.prompt_file), "--keep is for --prompt-file")
   if args.prompt_file:
     what = "is a folder" if os.path.isdir(args.prompt_file) else "does not exist"
@@ -100,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     progress.add(new.size)
 
   options = dict(num_samples=args.num_samples, sampling=sampling, seed=args.seed, on_bytes=on_bytes)
-  stop = args.stop.encode("utf-8", "surrogateescape") or None
+  stop = stop_bytes(args.stop) or None
   try:
     with progress:
       made = generate(model, prompt.kept.tobytes(), num_bytes, stop=stop, **options)
@@ -120,6 +128,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
   else:
     for number, sample in enumerate(samples):
       show.write(f"--- sample {number} ---\n".encode() + sample.tobytes() + b"\n")
+
+
+def stop_bytes(text: str) -> bytes:
+  r"""Returns the bytes that --stop names: \n, \t, \r, \0, \\ and \xHH are one each, any other backslash is itself."""
+  named = {b"n": b"\n", b"t": b"\t", b"r": b"\r", b"0": b"\0", b"\\": b"\\"}
+  return re.sub(
+    rb"\\(?:x([0-9a-fA-F]{2})|([ntr0\\]))",
+    lambda found: bytes.fromhex(found[1].decode()) if found[1] else named[found[2]],
+    text.encode("utf-8", "surrogateescape"),
+  )
 
 
 class Output:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from megabyte_jax.config.parsing import convert_fields
@@ -162,8 +163,9 @@ class BlockOptions:
     """Raises ConfigError for impossible values."""
     for name in ("dropout", "attention_dropout"):
       require(0 <= getattr(self, name) < 1, f"model.{name} is {getattr(self, name)}; it must be in [0, 1)")
-    require(self.init_std > 0, f"model.init_std is {self.init_std}; it must be positive")
-    require(self.embedding_std >= 0, f"model.embedding_std is {self.embedding_std}; it must not be negative")
+    require(0 < self.init_std < math.inf, f"model.init_std is {self.init_std}; it must be positive and finite")
+    std = self.embedding_std
+    require(0 <= std < math.inf, f"model.embedding_std is {std}; it must be finite and not negative")
     require(
       self.attention_dropout == 0 or self.attention in ("auto", "xla"),
       f"model.attention_dropout needs model.attention=xla, not {self.attention}",

@@ -205,7 +205,10 @@ def _value(change: Override, current: Any) -> Any:
     if wanted is bool:
       return _BOOLEANS[text.lower()]
     if wanted is int:
-      return int(text, {"0x": 16, "0o": 8}.get(text[:2], 10))
+      number = int(text, {"0x": 16, "0o": 8}.get(text[:2], 10))
+      if not -(2**63) <= number < 2**63:
+        raise FlagError(f"{change.flag}: {text} is too large a number")
+      return number
     if wanted is float:
       return float(text)
     if wanted is str:
@@ -216,6 +219,8 @@ def _value(change: Override, current: Any) -> Any:
     if wanted is ConfigDict and not isinstance(value, dict):
       raise ValueError("no group of keys")
     return ConfigDict(value) if wanted is ConfigDict else value
+  except FlagError:
+    raise
   except (KeyError, ValueError, SyntaxError, TypeError) as error:
     if wanted is ConfigDict:
       raise FlagError(f"{change.flag} must be a group of keys such as {{'data': 1}}, not {text!r}") from error

@@ -9,6 +9,7 @@ is one `ConfigError` that names the key.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -134,6 +135,9 @@ class OptimizerConfig:
 
   def __post_init__(self):
     convert_fields(self)
+    for name in ("learning_rate", "embedding_rate", "eps", "end_learning_rate", "weight_decay"):
+      value = getattr(self, name)  # clip_norm=inf clips nothing
+      require(math.isfinite(value), f"optimizer.{name} is {value}; it must be finite")
     for name in ("learning_rate", "embedding_rate", "eps", "clip_norm"):
       require(getattr(self, name) > 0, f"optimizer.{name} is {getattr(self, name)}; it must be positive")
     for name in ("b1", "b2", "momentum"):

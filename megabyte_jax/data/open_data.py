@@ -12,6 +12,7 @@ they hold; `data.raw` takes the bytes of all files as they are.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -47,7 +48,7 @@ def open_source(data: DataConfig, split: str) -> Source:
     return open_path(spec, data)
   specs = split_list(spec)
   require(
-    len(specs) == len(data.train_weights) and min(data.train_weights) > 0,
+    len(specs) == len(data.train_weights) and all(0 < weight < math.inf for weight in data.train_weights),
     f"config.data.train_weights {data.train_weights} must be {len(specs)} positive numbers, one for each of {spec!r}",
   )
   return Mixture([_open_one(one, data) for one in specs], data.train_weights, specs)

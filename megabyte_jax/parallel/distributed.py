@@ -122,8 +122,10 @@ def outlive_readers() -> None:
   A run must not end with the terminal or `tee` that showed it, and one process of several must not end alone: all the
   others would.
   """
-  if not isinstance(sys.stdout, LastingOutput):
-    sys.stdout, sys.stderr = LastingOutput(sys.stdout), LastingOutput(sys.stderr)
+  if sys.stdout is not None and not isinstance(sys.stdout, LastingOutput):
+    sys.stdout = LastingOutput(sys.stdout)
+  if sys.stderr is not None and not isinstance(sys.stderr, LastingOutput):
+    sys.stderr = LastingOutput(sys.stderr)
 
 
 class LastingOutput:

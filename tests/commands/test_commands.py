@@ -1,5 +1,6 @@
 """python -m megabyte_jax: which commands there are, their help without JAX, and flags that all of them read alike."""
 
+import shlex
 import subprocess
 import sys
 
@@ -7,8 +8,10 @@ import pytest
 from run_commands import ROOT, environment
 
 from megabyte_jax import __main__ as package
-from megabyte_jax.commands import arguments, command_line
+from megabyte_jax.commands import arguments, command_line, compress, generate, plan, prepare, tables, train
+from megabyte_jax.commands import eval as evaluation
 from megabyte_jax.errors import FlagError
+from megabyte_jax.evaluation.report import what_next
 
 
 def test_commands_are_listed_with_one_line_each(monkeypatch, capsys):
@@ -133,3 +136,91 @@ def test_in_a_notebook_mistakes_are_exceptions(monkeypatch):
   with pytest.raises(OSError, match="the disk is gone"):
     command_line.run(main)
   assert (sys.stdout, sys.unraisablehook) == before
+
+
+@pytest.mark.parametrize(
+  ("command", "given", "names"),
+  [
+    (train, "--workdir=~/a --init_from=~/b --config.data.train=~/c", {"workdir": "a", "init_from": "b"}),
+    (
+      evaluation,
+      "--workdir=~/a --data=~/b --per-byte-out=~/c.npy",
+      {"workdir": "a", "data": "b", "per_byte_out": "c.npy"},
+    ),
+    (
+      generate,
+      "--workdir ~/a --prompt-file=~/file --output=~/b",
+      {"prompt_file": "file", "workdir": "a", "output": "b"},
+    ),
+    (compress, "~/a ~/b --workdir=~/c", {"file": "a", "out": "b", "workdir": "c"}),
+    (plan, "--config=~/tiny.py --save=~/a", {"save": "a"}),
+    (tables, "figure3 --plot=~/a.png --runs=~/b", {"plot": "a.png", "runs": "b"}),
+    (prepare, "pack ~/a ~/b --tfds-dir=~/c", {"source": "a", "folder": "b", "tfds_dir": "c"}),
+    (prepare, "convert tfds:x --out=~/a --tfds-dir=~/b", {"out": "a", "tfds_dir": "b"}),
+    (prepare, "verify ~/a", {"folder": "a"}),
+  ],
+)
+def test_the_home_folder_in_every_path(tmp_path, monkeypatch, command, given, names):
+  """A shell leaves `~` alone after `=`."""
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "file").write_text("x")
+  (tmp_path / "tiny.py").write_text((ROOT / "tests/tiny_config.py").read_text())
+  args = vars(command.parse_arguments(given.split()))
+  assert {name: args[name] for name in names} == {name: str(tmp_path / path) for name, path in names.items()}
+  if command is train:
+    assert args["config"].data.train == str(tmp_path / "c")
+
+
+def test_commands_to_try_next_can_be_copied():
+  """Whatever the folder is called."""
+  folder = "my runs/it's"
+  commands = [line for line in what_next(folder, "loss.png", "bytes").splitlines() if line.startswith("  python")]
+  flags = [flag for line in commands for flag in shlex.split(line) if flag.startswith("--workdir=")]
+  assert flags == [f"--workdir={folder}", f"--workdir={folder}", "--workdir=runs/mine"]
+
+
+NOTEBOOK = """
+import importlib, runpy, signal, sys
+sys.path.insert(0, ".")
+from megabyte_jax.commands import arguments, command_line
+arguments.in_notebook = command_line.in_notebook = lambda: True  # as IPython would have it, see above
+streams, hook, handler = (sys.stdout, sys.stderr), sys.unraisablehook, signal.getsignal(signal.SIGINT)
+for given in (["--config.seed=x"], ["--no_such_flag=1"], ["--config=nothing.py"], ["--help"]):
+  sys.argv = ["train.py", *given]
+  try:
+    runpy.run_path("train.py", run_name="__main__")
+  except SystemExit as end:
+    assert given == ["--help"] and not end.code
+  except Exception as error:
+    print(type(error).__name__, error)
+sys.argv = ["train.py", "--config=tests/tiny_config.py", "--config.num_steps=1", "--workdir=FOLDER"]
+for _ in range(2):  # the second time all is trained already
+  runpy.run_path("train.py", run_name="__main__")
+  assert streams == (sys.stdout, sys.stderr)
+sys.argv = ["ipykernel_launcher.py", "-f", "kernel.json"]
+import train
+train = importlib.reload(train)
+train.main(["--config=tests/tiny_config.py", "--config.num_steps=1", "--workdir=FOLDER"])
+assert streams == (sys.stdout, sys.stderr)
+assert sys.unraisablehook is hook and signal.getsignal(signal.SIGINT) is handler
+"""
+
+
+def test_a_notebook_runs_and_imports_train_again_and_again(tmp_path):
+  """Mistakes are ordinary exceptions there, not the end of the process."""
+  done = subprocess.run(
+    [sys.executable, "-c", NOTEBOOK.replace("FOLDER", str(tmp_path / "run"))],
+    cwd=ROOT,
+    env=environment() | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "MPLBACKEND": "agg"},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  said = [line for line in done.stdout.splitlines() if line.startswith("FlagError ")]
+  assert said == [
+    "FlagError --config.seed must be a whole number, not 'x'",
+    "FlagError unknown flag --no-such-flag (see python train.py --help)",
+    "FlagError --config: No such file or directory: 'nothing.py'",
+  ]
+  assert (tmp_path / "run" / "checkpoints" / "1").is_dir()

@@ -199,6 +199,32 @@ CASES = {
     1,
     r"--bytes is -1; it must not be",
   ),
+  "generate: too many bytes": (
+    ["-m", "megabyte_jax", "generate", f"--bytes={2**31}"],
+    1,
+    r"--bytes is 2147483648; it must be at most 2147483647$",
+  ),
+  "generate: far too many samples": (
+    ["-m", "megabyte_jax", "generate", f"--num-samples={10**20}"],
+    2,
+    r"--num-samples: 10{20} is too large a number \(see",
+  ),
+  "generate: a seed that is none": (
+    ["-m", "megabyte_jax", "generate", "--seed=4294967296"],
+    1,
+    r"--seed is 4294967296; it must be between -2147483648 and 4294967295$",
+  ),
+  "an infinite learning rate": (
+    ["train.py", TINY, "--config.optimizer.learning_rate=inf"],
+    1,
+    r"optimizer\.learning_rate is inf; it must be finite$",
+  ),
+  "a flag given twice": (
+    ["train.py", TINY, "--config=configs/quickstart.py", "--config.num_steps=2"],
+    2,
+    r"--config is given twice; leave one out",
+  ),
+  "no time to wait": (["train.py", TINY, "--start_timeout=0"], 1, r"--start_timeout is 0; it must be at least 1"),
   "generate: no samples": (
     ["-m", "megabyte_jax", "generate", "--num-samples=0"],
     1,

@@ -160,6 +160,40 @@ def test_a_sample_stops_at_a_text(text_run, monkeypatch, tmp_path):
   assert (tmp_path / "x").read_bytes() == whole[: whole.index(stop, 3) + 1]
 
 
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    (r"\n", b"\n"),
+    (r"end\n\n", b"end\n\n"),
+    (r"\t\r\0\x1b\xFF", b"\t\r\0\x1b\xff"),
+    (r"\\n", rb"\n"),
+    (r"\d\x1", rb"\d\x1"),
+    ("\\", b"\\"),
+    ("\n", b"\n"),
+    ("é\udcff", "é".encode() + b"\xff"),
+    ("", b""),
+  ],
+)
+def test_escapes_in_stop(text, expected):
+  assert command.stop_bytes(text) == expected
+
+
+def test_output_that_nobody_reads(text_run, tmp_path):
+  """Standard output is closed, as with `>&-`: bytes are lost, a file that is written is whole, and nothing is said."""
+  for arguments in ([], [f"--output={tmp_path / 'x'}"]):
+    flags = f"generate --workdir={text_run} --prompt=abc --bytes=20 {' '.join(arguments)}"
+    done = subprocess.run(
+      ["/bin/sh", "-c", f"{sys.executable} -m megabyte_jax {flags} >&-"],
+      cwd=ROOT,
+      env=environment(),
+      capture_output=True,
+      timeout=300,
+      check=False,
+    )
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+  assert (tmp_path / "x").stat().st_size == 23
+
+
 def photograph(folder):
   """Twice as large as the model's images, and wider."""
   path = folder / "photo.PNG"

@@ -110,6 +110,10 @@ def changed(path, value):
     (["model", "dropout"], 1.0, r"model\.dropout is 1\.0; it must be in \[0, 1\)"),
     (["model", "vocab_size"], 257, r"bytes have 1 to 256 values"),
     (["optimizer", "learning_rate"], 0, r"optimizer\.learning_rate is 0\.0; it must be positive"),
+    (["optimizer", "learning_rate"], float("inf"), r"optimizer\.learning_rate is inf; it must be finite"),
+    (["optimizer", "weight_decay"], float("nan"), r"optimizer\.weight_decay is nan; it must be finite"),
+    (["optimizer", "end_learning_rate"], float("inf"), r"optimizer\.end_learning_rate is inf; it must be finite"),
+    (["model", "init_std"], float("inf"), r"model\.init_std is inf; it must be positive and finite"),
     (["optimizer", "name"], "sgd", r"config\.optimizer\.name is 'sgd'; choose one of 'adamw', 'muon'"),
     (
       ["optimizer", "schedule"],

@@ -65,6 +65,7 @@ def test_groups_are_given_as_dicts():
     ),
     (["--config.seed=1.5"], r"--config\.seed must be a whole number, not '1\.5'$"),
     (["--config.seed=1e20"], r"--config\.seed must be a whole number"),
+    (["--config.batch_size=100000000000000000000"], r"--config\.batch_size: 10+ is too large a number$"),
     (["--config.profile_steps=1 2"], r"must be a tuple like \(1, 2\), not '1 2'$"),
     (["--config.mesh=3"], r"--config\.mesh must be"),
     (["--config.seed"], r"Missing value for flag --config\.seed"),

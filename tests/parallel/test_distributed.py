@@ -80,12 +80,14 @@ def test_all_are_told_who_is_missing(monkeypatch, capsys):
   assert "(process 0 is there)" in said
   assert raised[0] == raised[1]
   assert raised[0].startswith("processes 1, 3 of 4 did not start in time")
+  assert raised[0].endswith("(to run one process alone, give --num_processes=1)")
 
 
 def test_an_absent_coordinator_is_named(capsys):
   [raised] = gather((2, 1), timeout=1.5, patience=0.1)
   assert "process 1 of 2" in raised
   assert "could not reach process 0 at localhost:" in raised
+  assert raised.endswith("(to run one process alone, give --num_processes=1)")
   assert "waiting for process 0 at localhost:" in capsys.readouterr().err
 
 
@@ -197,6 +199,22 @@ def test_open_mpi(monkeypatch):
 @pytest.mark.parametrize("environment", [{}, SLURM | {"SLURM_NTASKS": "1"}, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}])
 def test_where_nobody_speaks_of_others_a_process_stays_single(environment):
   assert detected_place(environment | {"JAX_PLATFORMS": "cpu"}, 5) is None
+
+
+@pytest.mark.parametrize("told", [{}, {"JAX_NUM_PROCESSES": "1"}])
+def test_one_process_is_alone_on_any_cluster(monkeypatch, told):
+  """Where Slurm speaks of others, for whom it would wait."""
+  for name, value in (SLURM | told).items():
+    monkeypatch.setenv(name, value)
+
+  def detected(environment, timeout):
+    raise AssertionError("the cluster was asked")
+
+  monkeypatch.setattr(distributed, "detected_place", detected)
+  distributed.start(num_processes=0 if told else 1)
+  with pytest.raises(AssertionError, match="the cluster was asked"):
+    monkeypatch.delenv("JAX_NUM_PROCESSES", raising=False)
+    distributed.start()
 
 
 def test_output_outlives_its_reader():
