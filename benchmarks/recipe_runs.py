@@ -85,7 +85,7 @@ def make_config(arguments: argparse.Namespace) -> Config:
 def without_cross_patch(config: Config) -> Config:
   """The same model, each span of it by itself: parameters are the same."""
   levels = tuple(dataclasses.replace(level, cross_patch=0) for level in config.model.levels)
-  return dataclasses.replace(config, model=dataclasses.replace(config.model, levels=levels))
+  return dataclasses.replace(config, model=config.model.with_levels(levels))
 
 
 def make_diagnosis(config: Config):
@@ -126,7 +126,7 @@ def run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
   diagnose = make_diagnosis(config) if arguments.diagnose else None
   curve, diagnoses, waiting = [], [], []
   per_step = config.batch_size * predicted_bytes(config.model)
-  latents = getattr(config.model, "latents", 0)
+  latents = config.model.num_latents
   start = measured_from = time.perf_counter()
   stream = batches(
     source,

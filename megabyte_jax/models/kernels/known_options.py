@@ -60,7 +60,10 @@ _OPTIONS = {
   "qk_norm": (False, True),
   "dropout": ANY,  # of training
   "attention_dropout": ANY,  # of training
+  "init": ANY,  # of initial values
   "init_std": ANY,
+  "embedding_std": ANY,
+  "logit_scale": ANY,  # of the embedder
   "remat": ANY,  # of training
   "scan_layers": ANY,  # of whole spans
   "compute_dtype": ANY,  # `cached_attention.wanted` asks for bfloat16
