@@ -15,7 +15,7 @@ from megabyte_jax.parallel.parameter_info import parameter_name
 
 
 def handlers() -> ocp.handlers.CheckpointHandlerRegistry:
-  """How each item is stored, told in advance so that a checkpoint can be examined before it is restored."""
+  """Returns the handler of each item, so that a checkpoint can be examined before it is restored."""
   registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
   for item in ("params", "opt_state"):
     arrays = ocp.handlers.StandardCheckpointHandler()

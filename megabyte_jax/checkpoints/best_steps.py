@@ -1,4 +1,4 @@
-"""Which checkpoints predict the validation data best: written down beside them, and kept from deletion."""
+"""Records validation bits per byte beside the checkpoints, so that the best ones are kept."""
 
 from __future__ import annotations
 

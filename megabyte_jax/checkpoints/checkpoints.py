@@ -94,7 +94,7 @@ class Checkpoints:
   # -- Saving --
 
   def should_save(self, step: int) -> bool:
-    """Whether the config wants a checkpoint of `step`, by its number or by the clock."""
+    """Returns True if the config asks for a checkpoint of `step`, by its number or by the clock."""
     if self._config.every_steps and step % self._config.every_steps == 0:
       return True
     if not self._config.every_minutes:
@@ -109,7 +109,7 @@ class Checkpoints:
       self._best.put(step, bpb)
 
   def preempted(self, step: int) -> bool:
-    """Whether the cluster manager has announced the end of this job: the same answer in every process.
+    """Returns True if the cluster manager has announced the end of this job: the same answer in every process.
 
     Known only where `jax.distributed` was initialised; False elsewhere.
     """

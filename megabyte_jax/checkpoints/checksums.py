@@ -34,7 +34,7 @@ def write_digests(folder: epath.Path, skip: Container[str] = ()) -> None:
 
 
 def find_damage(folder: epath.Path, part: str = "") -> str | None:
-  """What is wrong with the files of `folder` (or of its subfolder `part` alone), or None where all is well."""
+  """Describes the damage to the files of `folder` (or of its subfolder `part`); returns None if there is none."""
   try:
     listed = json.loads((folder / DIGESTS_FILE).read_text())
     listed = {name: tuple(digest) for name, digest in listed.items() if name.startswith(f"{part}/" if part else "")}

@@ -1,4 +1,4 @@
-"""What a work directory says about its run: the saved config, and whether another config continues that run."""
+"""Reads the config saved in a work directory, and decides if another config continues that run."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def _whole_number(text: str) -> int:
 
 
 def called(command: str) -> str:
-  """How this process was called, for usage and messages: `python train.py`, `megabyte_jax train` or with python -m."""
+  """Returns this process's command as it was called: `python train.py`, `megabyte_jax train` or with python -m."""
   name = os.path.basename(sys.argv[0]).removesuffix(".exe")
   if name == f"{command}.py" and command in ("train", "eval"):
     return f"python {name}"

@@ -145,7 +145,7 @@ class BlockOptions:
 
   @property
   def gated(self) -> bool:
-    """Whether the feed-forward layers have two inner halves."""
+    """True if the feed-forward layers have two inner halves."""
     return self.activation == "swiglu"
 
   def hidden(self, level: Level) -> int:

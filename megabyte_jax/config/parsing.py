@@ -42,7 +42,7 @@ def require_known(what: str, name: str, known: Iterable[str]) -> None:
 
 
 def wrong_type(name: str, wanted: type, value: object) -> str:
-  """What is said of a value of another type than its key or flag takes."""
+  """Returns the message for a value of another type than its key or flag takes."""
   return f"{name} must be {_IN_WORDS.get(wanted, wanted.__name__)}, not {value!r}"
 
 

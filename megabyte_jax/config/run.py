@@ -25,7 +25,7 @@ Method = Literal["basic", "sliding", "strided", "both"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-  """What is read; see data/open_data.py for the names of sources.
+  """Settings of the data; see data/open_data.py for the names of sources.
 
   Attributes:
     train, validation, test: a file, a folder, a glob, `sample:NAME` (data shipped with the package),
@@ -78,7 +78,7 @@ class DataConfig:
 
   @property
   def windows_may_be_short(self) -> bool:
-    """Whether a window of training may end with its document, before the context does. Images are always whole."""
+    """True if a window of training may end with its document, before the context does. Images are always whole."""
     return self.documents == "whole" or self.form == "image"
 
   def source(self, split: str) -> str:
@@ -90,7 +90,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-  """How parameters are changed; defaults are the paper's (appendix A.1). See optimizer.py.
+  """Settings of the optimizer; defaults are the paper's (appendix A.1). See training/optimizer.py.
 
   Attributes:
     name: adamw | muon (the blocks' matrices by Muon, everything else by AdamW).
@@ -201,7 +201,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-  """How bits per byte are measured; see evaluate.py.
+  """Settings of evaluation; see evaluation/evaluate.py.
 
   Attributes:
     every_steps: evaluate the validation split during training every so many steps; 0 only at the end.

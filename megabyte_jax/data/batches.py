@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
 
 class Place(NamedTuple):
-  """Where a window lies: `length` bytes from byte `start` of a document on, in the next documents too if need be."""
+  """The place of a window: `length` bytes from byte `start` of a document on, in the next documents too if need be."""
 
   document: int
   start: int

@@ -30,7 +30,7 @@ Row = tuple[int, Window]  # document number, window
 
 @dataclasses.dataclass
 class Evaluation:
-  """What was measured. Sums are float64.
+  """The result of an evaluation. Sums are float64.
 
   Attributes:
     method: as in windows.py.
@@ -55,7 +55,7 @@ class Evaluation:
 
   @property
   def nats(self) -> float:
-    """Of all bytes."""
+    """Nats of all scored bytes."""
     return float(self.document_nats.sum())
 
   @property

@@ -1,4 +1,4 @@
-"""What train.py and eval.py print for people: the run, the table of results, a sample, what to do next."""
+"""Prints reports of train.py and eval.py: the run, the table of results, a sample, what to do next."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def attention_line(config: Config, mesh: Mesh) -> str:
 
 
 def count_documents(source: Source) -> str:
-  """How many documents a source has, and how many items were left out as empty or unreadable."""
+  """Counts the documents of a source, and the items left out as empty or unreadable."""
   return _documents(len(source.lengths)) + (f", {source.skipped:,} skipped" if source.skipped else "")
 
 

@@ -22,12 +22,12 @@ _INSTALL = {
 
 
 def is_remote(path: object) -> bool:
-  """Whether a path names an object store."""
+  """Returns True if a path names an object store."""
   return "://" in str(path)
 
 
 def unknown_scheme(spec: str) -> str:
-  """What cannot be read of the remote paths in a text, such as https://; empty where all can."""
+  """Returns the first scheme in a text that cannot be read, such as https://; '' if all can."""
   return next((scheme for scheme in re.findall(r"\w+://", spec) if scheme not in _SCHEMES), "")
 
 

@@ -41,7 +41,7 @@ _DIGEST = 16  # bytes of SHA-256, over the whole file before it
 
 @dataclasses.dataclass(frozen=True)
 class Coding:
-  """What the code of a file was made with.
+  """The settings with which a file was coded.
 
   Attributes:
     step: of the checkpoint.
@@ -66,7 +66,7 @@ class Coding:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-  """What a compressed file says of itself.
+  """The header of a compressed file.
 
   Attributes:
     length, digest: bytes of the original, and its checksum.

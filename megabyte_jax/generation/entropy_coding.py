@@ -154,7 +154,7 @@ def _family() -> Any:
 
 
 def batch_size(length: int, config: ModelConfig, at_most: int) -> int:
-  """How many windows of a text of `length` bytes to walk through side by side."""
+  """Returns the number of windows of a text of `length` bytes to code side by side."""
   if config.num_latents:
     return 1  # each window begins with the end of the one before
   return max(1, min(at_most, -(-length // config.context)))

@@ -19,7 +19,7 @@ _AUDIO_SECONDS = 2  # generated where nobody says how long
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """What a model continues.
+  """The bytes that a model continues.
 
   Attributes:
     kept: uint8, the bytes that it is given.
@@ -68,7 +68,7 @@ def read_prompt(path: str, data: DataConfig, keep: float | None = None) -> Promp
 
 
 def default_bytes(data: DataConfig, prompt: Prompt) -> int:
-  """How many bytes complete an image or recording; 400 for other data, two seconds after a whole recording."""
+  """Returns the bytes that complete an image or recording; 400 for other data, two seconds after a whole recording."""
   rest = prompt.whole.size - prompt.kept.size
   if data.form == "image":
     return max(image_bytes(data) - prompt.kept.size, 0)
@@ -80,7 +80,7 @@ def default_bytes(data: DataConfig, prompt: Prompt) -> int:
 
 
 def image_bytes(data: DataConfig) -> int:
-  """Of one image."""
+  """Returns the bytes of one image."""
   return data.image_size**2 * 3
 
 
@@ -109,12 +109,12 @@ def check_output(path: str, data: DataConfig, samples: int, prompt: Prompt, num_
 
 
 def is_picture(path: str, data: DataConfig) -> bool:
-  """Whether samples go to `path` as a picture."""
+  """Returns True if samples go to `path` as a picture."""
   return data.form == "image" and path.lower().endswith(".png")
 
 
 def is_sound(path: str, data: DataConfig) -> bool:
-  """Whether samples go to `path` as sound."""
+  """Returns True if samples go to `path` as sound."""
   return data.form == "audio" and path.lower().endswith(".wav")
 
 

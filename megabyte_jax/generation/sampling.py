@@ -32,7 +32,7 @@ _PROMPT_BYTES = 1024  # a prompt is read in buffers of this length, twice it, fo
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How a byte is picked.
+  """The settings by which a byte is sampled.
 
   Attributes:
     temperature: logits are divided by it; 0 picks the most probable byte.
@@ -70,7 +70,7 @@ def pick_byte(logits_V: jax.Array, noise_V: jax.Array, sampling: Sampling) -> ja
 
 
 def gumbel_noise(key: jax.Array, position: jax.Array, vocab_size: int) -> jax.Array:
-  """What makes the largest of logits + noise a draw from their softmax; float32 [V], of the key and position alone."""
+  """Returns noise with which argmax(logits + noise) samples their softmax; float32 [V], of key and position alone."""
   return jax.random.gumbel(jax.random.fold_in(key, position), (vocab_size,), jnp.float32)
 
 
@@ -86,9 +86,9 @@ def _read_prompt(graph, parameters, x_BT, length, latent_start):
 
 
 def row_spec(ndim: int) -> PartitionSpec:
-  """How what decoding keeps of its rows lies on a mesh: rows over `data`, heads of the caches over `tensor`.
+  """Returns the partition spec of decoding's state: rows over `data`, heads of the caches over `tensor`.
 
-  Not over `fsdp`, where the parameters lie: so each step sums activations, which are few, and moves no parameters.
+  Rows are not spread over `fsdp`, where the parameters lie: each step sums a few activations and moves no parameters.
   """
   return PartitionSpec(*((None, "data", None, None, "tensor", None) if ndim == 6 else ("data",) if ndim else ()))
 

@@ -21,7 +21,7 @@ from megabyte_jax.models.patch_embedder import check_length
 
 
 class DecodeState(NamedTuple):
-  """What decoding remembers between patches of the first level.
+  """The state of decoding between patches of the first level.
 
   Attributes:
     caches: of each level, for the span at hand.
@@ -37,7 +37,7 @@ class DecodeState(NamedTuple):
 
 
 class ByteState(NamedTuple):
-  """What decoding one byte at a time remembers.
+  """The state of decoding one byte at a time.
 
   Attributes:
     decoded: caches, and in `patch_BS` the bytes since the start of the first level's slot at hand (before it, those of

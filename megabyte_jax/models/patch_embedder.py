@@ -121,7 +121,7 @@ class PatchEmbedder(nnx.Module):
   # Stepwise decoding: the convolutions remember the bytes before the patch at hand.
 
   def empty_memory(self, batch: int) -> tuple[jax.Array, ...]:
-    """What each convolution sees to the left of a span: zeros."""
+    """Returns the memory of each convolution at the start of a span: zeros, [B, 1, size - 1, d]."""
     width = self.table.shape[1]
     return tuple(jnp.zeros((batch, 1, c.size - 1, width), self.dtype) for c in self.convolutions)
 

@@ -88,7 +88,7 @@ class CrossAttention(nnx.Module):
 
 
 class DecodeState(NamedTuple):
-  """What decoding remembers between bytes.
+  """The state of decoding between bytes.
 
   Attributes:
     context: keys and values of the cross-attention, one "layer" over T slots.

@@ -1,4 +1,4 @@
-"""How activations lie on a device mesh, whose axes are data, fsdp, seq and tensor (see sharding.py)."""
+"""Lays out activations on a device mesh, whose axes are data, fsdp, seq and tensor (see sharding.py)."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ _NUMBERS = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JOB_COMPL
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Which process this is; `devices` are the local ones it may use, None leaves that to JAX, () takes all."""
+  """The place of a process in a run; `devices` are the local ones it may use, None leaves that to JAX, () takes all."""
 
   coordinator: str
   count: int

@@ -174,5 +174,5 @@ def constrain_state(tree: Any, infos: ParameterInfos) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Of byte arrays [B, T]. Bytes are few: every device of a sequence holds all of its rows' bytes."""
+  """Returns the sharding of byte arrays [B, T]. Each device of a sequence holds all bytes of its rows."""
   return NamedSharding(mesh, P(BATCH))

@@ -19,7 +19,7 @@ from megabyte_jax.training.state import TrainState, abstract_state, initial_stat
 
 
 class Start(NamedTuple):
-  """Where training goes on.
+  """The point from which training goes on.
 
   Attributes:
     step: optimizer steps done; 0 for a new run.

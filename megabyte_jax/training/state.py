@@ -106,7 +106,7 @@ _SHORT_PREFIX_SHARE = 1 / 8  # of packed rows; see random_latent_starts
 
 
 def random_latent_starts(key: jax.Array, shape: tuple[int, int], latents: int) -> jax.Array:
-  """Where PerceiverAR's latents start in each row [B, T] of a packed text, int32 [B].
+  """Draws the start of PerceiverAR's latents in each row [B, T] of a packed text, int32 [B].
 
   The rows are spans from the middle of the text, so the latents lie at their end; in one row of eight they may start
   anywhere, for the short prefixes that evaluation meets at the beginning of every text. Windows of whole documents

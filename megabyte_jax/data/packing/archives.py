@@ -48,7 +48,7 @@ class BadItem(DataError):
 
 
 def is_archive(spec: str) -> bool:
-  """Whether a name ends like that of an archive and is a local file."""
+  """Returns True if a name ends like that of an archive and is a local file."""
   return spec.lower().endswith((".zip", *_TAR, *_SINGLE)) and os.path.isfile(spec)
 
 

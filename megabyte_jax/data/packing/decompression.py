@@ -11,7 +11,7 @@ _BLOCK = 1 << 20
 
 
 class Decompressed(io.RawIOBase):
-  """What a file of one or several compressed streams holds.
+  """The decompressed contents of a file of one or several streams.
 
   Raises, while it is read:
     OSError, lzma.LZMAError: the data are damaged, or something else follows a stream.

@@ -48,7 +48,7 @@ def settings_of(data: DataConfig) -> dict[str, Any]:
 
 
 def is_packed(path: epath.PathLike) -> bool:
-  """Whether a folder holds packed data. Raises DataError for one that is not complete: its files are no documents."""
+  """Returns True if a folder holds packed data. Raises DataError for an incomplete one: its files are no documents."""
   folder = epath.Path(path)
   if (folder / MANIFEST).exists() and not str(path).rstrip("/").endswith(PART):
     return True
@@ -181,7 +181,7 @@ def _read_names(path: epath.Path, documents: int) -> Sequence[str]:
 
 
 def sha256_of(path: epath.Path) -> str:
-  """Of a file's contents."""
+  """Returns the SHA-256 of a file's contents."""
   digest = hashlib.sha256()
   with path.open("rb") as file:
     while block := file.read(_BLOCK):

@@ -53,12 +53,12 @@ class Phases:
 
   @property
   def short(self) -> bool:
-    """Whether `out` does the attention."""
+    """True if `out` computes the attention."""
     return self.slots <= _SHORT
 
   @property
   def parts(self) -> int:
-    """Of a cache: enough for all programs, none of less than a tile."""
+    """Number of parts of a cache: enough for all programs, none smaller than a tile."""
     parts, (heads, _) = 1, self.level.heads
     while parts < _MAX_PARTS and 2 * parts * heads <= self.programs and 2 * parts * _SLOTS <= self.slots:
       parts *= 2
@@ -66,7 +66,7 @@ class Phases:
 
   @property
   def in_order(self) -> list[Phase]:
-    """What is done in every layer; each is given the layer's number and what waits for the phase before."""
+    """Phases of every layer; each is given the layer's number and a wait for the phase before."""
     return [self.qkv, *([] if self.short else [self.attend]), self.out, self.ff_in, self.ff_out]
 
   # --- Phases. ---
@@ -163,7 +163,7 @@ class Phases:
   # --- The input of a product, float32, in chunks. ---
 
   def normed(self, refs: Refs, norm: str, source: str, layer: jax.Array) -> Inputs:
-    """What gives the normed residual stream, rounded as the weights are; the norm's parameters are asked for now."""
+    """Prefetches the norm's parameters; returns a function for the normed residual stream, rounded like the weights."""
     D, chunk = self.level.width, self.chunk(self.level.width)
     chunks = [pl.ds(c, chunk) for c in range(0, D, chunk)]
     names = f"{norm}_scale_LD", f"{norm}_shift_LD"
@@ -276,7 +276,7 @@ class Phases:
 
 
 def fresh(ref: Any, *place: Any) -> jax.Array:
-  """What other programs wrote: read past the multiprocessor's own cache, which may have what was there before."""
+  """Reads what other programs wrote, past the multiprocessor's own cache, which may have what was there before."""
   return triton().load(ref.at[*(jnp.int32(i) if isinstance(i, int) else i for i in place)], volatile=True)
 
 

@@ -192,7 +192,7 @@ def unstacked(parameter: nnx.Variable) -> nnx.Variable:
 
 
 def is_unstacked(layers: nnx.State) -> bool:
-  """Whether parameters of blocks are tuples."""
+  """Returns True if the parameters of blocks are tuples."""
   return isinstance(_variables(layers)[0].get_value(), tuple)
 
 
