@@ -229,3 +229,43 @@ def test_look_ups_notice_another_figure():
       assert_shows(text, "(results/a.json)", figure)
   with pytest.raises(AssertionError, match="in this order"):
     assert_shows(text, "(results/a.json)", "2.5", "2.377")
+
+
+def test_recipes():
+  runs = {
+    "+scaled": "kernel_scaled",
+    "+modern": "kernel_modern",
+    "+modern, half the bytes": "kernel_modern_half",
+    "the same with cross-patch attention, r = P": "kernel_modern_half_cross_patch",
+  }
+  for label, name in runs.items():
+    run = result(f"recipe/{name}")
+    bits = f"{run['validation_bpb']:.3f}", f"{run['train_bpb_of_last_steps']:.3f}"
+    expected = [f"{run['train_bytes'] / 1e6:.0f} MB", *bits, f"{run['bytes_per_second'] / 1e6:.2f}"]
+    assert row(RESULTS, f"[{label}](results/recipe/{name}.json)") == expected
+  models = {
+    "MEGABYTE, P = 4, 512 x 6 + 256 x 6": "library_megabyte",
+    "Transformer, 320 x 6, 1,024 bytes": "library_transformer",
+    "windowed, 384 x 5, 512 of 4,096": "library_windowed",
+  }
+  for label, name in models.items():
+    run = result(f"recipe/{name}")
+    each = f"{run['train_bytes'] / run['parameters']:.0f}"
+    sizes = f"{run['parameters'] / 1e6:.1f} M", f"{run['train_bytes'] / 1e6:.0f} MB", each
+    assert row(RESULTS, f"[{label}](results/recipe/{name}.json)") == [*sizes, f"{run['validation_bpb']:.3f}"]
+    assert run["spacebyte_flops_per_byte"] * run["train_bytes"] == pytest.approx(3e16, rel=1e-3)
+  without, with_it = (result(f"recipe/kernel_modern_half{name}") for name in ("", "_cross_patch"))
+  for step in (50, 150, 300, 450, 600, 800):
+    cells = []
+    for run in (without, with_it):
+      (found,) = (d for d in run["diagnoses"] if d["step"] == step)
+      (bits,) = (bits for at, bits, _ in run["curve"] if at == step)
+      cells += [f"{bits:.3f}", f"{found['first_level_bits']:.2f}", f"{found['gradient_norms']['level0']:.3f}"]
+    assert f"| {step} | {' | '.join(cells)} |" in RESULTS, step
+  small = result("recipe/library_small")
+  figures = (
+    f"{small['parameters'] / 1e6:.2f}",
+    f"{small['bytes_per_second'] / 1e6:.2f}",
+    f"{small['validation_bpb']:.3f}",
+  )
+  assert_shows(RESULTS, "(results/recipe/library_small.json)", *figures)
