@@ -1,10 +1,9 @@
 """Trains one small model by a recipe and writes what came out as JSON: a row of docs/results.md's tables of recipes.
 
   python benchmarks/recipe_runs.py megabyte:4:768x6:384x6+modern --train=C.train --validation=C.validation \
-    --bytes=4.2e8 --output=rows/p4_modern.json model.levels[1].previous_bytes=true optimizer.learning_rate=5e-3
+    --bytes=4.2e8 --output=rows/p4_modern.json --set optimizer.learning_rate=2e-3 model.levels[1].cross_patch=4
 
-The model and recipe are named as in configs/recipe.py; KEY=VALUE arguments change any field of its config, values are
-JSON. Training is that of train.py without checkpoints. With --flops instead of --bytes the run gets as many bytes as
+The model and recipe are named as in configs/recipe.py; --set changes fields of its config; values are JSON. Training is that of train.py without checkpoints. With --flops instead of --bytes the run gets as many bytes as
 that many operations pay for, counted as SpaceByte counts them: six for each multiplication and addition of a weight,
 attention as if nothing were masked.
 
@@ -211,7 +210,7 @@ def main() -> None:
   """The command line."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("name")
-  parser.add_argument("changes", nargs="*", metavar="KEY=VALUE")
+  parser.add_argument("--set", dest="changes", nargs="+", default=[], metavar="KEY=VALUE")
   parser.add_argument("--train", required=True)
   parser.add_argument("--validation", required=True)
   parser.add_argument("--validation_bytes", type=int, default=0, help="score only so many; 0 scores all")
@@ -226,7 +225,7 @@ def main() -> None:
   parser.add_argument("--shared", action="store_true", help="note that another run shares the device")
   parser.add_argument("--save", default="", help="a folder for the parameters")
   parser.add_argument("--output", type=pathlib.Path, required=True)
-  arguments = parser.parse_intermixed_args()
+  arguments = parser.parse_args()
   config = make_config(arguments)
   if arguments.switch and not isinstance(config.model, MegabyteConfig):
     parser.error("--switch is for MEGABYTE")
