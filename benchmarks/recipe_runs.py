@@ -3,9 +3,10 @@
   python benchmarks/recipe_runs.py megabyte:4:768x6:384x6+modern --train=C.train --validation=C.validation \
     --bytes=4.2e8 --output=rows/p4_modern.json --set optimizer.learning_rate=2e-3 model.levels[1].cross_patch=4
 
-The model and recipe are named as in configs/recipe.py; --set changes fields of its config; values are JSON. Training is that of train.py without checkpoints. With --flops instead of --bytes the run gets as many bytes as
-that many operations pay for, counted as SpaceByte counts them: six for each multiplication and addition of a weight,
-attention as if nothing were masked.
+The model and recipe are named as in configs/recipe.py; --set changes fields of its config, values are JSON. Training is
+that of train.py without checkpoints. With --flops instead of --bytes the run gets as many bytes as that many operations
+pay for, counted as SpaceByte counts them: six for each multiplication and addition of a weight, attention as if nothing
+were masked.
 
 --switch=SHARE trains the first part of the steps without cross-patch attention. --diagnose=N measures every N steps
 how far gradients of each level reach and what the first level contributes: the bits per byte by which a batch becomes
