@@ -165,7 +165,7 @@ class BlockOptions:
       require(0 <= getattr(self, name) < 1, f"model.{name} is {getattr(self, name)}; it must be in [0, 1)")
     require(0 < self.init_std < math.inf, f"model.init_std is {self.init_std}; it must be positive and finite")
     std = self.embedding_std
-    require(0 <= std < math.inf, f"model.embedding_std is {std}; it must be finite and not negative")
+    require(0 <= std < math.inf, f"model.embedding_std is {std}; it must not be negative or infinite")
     require(
       self.attention_dropout == 0 or self.attention in ("auto", "xla"),
       f"model.attention_dropout needs model.attention=xla, not {self.attention}",
