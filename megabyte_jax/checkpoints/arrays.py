@@ -39,19 +39,22 @@ def placed(leaf: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def check_same_arrays(
-  folder: epath.Path, metadata: Any, wanted: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]
-) -> None:
-  """Raises CheckpointError unless a checkpoint has exactly the arrays of `wanted`; Orbax would cast or skip.
+def check_same_arrays(folder: epath.Path, wanted: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]) -> None:
+  """Checks that a checkpoint has exactly the arrays of `wanted`; Orbax would cast or skip.
+
+  Other items of the checkpoint are not looked at: they may be damaged.
 
   Args:
-    folder: of the checkpoint, for the message.
-    metadata: Orbax's, of its items.
+    folder: of the checkpoint.
     wanted: item -> {dotted path: array}.
+
+  Raises:
+    CheckpointError: arrays have other names, shapes or dtypes; names those that do.
   """
   lines = []
   for item, tree in wanted.items():
-    saved = {name: _describe(leaf) for name, leaf in metadata[item].tree.items()}
+    metadata: Any = ocp.handlers.StandardCheckpointHandler().metadata(folder / item)
+    saved = {name: _describe(leaf) for name, leaf in metadata.tree.items()}
     asked = {name: _describe(leaf) for name, leaf in tree.items()}
     for name in sorted(saved.keys() | asked.keys()):
       was, now = saved.get(name, "(absent)"), asked.get(name, "(absent)")

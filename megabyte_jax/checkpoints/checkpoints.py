@@ -8,29 +8,29 @@ passed over.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import re
 import sys
 import time
-import uuid
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
+from megabyte_jax.checkpoints.agreement import check_shared, from_first_process
 from megabyte_jax.checkpoints.arrays import check_same_arrays, flat_arrays, handlers, placed
 from megabyte_jax.checkpoints.best_steps import BestSteps
 from megabyte_jax.checkpoints.checksums import find_damage, write_digests
+from megabyte_jax.checkpoints.failed_saves import cannot_write, file_system_error, quiet
 from megabyte_jax.config import CheckpointConfig
-from megabyte_jax.errors import CheckpointError
+from megabyte_jax.errors import CheckpointError, UserError
+from megabyte_jax.files.outputs import NO_ROOM
 
-FORMAT = 1  # raised when older code could no longer read what this code writes
+FORMAT = 1  # another number for each change of what is written; only this one is read
 _ITEMS = ("params", "opt_state", "meta")
+_WITHOUT_OPTIMIZER = ("params", "meta")
 _WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")  # by Orbax, after files.json
 _MULTI_PROCESS_CLOCK_STEPS = 16  # with several processes, the clock is looked at only so often
 
@@ -67,8 +67,10 @@ class Checkpoints:
     self._saved: set[int] = set()  # steps that this object wrote
     self._saving_step = -1
     self._last_save = time.monotonic()
+    self._closing = contextlib.ExitStack()
     if not read_only:
-      self._check_shared()
+      self._closing.enter_context(quiet())
+      check_shared(self.folder)
       self._warn_of_half_written()
     self._best = BestSteps(self.folder, config.keep_best)
     keep = [ocp.checkpoint_managers.LatestN(config.keep), self._best]
@@ -88,8 +90,16 @@ class Checkpoints:
   def __enter__(self) -> Checkpoints:
     return self
 
-  def __exit__(self, *_: object) -> None:
-    self.close()
+  def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+    try:
+      self.close()
+    except UserError as failed:
+      if error is None:
+        raise
+      if not isinstance(error, (UserError, OSError)):
+        _warn(str(failed))
+    if not self._read_only and isinstance(error, OSError) and error.errno in NO_ROOM:
+      raise cannot_write(error, error.filename2 or error.filename or self.folder, *self._unsaved_and_good()) from error
 
   # -- Saving --
 
@@ -101,7 +111,7 @@ class Checkpoints:
       return False
     if jax.process_count() > 1 and step % _MULTI_PROCESS_CLOCK_STEPS:
       return False  # asking process 0 waits for the devices
-    return bool(_from_first_process(time.monotonic() - self._last_save >= 60 * self._config.every_minutes))
+    return bool(from_first_process(time.monotonic() - self._last_save >= 60 * self._config.every_minutes))
 
   def record(self, step: int, bpb: float) -> None:
     """Notes the validation bits per byte of the checkpoint of `step`: `keep_best` and `best_step` go by them."""
@@ -158,19 +168,25 @@ class Checkpoints:
       self._manager.wait_until_finished()
     except Exception as error:
       self._saved.discard(self._saving_step)
-      where = f"The checkpoint of step {self._saving_step} in {self.folder}"
-      note = f"{where} was not saved; the same command goes on from the one before, if there is one."
-      if number := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's words for a disk that is full
-        refused = OSError(int(number[1]), os.strerror(int(number[1])), str(self.folder))
-        refused.add_note(note)
-        raise refused from error
-      error.add_note(note)
+      unsaved, good = self._unsaved_and_good()
+      if refused := file_system_error(error):
+        raise cannot_write(refused, self.folder, unsaved, good) from error
+      error.add_note(f"The checkpoint of step {unsaved} in {self.folder} was not saved; the one before is step {good}.")
       raise
+
+  def _unsaved_and_good(self) -> tuple[int | None, int | None]:
+    """Returns the step whose save began and is not on disk, and the newest step on disk; None where there is none."""
+    with contextlib.suppress(OSError):
+      steps = {int(path.name) for path in self.folder.iterdir() if path.name.isdigit()}
+      unsaved = self._saving_step if self._saving_step >= 0 and self._saving_step not in steps else None
+      return unsaved, max(steps, default=None)
+    return None, None
 
   def close(self) -> None:
     """Waits for the save that is under way and lets go of threads."""
-    self.wait()
-    self._manager.close()
+    with self._closing:
+      self.wait()
+      self._manager.close()
 
   # -- Restoring --
 
@@ -195,7 +211,7 @@ class Checkpoints:
       self._manager.reload()
     self._best.reload()
     found = self._best.best(self._manager.all_steps())
-    best = _from_first_process(found[0] if found else -1)  # training may be writing another
+    best = from_first_process(found[0] if found else -1)  # training may be writing another
     if best < 0:
       raise CheckpointError(
         f"none of the checkpoints in {self.folder} was evaluated while training; set config.eval.every_steps and "
@@ -203,9 +219,14 @@ class Checkpoints:
       )
     return best
 
-  def meta(self, step: int | None = None) -> dict[str, Any]:
-    """The JSON object saved with `step` (None: the newest whole one); see `save`."""
-    return self._read(step, _ITEMS, {}).meta
+  def meta(self, step: int | None = None, *, optimizer: bool = True) -> dict[str, Any]:
+    """Returns the JSON object saved with `step` (None: the newest whole one); see `save`.
+
+    Args:
+      step: optimizer steps.
+      optimizer: False takes a checkpoint whose optimizer state is damaged for whole, as `restore_params` does.
+    """
+    return self._read(step, _ITEMS if optimizer else _WITHOUT_OPTIMIZER, {}).meta
 
   def restore(self, abstract_params: Any, abstract_opt_state: Any, step: int | None = None) -> Restored:
     """The state saved at `step` (None: the newest whole one), placed as the abstract trees say.
@@ -222,7 +243,7 @@ class Checkpoints:
 
   def restore_params(self, abstract_params: Any, step: int | None = None) -> Restored:
     """As `restore`, without reading the optimizer's state."""
-    return self._read(step, ("params", "meta"), {"params": abstract_params})
+    return self._read(step, _WITHOUT_OPTIMIZER, {"params": abstract_params})
 
   def _read(self, step: int | None, items: tuple[str, ...], abstract: dict[str, Any]) -> Restored:
     """Reads `meta` and the items in `abstract` from a checkpoint whose `items` are whole."""
@@ -233,18 +254,19 @@ class Checkpoints:
         raise CheckpointError(f"no checkpoint in {self.folder}; give the --workdir of a run that has saved one")
     else:
       steps = self._manager.all_steps()
-      if not _from_first_process(step in steps):
+      if not from_first_process(step in steps):
         raise CheckpointError(f"no checkpoint of step {step} in {self.folder}; there are {_list(steps)}")
-      if not _from_first_process(jax.process_index() > 0 or self._is_whole(step, items)):
+      if not from_first_process(jax.process_index() > 0 or self._is_whole(step, items)):
         raise CheckpointError(f"the checkpoint {self.folder / str(step)} is damaged; take another step")
     meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-    if meta.get("format", 0) > FORMAT:
+    if meta.get("format") != FORMAT:
       raise CheckpointError(
-        f"{self.folder / str(step)} has format {meta['format']}, this megabyte_jax reads up to {FORMAT}; update it"
+        f"{self.folder / str(step)} has format {meta.get('format')}, and this megabyte_jax reads {FORMAT} alone; "
+        "take the version that wrote it, or start anew in another --workdir"
       )
     flat = {name: {key: placed(leaf) for key, leaf in flat_arrays(tree).items()} for name, tree in abstract.items()}
     if flat:
-      check_same_arrays(self.folder / str(step), self._manager.item_metadata(step), flat)
+      check_same_arrays(self.folder / str(step), flat)
       args = {name: ocp.args.StandardRestore(tree) for name, tree in flat.items()}
       flat = self._manager.restore(step, args=ocp.args.Composite(**args))
     trees = {
@@ -264,11 +286,11 @@ class Checkpoints:
     whole = -1
     if jax.process_index() == 0:
       whole = next((step for step in newest_first if self._is_whole(step, items)), -1)
-    whole = _from_first_process(whole)
+    whole = from_first_process(whole)
     if whole >= 0:
       self._move_aside([step for step in steps if step > whole])
       return whole
-    if self._read_only and not _from_first_process(all((self.folder / str(step)).exists() for step in steps)):
+    if self._read_only and not from_first_process(all((self.folder / str(step)).exists() for step in steps)):
       return self._latest(items)  # training saved a newer one and deleted these meanwhile
     if steps:
       raise CheckpointError(
@@ -302,27 +324,8 @@ class Checkpoints:
         target.parent.mkdir(exist_ok=True)
         (self.folder / str(step)).rename(target)
         _warn(f"moved it to {target}; delete it when it is of no more use")
-    _from_first_process(0)  # nobody lists the folder before it is done
+    from_first_process(0)  # nobody lists the folder before it is done
     self._manager.reload()
-
-  def _check_shared(self) -> None:
-    """Raises CheckpointError in all processes unless each sees the folder of process 0, where all write their parts."""
-    if jax.process_count() == 1:
-      return
-    self.folder.mkdir(parents=True, exist_ok=True)
-    number = _from_first_process(uuid.uuid4().int % 2**31)
-    sign = self.folder / f".shared-{number}"
-    if jax.process_index() == 0:
-      sign.touch()
-    _from_first_process(0)
-    blind = np.flatnonzero(~multihost_utils.process_allgather(np.asarray(sign.exists())).ravel())
-    if jax.process_index() == 0:
-      sign.unlink()
-    if blind.size:
-      raise CheckpointError(
-        f"processes {_list(blind.tolist()).removeprefix('steps ')} do not see {self.folder} as process 0 does; "
-        "--workdir must be on a file system that all hosts share, or in a bucket"
-      )
 
   def _warn_of_half_written(self) -> None:
     if jax.process_index() == 0 and self.folder.exists():
@@ -340,13 +343,6 @@ class Checkpoints:
 
 def _list(steps: list[int]) -> str:
   return "steps " + ", ".join(map(str, steps)) if steps else "none"
-
-
-def _from_first_process(value: int) -> int:
-  """`value` as process 0 has it; also a meeting point of all processes."""
-  if jax.process_count() == 1:
-    return value
-  return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def _warn(message: str) -> None:

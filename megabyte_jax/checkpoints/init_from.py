@@ -42,7 +42,7 @@ def parameters_from(workdir: str, fresh: Any, config: Config, mesh: Mesh) -> Any
     raise CheckpointError(
       f"the model of {workdir} does not fit this config; different: {', '.join(sorted(differ)[:8])}"
     )
-  parameters, step = read_parameters(workdir, shard_abstract(abstract, infos, mesh))
+  parameters, step = read_parameters(workdir, before, shard_abstract(abstract, infos, mesh))
   print(f"start   parameters of {workdir}, step {step}")
 
   def fit(new: jax.Array, old: jax.Array) -> jax.Array:

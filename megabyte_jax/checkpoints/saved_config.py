@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 
 from megabyte_jax.config import Config
-from megabyte_jax.config.run import upgraded
-from megabyte_jax.data.fingerprints import same_fingerprint
 from megabyte_jax.errors import CheckpointError, ConfigError
 from megabyte_jax.files.atomic_file import replacing
+from megabyte_jax.files.json_files import read_json
 
 CONFIG_FILE = "config.json"
 SHIPPED = "pretrained:"  # before the name of a model that the package holds
@@ -36,6 +35,9 @@ _LENGTH_HINT = (
   "num_steps may change only where the learning rates of all steps so far stay the same: with "
   "optimizer.schedule=constant, or wsd before its decay begins"
 )
+# How items become bytes: a model reads no other bytes than those that it was trained on.
+_MAKES_BYTES = ("form", "image_size", "image_tiles", "convert_images", "scan", "scan_patch", "sample_rate", "encoding")
+
 _ABSENT = object()
 
 
@@ -79,10 +81,9 @@ def load_config(workdir: epath.PathLike) -> Config:
   path = epath.Path(shipped_folder(workdir)) / CONFIG_FILE
   if not path.exists():
     raise CheckpointError(f"{workdir} holds no run: {path} does not exist; give the --workdir of a train.py run")
+  values = read_json(path, CheckpointError, "restore it, or start train.py again there, which writes it anew")
   try:
-    return Config.from_dict(json.loads(path.read_text()))
-  except json.JSONDecodeError as error:
-    raise CheckpointError(f"{path} is not JSON ({error}); restore it, or start train.py again there") from error
+    return Config.from_dict(values)
   except ConfigError as error:
     raise CheckpointError(f"{path} does not fit this version of megabyte_jax: {error}") from error
 
@@ -102,33 +103,42 @@ def check_same_run(
   config: Mapping[str, Any],
   fingerprint: Any,
   validation_fingerprint: str = "",
+  skipped: Sequence[int] = (0, 0),
   free: Collection[str] = (),
 ) -> None:
   """Checks that a checkpoint can be continued exactly under `config` on the data of `fingerprint`.
 
+  One thing may change: a run may begin to skip items that cannot be read (`data.skip_bad`), which the error about such
+  an item advises. It then goes on with the windows of the others, in another order.
+
   Args:
-    meta: `Checkpoints.meta()`, with the keys `config`, `fingerprint` and, but in old ones, `validation_fingerprint`.
+    meta: `Checkpoints.meta()`, with the keys `config`, `fingerprint`, `validation_fingerprint` and `skipped`.
     config: `Config.to_dict()` of what is asked for now.
     fingerprint: of the training data, anything that JSON can hold.
     validation_fingerprint: of the validation data; '' where there are none.
+    skipped: items left out as unreadable, of the training and of the validation data.
     free: further keys that may differ.
 
   Raises:
     CheckpointError: naming every key that differs, with both values.
   """
-  differences = _differences(upgraded(meta["config"]), config)
+  differences = _differences(meta["config"], config)
   for key in free:
     differences.pop(key, None)
+  if begins_to_skip(meta, config):
+    differences.pop("data.skip_bad")
+  elif list(skipped) != list(meta.get("skipped", skipped)):
+    differences["items of the data that cannot be read"] = list(meta["skipped"]), list(skipped)
   before, now = _flat(meta.get("fingerprint"), "fingerprint"), _flat(_plain(fingerprint), "fingerprint")
   for key in sorted(before.keys() | now.keys()):
-    if not same_fingerprint(before.get(key, _ABSENT), now.get(key, _ABSENT)):
+    if before.get(key, _ABSENT) != now.get(key, _ABSENT):
       differences[f"data {key}"] = before.get(key, _ABSENT), now.get(key, _ABSENT)
   if any(key.startswith("data fingerprint") for key in differences):  # the name that led to other data
     names = tuple(of.get("data", {}).get("train") for of in (meta["config"], config))
     if names[0] != names[1]:
       differences["data.train"] = names
   if saved := meta.get("validation_fingerprint"):  # then it does not matter where they lie
-    if same_fingerprint(saved, validation_fingerprint):
+    if saved == validation_fingerprint:
       differences.pop("data.validation", None)
     elif validation_fingerprint:
       differences["data of validation"] = saved, validation_fingerprint
@@ -139,6 +149,40 @@ def check_same_run(
       + "\n".join(lines)
       + ("\n" + _LENGTH_HINT if "num_steps" in differences else "")
       + "\ntake the saved values, or another --workdir (with --init_from=DIR, this one, to start from its parameters)"
+    )
+
+
+def begins_to_skip(meta: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+  """Returns True if a run that met each item so far is to skip those that cannot be read from now on."""
+  before, now = (values.get("data", {}).get("skip_bad") for values in (meta["config"], config))
+  return before is False and now is True
+
+
+def check_saved_config(workdir: epath.PathLike, config: Config, meta: Mapping[str, Any]) -> None:
+  """Checks that the config in `workdir` is that of a checkpoint, whose own copy has a checksum.
+
+  Fields of the model that change no array's shape, such as the activation, would give other predictions; so would
+  data that become other bytes.
+
+  Args:
+    workdir: the run's folder.
+    config: as `load_config` read it.
+    meta: of the checkpoint (`Checkpoints.meta`).
+
+  Raises:
+    CheckpointError: names each field that differs, with both values.
+  """
+  differences = {
+    key: values
+    for key, values in all_differences(meta["config"], config.to_dict()).items()
+    if (key.startswith("model.") and key not in _FREE) or key.removeprefix("data.") in _MAKES_BYTES
+  }
+  if differences:
+    shown = [f"{key}: {show_value(was)} -> {show_value(now)}" for key, (was, now) in sorted(differences.items())]
+    raise CheckpointError(
+      f"{epath.Path(workdir) / CONFIG_FILE} differs from the config that the checkpoint of step {meta['step']} was "
+      f"trained with (checkpoint -> file): {', '.join(shown)}; restore the file, or start train.py again there, which "
+      "writes it anew"
     )
 
 

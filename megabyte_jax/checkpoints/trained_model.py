@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from megabyte_jax.checkpoints.checkpoints import Checkpoints
 from megabyte_jax.checkpoints.exported import is_exported, read_exported
-from megabyte_jax.checkpoints.saved_config import load_config
+from megabyte_jax.checkpoints.saved_config import check_saved_config, load_config
 from megabyte_jax.config import Config, MeshConfig
 from megabyte_jax.errors import CheckpointError, ConfigError
 from megabyte_jax.models.build import Model, abstract_model, parameter_info, trained_model
@@ -36,17 +36,19 @@ def load(
   config = load_config(workdir)
   mesh = mesh or make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
   _, abstract = abstract_model(config.model)
-  parameters, found = read_parameters(workdir, shard_abstract(abstract, parameter_info(config.model), mesh), step)
+  abstract = shard_abstract(abstract, parameter_info(config.model), mesh)
+  parameters, found = read_parameters(workdir, config, abstract, step)
   return trained_model(config.model, parameters), config, found
 
 
 def read_parameters(
-  workdir: str, abstract_parameters: Any, step: int | Literal["best"] | None = None
+  workdir: str, config: Config, abstract_parameters: Any, step: int | Literal["best"] | None = None
 ) -> tuple[Any, int]:
   """Reads parameters alone, of a run's checkpoint or of an exported or shipped model.
 
   Args:
     workdir: the run's folder, an exported model's, or `pretrained:NAME`.
+    config: as read from `workdir`.
     abstract_parameters: nested dicts of ShapeDtypeStructs with shardings.
     step: as in `load`; an exported model has one step alone.
 
@@ -54,7 +56,8 @@ def read_parameters(
     Nested dicts of arrays, and the step they are from.
 
   Raises:
-    CheckpointError: there is no such checkpoint, it is damaged, or its arrays are not those asked for.
+    CheckpointError: there is no such checkpoint, it is damaged, its arrays are not those asked for, or it was trained
+      with another model than `config` says.
   """
   if is_exported(workdir):
     parameters, found = read_exported(workdir, abstract_parameters)
@@ -63,7 +66,9 @@ def read_parameters(
     return parameters, found
   with Checkpoints(workdir, read_only=True) as checkpoints:
     number = checkpoints.best_step() if step == "best" else step
-    restored = checkpoints.restore_params(abstract_parameters, number)
+    meta = checkpoints.meta(number, optimizer=False)
+    check_saved_config(workdir, config, meta)
+    restored = checkpoints.restore_params(abstract_parameters, meta["step"])
   return restored.params, restored.step
 
 

@@ -291,7 +291,7 @@ class Config:
   @classmethod
   def from_dict(cls, values: Mapping[str, Any]) -> Config:
     """The typed form of a ConfigDict or a saved config; raises ConfigError naming the key at fault."""
-    return dataclass_from_mapping(cls, upgraded(values), "config")
+    return dataclass_from_mapping(cls, values, "config")
 
   def to_dict(self) -> dict[str, Any]:
     """Plain dicts, lists and scalars, as saved beside a checkpoint (JSON)."""
@@ -300,12 +300,3 @@ class Config:
   def to_config_dict(self) -> ml_collections.ConfigDict:
     """A locked ConfigDict with every field, as `--config` files return it."""
     return ml_collections.ConfigDict(mapping_from_dataclass(self, leaf=ml_collections.ConfigDict)).lock()
-
-
-def upgraded(values: Mapping[str, Any]) -> Mapping[str, Any]:
-  """A config as earlier versions saved it, in today's words; others as they are."""
-  model: Any = values.get("model") if hasattr(values, "get") else None
-  if not hasattr(model, "get") or not isinstance(model.get("scan_layers"), bool):
-    return values
-  scan_layers = "always" if model["scan_layers"] else "never"
-  return {**values, "model": {**model, "scan_layers": scan_layers}}

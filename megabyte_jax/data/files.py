@@ -13,7 +13,6 @@ from typing import IO
 import numpy as np
 from etils import epath
 
-from megabyte_jax.data.fingerprints import pair_fingerprints
 from megabyte_jax.data.open_handles import BUDGET, Handles
 from megabyte_jax.data.sources import SKIP_HINT, check_range
 from megabyte_jax.errors import DataError
@@ -189,7 +188,7 @@ def sizes_of(paths: Sequence[str]) -> list[int]:
 
 
 def fingerprint_files(paths: Sequence[str], names: Sequence[str], lengths: Sequence[int] | np.ndarray) -> str:
-  """Returns a fingerprint (see `pair_fingerprints`) of all names and lengths and of what the files hold.
+  """Returns a fingerprint of all names and lengths and of what the files hold.
 
   Of files of at most 1 MiB that is every byte; of larger ones three blocks of 4 KiB, at the beginning, in the middle
   and at the end. Of more than 1,024 files only evenly spaced ones are looked into, and of more than 128 files only
@@ -200,21 +199,20 @@ def fingerprint_files(paths: Sequence[str], names: Sequence[str], lengths: Seque
   whole = min(_WHOLE_FILE, _WHOLE_TOTAL // len(sampled))
   files = [(paths[i], int(lengths[i]), whole) for i in sampled]
   looked_into = in_parallel(_contents, files, any(map(is_remote, paths)))
-  digest, contents = hashlib.sha256(), hashlib.sha256()
+  digest = hashlib.sha256()
   for name, length in zip(names, lengths, strict=True):
     digest.update(os.fsencode(name) + f"\0{length}\0".encode())
-  for blocks, digest_of_all in looked_into:
-    digest.update(blocks)
-    contents.update(digest_of_all)
-  return pair_fingerprints(digest.hexdigest()[:16], contents.hexdigest()[:16])
+  for contents in looked_into:
+    digest.update(contents)
+  return digest.hexdigest()[:16]
 
 
-def _contents(file: tuple[str, int, int]) -> tuple[bytes, bytes]:
-  """(three blocks, digest of everything) of a file: (path, bytes, bytes up to which it is read as a whole)."""
+def _contents(file: tuple[str, int, int]) -> bytes:
+  """Returns a digest of a file, (path, bytes, bytes up to which it is read as a whole), or of three blocks of it."""
   path, length, whole = file
   starts = sorted({0, max(0, length // 2 - _BLOCK // 2), max(0, length - _BLOCK)})
-  if length > whole:
-    return b"".join(read_block(path, start, min(length, start + _BLOCK)) for start in starts), b""
-  everything = read_block(path, 0, length) if length > 0 else b""
-  blocks = b"".join(everything[start : min(length, start + _BLOCK)] for start in starts)
-  return blocks, hashlib.sha256(everything).digest()
+  places = [(0, length)] if length <= whole else [(start, min(length, start + _BLOCK)) for start in starts]
+  try:
+    return hashlib.sha256(b"".join(read_block(path, *place) for place in places if length > 0)).digest()
+  except DataError:  # one that is skipped; others are reported when they are read
+    return b""

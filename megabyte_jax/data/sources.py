@@ -40,7 +40,7 @@ class Source(Protocol):
 
   @property
   def fingerprint(self) -> str:
-    """A short string; differs when the data, or how they are turned into bytes, differ (`pair_fingerprints`)."""
+    """A short string; differs when the data, or how they are turned into bytes, differ."""
     ...
 
   def read(self, document: int, start: int, stop: int) -> np.ndarray:

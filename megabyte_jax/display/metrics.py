@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from megabyte_jax.display.event_file import EventFile
 from megabyte_jax.display.progress import duration, human
 from megabyte_jax.display.trackers import Tracker
 from megabyte_jax.files.atomic_file import replacing
@@ -75,9 +76,7 @@ class Metrics:
       self._file = self._path.open("a") if not is_remote(self._path) else None
       self._flushed = time.monotonic()
       if tensorboard:
-        from tensorboardX import SummaryWriter  # noqa: PLC0415  (half a second that evaluation need not wait)
-
-        self._board = SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=start_step + 1)
+        self._board = EventFile(epath.Path(workdir) / "tensorboard", start_step + 1)
 
   def __enter__(self) -> Metrics:
     return self
@@ -140,17 +139,20 @@ class Metrics:
 
   def flush(self) -> None:
     """Writes pending lines, so that the process may end without `close`."""
-    if self._writes and self._file is None:
-      self._rewrite()
-    if self._board is not None:
-      self._board.flush()
+    with _naming(self._path):
+      if self._writes and self._file is None:
+        self._rewrite()
+      if self._board is not None:
+        self._board.flush()
 
   def close(self) -> None:
     """Writes pending lines and closes the files."""
-    self.flush()
-    for file in (self._file, self._board):
-      if file is not None:
-        file.close()
+    with contextlib.ExitStack() as closing:  # each of them, whatever the others raise
+      closing.enter_context(_naming(self._path))
+      for file in (self._file, self._board):
+        if file is not None:
+          closing.callback(file.close)
+      self.flush()
 
   def _speed(self, step: int) -> float | None:
     """Returns bytes per second since the previous call; None if no step was taken."""
@@ -190,21 +192,33 @@ class Metrics:
     if self._tracker:
       self._tracker.log(record["step"], plain)
     line = json.dumps(plain) + "\n"
-    if self._file is not None:
-      self._file.write(line)
-      self._file.flush()  # another program may look on, and a killed run loses no more than a line
-    else:
-      self._lines.append(line)
-      if time.monotonic() - self._flushed >= _REMOTE_SECONDS:
-        self._rewrite()
-    if self._board is not None:
-      for name, value in record.items():
-        if name != "step" and value is not None:
-          self._board.add_scalar(name, value, record["step"])
+    with _naming(self._path):
+      if self._file is not None:
+        self._file.write(line)
+        self._file.flush()  # another program may look on, and a killed run loses no more than a line
+      else:
+        self._lines.append(line)
+        if time.monotonic() - self._flushed >= _REMOTE_SECONDS:
+          self._rewrite()
+      if self._board is not None:
+        for name, value in record.items():
+          if name != "step" and value is not None:
+            self._board.put(record["step"], name, value)
 
   def _rewrite(self) -> None:
     self._path.write_text("".join(self._lines))
     self._flushed = time.monotonic()
+
+
+@contextlib.contextmanager
+def _naming(path: epath.Path) -> Iterator[None]:
+  """Names a file in errors of the file system that name none, as that of a full disk."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno is not None and error.filename is None:
+      error.filename = str(path)
+    raise
 
 
 def _keep_until(path: epath.Path, last_step: int) -> list[str]:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from megabyte_jax.checkpoints.checkpoints import Checkpoints
 from megabyte_jax.checkpoints.init_from import parameters_from
-from megabyte_jax.checkpoints.saved_config import check_same_run
+from megabyte_jax.checkpoints.saved_config import begins_to_skip, check_same_run
 from megabyte_jax.config import Config
 from megabyte_jax.data.sources import Source
 from megabyte_jax.errors import ConfigError
@@ -26,7 +26,8 @@ class Start(NamedTuple):
     state: to train from.
     seconds: that the run has taken so far.
     since_logged: nats and bytes since the last progress line.
-    identity: what each checkpoint says of the run: `config`, `init_from`, `fingerprint`, `validation_fingerprint`.
+    identity: what each checkpoint says of the run: `config`, `init_from`, `fingerprint`, `validation_fingerprint`,
+      `skipped`.
   """
 
   step: int
@@ -51,6 +52,7 @@ def resume_or_start(
   """
   identity: dict[str, Any] = {"config": config.to_dict(), "init_from": init_from, "fingerprint": source.fingerprint}
   identity["validation_fingerprint"] = validation.fingerprint if validation else ""
+  identity["skipped"] = [source.skipped, validation.skipped if validation else 0]
   step = checkpoints.latest_step()
   if step is None:
     state = initial_state(config, mesh)
@@ -64,7 +66,10 @@ def resume_or_start(
       "drop the flag"
     )
   free = ("num_steps",) if _may_change_length(meta["config"], config, step) else ()
-  check_same_run(meta, identity["config"], identity["fingerprint"], identity["validation_fingerprint"], free)
+  now = (identity[name] for name in ("config", "fingerprint", "validation_fingerprint", "skipped"))
+  check_same_run(meta, *now, free)
+  if begins_to_skip(meta, identity["config"]) and jax.process_index() == 0:
+    print(f"skip    {source.skipped:,} items that cannot be read, from step {step:,} on: windows come in another order")
   identity["init_from"] = meta["init_from"]
   state = restored_state(config, mesh, checkpoints, step)
   return Start(step, state, meta["seconds"], tuple(meta["since_logged"]), identity)

@@ -204,12 +204,16 @@ def test_missing_checkpoints(tmp_path):
     checkpoints.meta(5)
 
 
-def test_a_newer_format_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr("megabyte_jax.checkpoints.checkpoints.FORMAT", 99)
+@pytest.mark.parametrize("other", [0, 99, "1", None])
+def test_another_format_is_refused(tmp_path, monkeypatch, other):
+  monkeypatch.setattr("megabyte_jax.checkpoints.checkpoints.FORMAT", other)
   save_steps(tmp_path, 4)
   monkeypatch.undo()
-  with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match=r"has format 99.* up to 1; update"):
-    checkpoints.meta()
+  message = rf"checkpoints/4 has format {other}, and this megabyte_jax reads 1 alone; take the version that wrote it"
+  with Checkpoints(tmp_path) as checkpoints:
+    for read in (checkpoints.meta, lambda: checkpoints.restore_params(abstract(make_state()[0]))):
+      with pytest.raises(CheckpointError, match=message):
+        read()
 
 
 def test_saved_by_step_and_kept_by_count_and_period(tmp_path):
@@ -246,7 +250,7 @@ def test_with_several_processes_the_clock_is_that_of_the_first(tmp_path, monkeyp
   with Checkpoints(tmp_path, CheckpointConfig(every_steps=0, every_minutes=2.0)) as checkpoints:
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(
-      "megabyte_jax.checkpoints.checkpoints._from_first_process", lambda own: asked.append(own) or first
+      "megabyte_jax.checkpoints.checkpoints.from_first_process", lambda own: asked.append(own) or first
     )
     clocks["here"] += 119  # this process would wait a second more
     first = True

@@ -155,4 +155,4 @@ def test_any_changed_byte_of_a_small_file_changes_the_fingerprint(tmp_path):
   data[20_000] = 1  # in none of the three blocks that are looked at in large files
   path.write_bytes(data)
   after = open_path(str(path), PLAIN).fingerprint
-  assert before != after and before.partition("|")[0] == after.partition("|")[0]
+  assert before != after

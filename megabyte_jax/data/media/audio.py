@@ -111,7 +111,7 @@ class AudioFiles:
     self, paths: Sequence[str], names: Sequence[str], data: DataConfig, records: EncodedImages | None = None
   ):
     self._records = records
-    self.data, self.paths, self.names = data, list(paths), list(names)
+    self.data, self.paths, self.names, self._all = data, list(paths), list(names), (paths, names)
     rate, self.unit = data.sample_rate, sample_width(data.encoding)
     _import("soundfile"), _import("soxr")
     with ThreadPoolExecutor() as pool:
@@ -129,7 +129,7 @@ class AudioFiles:
   def fingerprint(self) -> str:
     """Changes with the files and with how they are turned into bytes."""
     records = self._records
-    files = records.fingerprint if records else fingerprint_files(self.paths, self.names, sizes_of(self.paths))
+    files = records.fingerprint if records else fingerprint_files(*self._all, sizes_of(self._all[0]))
     return combine_fingerprints([files, str(self.data.sample_rate), self.data.encoding])
 
   def read(self, document: int, start: int, stop: int) -> np.ndarray:

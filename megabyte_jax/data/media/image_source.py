@@ -111,7 +111,7 @@ class Images:
   def fingerprint(self) -> str:
     """Changes with the images and with how they are turned into bytes."""
     d = self.data
-    how = (d.image_size, d.image_tiles, d.scan, d.scan_patch if d.scan == "patch" else 0, self.convert, self.skipped)
+    how = (d.image_size, d.image_tiles, d.scan, d.scan_patch if d.scan == "patch" else 0, self.convert)
     return combine_fingerprints([self.encoded.fingerprint, repr(how)])
 
   def read(self, document: int, start: int, stop: int) -> np.ndarray:

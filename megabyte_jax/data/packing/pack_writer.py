@@ -11,7 +11,6 @@ from typing import IO, Any
 import numpy as np
 from etils import epath
 
-from megabyte_jax.data.fingerprints import same_fingerprint
 from megabyte_jax.data.packing.archives import BadItem
 from megabyte_jax.data.packing.packed import FORMAT, MANIFEST, PART, read_manifest, sha256_of
 from megabyte_jax.display.progress import Progress
@@ -48,7 +47,7 @@ class PackWriter:
     if self.complete:
       whole = os.path.exists(os.path.join(path, MANIFEST))
       done = read_manifest(epath.Path(path))["request"] if whole else None
-      if done is None or not _same_request(done, self.request):
+      if done is None or done != self.request:
         what = "holds other data" if done is None else f"was packed from {done}, not {self.request}"
         raise DataError(f"{path} exists and {what}; remove it or name another folder")
       _remove(self.path)
@@ -159,7 +158,7 @@ class PackWriter:
       state = read_json(os.path.join(self.part, _STATE), DataError, "begin anew")
       sizes = [(os.path.getsize(os.path.join(self.part, name)), state[key] * width) for key, name, width in _FILES]
       whole = all(found >= promised for found, promised in sizes) and state["items"] >= 0
-      return state if whole and _same_request(state["request"], self.request) else self._new
+      return state if whole and state["request"] == self.request else self._new
     except (OSError, ValueError, KeyError, TypeError):
       return self._new
 
@@ -194,11 +193,3 @@ def _remove(folder: str) -> None:
   for name in (_STATE, "ends"):
     with contextlib.suppress(OSError):
       os.unlink(os.path.join(folder, name))
-
-
-def _same_request(saved: Any, now: Mapping[str, Any]) -> bool:
-  """Whether two requests are for the same bytes; the fingerprint of an older version counts as `same_fingerprint`."""
-  if not isinstance(saved, dict) or saved.keys() != now.keys():
-    return False
-  rest = all(saved[key] == value for key, value in now.items() if key != "fingerprint")
-  return rest and same_fingerprint(saved.get("fingerprint"), now.get("fingerprint"))

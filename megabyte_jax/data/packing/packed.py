@@ -23,7 +23,7 @@ from etils import epath
 
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data.files import ByteFiles, read_whole, sizes_of
-from megabyte_jax.data.fingerprints import pair_fingerprints
+from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.sources import check_range
 from megabyte_jax.errors import DataError, require
 from megabyte_jax.files.json_files import read_json
@@ -83,9 +83,7 @@ class Packed:
     self.joinable = data.form != "image"
     self.unit = self.manifest["unit"]
     self.skipped = self.manifest["skipped"]
-    older = digest[:8] + self._bytes.fingerprint[:8]
-    contents = [self._bytes.fingerprint, self.manifest["sha256"].get(_DATA)]
-    self.fingerprint = pair_fingerprints(older, hashlib.sha256(repr(contents).encode()).hexdigest()[:16])
+    self.fingerprint = combine_fingerprints([self._bytes.fingerprint, digest, self.manifest["sha256"].get(_DATA)])
 
   @functools.cached_property
   def names(self) -> Sequence[str]:
