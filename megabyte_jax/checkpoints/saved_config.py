@@ -167,14 +167,14 @@ def check_saved_config(workdir: epath.PathLike, config: Config, meta: Mapping[st
   Args:
     workdir: the run's folder.
     config: as `load_config` read it.
-    meta: of the checkpoint (`Checkpoints.meta`).
+    meta: of the checkpoint (`Checkpoints.meta`); one without `config` is not compared.
 
   Raises:
     CheckpointError: names each field that differs, with both values.
   """
   differences = {
     key: values
-    for key, values in all_differences(meta["config"], config.to_dict()).items()
+    for key, values in all_differences(meta.get("config") or config.to_dict(), config.to_dict()).items()
     if (key.startswith("model.") and key not in _FREE) or key.removeprefix("data.") in _MAKES_BYTES
   }
   if differences:

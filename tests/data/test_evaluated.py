@@ -25,6 +25,15 @@ IMAGE = DataConfig(form="image", image_size=8, scan_patch=12)
 BYTES = 8 * 8 * 3
 
 
+def save_run(workdir, config):
+  """A run that has taken no step yet."""
+  state = initial_state(config, make_mesh(config.mesh))
+  with Checkpoints(workdir, config.checkpoint) as checkpoints:
+    checkpoints.save(1, state.parameters, state.opt_state, {"config": config.to_dict()})
+  save_config(workdir, config)
+  return workdir
+
+
 @pytest.fixture(scope="module")
 def run_on_images(tmp_path_factory):
   """(config, work directory) of a run on the eleven shipped photographs that has taken no step yet.
@@ -39,10 +48,7 @@ def run_on_images(tmp_path_factory):
   data = dataclasses.replace(IMAGE, train=str(folder), validation="", test=str(folder))
   config = dataclasses.replace(config, model=model, data=data, eval=EvalConfig(batch_size=4))
   with compiling_once(tmp_path_factory.getbasetemp() / "compiled-images"):
-    state = initial_state(config, make_mesh(config.mesh))
-    with Checkpoints(workdir, config.checkpoint) as checkpoints:
-      checkpoints.save(1, state.parameters, state.opt_state, {"config": config.to_dict()})
-    save_config(workdir, config)
+    save_run(workdir, config)
     yield config, workdir
 
 
@@ -108,22 +114,18 @@ def test_pictures_and_recordings_that_are_read_as_bytes_are_told(train, form, to
 
 
 def test_empty_files_of_a_folder_are_left_out_and_told(run_on_images, tmp_path, monkeypatch):
-  """A model of bytes: the same run, told that its data are bytes."""
-  _, workdir = run_on_images
-  saved = json.loads((workdir / "config.json").read_text())
+  """A model of bytes: the same run, saved as one whose data are bytes."""
+  config, _ = run_on_images
+  workdir = save_run(tmp_path / "run", dataclasses.replace(config, data=dataclasses.replace(config.data, form="bytes")))
   source = tmp_path / "source"
   source.mkdir()
   (source / "a.py").write_bytes(b"x = 1\n" * 20)
   (source / "__init__.py").write_bytes(b"")
-  (workdir / "config.json").write_text(json.dumps({**saved, "data": {**saved["data"], "form": "bytes"}}))
-  try:
-    arguments = ["--workdir", workdir, "--no-compressors", "--data"]
-    lines, result = evaluate_command(monkeypatch, *arguments, source)
-    assert (result["bytes"], result["skipped"]) == (120, 1) and "1 document, 1 skipped" in "\n".join(lines)
-    with pytest.raises(DataError, match=r"__init__\.py is empty; .*eval\.py and prepare: --skip-bad"):
-      evaluate_command(monkeypatch, *arguments, source / "__init__.py")
-  finally:
-    (workdir / "config.json").write_text(json.dumps(saved))
+  arguments = ["--workdir", workdir, "--no-compressors", "--data"]
+  lines, result = evaluate_command(monkeypatch, *arguments, source)
+  assert (result["bytes"], result["skipped"]) == (120, 1) and "1 document, 1 skipped" in "\n".join(lines)
+  with pytest.raises(DataError, match=r"__init__\.py is empty; .*eval\.py and prepare: --skip-bad"):
+    evaluate_command(monkeypatch, *arguments, source / "__init__.py")
 
 
 def test_tiles_are_said_and_counted_by_the_image_that_they_are_of(run_on_images, monkeypatch):

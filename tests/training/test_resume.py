@@ -4,9 +4,12 @@ import dataclasses
 import os
 import re
 import signal
+from concurrent import futures
 
+import numpy as np
 import pytest
 import tiny_config
+from PIL import Image
 from run_commands import (
   assert_bitwise_equal,
   compiling_once,
@@ -19,7 +22,9 @@ from run_commands import (
 
 import train
 from megabyte_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, OptimizerConfig
-from megabyte_jax.errors import CheckpointError, ConfigError
+from megabyte_jax.data.batches import open_windows
+from megabyte_jax.data.open_data import open_source
+from megabyte_jax.errors import CheckpointError, ConfigError, DataError
 from megabyte_jax.training import stop_signal
 
 STEPS = 120  # more than the pipe of a halted reader holds, in progress lines
@@ -251,6 +256,45 @@ def test_the_same_command_resumes_fine_tuning(config, compiled, tmp_path, capsys
   assert "steps   2 of 3 done" in capsys.readouterr().out
   with pytest.raises(ConfigError, match="holds a run already, which did not start from x; take another --workdir"):
     train.train(config, str(tuned), init_from="x")
+
+
+def test_training_in_a_thread_hears_no_signals(config, compiled, tmp_path):
+  """Python allows handlers in the main thread alone, whose signals are then the program's own."""
+  model = dataclasses.replace(config.model, levels=config.model.levels[:1])  # quicker to compile
+  config = dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, validation=""), num_steps=2)
+  handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+  with futures.ThreadPoolExecutor(1) as pool:
+    running = pool.submit(train.train, config, str(tmp_path / "run"))
+    running.result()
+  assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+  assert saved_state(tmp_path / "run")[0] == 2
+
+
+def test_a_run_that_meets_a_bad_image_goes_on_as_it_is_advised(config, compiled, tmp_path, capsys):
+  rng = np.random.default_rng(0)
+  (tmp_path / "images").mkdir()
+  for i in range(40):
+    Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / f"images/{i:02}.png")
+  model = dataclasses.replace(config.model, context=8 * 8 * 3, levels=config.model.levels[:1])
+  data = DataConfig(train=str(tmp_path / "images"), validation="", form="image", image_size=8)
+  checkpoint = CheckpointConfig(every_steps=1)
+  config = dataclasses.replace(config, model=model, data=data, checkpoint=checkpoint, batch_size=8, num_steps=5)
+  windows = open_windows(open_source(data, "train"), context=8 * 8 * 3, seed=config.seed)
+  bad = tmp_path / f"images/{windows.place_of(3 * 8).document:02}.png"  # the first of step 4
+  bad.write_bytes(bad.read_bytes()[:100] + bytes(len(bad.read_bytes()) - 100))
+  with pytest.raises(DataError, match=r"\.png.*skip such images with --config\.data\.skip_bad=True"):
+    train.train(config, str(tmp_path / "run"))
+  step = saved_state(tmp_path / "run")[0]
+  assert 1 <= step <= 3
+  config = dataclasses.replace(config, data=dataclasses.replace(data, skip_bad=True))
+  train.train(config, str(tmp_path / "run"))
+  output = capsys.readouterr().out
+  assert f"skip    1 items that cannot be read, from step {step} on" in output and f"steps   {step} of 5 done" in output
+  assert saved_state(tmp_path / "run")[0] == 5
+  train.train(config, str(tmp_path / "run"))  # once it skips, it is the same run
+  bad.unlink()
+  with pytest.raises(CheckpointError, match="data fingerprint"):
+    train.train(config, str(tmp_path / "run"))
 
 
 def test_what_does_not_continue_a_run_is_refused(folder, config, compiled, tmp_path):

@@ -20,7 +20,7 @@ from megabyte_jax.errors import DataError, require
 if TYPE_CHECKING:
   from PIL import Image
 
-_REMEDY = f"remove it, or skip such images with {SKIP_HINT}"
+_REMEDY = f"remove it, or skip such images with {SKIP_HINT}; a run that has begun can only skip them"
 _SCALED = 16  # images kept whole while their tiles are cut
 
 
