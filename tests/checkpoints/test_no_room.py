@@ -9,6 +9,7 @@ from run_commands import ROOT, environment
 
 SAVES = """
 import resource, sys
+import jax
 import jax.numpy as jnp
 from megabyte_jax.checkpoints.checkpoints import Checkpoints
 from megabyte_jax.commands import command_line
@@ -18,7 +19,7 @@ def main():
     for step in range(1, 4):
       if step == 2:  # a disk takes no large file, as if it were full
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-      params = {str(i): jnp.full((100, 100), step + i / 16.0) + jnp.arange(100.0) / 7 for i in range(9)}
+      params = {str(i): jax.random.normal(jax.random.key(i), (100, 100)) for i in range(9)}
       checkpoints.save(step, params, {"count": jnp.int32(step)}, {})
 
 command_line.run(main)
