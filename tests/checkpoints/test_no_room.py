@@ -18,6 +18,7 @@ def main():
   with Checkpoints(sys.argv[1]) as checkpoints:
     for step in range(1, 4):
       if step == 2:  # a disk takes no large file, as if it were full
+        checkpoints.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
       params = {str(i): jax.random.normal(jax.random.key(i), (100, 100)) for i in range(9)}
       checkpoints.save(step, params, {"count": jnp.int32(step)}, {})
