@@ -66,8 +66,14 @@ def resume_or_start(
       "drop the flag"
     )
   free = ("num_steps",) if _may_change_length(meta["config"], config, step) else ()
-  now = (identity[name] for name in ("config", "fingerprint", "validation_fingerprint", "skipped"))
-  check_same_run(meta, *now, free)
+  check_same_run(
+    meta,
+    identity["config"],
+    identity["fingerprint"],
+    identity["validation_fingerprint"],
+    skipped=identity["skipped"],
+    free=free,
+  )
   if begins_to_skip(meta, identity["config"]) and jax.process_index() == 0:
     print(f"skip    {source.skipped:,} items that cannot be read, from step {step:,} on: windows come in another order")
   identity["init_from"] = meta["init_from"]
