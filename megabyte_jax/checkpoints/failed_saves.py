@@ -37,6 +37,7 @@ def cannot_write(error: OSError, path: object, unsaved: int | None, good: int | 
     unsaved: the step whose checkpoint was being written, if one was.
     good: the newest step whose checkpoint is on disk, if there is one.
   """
+  logging.getLogger("asyncio").addFilter(_is_no_orphan)  # its tasks may end after this
   remedy = "make room there, or move the run to another place" if error.errno in NO_ROOM else "see to it"
   lost = "" if unsaved is None else f"the checkpoint of step {unsaved} was not saved, "
   if good is None:
@@ -68,3 +69,9 @@ def quiet() -> Iterator[None]:
 def _is_news(record: logging.LogRecord) -> bool:
   """Returns False for an error that Orbax logs and raises, too."""
   return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
+
+
+def _is_no_orphan(record: logging.LogRecord) -> bool:
+  """Returns False for the error of a task of Orbax's for which nobody waits any more: it was raised before."""
+  message = record.getMessage()
+  return not ("never retrieved" in message and "orbax" in message)

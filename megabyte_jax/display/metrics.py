@@ -226,7 +226,7 @@ def _keep_until(path: epath.Path, last_step: int) -> list[str]:
   path.parent.mkdir(parents=True, exist_ok=True)
   if not path.exists():
     return []
-  text = path.read_text(errors="replace")
+  text = path.read_bytes().decode(errors="replace")
   lines = [line for line in text.splitlines(keepends=True) if _stays(line, last_step)]
   if "".join(lines) != text:
     with replacing(path) as temporary:

@@ -100,15 +100,6 @@ def test_two_at_once_do_not_meet(tmp_path):
   assert contents(tmp_path / "p") == dict(DOCUMENTS)
 
 
-def test_a_request_of_an_older_version_is_the_same_one(tmp_path):
-  write(tmp_path / "p", {**REQUEST, "fingerprint": "abc"})
-  assert PackWriter(str(tmp_path / "p"), REQUEST).complete
-  for other in ("abd|def", "abc|ddd"):
-    write(tmp_path / other, {**REQUEST, "fingerprint": "abc|def"})
-    with pytest.raises(DataError, match="was packed from"):
-      PackWriter(str(tmp_path / other), {**REQUEST, "fingerprint": other})
-
-
 def test_folders_that_are_not_complete_are_no_documents(tmp_path):
   with pytest.raises(Killed):
     write(tmp_path / "p", stop=4)
