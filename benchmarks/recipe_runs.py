@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import datetime
 import importlib.metadata
-import importlib.util
 import json
 import pathlib
 import re
@@ -32,7 +31,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from megabyte_jax.config import Config, MegabyteConfig
+from megabyte_jax.checkpoints.exported import export_model
+from megabyte_jax.config import Config, MegabyteConfig, overrides
 from megabyte_jax.data.batches import batches
 from megabyte_jax.data.open_data import open_source
 from megabyte_jax.evaluation.evaluate import evaluate
@@ -49,10 +49,7 @@ _LOG_EVERY = 50
 
 def named_config(name: str) -> dict[str, Any]:
   """The config that configs/recipe.py has under a name, as plain dicts."""
-  spec = importlib.util.spec_from_file_location("recipe_config", _CONFIGS)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return Config.from_dict(module.get_config(name)).to_dict()
+  return Config.from_dict(overrides.load("NAME", f"{_CONFIGS}:{name}", [])).to_dict()
 
 
 def changed(values: Any, key: str, value: Any) -> None:
@@ -124,7 +121,9 @@ def run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
   state = initial_state(config, mesh)
   step_function = make_train_step(without_cross_patch(config) if first else config)
   diagnose = make_diagnosis(config) if arguments.diagnose else None
-  curve, diagnoses, waiting = [], [], []
+  curve: list[tuple[int, float, float]] = []
+  diagnoses: list[dict[str, Any]] = []
+  waiting: list[dict[str, jax.Array]] = []
   per_step = config.batch_size * predicted_bytes(config.model)
   latents = config.model.num_latents
   start = measured_from = time.perf_counter()
@@ -183,28 +182,11 @@ def run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     "config": config.to_dict(),
   }
   if arguments.save:
-    save_parameters(state.parameters, pathlib.Path(arguments.save))
+    export_model(arguments.save, config, state.parameters, config.num_steps)
   result = evaluate(
     config, state.parameters, open_source(config.data, "validation"), mesh=mesh, max_bytes=arguments.validation_bytes
   )
   return {"validation_bpb": round(result.bpb, 5), "validation_bytes": result.bytes, **row}
-
-
-def save_parameters(parameters: Any, folder: pathlib.Path) -> None:
-  """Float32 arrays under their names, in files of at most 15 MB: FOLDER/0.npz, FOLDER/1.npz, ..."""
-  leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(parameters))
-  files, size = [{}], 0
-  for path, leaf in leaves:
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
-    for i, part in enumerate(np.array_split(leaf, -(-leaf.nbytes // 15_000_000))):
-      if size + part.nbytes > 15_000_000 and files[-1]:
-        files.append({})
-        size = 0
-      files[-1][f"{name}/{i}"] = part
-      size += part.nbytes
-  folder.mkdir(parents=True, exist_ok=True)
-  for i, arrays in enumerate(files):
-    np.savez(folder / f"{i}.npz", **arrays)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ recipe does not scale drawn with a deviation of 0.04. docs/results.md has what c
 """
 
 import re
+from typing import Any
 
 from megabyte_jax.config import Config, EvalConfig, Level, MegabyteConfig, OptimizerConfig, PerceiverARConfig
 from megabyte_jax.errors import require
@@ -40,7 +41,7 @@ def get_config(name="megabyte:4:768x6:384x6+modern"):
 
 
 def model_of(row):
-  options = dict(dropout=0.0, init_std=0.04, remat="none")
+  options: dict[str, Any] = dict(dropout=0.0, init_std=0.04, remat="none")
   family, *parts = row.split(":")
   patch = int(parts.pop(0)) if family == "megabyte" and parts and parts[0].isdigit() else 0
   shapes = [tuple(map(int, part.split("x"))) for part in parts if re.fullmatch(r"\d+x\d+", part)]
