@@ -41,7 +41,7 @@ from megabyte_jax.errors import ConfigError, DataError
 from megabyte_jax.evaluation import image_report, perplexity, report
 from megabyte_jax.evaluation.by_source import by_source
 from megabyte_jax.evaluation.evaluate import Evaluation
-from megabyte_jax.evaluation.per_byte import PerByte
+from megabyte_jax.evaluation.nats_of_each_byte import PerByte
 from megabyte_jax.evaluation.positions import write_positions
 from megabyte_jax.files import outputs
 from megabyte_jax.files.atomic_file import replacing

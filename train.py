@@ -33,7 +33,7 @@ from megabyte_jax.display.trackers import Tracker
 from megabyte_jax.errors import CheckpointError, require
 from megabyte_jax.evaluation import report, windows
 from megabyte_jax.evaluation.evaluate import evaluate, make_eval_step
-from megabyte_jax.evaluation.per_byte import FirstBytes
+from megabyte_jax.evaluation.nats_of_each_byte import FirstBytes
 from megabyte_jax.files import outputs
 from megabyte_jax.files.folder_lock import locked
 from megabyte_jax.generation.samples import print_sample, write_samples

@@ -19,11 +19,11 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from megabyte_jax.checkpoints.agreement import check_shared, from_first_process
 from megabyte_jax.checkpoints.arrays import check_same_arrays, flat_arrays, handlers, placed
 from megabyte_jax.checkpoints.best_steps import BestSteps
 from megabyte_jax.checkpoints.checksums import find_damage, write_digests
 from megabyte_jax.checkpoints.failed_saves import cannot_write, file_system_error, quiet
+from megabyte_jax.checkpoints.processes_agree import check_shared, from_first_process
 from megabyte_jax.config import CheckpointConfig
 from megabyte_jax.errors import CheckpointError, UserError
 from megabyte_jax.files.outputs import NO_ROOM

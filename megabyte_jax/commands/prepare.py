@@ -70,9 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
       packed.verify(given["folder"])
       print(f"{given['folder']} is whole")
     else:
-      from megabyte_jax.data.packing import tfds_files
+      from megabyte_jax.data.packing import prepare_tfds
 
-      getattr(tfds_files, command)(given.pop("name").removeprefix("tfds:"), **given)
+      getattr(prepare_tfds, command)(given.pop("name").removeprefix("tfds:"), **given)
   except KeyboardInterrupt:
     print("the same command goes on from here", file=sys.stderr)
     raise

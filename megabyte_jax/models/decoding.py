@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from megabyte_jax.config import MegabyteConfig
 from megabyte_jax.models.family import Model, Pick
+from megabyte_jax.models.global_and_local import LevelModel
 from megabyte_jax.models.layers.stack import Cache
-from megabyte_jax.models.level import LevelModel
 from megabyte_jax.models.parameters import compute_dtype
 from megabyte_jax.models.patch_embedder import check_length
 

@@ -1,4 +1,5 @@
-"""MEGABYTE, read beside section 2 of the paper; a level is in level.py, decoding with caches in decoding.py.
+"""MEGABYTE, read beside section 2 of the paper; a level, eqs. (3)-(5), is in
+global_and_local.py, decoding with caches in decoding.py.
 
 The model is a list of levels, from coarse to fine; the paper's global and local models are levels 1 and 2.
 Level i cuts its input into spans of S_{i-1} bytes (S_0 is the context) and each span into M_i = S_{i-1} / S_i
@@ -22,7 +23,7 @@ from flax import nnx
 
 from megabyte_jax.config import MegabyteConfig
 from megabyte_jax.models.decoding import Decoding
-from megabyte_jax.models.level import LevelModel, as_spans, finer_levels, fold_level
+from megabyte_jax.models.global_and_local import LevelModel, as_spans, finer_levels, fold_level
 from megabyte_jax.models.parameters import of_level
 from megabyte_jax.models.patch_embedder import check_input
 from megabyte_jax.models.patch_groups import PatchGroups

@@ -17,7 +17,7 @@ from flax import nnx
 
 from megabyte_jax.config import MegabyteConfig
 from megabyte_jax.models.family import Model, counted, cross_entropy
-from megabyte_jax.models.level import LevelModel, finer_levels
+from megabyte_jax.models.global_and_local import LevelModel, finer_levels
 
 
 class PatchGroups(Model):

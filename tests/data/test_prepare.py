@@ -19,7 +19,7 @@ from megabyte_jax.commands import prepare
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data.batches import batches
 from megabyte_jax.data.open_data import SAMPLE_FOLDER, open_path, open_source
-from megabyte_jax.data.packing import pack_writer, tfds_files
+from megabyte_jax.data.packing import pack_writer, prepare_tfds
 from megabyte_jax.errors import ConfigError, DataError
 
 PLAIN = DataConfig()
@@ -270,7 +270,7 @@ def test_damaged_tfrecords_are_named(tmp_path, damage):
   folder = as_tfrecords(tfds_copies.downsampled_imagenet(tmp_path))
   [path] = folder.glob("*validation*")
   data = bytearray(path.read_bytes())
-  if damage == "content" and not tfds_files.fast_crc32c():
+  if damage == "content" and not prepare_tfds.fast_crc32c():
     pytest.skip("google-crc32c is not installed")
   if damage == "cut":
     data = data[:-5]

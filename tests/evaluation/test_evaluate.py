@@ -12,7 +12,7 @@ from megabyte_jax.config import Config, Level, MegabyteConfig, MeshConfig, Perce
 from megabyte_jax.errors import ConfigError
 from megabyte_jax.evaluation import windows
 from megabyte_jax.evaluation.evaluate import evaluate, make_eval_step
-from megabyte_jax.evaluation.per_byte import FirstBytes
+from megabyte_jax.evaluation.nats_of_each_byte import FirstBytes
 from megabyte_jax.parallel.sharding import make_mesh
 
 ONE = make_mesh(MeshConfig(data=1), jax.devices()[:1])

@@ -1,4 +1,4 @@
-"""A level of MEGABYTE; the paper's global and local models are two of them, see megabyte.py.
+"""The global and the local model: each is a level of MEGABYTE, eqs. (3) to (5); megabyte.py joins them.
 
 Shapes: B batch, T bytes, N spans, M slots of a span, D width; E the width of the parent level's output for a span, s
 that of a slice of it, the part for one slot.
