@@ -233,7 +233,7 @@ CASES = {
   "eval: no picture": (
     ["eval.py", "--workdir=FOLDER/images", "--data=FOLDER/no.png"],
     1,
-    r"no\.png is not a JPEG, PNG or WebP image \(cannot identify image file\)",
+    r"no\.png is not a whole JPEG, PNG, WebP, GIF, TIFF, BMP or AVIF image \(cannot identify image file\)",
   ),
   "eval: no run": (["eval.py", "--workdir=FOLDER/folder"], 1, r"FOLDER/folder holds no run: .* give the --workdir"),
   "eval: no checkpoint": (["eval.py", "--workdir=FOLDER/run", "--split=train"], 1, r"no checkpoint in .*FOLDER/run"),

@@ -253,7 +253,7 @@ def test_wrong_arguments_are_told_before_anything_is_generated(text_run, image_r
 
   monkeypatch.setattr(trained_model, "load", never)
   (tmp_path / "bad.png").write_bytes(b"\x89PNG")
-  sound = tmp_path / "x.mp3"
+  sound = tmp_path / "x.wma"
   sound.write_bytes(b"ID3")
   for error, message, *arguments in (
     (ConfigError, "not both", text_run, "--prompt=a", f"--prompt-file={tmp_path}/bad.png"),
@@ -265,7 +265,7 @@ def test_wrong_arguments_are_told_before_anything_is_generated(text_run, image_r
     (ConfigError, "are written as WAV", audio_run, "--output=x.flac"),
     (ConfigError, "--keep is for --prompt-file", text_run, "--keep=0.5"),
     (ConfigError, "share to keep is 2", image_run, f"--prompt-file={tmp_path}/bad.png", "--keep=2"),
-    (ConfigError, r"x\.mp3 is no audio file that can be decoded \(\.wav, ", audio_run, f"--prompt-file={sound}"),
+    (ConfigError, r"x\.wma is no audio file that can be decoded \(\.wav, ", audio_run, f"--prompt-file={sound}"),
     (ConfigError, "names one file for 2 samples", text_run, "--num-samples=2", "--output=x"),
     (ConfigError, "names one file for 2 samples", audio_run, "--num-samples=2", "--output=x.wav"),
     (ConfigError, "no text to print", image_run),
@@ -273,7 +273,7 @@ def test_wrong_arguments_are_told_before_anything_is_generated(text_run, image_r
     (ConfigError, "--stop is for models of text", image_run, "--output=x.png", "--stop=a"),
     (
       DataError,
-      r"bad.png is not a whole JPEG, PNG or WebP image \([^;]*\)$",  # nothing to skip
+      r"bad.png is not a whole JPEG, PNG, WebP, GIF, TIFF, BMP or AVIF image \([^;]*\)$",  # nothing to skip
       image_run,
       "--output=x.png",
       f"--prompt-file={tmp_path}/bad.png",
