@@ -6,9 +6,9 @@ import model_variants as variants
 import numpy as np
 import pytest
 from flax import nnx
-from receptive_field import receptive_field
 
 from megabyte_jax.models.build import abstract_model
+from megabyte_jax.models.receptive_field import receptive_field
 
 
 def rows_of(declared):

@@ -1,4 +1,4 @@
-"""Which bytes each prediction may depend on, worked out from the configuration alone.
+"""Works out from the configuration alone which bytes each prediction may depend on; the notebook draws it.
 
 Only sets are tracked: which bytes enter which slot, and which slots see which. No model is run, so that
 what a model really reads can be held against it.
@@ -12,7 +12,7 @@ from megabyte_jax.config import Level, ModelConfig, PerceiverARConfig
 
 
 def receptive_field(config: ModelConfig) -> np.ndarray:
-  """Entry (t, s) is True if the logits of byte t depend on byte s, for an input as long as the context.
+  """Returns True at (t, s) where the logits of byte t depend on byte s, for an input as long as the context.
 
   Two levels (P, 1), or (1,) alone: all earlier bytes. Levels (P,): the bytes of earlier patches. A level
   (1,) with a span: the earlier bytes of the own span; with cross-patch attention each layer reaches one
