@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megabyte_jax.config import Level, ModelConfig, PerceiverARConfig
+from megabyte_jax.config import Level, ModelConfig
 
 
 def receptive_field(config: ModelConfig) -> np.ndarray:
@@ -23,10 +23,10 @@ def receptive_field(config: ModelConfig) -> np.ndarray:
     with T^3: this is for small models.
   """
   T = config.context
-  if isinstance(config, PerceiverARConfig):
-    N = config.latents
-    latents = _compose(np.tri(T, dtype=bool)[T - N :], _input_slots(config.level, T, T))
-    return _through_layers(latents, np.tri(N, dtype=bool), config.num_layers)
+  if N := config.num_latents:
+    [level] = config.levels
+    latents = _compose(np.tri(T, dtype=bool)[T - N :], _input_slots(level, T, T))
+    return _through_layers(latents, np.tri(N, dtype=bool), level.num_layers)
   outputs = np.zeros((1, T), bool)  # of the parent; the first level has none
   for level, span in zip(config.levels, config.spans, strict=True):
     slots = _input_slots(level, span, T)
