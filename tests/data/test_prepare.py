@@ -211,7 +211,7 @@ def test_packed_data_changed_afterwards_are_refused(tmp_path):
   with pytest.raises(DataError, match=r"data\.bin cannot be read"):
     open_path(str(tmp_path / "p"), PLAIN)
   (tmp_path / "p" / "manifest.json").write_text("{")
-  with pytest.raises(DataError, match=r"manifest\.json cannot be read"):
+  with pytest.raises(DataError, match=r"manifest\.json is not JSON"):
     open_path(str(tmp_path / "p"), PLAIN)
 
 

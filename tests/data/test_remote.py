@@ -65,7 +65,7 @@ def test_files_in_a_bucket_are_the_files(upload):
   local = open_path("sample:text/train", PLAIN)
   upload(f"{SAMPLE_FOLDER}/text/train", "bucket/text")
   remote = open_path("gs://bucket/text", PLAIN)
-  assert contents(remote) == contents(local) and object_stores.fingerprint == local.fingerprint
+  assert contents(remote) == contents(local) and remote.fingerprint == local.fingerprint
   assert open_path("gs://bucket/text/*.txt", PLAIN).names == local.names
   assert open_path("gs://bucket/text/moby_dick.txt", PLAIN).names == ["moby_dick.txt"]
   options = dict(batch_size=4, context=128, seed=0, num_steps=3)
@@ -80,7 +80,7 @@ def test_images_and_packed_data_in_a_bucket(upload, tmp_path):
   local = open_path("sample:images/validation", data)
   upload(f"{SAMPLE_FOLDER}/images/validation", "bucket/images")
   remote = open_path("gs://bucket/images", data)
-  assert contents(remote) == contents(local) and object_stores.fingerprint == local.fingerprint
+  assert contents(remote) == contents(local) and remote.fingerprint == local.fingerprint
   prepare.main(["pack", f"{SAMPLE_FOLDER}/text/validation", str(tmp_path / "packed")])
   upload(tmp_path / "packed", "bucket/packed")
   packed = open_path("gs://bucket/packed", PLAIN)
