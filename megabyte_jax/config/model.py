@@ -119,6 +119,16 @@ class ModelConfig(BlockOptions, abc.ABC):
     """Bytes of a patch: decoding makes so many at once, and strided evaluation shifts windows by half of them."""
     return 1
 
+  @property
+  def recurrent(self) -> bool:
+    """True if the model has a memory across windows, which then are consecutive segments of `context` tokens."""
+    return False
+
+  @property
+  def for_evaluation(self) -> Self:
+    """The same parameters as evaluation and generation use them, such as with a longer memory."""
+    return self
+
   # --- What a window costs. ---
 
   @property

@@ -64,6 +64,44 @@ class Model(nnx.Module):
     nats_BT, scored_BT = self.byte_nats(x_BT, length_B=length_B, start_B=start_B, dropout_key=dropout_key)
     return jnp.sum(nats_BT), jnp.sum(scored_BT)
 
+  # --- Families with a memory across segments (`config.recurrent`), whose context T is one segment of a document. For
+  # them `__call__` and `byte_nats` are a single segment after an empty memory; models/recurrent.py has the rest. ---
+
+  def empty_memory(self, batch: int) -> Any:
+    """Returns the memory before a document's first segment, as a pytree of arrays.
+
+    Each has the batch as its first axis, over which it is spread like the rows of a batch. Among them are
+    `previous_B`, int32, the token before the segment (-1: none, the document begins), and how many slots are filled.
+    """
+    raise NotImplementedError
+
+  def segment(
+    self,
+    memory: Any,
+    x_BT: jax.Array,
+    *,
+    fresh_B: jax.Array | None = None,
+    length_B: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+  ) -> tuple[jax.Array, Any, jax.Array]:
+    """Reads the next segment of each row.
+
+    No gradient flows into the memory that came in, unless a family's paper says so.
+
+    Args:
+      memory: what `empty_memory` or the segment before returned.
+      x_BT: tokens, 1 <= T <= context.
+      fresh_B: bool, True where a document begins: there the memory is emptied first. Default: nowhere.
+      length_B: tokens of each row that count. A short row is its document's last, so that what its memory holds
+        afterwards does not matter: the next one is fresh. Default: all.
+      dropout_key: turns dropout on.
+
+    Returns:
+      Float32 logits [B, T, V], those at t depending on x_<t and on the memory alone; the memory after the segment;
+      and a loss of the family's own, summed over the rows, float32: 0 where it has none.
+    """
+    raise NotImplementedError
+
   # --- Generation, `config.patch_bytes` at once. ---
 
   def read_prompt(self, x_BT: jax.Array, length: jax.Array, latent_start: jax.Array | int = 0) -> Any:
