@@ -36,7 +36,7 @@ from megabyte_jax.evaluation.evaluate import evaluate, make_eval_step
 from megabyte_jax.evaluation.nats_of_each_byte import FirstBytes
 from megabyte_jax.files import outputs
 from megabyte_jax.files.folder_lock import locked
-from megabyte_jax.generation.samples import print_sample, write_samples
+from megabyte_jax.generation.final_samples import print_sample, write_samples
 from megabyte_jax.models.flops import flops_per_byte, predicted_bytes
 from megabyte_jax.parallel import distributed
 from megabyte_jax.parallel.sharding import batch_sharding, check_mesh, make_mesh

@@ -9,7 +9,7 @@ change.
 """
 
 from megabyte_jax.paper import recipe
-from megabyte_jax.paper.configs import config_of
+from megabyte_jax.paper.rows_by_name import config_of
 
 
 def get_config(name="table2:books_megabyte"):

@@ -32,7 +32,7 @@ from megabyte_jax.config import EvalConfig, Level, MeshConfig
 from megabyte_jax.errors import require
 from megabyte_jax.models import flops
 from megabyte_jax.paper import recipe
-from megabyte_jax.paper.configs import config_of
+from megabyte_jax.paper.rows_by_name import config_of
 
 BYTES_PER_STEP = 2**15
 BYTES_AT_ONCE = 2**16

@@ -65,9 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
       check_output_folder("FOLDER", folder)
       pack(spec, folder, dataclass_from_mapping(DataConfig, given, "option"))
     elif command == "verify":
-      from megabyte_jax.data.packing import packed
+      from megabyte_jax.data.packing import packed_folder
 
-      packed.verify(given["folder"])
+      packed_folder.verify(given["folder"])
       print(f"{given['folder']} is whole")
     else:
       from megabyte_jax.data.packing import prepare_tfds

@@ -51,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
   args = parse_arguments(arguments)
   from megabyte_jax.models import flops
   from megabyte_jax.paper import measured
-  from megabyte_jax.paper.configs import ROOT, all_rows
   from megabyte_jax.paper.printed_numbers import REPEATED, TABLES
+  from megabyte_jax.paper.rows_by_name import ROOT, all_rows
   from megabyte_jax.paper.tables import RESULTS, _order, render
 
   names = args.names or sorted([*TABLES, *REPEATED], key=_order)

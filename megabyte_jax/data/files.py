@@ -13,7 +13,7 @@ from typing import IO
 import numpy as np
 from etils import epath
 
-from megabyte_jax.data.open_handles import BUDGET, Handles
+from megabyte_jax.data.file_handles import BUDGET, Handles
 from megabyte_jax.data.sources import SKIP_HINT, check_range
 from megabyte_jax.errors import DataError
 from megabyte_jax.files.object_stores import in_parallel, is_remote

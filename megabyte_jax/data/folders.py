@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from megabyte_jax.data.open_handles import BUDGET
+from megabyte_jax.data.file_handles import BUDGET
 from megabyte_jax.errors import DataError
 from megabyte_jax.files import object_stores
 

@@ -20,11 +20,11 @@ from megabyte_jax.config import DataConfig
 from megabyte_jax.data import files, tfds_source
 from megabyte_jax.data.folders import find_files
 from megabyte_jax.data.media import audio, image_decoding, image_source
-from megabyte_jax.data.packing import packed
+from megabyte_jax.data.packing import packed_folder
 from megabyte_jax.data.pipes import is_special, open_pipe
 from megabyte_jax.data.records import hugging_face
+from megabyte_jax.data.records.file_types import open_documents, open_encoded
 from megabyte_jax.data.records.hugging_face import HuggingFace
-from megabyte_jax.data.records.open_files import open_documents, open_encoded
 from megabyte_jax.data.records.store import RecordStore, RecordTexts
 from megabyte_jax.data.source_names import split_field, split_list
 from megabyte_jax.data.sources import Joined, Mixture, Source
@@ -104,8 +104,8 @@ def _open_files(spec: str, data: DataConfig, skip_empty: bool = False) -> Source
   Raises:
     DataError: there are none, or one is empty or cannot be read.
   """
-  if packed.is_packed(spec):
-    return packed.Packed(spec, data)
+  if packed_folder.is_packed(spec):
+    return packed_folder.Packed(spec, data)
   path, field = split_field(spec)
   if not data.raw and hugging_face.is_saved(path):
     return _open_store(HuggingFace(f"hf:{path}" + (f"#{field}" if field else ""), data), data)

@@ -21,10 +21,10 @@ import numpy as np
 from etils import epath
 
 from megabyte_jax.config import DataConfig
+from megabyte_jax.data.file_handles import Handles, require_descriptor
 from megabyte_jax.data.files import fingerprint_files, sizes_of
 from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.media.image_source import Images
-from megabyte_jax.data.open_handles import Handles, require_descriptor
 from megabyte_jax.data.shared_cache import SharedCache
 from megabyte_jax.data.sources import SKIP_HINT, Source, check_range
 from megabyte_jax.errors import ConfigError, DataError, require

@@ -17,7 +17,7 @@ from megabyte_jax.config import BlockOptions, Level
 from megabyte_jax.config.model import check_bytes
 from megabyte_jax.errors import require
 from megabyte_jax.models.layers.attention import shift
-from megabyte_jax.models.layers.lookup import lookup
+from megabyte_jax.models.layers.embedding_lookup import lookup
 from megabyte_jax.models.parameters import compute_dtype, make_parameter
 
 

@@ -10,8 +10,8 @@ from megabyte_jax.config import Config, ModelConfig
 from megabyte_jax.errors import require
 from megabyte_jax.models import flops
 from megabyte_jax.paper import measured
-from megabyte_jax.paper.configs import CONFIGS, ROOT, config_of, rows_of_file
 from megabyte_jax.paper.printed_numbers import REPEATED, TABLES, Row
+from megabyte_jax.paper.rows_by_name import CONFIGS, ROOT, config_of, rows_of_file
 
 RESULTS = ROOT / "docs" / "results"
 FIGURE_3 = "figure3"

@@ -15,7 +15,7 @@ from test_prepare import NO_ROOM, as_tfrecords
 from megabyte_jax.commands import prepare
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data.open_data import open_path
-from megabyte_jax.data.packing import pack_writer, packed
+from megabyte_jax.data.packing import pack_writer, packed_folder
 from megabyte_jax.data.packing.pack_writer import PackWriter
 from megabyte_jax.errors import ConfigError, DataError
 
@@ -69,7 +69,7 @@ def test_killed_at_any_step_it_is_finished_by_the_same_command(tmp_path, monkeyp
         assert not folder.exists() or contents(folder) == dict(DOCUMENTS)
     write(folder)
     assert contents(folder) == dict(DOCUMENTS)
-    packed.verify(folder)
+    packed_folder.verify(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["data.bin", "ends.npy", "manifest.json", "names.txt"]
   raise AssertionError(f"os.{function} was called 60 times")
 

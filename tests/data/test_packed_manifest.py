@@ -6,7 +6,7 @@ import pytest
 from etils import epath
 
 from megabyte_jax.commands import prepare
-from megabyte_jax.data.packing.packed import MANIFEST, read_manifest
+from megabyte_jax.data.packing.packed_folder import MANIFEST, read_manifest
 from megabyte_jax.errors import DataError
 
 

@@ -10,7 +10,7 @@ from model_variants import draw_parameters
 from megabyte_jax.config import Level, MegabyteConfig, MeshConfig
 from megabyte_jax.errors import ConfigError
 from megabyte_jax.models.build import abstract_model
-from megabyte_jax.models.layers import lookup
+from megabyte_jax.models.layers import embedding_lookup
 from megabyte_jax.models.loss import byte_nats, sum_of_nats
 from megabyte_jax.parallel.sharding import batch_sharding, make_mesh
 
@@ -107,7 +107,7 @@ def test_gradient_of_many_bytes_embeddings(monkeypatch):
     return jax.jit(jax.grad(lambda p: sum_of_nats(nnx.merge(graph, p), x_BT)[0]))(parameters)
 
   expected = gradient()
-  monkeypatch.setattr(lookup, "_LOOKUP_BYTES", 10)
+  monkeypatch.setattr(embedding_lookup, "_LOOKUP_BYTES", 10)
   for leaf, other in zip(jax.tree.leaves(expected), jax.tree.leaves(gradient()), strict=True):
     np.testing.assert_allclose(other, leaf, atol=2e-5 * np.abs(leaf).max())
 

@@ -4,7 +4,7 @@ import pytest
 
 from megabyte_jax.errors import ConfigError
 from megabyte_jax.paper import recipe
-from megabyte_jax.paper.configs import config_of
+from megabyte_jax.paper.rows_by_name import config_of
 
 
 def test_names():

@@ -7,7 +7,7 @@ import pytest
 from megabyte_jax.config import Config, MegabyteConfig
 from megabyte_jax.errors import ConfigError
 from megabyte_jax.models.flops import predicted_bytes
-from megabyte_jax.paper.configs import ROOT
+from megabyte_jax.paper.rows_by_name import ROOT
 
 get_config = runpy.run_path(str(ROOT / "configs/recipe.py"))["get_config"]
 

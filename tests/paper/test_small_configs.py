@@ -7,7 +7,7 @@ import pytest
 from megabyte_jax.config import Config, MegabyteConfig
 from megabyte_jax.errors import ConfigError
 from megabyte_jax.models import flops
-from megabyte_jax.paper.configs import ROOT, all_rows, config_of
+from megabyte_jax.paper.rows_by_name import ROOT, all_rows, config_of
 
 SMALL = runpy.run_path(str(ROOT / "configs/small.py"))
 ROWS = list(all_rows())

@@ -12,7 +12,7 @@ from run_commands import ROOT, environment
 
 from megabyte_jax.errors import ConfigError
 from megabyte_jax.evaluation.windows import cost_factor
-from megabyte_jax.paper import configs, measured, tables
+from megabyte_jax.paper import measured, rows_by_name, tables
 from megabyte_jax.paper.measured import Measured
 from megabyte_jax.paper.printed_numbers import REPEATED, TABLES
 
@@ -24,7 +24,7 @@ def row(name, label, found=()):
 
 def test_all_tables_are_there():
   assert {*TABLES, *REPEATED} == {*map(str, range(1, 18)), "audio"}
-  assert len(configs.all_rows()) > 50
+  assert len(rows_by_name.all_rows()) > 50
 
 
 @pytest.mark.parametrize("form", ["text", "markdown", "json"])
@@ -95,7 +95,7 @@ def test_splits_are_never_averaged():
 
 
 def test_what_is_not_as_in_the_row_is_told(tmp_path):
-  rows = configs.all_rows()
+  rows = rows_by_name.all_rows()
   config = rows["table11:sliding"]
   optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-3)
   config = dataclasses.replace(
@@ -122,7 +122,7 @@ def test_results_files(tmp_path):
 
 
 def test_run_directories(tmp_path):
-  rows = configs.all_rows()
+  rows = rows_by_name.all_rows()
   small = dataclasses.replace(rows["table9:megabyte"], model=rows["table9:transformer"].model)
   for folder, config, evaluation in (
     ("table9/megabyte", small, {"bpb": 2.0, "method": "basic", "word_perplexity": 40.0, "step": small.num_steps}),

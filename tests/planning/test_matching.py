@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megabyte_jax.config import Config, Level, MegabyteConfig, MeshConfig
 from megabyte_jax.errors import ConfigError
-from megabyte_jax.paper.configs import config_of
+from megabyte_jax.paper.rows_by_name import config_of
 from megabyte_jax.planning import matching, step_time
 from megabyte_jax.planning.step_time import TimedStep, time_ratios
 

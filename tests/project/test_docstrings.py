@@ -15,7 +15,7 @@ DONE = (  # rooms and modules whose functions are held to a verb; openers are ba
   "data/files.py",
   "data/folders.py",
   "data/media",
-  "data/open_handles.py",
+  "data/file_handles.py",
   "data/read_ahead.py",
   "data/records",
   "data/shared_cache.py",

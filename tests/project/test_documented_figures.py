@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from megabyte_jax.paper.configs import ROOT
+from megabyte_jax.paper.rows_by_name import ROOT
 
 DATA = ("books", "images")
 MODELS = ("megabyte", "transformer", "windowed_transformer", "perceiver_ar")

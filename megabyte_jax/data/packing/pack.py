@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.open_data import open_path
-from megabyte_jax.data.packing import archives, packed
+from megabyte_jax.data.packing import archives, packed_folder
 from megabyte_jax.data.packing.pack_writer import PackWriter
 from megabyte_jax.data.packing.streams import Item, Stream, stream_of
 from megabyte_jax.data.packing.streams import documents as stream_documents
@@ -38,7 +38,7 @@ def pack(spec: str, folder: str, data: DataConfig) -> None:
     source = open_path(spec, data)
     writer = PackWriter(folder, _request(spec, source.fingerprint, data), source.unit)
     writer.write(_documents(source, writer.items_done), total_bytes=int(source.lengths.sum()), skipped=source.skipped)
-  manifest = packed.Packed(folder, data).manifest
+  manifest = packed_folder.Packed(folder, data).manifest
   print(f"{folder}: {manifest['documents']:,} documents, {manifest['bytes']:,} bytes", end="")
   print(f", {manifest['skipped']:,} skipped" if manifest["skipped"] else "")
 
@@ -67,7 +67,12 @@ def _pack_streams(spec: str, parts: list[tuple[str, Stream | None]], folder: str
 
 
 def _request(spec: str, fingerprint: str, data: DataConfig) -> dict:
-  return {"source": spec, "fingerprint": fingerprint, "settings": packed.settings_of(data), "skip_bad": data.skip_bad}
+  return {
+    "source": spec,
+    "fingerprint": fingerprint,
+    "settings": packed_folder.settings_of(data),
+    "skip_bad": data.skip_bad,
+  }
 
 
 def _documents(source: Source, first: int) -> Iterator[tuple[str, Iterator[bytes]]]:

@@ -1,4 +1,4 @@
-"""Writing packed folders (see packed.py), interrupted or not."""
+"""Writing packed folders (see packed_folder.py), interrupted or not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from megabyte_jax.data.packing.archives import BadItem
-from megabyte_jax.data.packing.packed import FORMAT, MANIFEST, PART, read_manifest, sha256_of
+from megabyte_jax.data.packing.packed_folder import FORMAT, MANIFEST, PART, read_manifest, sha256_of
 from megabyte_jax.display.progress import Progress
 from megabyte_jax.errors import DataError
 from megabyte_jax.files.atomic_file import replacing

@@ -9,12 +9,12 @@ from megabyte_jax.config import DataConfig
 from megabyte_jax.data.files import fingerprint_files, open_file, sizes_of
 from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.folders import find_files
-from megabyte_jax.data.packing import archives, packed
+from megabyte_jax.data.packing import archives, packed_folder
 from megabyte_jax.data.packing.archives import BadItem
 from megabyte_jax.data.records import hugging_face
 from megabyte_jax.data.records.contents import ERRORS, decompressing, is_compressed, stem
+from megabyte_jax.data.records.file_types import kind_of
 from megabyte_jax.data.records.lines import BadRecord, bad_line, lines_of, text_of
-from megabyte_jax.data.records.open_files import kind_of
 from megabyte_jax.data.records.parquet import Parquet
 from megabyte_jax.data.records.store import RecordTexts
 from megabyte_jax.data.source_names import split_field
@@ -53,7 +53,7 @@ def stream_of(spec: str) -> Stream | None:
   Raises:
     DataError: there are no such files.
   """
-  if spec.startswith(("sample:", "tfds:", "hf:")) or packed.is_packed(spec):
+  if spec.startswith(("sample:", "tfds:", "hf:")) or packed_folder.is_packed(spec):
     return None
   path, field = split_field(spec)
   if hugging_face.is_saved(path):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from megabyte_jax.config import DataConfig
-from megabyte_jax.data import open_handles
+from megabyte_jax.data import file_handles
+from megabyte_jax.data.file_handles import Budget, Handles
 from megabyte_jax.data.open_data import open_path
-from megabyte_jax.data.open_handles import Budget, Handles
 from megabyte_jax.errors import DataError
 
 
@@ -90,7 +90,7 @@ def test_too_many_open_files_closes_those_held_and_tries_again():
 
 
 def test_folders_of_many_files_are_read_with_few_open(tmp_path, monkeypatch):
-  monkeypatch.setattr(open_handles.BUDGET, "_limit", 10)
+  monkeypatch.setattr(file_handles.BUDGET, "_limit", 10)
   source = open_path(make_folders(tmp_path, 2, 30), DataConfig())
   before = open_descriptors()
   expected = [f"{i},{j}".encode() * 40 for i in range(2) for j in sorted(range(30), key=str)]

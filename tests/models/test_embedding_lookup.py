@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from megabyte_jax.models.layers.lookup import lookup
+from megabyte_jax.models.layers.embedding_lookup import lookup
 
 TABLE = jax.random.normal(jax.random.key(0), (256, 8))
 BYTES = jax.random.randint(jax.random.key(1), (4, 5, 7), 0, 256)

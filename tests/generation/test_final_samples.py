@@ -5,7 +5,7 @@ from PIL import Image
 from megabyte_jax.config import Config, DataConfig, Level, MegabyteConfig
 from megabyte_jax.data.media import patch_scan
 from megabyte_jax.data.open_data import open_source
-from megabyte_jax.generation.samples import write_samples
+from megabyte_jax.generation.final_samples import write_samples
 from megabyte_jax.parallel.sharding import make_mesh
 from megabyte_jax.training.state import initial_state
 
