@@ -1,4 +1,4 @@
-"""Bits per byte of a trained model on any data; every byte is scored exactly once.
+"""Computes bits per byte of a trained model on any data; every byte is scored exactly once.
 
   python eval.py --workdir=runs/quickstart                                the validation split
   python eval.py --workdir=runs/quickstart --data=FILE_OR_FOLDER          data of your own

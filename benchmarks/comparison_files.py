@@ -1,4 +1,4 @@
-"""What a comparison leaves beside NAME.json: a small file for each row, and pictures of all rows together.
+"""Keeps what a comparison leaves beside NAME.json: a small file for each row, and pictures of all rows together.
 
 - NAME/ROW.json (RowFile): settings, what was matched, the trials of learning rates and, when the row is trained, config
   and seed, the learning curve, and bits per byte by position under each method of evaluation. A row goes on from its
@@ -28,7 +28,7 @@ _BINS = 64  # of a context, in files and pictures
 
 
 class RowFile:
-  """What is known of a row so far, in one JSON file that grows.
+  """Holds what is known of a row so far, in one JSON file that grows.
 
   Args:
     path: NAME/ROW.json; made when there is something to keep.
@@ -54,7 +54,7 @@ class RowFile:
     )
 
   def get_or_make(self, part: str, make: Callable[[], Any]) -> Any:
-    """What `make` returned when it was first called for this part."""
+    """Returns what `make` returned when it was first called for this part."""
     if part not in self.content:
       self.content[part] = json.loads(json.dumps(make()))
       self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ class RowFile:
 
 
 def row_record(workdir: pathlib.Path, evaluations: dict[str, dict]) -> dict[str, Any]:
-  """What is kept of a trained row in `workdir`; `evaluations` are eval.py's results by method, with `positions`."""
+  """Returns what is kept of a trained row; `evaluations` are eval.py's results by method, with `positions`."""
   config = without_places(json.loads((workdir / "config.json").read_text()))
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   curve = [[line["step"], round(line["bpb"], 4)] for line in lines if "bpb" in line]
@@ -86,7 +86,7 @@ def row_record(workdir: pathlib.Path, evaluations: dict[str, dict]) -> dict[str,
 
 
 def without_places(config: dict[str, Any]) -> dict[str, Any]:
-  """A config as a dict, of whose data only CORPUS/SPLIT is left: not where they lay on some machine."""
+  """Reduces the data's paths in a config (as a dict) to CORPUS/SPLIT, wherever the corpora lay."""
   places = {
     split: "/".join(pathlib.Path(config["data"][split]).parts[-2:]) for split in ("train", "validation", "test")
   }
@@ -94,7 +94,7 @@ def without_places(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def coarse(positions: dict[str, Any]) -> dict[str, Any]:
-  """eval_positions.json with at most 64 bins of the context, rounded."""
+  """Reduces eval_positions.json to at most 64 bins of the context, rounded."""
   bits, counts = (np.array(positions[name], np.float64) for name in ("context", "context_bytes"))
   per_bin = -(-len(counts) // _BINS)
   starts = np.arange(0, len(counts), per_bin)
@@ -112,7 +112,7 @@ def coarse(positions: dict[str, Any]) -> dict[str, Any]:
 
 
 def draw(output: pathlib.Path, rows: dict[str, dict[str, Any]]) -> None:
-  """The pictures beside `output`.
+  """Draws the pictures beside `output`.
 
   Args:
     rows: by name what `row_record` gave.
@@ -139,11 +139,11 @@ def draw(output: pathlib.Path, rows: dict[str, dict[str, Any]]) -> None:
 
 
 def floats(values: list[float | None]) -> list[float]:
-  """NaN for None."""
+  """Replaces None by NaN."""
   return [np.nan if v is None else v for v in values]
 
 
 def bin_middles(positions: dict[str, Any]) -> list[float]:
-  """The middle of each bin of the context, in bytes."""
+  """Returns the middle of each bin of the context, in bytes."""
   width = positions["context_bin_width"]
   return [width * (i + 0.5) for i in range(len(positions["context"]))]

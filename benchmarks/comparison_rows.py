@@ -1,4 +1,4 @@
-"""What is compared with what: rows of the paper's tables on real corpora, and recipes (see comparisons.py)."""
+"""Lists what is compared: rows of the paper's tables on real corpora, and recipes (see comparisons.py)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def image_rows(name: str) -> tuple[str, ...]:
 
 
 def recipe_rows(row: str) -> tuple[str, ...]:
-  """The paper's recipe, the modern one, that without each of its changes, and that without dropout.
+  """Names a row with the paper's recipe, the modern one, that without each of its changes, and that without dropout.
 
   Not without the wider initial values and rotary positions: all rows of configs/small.py have these.
   """

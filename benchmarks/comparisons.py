@@ -1,4 +1,4 @@
-"""Small-scale comparisons: trains and evaluates rows of the paper's tables at equal measured compute, and recipes.
+"""Trains and evaluates rows of the paper's tables, and recipes, at small scale and equal measured compute.
 
   python benchmarks/corpora/build.py corpora
   python benchmarks/comparisons.py books --data=corpora --workdir=runs/comparisons --output=docs/results/books.json
@@ -85,11 +85,11 @@ class Run:
   matched: dict | None = None
 
   def config(self, *more: str) -> Config:
-    """With the flags, and some more."""
+    """Returns the row's config with the comparison's flags, and some more."""
     return config_in(self.config_file, self.row, [*self.flags, *more])
 
   def steps(self, train_bytes: float) -> tuple[int, int]:
-    """Training steps for about so many bytes, and the bytes that these predict."""
+    """Returns the training steps for about `train_bytes` bytes, and the bytes that these predict."""
     config = self.config()
     per_step = config.batch_size * flops.predicted_bytes(config.model)
     steps = max(2, round(train_bytes / per_step))
@@ -112,21 +112,21 @@ class Run:
         raise SystemExit("stopped; give the same command again")
 
   def evaluate(self, workdir: pathlib.Path, *more: str) -> dict:
-    """The JSON object that eval.py prints."""
+    """Runs eval.py and returns the JSON object that it prints."""
     arguments = [f"--workdir={workdir}", "--no-compressors", *more]
     print("$ python eval.py", *arguments, flush=True)
     return json.loads(evaluation.main(arguments))
 
 
 def config_in(file: pathlib.Path, row: str, flags: list[str]) -> Config:
-  """What train.py makes of a config file such as configs/small.py, a row and flags."""
+  """Returns the config that train.py makes of a config file such as configs/small.py, a row and flags."""
   last = {flag.partition("=")[0]: flag for flag in flags}  # a later one replaces an earlier one
   _, changes = overrides.split(list(last.values()), ["config"])
   return Config.from_dict(overrides.load("--config", f"{file}:{row}", changes["config"]))
 
 
 def match(run: Run, comparison: Comparison, cost: matching.Cost) -> dict:
-  """What gives a row the reference's cost, and the cost of a byte then."""
+  """Finds what gives a row the reference's cost, and the cost of a byte then."""
   if comparison.vary == "bytes":
     return {"flag": "", "cost": cost(run.config())}
   found = matching.match(run.config(), cost)
@@ -151,7 +151,7 @@ def match_all(runs: list[Run], comparison: Comparison, args: argparse.Namespace)
 
 
 def taken(run: Run, folder: str) -> dict:
-  """What was matched and chosen for the row in an earlier comparison, whose rows' files lie in `folder`.
+  """Reads what was matched and chosen for the row in an earlier comparison, whose rows' files lie in `folder`.
 
   Raises:
     ConfigError: the folder has no file of the row, or its training is not finished.
@@ -165,7 +165,7 @@ def taken(run: Run, folder: str) -> dict:
 
 
 def try_rates(run: Run, args: argparse.Namespace, steps: int) -> tuple[float, dict[float, float | None], bool]:
-  """The best learning rate, bits per byte by factor of the paper's, and whether the best is the first or last tried."""
+  """Returns the best learning rate, bits per byte by factor of the paper's, and whether the best is at an edge."""
   paper_rate = run.config().optimizer.learning_rate
   if args.like:
     return taken(run, args.like)["learning_rate"], {}, False
@@ -194,7 +194,7 @@ def try_rates(run: Run, args: argparse.Namespace, steps: int) -> tuple[float, di
 
 
 def complete(run: Run, comparison: Comparison, args: argparse.Namespace) -> tuple[dict, dict]:
-  """One row, from its learning rates to its results; and what is kept of its run (comparison_files.py)."""
+  """Takes one row from its learning rates to its results; returns these and what is kept of its run."""
   config = run.config()
   steps, bytes_trained = run.steps(args.train_bytes / run.cost)
   rate, trials, at_edge = try_rates(run, args, steps)
@@ -235,13 +235,13 @@ def complete(run: Run, comparison: Comparison, args: argparse.Namespace) -> tupl
 
 
 def training_seconds(workdir: pathlib.Path) -> float:
-  """Of the run so far, compilation included."""
+  """Returns the seconds that the run has taken so far, compilation included."""
   lines = (json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines())
   return [line["seconds"] for line in lines if "seconds" in line][-1]
 
 
 def fits(config: Config, method: str) -> bool:
-  """Whether an inference method suits the model."""
+  """Tells whether an inference method suits the model."""
   try:
     windows.check_method(config.model, method)
   except ConfigError:
@@ -264,17 +264,17 @@ def schedule(config: Config, rate: float, steps: int) -> tuple[str, ...]:
 
 
 def count(text: str) -> int:
-  """A whole number, also one such as 1e8."""
+  """Parses a whole number, also one such as 1e8."""
   return int(float(text))
 
 
 def numbers(text: str) -> list[float]:
-  """Those between commas."""
+  """Parses numbers separated by commas."""
   return [float(number) for number in text.split(",")]
 
 
 def parse_arguments() -> argparse.Namespace:
-  """See the head of this file."""
+  """Parses the flags that the head of this file describes."""
   parser = Parser("python benchmarks/comparisons.py", description=__doc__)
   parser.add_argument("comparison", choices=list(COMPARISONS))
   parser.add_argument("--data", default="corpora", help="the folder that benchmarks/corpora/build.py made")
@@ -307,7 +307,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def begin(comparison: Comparison, args: argparse.Namespace) -> list[Run]:
-  """The wanted rows, with what is known of them."""
+  """Returns the wanted rows, with what is known of them."""
   flags = [*comparison.flags, *args.flags.split()]
   for split in ("train", "validation", "test"):
     if not (args.data / split).is_dir():
@@ -350,7 +350,7 @@ def main() -> None:
 
 
 def write_results(rows: list[dict], comparison: Comparison, args: argparse.Namespace) -> None:
-  """The results file (see megabyte_jax/paper/measured.py)."""
+  """Writes the results file (see megabyte_jax/paper/measured.py)."""
   note = f"{args.config_file.name}, {args.train_bytes / 1e6:.3g} MB of {comparison.data}"
   if args.test_bytes:
     note += f", first {args.test_bytes / 1e6:g} MB of test"
@@ -365,7 +365,7 @@ def write_results(rows: list[dict], comparison: Comparison, args: argparse.Names
 
 
 def print_plan(runs: list[Run], args: argparse.Namespace) -> None:
-  """What each row would train: FLOPs and bytes with the trials of learning rates, epochs of the last run."""
+  """Prints what each row would train: FLOPs and bytes with the trials of learning rates, epochs of the last run."""
   print(f"{'row':<44}{'layers':>8}{'parameters':>12}{'FLOP/byte':>11}{'bytes':>9}{'epochs':>8}{'steps':>8}{'FLOPs':>9}")
   total = 0.0
   for run in runs:
@@ -385,7 +385,7 @@ def print_plan(runs: list[Run], args: argparse.Namespace) -> None:
 
 
 def print_results(rows: list[dict]) -> None:
-  """What is known so far."""
+  """Prints what is known so far."""
   print(f"{'row':<44}{'bpb':>8}{'cost':>8}{'learning rate':>16}  methods")
   for row in rows:
     methods = ", ".join(f"{name} {bpb:.4f}" for name, bpb in row["methods"].items())

@@ -1,4 +1,4 @@
-"""What the device can do at most, measured: matrix products under sustained load, and copies. What a step needs."""
+"""Measures the limits of the device (matrix products under sustained load, copies) and bounds a step by them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def matmul_flops(seconds: float = 4.0, size: int = 8192) -> float:
 
 
 def copy_bandwidth(size: int = 1 << 30) -> float:
-  """Bytes a second, read and written, of an array of `size` bytes; many copies in one program, best of three."""
+  """Measures bytes a second, read and written, of copies of `size` bytes: many in one program, best of three."""
   times = 30
 
   @functools.partial(jax.jit, donate_argnums=0)
@@ -53,7 +53,7 @@ def copy_bandwidth(size: int = 1 << 30) -> float:
 
 
 def least_seconds(config: Config, ceiling: float, bandwidth: float) -> float:
-  """The roofline of a training step on one device: its matrix products at `ceiling`, then its other memory traffic.
+  """Computes the roofline of a training step on one device: its products at `ceiling`, then its other memory traffic.
 
   The traffic is what cannot be fused into products: of each block the norms and the attention, forward and backward,
   and the derivative of the activation; the logits; the optimizer and the casts of the weights. Residuals, biases and

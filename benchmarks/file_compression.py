@@ -31,7 +31,7 @@ MODEL = "model"
 
 
 def general_sizes(data: bytes) -> dict[str, int]:
-  """Bytes that each general compressor at hand makes of `data`."""
+  """Returns the bytes that each general compressor at hand makes of `data`."""
   sizes = {name: size(data) for name, size in COMPRESSORS.items()}
   try:
     import zstandard  # noqa: PLC0415 - an extra
@@ -50,7 +50,7 @@ def general_sizes(data: bytes) -> dict[str, int]:
 
 
 def measure(model, step: int, path: str, check: bool) -> dict:
-  """One file's bits per byte by each compressor, and the seconds that the model took."""
+  """Measures one file's bits per byte by each compressor, and the seconds that the model took."""
   with open(path, "rb") as file:
     data = file.read()
   start = time.perf_counter()
@@ -64,7 +64,7 @@ def measure(model, step: int, path: str, check: bool) -> dict:
 
 
 def as_table(rows: Sequence[dict]) -> str:
-  """The rows as Markdown; the smallest of each is bold."""
+  """Renders the rows as Markdown; the smallest of each is bold."""
   names = list(rows[0]["bits_per_byte"])
   lines = ["| file | bytes | " + " | ".join(names) + " | seconds |", "| --- |" + " ---: |" * (len(names) + 2)]
   for row in rows:

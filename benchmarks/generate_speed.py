@@ -1,4 +1,4 @@
-"""How fast bytes are generated: MEGABYTE against a byte-level Transformer, each against the memory it must read.
+"""Times generation: MEGABYTE against a byte-level Transformer, each against the memory that it must read.
 
   python benchmarks/generate_speed.py                         one GPU or TPU, full size
   python benchmarks/generate_speed.py --size=tiny             a smoke test on a CPU
@@ -54,7 +54,7 @@ AGAIN_SECONDS = 10.0  # a call that takes longer is not repeated
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-  """What is compared: the two models, and how much."""
+  """Names what is compared: the two models, and how much."""
 
   megabyte: MegabyteConfig
   transformer: MegabyteConfig
@@ -77,7 +77,7 @@ SIZES = {
 
 
 def bytes_read(config: MegabyteConfig, batch: int, generated: int) -> int:
-  """Parameters and filled cache entries that the steps for `generated` bytes of each sample use, from no prompt."""
+  """Counts bytes of parameters and filled caches that `batch` samples of `generated` bytes read, without a prompt."""
   width = compute_dtype(config).itemsize
   shapes = jax.eval_shape(lambda: initial_parameters(config, jax.random.key(0)))
   total = 0
@@ -94,7 +94,7 @@ def bytes_read(config: MegabyteConfig, batch: int, generated: int) -> int:
 
 
 def seconds_to_generate(config: MegabyteConfig, made, batch: int, generated: int) -> float:
-  """Of the better of two calls, or of one that takes long, after short ones that compile."""
+  """Times the better of two calls, or one that takes long, after short ones that compile."""
   for prompt in (b"", bytes(config.context))[
     : 1 + (generated > config.context)
   ]:  # after the second the window has moved
@@ -110,7 +110,7 @@ def seconds_to_generate(config: MegabyteConfig, made, batch: int, generated: int
 
 
 def speeds(name: str, batch: int, generated: int, seconds: float) -> dict:
-  """A row's numbers."""
+  """Computes a row's numbers."""
   per_sample = seconds / generated
   return {
     "model": name,
@@ -123,7 +123,7 @@ def speeds(name: str, batch: int, generated: int, seconds: float) -> dict:
 def measure(
   size: Size, generated: int, batches: list[int], peer: list[dict], keep: Callable[[list[dict]], None]
 ) -> list[dict]:
-  """One row for each model and batch, beside those of the peer; a batch that memory cannot hold has an error.
+  """Measures one row for each model and batch, beside the peer's; a batch that memory cannot hold has an error.
 
   Args:
     keep: called with all rows so far, so that a run that is cut off leaves what it measured.
@@ -174,13 +174,13 @@ def print_row(row: dict, rows: list[dict]) -> None:
 
 
 def paper_speed_up() -> float:
-  """Of MEGABYTE over the Transformer in Table 9."""
+  """Returns the speed-up of MEGABYTE over the Transformer in Table 9."""
   seconds: dict[str, Any] = {row.config: row.paper["seconds_to_generate"] for row in TABLES["9"].rows}
   return seconds[ROWS["Transformer"]] / seconds[ROWS["MEGABYTE"]]
 
 
 def results(rows: list[dict], generated: int, run: dict) -> dict:
-  """A results file: for the paper's rows those of batch 1 (megabyte_jax/paper/measured.py), and all else."""
+  """Makes a results file: for the paper's rows those of batch 1 (megabyte_jax/paper/measured.py), and all else."""
   ours = [r for r in rows if r["model"] in ROWS and r["batch"] == 1 and "error" not in r]
   note = "untrained, without cross-patch attention, one sample, {generated:,} bytes, {device}, {versions}, {date}"
   return {
@@ -198,7 +198,7 @@ def results(rows: list[dict], generated: int, run: dict) -> dict:
 
 
 def measure_peer(config: MegabyteConfig, count: int, batches: list[int]) -> list[dict]:
-  """The same by MEGABYTE-pytorch, under autocast to bfloat16 where there is a GPU, from bytes at `count` places."""
+  """Measures the same by MEGABYTE-pytorch, on a GPU under autocast to bfloat16, from bytes at `count` places."""
   import torch  # noqa: PLC0415
 
   on_gpu = torch.cuda.is_available()
@@ -228,7 +228,7 @@ def measure_peer(config: MegabyteConfig, count: int, batches: list[int]) -> list
 
 
 def peer_rows() -> list[dict]:
-  """Those of `measure_peer`, in a process of its own that gives its memory back; none where it fails."""
+  """Returns the rows of `measure_peer`, run in a process of its own that frees its memory; none where it fails."""
   found = own_process.last_line(__file__, ["--peer-only", *sys.argv[1:]])
   if isinstance(found, list):
     return found

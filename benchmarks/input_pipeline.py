@@ -1,4 +1,4 @@
-"""How fast bytes and images reach training, in MB of model bytes a second, and how long the first batch takes.
+"""Measures how fast bytes and images reach training, in MB of model bytes a second, and the wait for the first batch.
 
   python benchmarks/input_pipeline.py [--seconds=5]
 
@@ -33,7 +33,7 @@ START_UP_AIM = 2.0  # seconds
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """What is measured: a source, the shape of a batch, and the aim in MB/s."""
+  """Names what is measured: a source, the shape of a batch, and the aim in MB/s."""
 
   name: str
   data: DataConfig
@@ -47,7 +47,7 @@ def photographs() -> list[str]:
 
 
 def make_tiles(folder: str) -> None:
-  """PNG files of 64 x 64 pixels, as downsampled_imagenet stores them."""
+  """Writes PNG files of 64 x 64 pixels, as downsampled_imagenet stores them."""
   os.makedirs(folder)
   for number, photo in enumerate(photographs()):
     with Image.open(photo) as image:
@@ -58,7 +58,7 @@ def make_tiles(folder: str) -> None:
 
 
 def make_tfds(tiles: str, root: str) -> None:
-  """The same PNG files, eight times over, as downsampled_imagenet/64x64; few records would be slow to shuffle."""
+  """Writes the same PNG files, eight times over, as downsampled_imagenet/64x64: few are slow to shuffle."""
   import tensorflow_datasets as tfds  # noqa: PLC0415
 
   builder = tfds.builder("downsampled_imagenet/64x64", data_dir=root, file_format="array_record")
@@ -69,7 +69,7 @@ def make_tfds(tiles: str, root: str) -> None:
 
 
 def make_photographs(folder: str, copies: int = 8) -> None:
-  """The shipped photographs under several names each, so that the few decoded images kept at hand are no help."""
+  """Links the shipped photographs under several names each, so that the few decoded images kept at hand are no help."""
   os.makedirs(folder)
   for photo in photographs():
     for i in range(copies):
@@ -109,7 +109,7 @@ def measure(case: Case, seconds: float) -> dict:
 
 
 def verdict(result: dict) -> str:
-  """Which aims a result misses."""
+  """Names the aims that a result misses, or says `ok`."""
   missed = [f"below {result['aim']:g} MB/s"] if result["MB/s"] < result["aim"] else []
   missed += [f"start-up above {START_UP_AIM:g} s"] if result["start-up s"] > START_UP_AIM else []
   return ", ".join(missed) or "ok"

@@ -1,4 +1,4 @@
-"""Where the time of a GPU program goes: its kernels by total time, from a device trace of JAX's profiler."""
+"""Lists the kernels of a GPU program by total time, from a device trace of JAX's profiler."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ATTENTION = re.compile(r"fmha|flash|attention|cudnn|forward_kernel|backward_ker
 
 
 def kernel_times(folder: str, times: int) -> list[tuple[str, str, float, int]]:
-  """(kind, kernel, milliseconds, launches), largest first, of each of `times` equal parts of the newest trace.
+  """Returns (kind, kernel, milliseconds, launches), largest first, of each of `times` equal parts of the newest trace.
 
   Kernels whose names differ in a number only are one. The kind is product, attention, copy or other.
   """

@@ -1,4 +1,4 @@
-"""How time and memory grow with the length of a sequence: one training step on one sequence, from 8 kB to 100 MB.
+"""Measures time and memory against length: one training step on one sequence, from 8 kB to 100 MB.
 
   python benchmarks/long_sequences.py --output=docs/results/long_sequences    one GPU
   python benchmarks/long_sequences.py --shortest=1e8                          the longest alone: three minutes
@@ -47,7 +47,7 @@ AGAIN_SECONDS = 20.0
 
 
 def config(model: str, length: int, *, tiny: bool = False) -> Config:
-  """What trains on one sequence of `length` bytes."""
+  """Returns the config that trains on one sequence of `length` bytes."""
   if model == "MEGABYTE":
     shape, layers = ((192, 32), (1, 1)) if tiny else ((768, 768), (12, 8))
     levels = [
@@ -72,7 +72,7 @@ class Program:
     self.compiled = lower(self.config, self.mesh, "train").compile()
 
   def run(self) -> dict:
-    """The row of one step: of the second, unless the first takes long."""
+    """Runs a step and returns its row: of the second step, unless the first takes long."""
     row: dict[str, Any] = {"model": self.model, "bytes": self.length, "memory_bytes": sum(memory_of(self.compiled))}
     with jax.set_mesh(self.mesh):
       state = initial_state(self.config, self.mesh)
@@ -97,7 +97,7 @@ class Program:
 
 
 def show(row: dict) -> None:
-  """One line of the table."""
+  """Prints one line of the table."""
   print(f"{row['model']:<12} {row['bytes']:>12,}", end=" ")
   if "error" in row:
     print(row["error"], flush=True)
@@ -112,7 +112,7 @@ def show(row: dict) -> None:
 
 
 def draw(rows: list[dict], device: str, output: str) -> None:
-  """The two pictures."""
+  """Draws the two pictures."""
 
   def curves(value):
     names = dict.fromkeys(row["model"] for row in rows)

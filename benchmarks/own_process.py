@@ -14,7 +14,7 @@ from typing import Any
 def last_line(
   script: str, arguments: Sequence[str], environment: Mapping[str, str] = os.environ, patience: float | None = None
 ) -> Any:
-  """The JSON that `python SCRIPT ARGUMENTS` prints last, or a row with `error`: why there is none.
+  """Returns the JSON that `python SCRIPT ARGUMENTS` prints last, or a row with `error`: why there is none.
 
   Args:
     patience: seconds that it may take.

@@ -1,4 +1,4 @@
-"""The packages that one would take instead, built to the widths, depths and heads of a config of ours.
+"""Builds the models of comparable packages with the widths, depths and heads of a config of ours.
 
 MEGABYTE-pytorch (0.3.6 was looked at) and mblm (0.4.2). PyTorch is imported where it is needed, so that a process
 without a peer neither needs it nor gives memory to it.
@@ -17,7 +17,7 @@ _PAD = 256  # outside of the bytes: the default, 0, would leave byte 0 out of th
 
 
 def installed(package: str) -> bool:
-  """Whether a package of PACKAGES can be imported."""
+  """Tells whether a package of PACKAGES can be imported."""
   return all(importlib.util.find_spec(name) for name in PACKAGES[package])
 
 

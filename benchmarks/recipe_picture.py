@@ -21,7 +21,7 @@ _CURVES = {
 
 
 def main() -> None:
-  """The command line."""
+  """Runs the command line."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("rows", type=pathlib.Path)
   parser.add_argument("picture")

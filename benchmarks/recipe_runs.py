@@ -48,7 +48,7 @@ _LOG_EVERY = 50
 
 
 def named_config(name: str) -> dict[str, Any]:
-  """The config that configs/recipe.py has under a name, as plain dicts."""
+  """Returns the config that configs/recipe.py has under a name, as plain dicts."""
   return Config.from_dict(overrides.load("NAME", f"{_CONFIGS}:{name}", [])).to_dict()
 
 
@@ -63,7 +63,7 @@ def changed(values: Any, key: str, value: Any) -> None:
 
 
 def make_config(arguments: argparse.Namespace) -> Config:
-  """The named config with the changes, the data, and the number of steps that the budget pays for."""
+  """Returns the named config with the changes, the data, and the number of steps that the budget pays for."""
   values = named_config(arguments.name)
   values["data"].update(train=arguments.train, validation=arguments.validation)
   values["seed"] = arguments.seed
@@ -80,13 +80,13 @@ def make_config(arguments: argparse.Namespace) -> Config:
 
 
 def without_cross_patch(config: Config) -> Config:
-  """The same model, each span of it by itself: parameters are the same."""
+  """Returns the config of the same model without cross-patch attention; parameters are the same."""
   levels = tuple(dataclasses.replace(level, cross_patch=0) for level in config.model.levels)
   return dataclasses.replace(config, model=config.model.with_levels(levels))
 
 
 def make_diagnosis(config: Config):
-  """The jitted (parameters, x_BT) -> gradient norms of each level, and bits that the first level is worth."""
+  """Makes the jitted (parameters, x_BT) -> gradient norms of each level, and bits that the first level is worth."""
   graph, _ = abstract_model(config.model)
 
   @jax.jit
@@ -190,7 +190,7 @@ def run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-  """The command line."""
+  """Runs the command line."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("name")
   parser.add_argument("--set", dest="changes", nargs="+", default=[], metavar="KEY=VALUE")

@@ -1,4 +1,4 @@
-"""How soon a model learns to copy what comes again, and what it is to MEGABYTE where the repeats lie in its patches.
+"""Measures how soon a model learns to copy repeats, and what it is to MEGABYTE where they lie in its patches.
 
   python benchmarks/repeats.py --output=docs/results/repeats.json
 
@@ -56,7 +56,7 @@ CASES = {  # the model, and of what the lengths of strings are multiples
 
 
 def windows(random: np.random.Generator, multiple: int) -> np.ndarray:
-  """Bytes, uint8 [BATCH, CONTEXT]."""
+  """Draws windows of repeated strings, uint8 [BATCH, CONTEXT]."""
   x_BT = np.empty((BATCH, CONTEXT), np.uint8)
   for row in x_BT:
     length = multiple * int(random.integers(SHORTEST // multiple, LONGEST // multiple + 1))
@@ -65,7 +65,7 @@ def windows(random: np.random.Generator, multiple: int) -> np.ndarray:
 
 
 def learn(config: MegabyteConfig, multiple: int, steps: int, name: str) -> list[float]:
-  """Bits per byte in training, the means of EVERY steps each."""
+  """Trains, and returns the training bits per byte, each the mean of EVERY steps."""
   optimizer = OptimizerConfig(learning_rate=2e-3, warmup_steps=max(1, steps // 25), schedule="wsd")
   made = Config(model=config, data=DataConfig(train="-"), batch_size=BATCH, num_steps=steps, optimizer=optimizer)
   state, step = initial_state(made, make_mesh(made.mesh, jax.devices()[:1])), make_train_step(made)

@@ -1,4 +1,4 @@
-"""What several devices of one host are worth: speed, memory, communication, and the same losses as on one.
+"""Compares several devices of one host with one: speed, memory, communication, and whether the losses are the same.
 
   python benchmarks/scaling.py                                  all GPUs: 24 x 2048 + 15 x 1024 and Image640
   python benchmarks/scaling.py --devices=8 --cases=tiny         eight virtual devices of a CPU
@@ -53,7 +53,7 @@ COLUMNS = {  # and how their numbers are shown
 
 
 def config_of(case: str, mesh: dict[str, int], *, reference: bool, batch_size: int = 0):
-  """The config of a case on a mesh, or of one device that takes the same rows in as many parts as there are devices."""
+  """Returns the config of a case on a mesh, or of one device that takes the same rows in as many parts."""
   from megabyte_jax.config import CheckpointConfig, Level, MegabyteConfig, MeshConfig  # noqa: PLC0415
 
   config = cases()["text24" if case == "tiny" else case]
@@ -77,7 +77,7 @@ def config_of(case: str, mesh: dict[str, int], *, reference: bool, batch_size: i
 
 
 def measure(args: argparse.Namespace) -> dict:
-  """One run: its first losses, its speed, what it sends; a reference also goes on from the meshes' checkpoints.
+  """Measures one run: its first losses, speed, bytes sent; a reference also goes on from the meshes' checkpoints.
 
   JAX is imported here, where the devices are chosen.
   """
@@ -146,7 +146,7 @@ def stream(config, mesh, first_step: int):
 
 
 def resumed_loss(config, mesh, step, workdir: str) -> float:
-  """The loss of step `STEPS` from the checkpoint in `workdir`."""
+  """Returns the loss of step `STEPS` from the checkpoint in `workdir`."""
   from megabyte_jax.checkpoints.checkpoints import Checkpoints  # noqa: PLC0415
   from megabyte_jax.training.resume import restored_state  # noqa: PLC0415
 
@@ -158,7 +158,7 @@ def resumed_loss(config, mesh, step, workdir: str) -> float:
 
 
 def in_own_process(arguments: list[str], devices: list[int]) -> dict:
-  """What `measure` returns in a process that sees these devices."""
+  """Returns what `measure` returns in a process that sees these devices."""
   environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": str("--compile_only" not in arguments).lower()}
   if environment.get("JAX_PLATFORMS", "") == "cpu":
     others = [f for f in environment.get("XLA_FLAGS", "").split() if "device_count" not in f]
@@ -172,7 +172,7 @@ def in_own_process(arguments: list[str], devices: list[int]) -> dict:
 
 
 def run(wanted: list[tuple[str, dict[str, int]]], devices: int, args: argparse.Namespace) -> list[dict]:
-  """The rows of cases on meshes."""
+  """Measures the rows of cases on meshes."""
   on_cpu = os.environ.get("JAX_PLATFORMS", "") == "cpu"
   every = list(range(devices))
   common = [f"--seconds={args.seconds}", f"--batch_size={args.batch_size}"]
@@ -212,7 +212,7 @@ def run(wanted: list[tuple[str, dict[str, int]]], devices: int, args: argparse.N
 
 
 def compared(many: dict, one: dict, resumed_loss: float | None, devices: int) -> dict:
-  """The columns of a mesh, from its run and that of one device, and the loss of one device that took over."""
+  """Computes the columns of a mesh from its run, that of one device, and the loss of one device that took over."""
   found = {"many": many, "one": one}
   if "error" in many or "error" in one:
     return found | {"error": "; ".join(part["error"] for part in (many, one) if "error" in part)}
@@ -230,7 +230,7 @@ def compared(many: dict, one: dict, resumed_loss: float | None, devices: int) ->
 
 
 def show(found: dict) -> None:
-  """One line of the table."""
+  """Prints one line of the table."""
   name = f"{found['case']} {','.join(f'{axis}={size}' for axis, size in found['mesh'].items())}"
   print(f"{name:<28} {found['error'][:200] if 'error' in found else cells(found, COLUMNS, 15)}", flush=True)
 

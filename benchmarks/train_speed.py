@@ -1,4 +1,4 @@
-"""How fast models train: bytes a second, and the share of what the device can do.
+"""Measures how fast models train: bytes a second, and the share of what the device can do.
 
   python benchmarks/train_speed.py                                    one GPU, every case, and the peers
   python benchmarks/train_speed.py --cases=text24,text24:dropout=0.1  some, with other options
@@ -89,7 +89,7 @@ def cases() -> dict:
 
 
 def config_of(case: str):
-  """The config of NAME:key=value:..., its options read as train.py reads its flags."""
+  """Returns the config of NAME:key=value:..., its options read as train.py reads its flags."""
   from megabyte_jax.config import Config  # noqa: PLC0415
 
   name, *options = case.split(":")
@@ -233,20 +233,20 @@ def measure_peer(how: str, case: str, seconds: float, limit_seconds: float) -> d
 
 
 def show(row: dict) -> None:
-  """One line of the table."""
+  """Prints one line of the table."""
   print(f"{row['case']:<44} {row['error'] if 'error' in row else cells(row, COLUMNS, 11)}", flush=True)
   if row.get("kernels"):
     print(row["kernels"], flush=True)
 
 
 def cells(row: dict, columns: dict[str, str], width: int) -> str:
-  """The numbers of a row in the columns' formats, right-aligned; - where one was not measured."""
+  """Formats the numbers of a row by the columns' formats, right-aligned; - where one was not measured."""
   values = (form.format(row[name]) if row[name] is not None else "-" for name, form in columns.items())
   return " ".join(f"{value:>{width}}" for value in values)
 
 
 def in_own_process(arguments: list[str], name: str, patience: float, *, preallocate: bool = True) -> dict:
-  """The row that this file prints in another process, or why there is none."""
+  """Returns the row that this file prints in another process, or why there is none."""
   environment = {
     **os.environ,
     "XLA_PYTHON_CLIENT_PREALLOCATE": str(preallocate).lower(),

@@ -70,7 +70,7 @@ def bytes_per_step(data) -> int:
 
 
 def parts(batch_size: int, at_once: int) -> int:
-  """The fewest equal parts of a batch of which none has more than `at_once` rows, or one row."""
+  """Returns the fewest equal parts of a batch of which none has more than `at_once` rows, or one row."""
   return next(n for n in range(1, batch_size + 1) if batch_size % n == 0 and batch_size // n <= max(1, at_once))
 
 

@@ -1,4 +1,4 @@
-"""Errors that the user can put right: commands print them as one line, without a traceback."""
+"""Defines errors that the user can put right; commands print them as one line, without a traceback."""
 
 from __future__ import annotations
 

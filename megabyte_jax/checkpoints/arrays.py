@@ -1,4 +1,4 @@
-"""The arrays of a checkpoint: their names, how they are stored, and whether they are those of a model."""
+"""Names a checkpoint's arrays, says how they are stored, and checks that they are those of a model."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def handlers() -> ocp.handlers.CheckpointHandlerRegistry:
 
 
 def flat_arrays(tree: Any) -> dict[str, Any]:
-  """{dotted path: leaf} of any pytree, in the order of its leaves."""
+  """Flattens a pytree to {dotted path: leaf}, in the order of its leaves."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {parameter_name(path): leaf for path, leaf in leaves}
 
 
 def placed(leaf: Any) -> jax.ShapeDtypeStruct:
-  """Shape, dtype and sharding of a leaf; one without a sharding goes to the first local device."""
+  """Returns shape, dtype and sharding of a leaf; one without a sharding goes to the first local device."""
   sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 

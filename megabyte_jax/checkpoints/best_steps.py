@@ -38,7 +38,7 @@ class BestSteps:
         path.write_text(json.dumps({str(step): bpb for step, bpb in sorted(self._bpb.items())}) + "\n")
 
   def best(self, steps: Sequence[int], count: int = 1) -> list[int]:
-    """The best `count` of `steps`, best first; the later of two that are equal. Those never measured are left out."""
+    """Returns the best `count` of `steps`, best first, the later of two equal ones; not those never measured."""
     measured = [step for step in steps if step in self._bpb]
     return sorted(measured, key=lambda step: (self._bpb[step], -step))[:count]
 

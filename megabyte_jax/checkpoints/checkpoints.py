@@ -1,4 +1,4 @@
-"""Checkpoints: saved in the background, whole or not at all, and never restored in part.
+"""Saves checkpoints in the background, whole or not at all, and never restores one in part.
 
 A checkpoint of step n is the folder `WORKDIR/checkpoints/n` with three Orbax items: `params` and `opt_state`, each one
 flat dict of arrays (`levels.0.decoder.blocks.qkv.kernel`: array), and `meta`, a JSON object. Orbax commits it by
@@ -191,7 +191,7 @@ class Checkpoints:
   # -- Restoring --
 
   def latest_step(self) -> int | None:
-    """The newest step whose checkpoint is whole, None where there are no checkpoints.
+    """Returns the newest step whose checkpoint is whole, None where there are no checkpoints.
 
     Every file of a checkpoint is read once to be sure. Damaged ones are named on stderr and, unless this is
     `read_only`, moved to `checkpoints/damaged`.
@@ -202,7 +202,7 @@ class Checkpoints:
     return self._latest(_ITEMS)
 
   def best_step(self) -> int:
-    """The step whose checkpoint had the fewest validation bits per byte during training.
+    """Returns the step whose checkpoint had the fewest validation bits per byte during training.
 
     Raises:
       CheckpointError: none of the checkpoints that are there was evaluated.
@@ -229,7 +229,7 @@ class Checkpoints:
     return self._read(step, _ITEMS if optimizer else _WITHOUT_OPTIMIZER, {}).meta
 
   def restore(self, abstract_params: Any, abstract_opt_state: Any, step: int | None = None) -> Restored:
-    """The state saved at `step` (None: the newest whole one), placed as the abstract trees say.
+    """Reads the state saved at `step` (None: the newest whole one), placed as the abstract trees say.
 
     Args:
       abstract_params, abstract_opt_state: pytrees of ShapeDtypeStruct with shardings, on any mesh. A leaf without

@@ -1,4 +1,4 @@
-"""A folder's list of its own files, sizes and checksums: how a damaged checkpoint is told from a whole one.
+"""Lists a folder's files with sizes and checksums, which tells a damaged checkpoint from a whole one.
 
 The storage layer below does not tell: an array whose file is gone can come back as zeros, and a changed byte inside
 an array as another number.

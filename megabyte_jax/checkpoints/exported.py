@@ -1,4 +1,4 @@
-"""Exported models: config.json and parameters as safetensors, for other programs and for models shipped with this one.
+"""Exports models as config.json and safetensors, for other programs and to ship with this one, and reads them.
 
 A folder holds `config.json`, `model-00001-of-0000N.safetensors`, ..., the index that says which tensor lies in which
 file, and `files.json` with every file's size and checksum. Each layer's parameters are tensors of their own

@@ -1,4 +1,4 @@
-"""Starting a new run from another run's parameters, also with a longer context."""
+"""Starts a new run from another run's parameters, also with a longer context."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megabyte_jax.parallel.sharding import shard_abstract
 
 
 def parameters_from(workdir: str, fresh: Any, config: Config, mesh: Mesh) -> Any:
-  """The newest parameters of the run in `workdir`, for the model that `fresh` belongs to.
+  """Reads the newest parameters of the run in `workdir`, for the model that `fresh` belongs to.
 
   All arrays must have the new model's shapes, but for byte positions: where the new context (or span) is
   longer, the positions beyond the old ones keep their fresh initial values; where it is shorter, the

@@ -73,7 +73,7 @@ def save_config(workdir: epath.PathLike, config: Config) -> None:
 
 
 def load_config(workdir: epath.PathLike) -> Config:
-  """The config of the run in `workdir`.
+  """Reads the config of the run in `workdir`.
 
   Raises:
     CheckpointError: `workdir` holds no run, or its config cannot be read by this version.
@@ -89,7 +89,7 @@ def load_config(workdir: epath.PathLike) -> Config:
 
 
 def changed_keys(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-  """Dotted keys, sorted, in which two configs differ and that matter for continuing a run exactly.
+  """Lists the dotted keys, sorted, in which two configs differ and that matter for continuing a run exactly.
 
   Args:
     saved, current: `Config.to_dict()` of the run and of what is asked for now. A key that `saved` lacks, because
@@ -192,7 +192,7 @@ def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[s
 
 
 def all_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-  """Dotted keys in which two configs differ, each with its saved and its current value.
+  """Returns the dotted keys in which two configs differ, each with its saved and its current value.
 
   Args:
     saved, current: `Config.to_dict()`; keys that `saved` lacks count as having their default values.

@@ -73,7 +73,7 @@ def read_parameters(
 
 
 def evaluation_mesh(config: MeshConfig) -> Mesh:
-  """The run's own mesh where it fits the devices that are here, else all of them on `fsdp`, which suits any model."""
+  """Makes the run's own mesh where it fits the devices that are here, else one with all of them on `fsdp`."""
   try:
     return make_mesh(config)
   except ConfigError:

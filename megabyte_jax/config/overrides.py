@@ -99,7 +99,7 @@ def load(flag: str, reference: str, changes: Sequence[Override] = ()) -> ConfigD
 
 
 def expanded(text: str) -> str:
-  """The text with `~` and `~name`, where comma-separated paths begin with them, replaced by home folders."""
+  """Replaces `~` and `~name`, where comma-separated paths begin with them, by home folders."""
   return re.sub(r"(^|,)(~[^/,]*)", lambda found: found[1] + os.path.expanduser(found[2]), text)
 
 

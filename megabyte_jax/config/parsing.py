@@ -29,7 +29,7 @@ _IN_WORDS = {
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
-  """`; did you mean NEAREST?`, or nothing where none of the known names comes near; with `prefix` before the name."""
+  """Returns `; did you mean NEAREST?`, with `prefix` before the name, or '' where no known name comes near."""
   close = difflib.get_close_matches(name, known, n=1)
   return f"; did you mean {prefix}{close[0]}?" if close else ""
 
@@ -121,7 +121,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 
 def mapping_from_dataclass(value: Any, leaf: Callable[[dict], Any] = dict) -> Any:
-  """The inverse: nested `leaf` mappings; tuples of dataclasses become tuples of mappings."""
+  """Inverts `dataclass_from_mapping`: nested `leaf` mappings; tuples of dataclasses become tuples of mappings."""
   if dataclasses.is_dataclass(value):
     fields = dataclasses.fields(value)
     return leaf({field.name: mapping_from_dataclass(getattr(value, field.name), leaf) for field in fields})

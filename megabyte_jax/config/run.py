@@ -1,4 +1,4 @@
-"""Everything that can be set, as frozen dataclasses.
+"""Defines everything that can be set, as frozen dataclasses.
 
 A file in configs/ builds a `Config` and returns `config.to_config_dict()`, so that every field can be
 overridden on the command line (`--config.batch_size=4`, `--config.model.levels[0].num_layers=3`).
@@ -82,7 +82,7 @@ class DataConfig:
     return self.documents == "whole" or self.form == "image"
 
   def source(self, split: str) -> str:
-    """The source named for `split`; raises ConfigError where there is none."""
+    """Returns the source named for `split`; raises ConfigError where there is none."""
     require(split in ("train", "validation", "test"), f"split {split!r} is unknown; take train, validation or test")
     require(bool(getattr(self, split)), f"config.data.{split} is empty; name a file, folder or data set there")
     return getattr(self, split)
@@ -290,13 +290,13 @@ class Config:
 
   @classmethod
   def from_dict(cls, values: Mapping[str, Any]) -> Config:
-    """The typed form of a ConfigDict or a saved config; raises ConfigError naming the key at fault."""
+    """Makes the typed form of a ConfigDict or a saved config; raises ConfigError naming the key at fault."""
     return dataclass_from_mapping(cls, values, "config")
 
   def to_dict(self) -> dict[str, Any]:
-    """Plain dicts, lists and scalars, as saved beside a checkpoint (JSON)."""
+    """Returns plain dicts, lists and scalars, as saved beside a checkpoint (JSON)."""
     return mapping_from_dataclass(self)
 
   def to_config_dict(self) -> ml_collections.ConfigDict:
-    """A locked ConfigDict with every field, as `--config` files return it."""
+    """Returns a locked ConfigDict with every field, as `--config` files return it."""
     return ml_collections.ConfigDict(mapping_from_dataclass(self, leaf=ml_collections.ConfigDict)).lock()

@@ -9,7 +9,7 @@ INSTALLED = _PACKAGE / "scripts"  # made by pip install, see pyproject.toml
 
 
 def shipped(name: str = "") -> pathlib.Path:
-  """The path of a file or folder that stands at the top of the repository, such as `train.py` or `configs/small.py`.
+  """Returns the path of what stands at the top of the repository, such as `train.py` or `configs/small.py`.
 
   There may be no such file.
   """

@@ -1,4 +1,4 @@
-"""Training batches whose order is a pure function of (seed, step).
+"""Makes training batches whose order is a pure function of (seed, step).
 
 Which bytes a row of a batch holds is index arithmetic: row r of step s is draw number s * batch_size + r; draws walk
 through shuffled epochs of windows. So starting at any step costs nothing, and any number of hosts sees the same global
@@ -96,7 +96,7 @@ class Windows:
       self.per_epoch = int(self._ends[-1])
 
   def place_of(self, draw: int) -> Place:
-    """The window that is draw number `draw` >= 0."""
+    """Returns the window that is draw number `draw` >= 0."""
     epoch, window = divmod(draw, self.per_epoch)
     if self.per_epoch > 1:  # as grain.MapDataset.range(per_epoch).shuffle(seed).repeat() has it, in a tenth of the time
       seed = (self.seed + epoch) % 2**32
@@ -143,7 +143,7 @@ class MixedWindows:
 def open_windows(
   source: Source, *, context: int, seed: int, documents: str = "packed", latents: int = 0
 ) -> Windows | MixedWindows:
-  """The windows of a source; those of a `Mixture` are shuffled each on its own and drawn in its proportions."""
+  """Opens the windows of a source; those of a `Mixture` are shuffled each on its own and drawn in its proportions."""
   parts = source.sources if isinstance(source, Mixture) else [source]
   seeds = np.random.SeedSequence(seed).generate_state(len(parts))
   windows = [Windows(part, context, int(s), documents, latents) for part, s in zip(parts, seeds, strict=True)]
@@ -212,7 +212,7 @@ def draw_batches(
 
 
 def rows_of_this_process(sharding: jax.sharding.Sharding, batch_size: int, context: int) -> np.ndarray:
-  """The rows of a [batch_size, context] array of which this process's devices hold a part, in order."""
+  """Returns the rows of a [batch_size, context] array of which this process's devices hold a part, in order."""
   indices = sharding.addressable_devices_indices_map((batch_size, context)).values()
   return np.unique(np.concatenate([np.arange(batch_size)[index[0]] for index in indices if index is not None]))
 

@@ -1,4 +1,4 @@
-"""Bits per byte of documents: every byte scored exactly once, whatever the method."""
+"""Computes bits per byte of documents: every byte is scored exactly once, whatever the method."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Evaluation:
 
 
 def make_eval_step(config: Config) -> jax.stages.Wrapped:
-  """The jitted (parameters, x_BT, length_B, start_B) -> nats_BT; see `byte_nats`. `start_B` is for PerceiverAR."""
+  """Makes the jitted (parameters, x_BT, length_B, start_B) -> nats_BT (`byte_nats`); `start_B` is PerceiverAR's."""
 
   @jax.jit
   def eval_step(parameters, x_BT, length_B, start_B=None):

@@ -107,14 +107,14 @@ def evaluate_and_print(
 
 
 def read_all(source: Source) -> bytes:
-  """All documents joined."""
+  """Joins all documents."""
   return b"".join(source.read(i, 0, int(length)).tobytes() for i, length in enumerate(source.lengths))
 
 
 def results_table(
   config: Config, result: Evaluation, compressors: dict[str, Compressed], sources: Sequence[SourceBits] = ()
 ) -> str:
-  """Bits per byte of the model and of the compressors, one line each."""
+  """Renders bits per byte of the model and of the compressors, one line each."""
   documents = _documents(int(np.count_nonzero(result.document_bytes)))
   lines = [
     f"bits per byte on {result.bytes:,} bytes ({documents}, {duration(result.seconds)})",
@@ -144,7 +144,7 @@ def what_next(workdir: str, picture: str, form: str) -> str:
 
 
 def result_json(result: Evaluation, **more: Any) -> str:
-  """The evaluation as one JSON object on one line."""
+  """Renders the evaluation as one JSON object on one line."""
   values = {
     "bpb": result.bpb,
     "bytes": result.bytes,

@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""Keeps all but one process at a time out of a folder."""
 
 from __future__ import annotations
 

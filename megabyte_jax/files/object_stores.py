@@ -1,4 +1,4 @@
-"""Paths of object stores, such as gs://bucket/folder: the packages they need, and many requests at once."""
+"""Serves paths of object stores, such as gs://bucket/folder: the packages they need, many requests at once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def unknown_scheme(spec: str) -> str:
 
 
 def missing_package(error: ImportError) -> str:
-  """One line with the command that installs what a remote path needs; empty where the error has another cause."""
+  """Returns a line with the command that installs what a remote path needs, or '' where the error has another cause."""
   for package, install in _INSTALL.items():
     if package in str(error):
       return f"paths in a bucket need {package}, which is not installed: pip install {install}"
@@ -40,7 +40,7 @@ def missing_package(error: ImportError) -> str:
 
 
 def in_parallel(function: Callable[[_T], _R], items: Iterable[_T], remote: bool) -> list[_R]:
-  """function(item) for each, in order; many at once where they are remote. The first error is raised."""
+  """Returns function(item) for each, in order; calls many at once where they are remote. The first error is raised."""
   if not remote:
     return [function(item) for item in items]
   with ThreadPoolExecutor(_REQUESTS) as pool:

@@ -226,7 +226,7 @@ def _processor() -> str:
 
 
 def fingerprint(model: Model) -> str:
-  """Digest of a model's config and parameters, 16 hexadecimal digits."""
+  """Computes a digest of a model's config and parameters, 16 hexadecimal digits."""
   sha = hashlib.sha256(json.dumps(mapping_from_dataclass(model.config), sort_keys=True).encode())
   for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model))):
     sha.update(jax.tree_util.keystr(path).encode())

@@ -142,7 +142,7 @@ def split(code: bytes, length: int, config: ModelConfig, batch: int) -> list[Par
 
 
 def constriction() -> ModuleType:
-  """The library of the range coder. Raises ConfigError where it is not installed."""
+  """Imports the library of the range coder. Raises ConfigError where it is not installed."""
   try:
     return importlib.import_module("constriction")
   except ImportError as error:

@@ -1,4 +1,4 @@
-"""Samples that training ends with: a continued text; pictures and sounds, real, completed and from nothing."""
+"""Makes the samples that training ends with: a continued text; images and sounds, real, completed, unprompted."""
 
 from __future__ import annotations
 

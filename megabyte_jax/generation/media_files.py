@@ -1,4 +1,4 @@
-"""A person's pictures and recordings as prompts, and what a model makes of them as PNG and WAV files."""
+"""Reads pictures and recordings as prompts, and writes what a model makes of them as PNG and WAV files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Prompt:
 
 
 def read_prompt(path: str, data: DataConfig, keep: float | None = None) -> Prompt:
-  """The beginning of a file, its bytes made as in training on `data`.
+  """Reads the beginning of a file, its bytes made as in training on `data`.
 
   A photograph gives its centred square, scaled to the model's size (also where training cut tiles), with whatever is
   not 8-bit RGB made so.

@@ -1,4 +1,4 @@
-"""Sampling bytes with per-level caches: one step of the local model a byte, one of the global model a patch.
+"""Samples bytes with a cache per level: one step of the local model a byte, one of the global model a patch.
 
 When the context is full, its last half is read again and generation goes on (windows.py).
 """
@@ -51,7 +51,7 @@ class Sampling:
 
 
 def pick_byte(logits_V: jax.Array, noise_V: jax.Array, sampling: Sampling) -> jax.Array:
-  """One byte from float32 logits and `gumbel_noise`, int32 scalar; of equal logits the lower byte ranks first."""
+  """Picks one byte from float32 logits and `gumbel_noise`, int32 scalar; of equal logits the lower byte ranks first."""
   if sampling.temperature == 0:
     return jnp.argmax(logits_V).astype(jnp.int32)
   if sampling.temperature != 1:  # the largest becomes 0, so that no other can overflow to the same as it
@@ -157,7 +157,7 @@ def decode_chunk(
 
 
 def chunk_bytes(config: ModelConfig) -> int:
-  """Bytes of a chunk: whole patches."""
+  """Returns the bytes of a chunk: whole patches."""
   patch = config.patch_bytes
   return max(_CHUNK_BYTES // patch, 1) * patch
 

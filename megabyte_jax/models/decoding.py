@@ -1,4 +1,4 @@
-"""MEGABYTE byte by byte with caches: each byte costs one step of the last level, each patch one of the level above.
+"""Decodes byte by byte with caches: a byte costs one step of the last level, a patch one of the level above.
 
 Shapes as in megabyte.py; S the S_1 bytes of a patch of the first level.
 """
@@ -70,7 +70,7 @@ class Decoding(Model):
   levels: Sequence[LevelModel]
 
   def start_decoding(self, batch: int) -> DecodeState:
-    """The state before the first byte."""
+    """Makes the state before the first byte."""
     return DecodeState(
       tuple(level.decoder.empty_cache(batch, level.slots_per_span) for level in self.levels),
       tuple(level.embedder.empty_memory(batch) for level in self.levels),
@@ -79,7 +79,7 @@ class Decoding(Model):
     )
 
   def read_prompt(self, x_BT: jax.Array, length: jax.Array, latent_start: jax.Array | int = 0) -> DecodeState:
-    """The state after the first `length` bytes, rounded down to `alignment`, all processed at once.
+    """Computes the state after the first `length` bytes, rounded down to `alignment`, all processed at once.
 
     Args:
       x_BT: the prompt and then anything; T a multiple of `alignment`, at most the context.
@@ -111,7 +111,7 @@ class Decoding(Model):
     return DecodeState(tuple(caches), tuple(memories), patch_BS.astype(jnp.int32), jnp.int32(position))
 
   def decode_patch(self, state: DecodeState, pick: Pick) -> tuple[DecodeState, jax.Array, jax.Array]:
-    """The next S_1 bytes.
+    """Decodes the next S_1 bytes.
 
     Args:
       state: after the bytes before.
@@ -198,19 +198,19 @@ class Decoding(Model):
   # Where each byte becomes known only outside of the compiled step, as in decompression. `decode_patch` is faster.
 
   def start_bytes(self, batch: int) -> ByteState:
-    """The state before the first byte."""
+    """Makes the state before the first byte."""
     width = [level.width for level in self.config.levels]
     return ByteState(
       self.start_decoding(batch), tuple(jnp.zeros((batch, 1, 1, D), compute_dtype(self.config)) for D in width)
     )
 
   def first_level_at(self, position: int) -> int:
-    """The coarsest level that has a slot starting at byte `position`; the number of levels where none has."""
+    """Returns the coarsest level that has a slot starting at byte `position`; the number of levels where none has."""
     starts = (i for i, level in enumerate(self.config.levels) if position % level.patch_size == 0)
     return next(starts, len(self.levels))
 
   def decode_byte(self, state: ByteState, previous_B: jax.Array, first_level: int = 0) -> tuple[ByteState, jax.Array]:
-    """The logits of one byte, [B, V] float32, and the state for the next.
+    """Computes the logits of one byte, [B, V] float32, and the state for the next.
 
     Args:
       state: after the bytes before.

@@ -1,4 +1,4 @@
-"""The global and the local model: each is a level of MEGABYTE, eqs. (3) to (5); megabyte.py joins them.
+"""Defines the global and the local model: each is a level of MEGABYTE, eqs. (3) to (5); megabyte.py joins them.
 
 Shapes: B batch, T bytes, N spans, M slots of a span, D width; E the width of the parent level's output for a span, s
 that of a slice of it, the part for one slot.
@@ -32,7 +32,7 @@ class LevelModel(nnx.Module):
     self.decoder = Stack(level, config, rngs)
 
   def add_parent(self, slots_BNMD: jax.Array, parent_BNE: jax.Array) -> jax.Array:
-    """Eq. (4): to slot j of each span, slice j of the parent's output for that span, times w_i."""
+    """Adds to slot j of each span slice j of the parent's output for that span, times w_i (eq. 4)."""
     B, N, M, _ = slots_BNMD.shape
     slices_BNMs = parent_BNE.reshape(B, N, M, self.from_parent.shape[0])
     return slots_BNMD + slices_BNMs @ self.from_parent.astype(slots_BNMD.dtype)
@@ -57,12 +57,12 @@ class LevelModel(nnx.Module):
 
 
 def fold_level(dropout_key: jax.Array | None, i: int) -> jax.Array | None:
-  """The dropout key of level i (from 0)."""
+  """Derives the dropout key of level i (from 0)."""
   return None if dropout_key is None else jax.random.fold_in(dropout_key, i)
 
 
 def as_spans(h_BNMD: jax.Array) -> jax.Array:
-  """The output of each slot as the input of one span of the next level: [B, N M, D]."""
+  """Makes the output of each slot the input of one span of the next level: [B, N M, D]."""
   return h_BNMD.reshape(h_BNMD.shape[0], -1, h_BNMD.shape[-1])
 
 

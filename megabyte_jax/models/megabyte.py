@@ -1,5 +1,6 @@
-"""MEGABYTE, read beside section 2 of the paper; a level, eqs. (3)-(5), is in
-global_and_local.py, decoding with caches in decoding.py.
+"""Defines MEGABYTE, to be read beside section 2 of the paper.
+
+A level, eqs. (3)-(5), is in global_and_local.py, decoding with caches in decoding.py.
 
 The model is a list of levels, from coarse to fine; the paper's global and local models are levels 1 and 2.
 Level i cuts its input into spans of S_{i-1} bytes (S_0 is the context) and each span into M_i = S_{i-1} / S_i
@@ -43,7 +44,7 @@ class Megabyte(Decoding, PatchGroups):
       of_level(level, i)
 
   def __call__(self, x_BT: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
-    """Logits of every byte given the bytes before it.
+    """Computes the logits of every byte given the bytes before it.
 
     Args:
       x_BT: bytes, any integer dtype, 1 <= T <= context.

@@ -1,4 +1,4 @@
-"""From bytes to the input slots of a level: eqs. (1) and (2), and the tied output of eq. (6).
+"""Turns bytes into the input slots of a level, eqs. (1) and (2), and its output into logits, eq. (6).
 
 Shapes: B batch, N spans, L bytes of a span, M slots of a span, S bytes of a slot, d width of a byte,
 D = S * d width of a slot, V vocabulary.
@@ -31,7 +31,7 @@ class CausalConv(nnx.Module):
     self.bias = make_parameter("bias", {"channels": width}, options, rngs) if options.bias else None
 
   def __call__(self, h_BNLd: jax.Array, left_BNFd: jax.Array | None = None) -> jax.Array:
-    """Byte t of the result depends on bytes t - size + 1 .. t of its span.
+    """Convolves so that byte t of the result depends on bytes t - size + 1 .. t of its span.
 
     `left` holds the F = size - 1 bytes before, in stepwise decoding; without it the span starts here, and L must be a
     multiple of the patch size.
@@ -89,16 +89,16 @@ class PatchEmbedder(nnx.Module):
     )
 
   def embed(self, bytes_BNL: jax.Array, first_byte: jax.Array | int = 0) -> jax.Array:
-    """Eq. (1): h_embed[t] = E[x_t] + E_pos[t], for L bytes of each span from byte `first_byte` on; [B, N, L, d]."""
+    """Computes eq. (1), h_embed[t] = E[x_t] + E_pos[t], for L bytes of each span from `first_byte` on; [B, N, L, d]."""
     length = bytes_BNL.shape[-1]
     positions_Ld = jax.lax.dynamic_slice_in_dim(self.positions[...], first_byte, length)
     return lookup(self.table[...], bytes_BNL, self.dtype) + positions_Ld.astype(self.dtype)
 
   def slots(self, bytes_BNL: jax.Array) -> jax.Array:
-    """Eq. (2): slot 0 is the pad, slot j the concatenated embeddings of the S bytes of patch j - 1; [B, N, M, D].
+    """Computes eq. (2): slot 0 is the pad, slot j the concatenated embeddings of patch j - 1; [B, N, M, D].
 
-    L must be a multiple of S. The last patch is not used. Of the local model (eq. 4), too, whose learned positions the
-    paper leaves out of its equation: see Decisions in docs/design.md.
+    L must be a multiple of S. The last patch is not used. The local model's slots (eq. 4) are made in the same way; its
+    equation leaves out the learned positions (see Decisions in docs/design.md).
     """
     h_BNLd = self.embed(bytes_BNL)
     for convolution in self.convolutions:  # section 2.3.1, before chunking
@@ -109,11 +109,11 @@ class PatchEmbedder(nnx.Module):
     return jnp.where(is_first_M1, self.pad_slot(), shift(h_BNMD, axis=2))
 
   def pad_slot(self) -> jax.Array:
-    """The pad as one slot, [D]."""
+    """Returns the pad as one slot, [D]."""
     return self.pad.reshape(-1).astype(self.dtype)
 
   def logits(self, h: jax.Array) -> jax.Array:
-    """Eq. (6): the output of each byte, [..., d], times the byte table; float32 [..., V]."""
+    """Computes eq. (6): the output of each byte, [..., d], times the byte table; float32 [..., V]."""
     if self.logit_scale != 1.0:
       h *= self.logit_scale
     return jnp.einsum("...d,Vd->...V", h, self.table.astype(self.dtype), preferred_element_type=jnp.float32)
@@ -126,7 +126,7 @@ class PatchEmbedder(nnx.Module):
     return tuple(jnp.zeros((batch, 1, c.size - 1, width), self.dtype) for c in self.convolutions)
 
   def memory_at(self, bytes_BL: jax.Array, at: jax.Array) -> tuple[jax.Array, ...]:
-    """The memory just before byte `at` of a span that starts with `bytes_BL`."""
+    """Computes the memory just before byte `at` of a span that starts with `bytes_BL`."""
     h_B1Ld, memory = self.embed(bytes_BL[:, None]), []
     for convolution in self.convolutions:
       padded = jnp.pad(h_B1Ld, ((0, 0), (0, 0), (convolution.size - 1, 0), (0, 0)))
@@ -137,7 +137,7 @@ class PatchEmbedder(nnx.Module):
   def next_slot(
     self, previous_BS: jax.Array, memory: tuple[jax.Array, ...], slot: jax.Array
   ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Slot number `slot` as `slots` makes it, from the S bytes before it: [B, 1, 1, D], and the memory after them."""
+    """Makes slot number `slot` as `slots` does, from the S bytes before it: [B, 1, 1, D], and the memory after them."""
     is_first = slot == 0
     h_B1Sd = self.embed(previous_BS[:, None], jnp.maximum(slot - 1, 0) * self.patch_size)
     new_memory = []

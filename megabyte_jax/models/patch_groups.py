@@ -1,4 +1,4 @@
-"""The levels below the first on groups of patches, one group after the other, for very long sequences.
+"""Runs the levels below the first on groups of patches, one after the other, for very long sequences.
 
 Given the first level's output the patches are independent (without cross-patch attention). So the nats of a group and
 their gradient are computed in one pass, and only sums and the gradient of the first level's output are kept.

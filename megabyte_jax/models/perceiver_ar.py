@@ -1,4 +1,4 @@
-"""PerceiverAR (Hawthorne et al., 2022), the paper's second baseline (appendix C).
+"""Defines PerceiverAR (Hawthorne et al., 2022), the paper's second baseline (appendix C).
 
 One causal cross-attention takes a long context of single bytes to the latents at its end; causal
 self-attention layers follow over the latents alone. Latent n predicts byte `start + n`.
@@ -119,7 +119,7 @@ class PerceiverAR(Model):
   def __call__(
     self, x_BT: jax.Array, *, start_B: jax.Array | None = None, dropout_key: jax.Array | None = None
   ) -> jax.Array:
-    """Logits of bytes start .. start + N - 1 of each row, given all bytes before each.
+    """Computes the logits of bytes start .. start + N - 1 of each row, given all bytes before each.
 
     Args:
       x_BT: bytes, 1 <= T <= context.
@@ -182,7 +182,7 @@ class PerceiverAR(Model):
   # latent_start (windows.generation_window), so that every byte is predicted as in the evaluation. ---
 
   def read_prompt(self, x_BT: jax.Array, length: jax.Array, latent_start: jax.Array | int = 0) -> DecodeState:
-    """The state after the first `length` bytes of x, [B, context], processed at once.
+    """Computes the state after the first `length` bytes of x, [B, context], all processed at once.
 
     Args:
       latent_start: where the latents start; they serve bytes up to latent_start + N - 1, and `length` is one of these.
@@ -194,7 +194,7 @@ class PerceiverAR(Model):
     return DecodeState(Cache(k[None], v[None]), Cache(*kept), byte_B1.astype(jnp.int32), jnp.int32(length), start)
 
   def decode_patch(self, state: DecodeState, pick: Pick) -> tuple[DecodeState, jax.Array, jax.Array]:
-    """The next byte; arguments and results as in `Megabyte.decode_patch`, with patches of one byte.
+    """Decodes the next byte; arguments and results as in `Megabyte.decode_patch`, with patches of one byte.
 
     The latents must not be used up: position < start + N.
     """
@@ -205,7 +205,7 @@ class PerceiverAR(Model):
   def decode_byte(
     self, state: DecodeState, previous_B: jax.Array, first_level: int = 0
   ) -> tuple[DecodeState, jax.Array]:
-    """The logits of the next byte, as `Megabyte.decode_byte` has them; the latents must not be used up."""
+    """Computes the logits of the next byte, as `Megabyte.decode_byte` does; the latents must not be used up."""
     slot, latent = state.position, state.position - state.start
     x_B11D, _ = self.embedder.next_slot(previous_B[:, None], (), slot)
     own = self.cross.keys_values(x_B11D, slot)

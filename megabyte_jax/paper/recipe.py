@@ -1,4 +1,4 @@
-"""Two recipes for the paper's models: changes that later work agrees on, one by one or together.
+"""Defines two recipes for the paper's models: changes that later work agrees on, one by one or together.
 
 A row's name may end with changes: `table2:books_megabyte+modern` has all of MODERN, `...+modern-muon` all but one,
 `...+swiglu+muon` only these. `+scaled` is AdamW with initial values and rates scaled by width (SpaceByte's rule;

@@ -1,4 +1,4 @@
-"""Start-up of one or many processes: where the others are, and who speaks.
+"""Starts one or many processes: where the others are, and who speaks.
 
 Who this process is comes from the first of these that tells it:
 
@@ -117,7 +117,7 @@ def end(code: int, *, at_once: bool = False) -> NoReturn:
 
 
 def outlive_readers() -> None:
-  """From now on what is printed is lost where nobody reads it any more, and the process goes on.
+  """Loses from now on what is printed where nobody reads it any more, instead of ending the process.
 
   A run must not end with the terminal or `tee` that showed it, and one process of several must not end alone: all the
   others would.
@@ -186,7 +186,7 @@ def _end_by_exception(*error: Any) -> None:
 def given_place(
   environment: Mapping[str, str], coordinator: str = "", num_processes: int = 0, process_id: int = -1
 ) -> Place | None:
-  """The place that flags and environment variables tell, None where they tell nothing."""
+  """Reads the place that flags and environment variables tell, None where they tell nothing."""
   coordinator = coordinator or environment.get("JAX_COORDINATOR_ADDRESS", "")
   if not coordinator:
     require(
@@ -208,7 +208,7 @@ def given_place(
 
 
 def detected_place(environment: Mapping[str, str], timeout: float) -> Place | None:
-  """The place as a cluster tells it, None where there is no cluster or one process is all there is."""
+  """Reads the place as a cluster tells it, None where there is no cluster or one process is all there is."""
   if _is_newer_open_mpi(environment):
     raise ConfigError(
       "this Open MPI does not tell where process 0 is; give --coordinator=HOST:PORT (or JAX_COORDINATOR_ADDRESS)"

@@ -31,7 +31,7 @@ MESH_AXES = {"width": "fsdp", "byte_width": "fsdp", "heads": "tensor", "hidden":
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-  """The mesh over `devices` (default: all).
+  """Makes the mesh over `devices` (default: all).
 
   Raises:
     ConfigError: the sizes do not multiply to the number of devices, or slices of TPUs are not replicas.
@@ -74,7 +74,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def parse_mesh(text: str, data: int = -1) -> MeshConfig:
-  """The mesh that `fsdp=16,seq=4` names. Axes left out are 1, `data` is `data`, or 1 if another axis is -1.
+  """Parses a mesh such as `fsdp=16,seq=4`. Axes left out are 1, `data` is `data`, or 1 if another axis is -1.
 
   Raises:
     ConfigError: there is another axis, or something that is no size.

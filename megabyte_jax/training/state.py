@@ -26,7 +26,7 @@ class TrainState(NamedTuple):
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
-  """The state's shapes, dtypes and shardings; takes no memory.
+  """Computes the state's shapes, dtypes and shardings; takes no memory.
 
   Raises:
     ConfigError: the mesh does not suit the model or the batch.
@@ -43,7 +43,7 @@ def _optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def initial_state(config: Config, mesh: Mesh) -> TrainState:
-  """A fresh state, made shard by shard: no device ever holds more than its part. Equal on any mesh."""
+  """Makes a fresh state shard by shard: no device ever holds more than its part. Equal on any mesh."""
   abstract = abstract_state(config, mesh)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
@@ -56,7 +56,7 @@ def initial_state(config: Config, mesh: Mesh) -> TrainState:
 
 
 def make_train_step(config: Config) -> jax.stages.Wrapped:
-  """The jitted step (state, x_BT, length_B) -> (state, metrics); the old state's memory is reused.
+  """Makes the jitted step (state, x_BT, length_B) -> (state, metrics); the old state's memory is reused.
 
   `length_B` is None where every row is full. Metrics: nats (summed), bytes (counted), grad_norm; float32.
   Dropout and the places of PerceiverAR's latents are functions of the seed and the step.

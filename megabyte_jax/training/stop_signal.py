@@ -44,7 +44,7 @@ class StopSignal:
       raise Interrupted
 
   def all_is_saved(self, workdir: str) -> None:
-    """From now on lets a signal end the process at once, with exit code 0: only measuring and drawing are left."""
+    """Lets a signal end the process at once from now on, with exit code 0: only measuring and drawing are left."""
     self._finished = f"\nall steps are saved in {workdir}; the same command measures them again\n"
     if self.requested:
       self._end()

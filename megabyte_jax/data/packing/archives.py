@@ -55,7 +55,7 @@ def is_archive(spec: str) -> bool:
 def documents(
   path: str, first: int = 0, skip_bad: bool = False, on_place: Callable[[int], None] = lambda place: None
 ) -> Iterator[tuple[str, Iterator[bytes]] | None]:
-  """(name, blocks of bytes) of the files in an archive from number `first` on; None for an empty one to be skipped.
+  """Yields (name, blocks of bytes) of an archive's files from number `first` on; None for an empty one to be skipped.
 
   Hidden files are left out.
 

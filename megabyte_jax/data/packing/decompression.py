@@ -1,4 +1,4 @@
-"""bz2 and xz files read to their very end: Python's own readers take a damaged later stream for nothing at all."""
+"""Reads bz2 and xz files to their very end; Python's own readers take a damaged later stream for nothing at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing packed folders (see packed_folder.py), interrupted or not."""
+"""Writes packed folders (see packed_folder.py), interrupted or not."""
 
 from __future__ import annotations
 

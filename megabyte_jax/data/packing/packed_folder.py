@@ -1,4 +1,4 @@
-"""Packed data: a folder with all documents in one file, ready to be read at any place.
+"""Reads packed folders: all documents in one file, ready to be read at any place.
 
   data.bin       the bytes of all documents, one after the other
   ends.npy       int64 [documents], where each ends in data.bin
@@ -43,7 +43,7 @@ _SETTINGS = {
 
 
 def settings_of(data: DataConfig) -> dict[str, Any]:
-  """The settings under which `data` turns items into bytes, as the manifest records them."""
+  """Returns the settings under which `data` turns items into bytes, as the manifest records them."""
   return {"form": data.form, **{name: getattr(data, name) for name in _SETTINGS[data.form]}}
 
 
@@ -91,7 +91,7 @@ class Packed:
     return _read_names(self._folder / _NAMES, len(self.lengths))
 
   def read(self, document: int, start: int, stop: int) -> np.ndarray:
-    """See `Source.read`."""
+    """Reads bytes as `Source.read` does."""
     check_range(self, document, start, stop)
     first = int(self._starts[document])
     return self._bytes.read(0, first + start, first + stop)

@@ -1,4 +1,4 @@
-"""The files of TFDS data sets: building them, and turning TFRecord copies into ArrayRecord without TensorFlow."""
+"""Builds TFDS data sets, and turns TFRecord copies of them into ArrayRecord files without TensorFlow."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _convert_shard(old: epath.Path, new: epath.Path, count: int, progress: Progr
 
 
 def tfrecords(path: epath.Path) -> Iterator[bytes]:
-  """The records of a TFRecord file, checksums verified: of lengths always, of contents where google-crc32c is there.
+  """Yields the records of a TFRecord file, checksums verified: of lengths always, of contents with google-crc32c.
 
   A record is its length (8 bytes), that number's checksum (4), the contents, their checksum (4), little-endian.
 
@@ -142,7 +142,7 @@ def tfrecords(path: epath.Path) -> Iterator[bytes]:
 
 
 def fast_crc32c() -> Callable[[bytes], int] | None:
-  """A compiled checksum; the one in Python would take hours over a real data set."""
+  """Imports a compiled checksum, or returns None; one in Python would take hours over a real data set."""
   try:
     module: Any = importlib.import_module("google_crc32c")
     return module.value

@@ -72,7 +72,7 @@ class Phases:
   # --- Phases. ---
 
   def qkv(self, refs: Refs, layer: jax.Array, wait: Wait) -> None:
-    """Norm, product, rotary positions; a program's columns lie in the same places of queries, keys and values."""
+    """Computes norm, product, rotary positions; a program has the same columns of queries, keys and values."""
     heads, head_width = self.level.heads
     own, half = heads * head_width // 2 // self.programs, head_width // 2
     columns = min(power_of_two_in(own), half, max(1, _PIECE // 2 // self.chunk(self.level.width)))
@@ -92,7 +92,7 @@ class Phases:
       to[...] = y_2C
 
   def attend(self, refs: Refs, layer: jax.Array, wait: Wait) -> None:
-    """Each program's heads, or parts of the slots of one, with the log of each sum of weights."""
+    """Attends by each program's heads, or parts of the slots of one, and leaves the log of each sum of weights."""
     heads, head_width = self.level.heads
     first, end = refs["places"][0], refs["places"][1] + 1
     per_part = pl.cdiv(pl.cdiv(end - first, self.parts), _SLOTS) * _SLOTS
@@ -124,7 +124,7 @@ class Phases:
       pl.when(place < heads * self.parts)(functools.partial(one, place))
 
   def out(self, refs: Refs, layer: jax.Array, wait: Wait) -> None:
-    """Attention over a short cache, or the sum of what `attend` left; product; residual."""
+    """Computes attention over a short cache, or the sum of what `attend` left; then product and residual."""
     heads, head_width = self.level.heads
     attended = self.attended if self.short else self.added_up
     per_chunk = self.chunk(heads * head_width) // head_width
@@ -136,7 +136,7 @@ class Phases:
     self.product(refs, "out", "out_LDE", "middle", layer, heads * head_width, wait, inputs, added="x")
 
   def ff_in(self, refs: Refs, layer: jax.Array, wait: Wait) -> None:
-    """Norm, product, activation; the two halves of a gated layer together."""
+    """Computes norm, product, activation; the two halves of a gated layer together."""
     inputs = self.normed(refs, "ff", "middle", layer)
     if not self.options.gated:
       activation = getattr(jax.nn, self.options.activation)
@@ -151,7 +151,7 @@ class Phases:
       refs["hidden"][place] = (jax.nn.silu(gate_C) * up_C).astype(refs["hidden"].dtype)
 
   def ff_out(self, refs: Refs, layer: jax.Array, wait: Wait) -> None:
-    """Product, residual."""
+    """Computes product and residual."""
     hidden = self.options.hidden(self.level)
     chunk = self.chunk(hidden)
 
@@ -181,7 +181,7 @@ class Phases:
     return inputs
 
   def attended(self, refs: Refs, layer: jax.Array, which: Any) -> jax.Array:
-    """The attended values of some heads over a short cache."""
+    """Returns the attended values of some heads over a short cache."""
     head_width = self.level.heads[1]
     first, at = refs["places"][0], refs["places"][1]
     q_H2K = fresh(refs["q"], which).astype(jnp.float32)
@@ -197,7 +197,7 @@ class Phases:
     return sum_of(w_H[:, None, None] * v for w_H, v in zip(weights, values, strict=True)) / total_H[:, None, None]
 
   def added_up(self, refs: Refs, layer: jax.Array, which: Any) -> jax.Array:
-    """The attended values of some heads from those of parts of the cache."""
+    """Sums the attended values of some heads from those of parts of the cache."""
     del layer
     log_sums = [fresh(refs["log_sum"], p, which) for p in range(self.parts)]
     largest_H = functools.reduce(jnp.maximum, log_sums)
@@ -212,7 +212,7 @@ class Phases:
     return min(power_of_two_in(inputs), _CHUNK)
 
   def places(self, outputs: int, inputs: int) -> list[Any]:
-    """The columns of this program, in pieces."""
+    """Returns the columns of this program, in pieces."""
     own = outputs // self.programs
     columns = min(power_of_two_in(own), max(1, _PIECE // self.chunk(inputs)))
     return [pl.ds(pl.program_id(0) * own + first, columns) for first in range(0, own, columns)]
@@ -243,14 +243,14 @@ class Phases:
       refs[to][place] = (y_C + residual_C).astype(refs[to].dtype)
 
   def biases(self, refs: Refs, name: str, layer: jax.Array, wanted: list[Place]) -> list[Any]:
-    """Those of the wanted places, float32, or zeros."""
+    """Returns the biases of the wanted places, float32, or zeros."""
     bias = refs.get(f"{name}_bias")
     return [0.0 if bias is None else bias[layer, *place].astype(jnp.float32) for place in wanted]
 
   def products(
     self, weight: Any, layer: jax.Array, wanted: list[Place], inputs: int, wait: Wait, made: Inputs
   ) -> list[jax.Array]:
-    """For each of the wanted places of a weight the sums over its inputs, which `made` gives in chunks; float32."""
+    """Sums, for each wanted place of a weight, over its inputs, which `made` gives in chunks; float32."""
     chunk = self.chunk(inputs)
     chunks = [pl.ds(c, chunk) for c in range(0, inputs, chunk)]
     pieces = [(place, c) for place in wanted for c in range(len(chunks))]
@@ -281,12 +281,12 @@ def fresh(ref: Any, *place: Any) -> jax.Array:
 
 
 def sum_of(arrays: Iterable[jax.Array]) -> jax.Array:
-  """Their sum."""
+  """Sums arrays."""
   return functools.reduce(jnp.add, arrays)
 
 
 def rotated(y_2C: jax.Array, slot: jax.Array, first: jax.Array | int, half: int) -> jax.Array:
-  """Rotary positions of the columns `first`.. of both halves of a head (see `rotate` in layers.py)."""
+  """Applies rotary positions to the columns `first`.. of both halves of a head (see `rotate` in block.py)."""
   columns = y_2C.shape[1]
   frequency_C = jnp.exp((first + jnp.arange(columns)).astype(jnp.float32) * (-math.log(10_000.0) / half))
   angle_C = slot.astype(jnp.float32) * frequency_C
@@ -299,5 +299,5 @@ def rotated(y_2C: jax.Array, slot: jax.Array, first: jax.Array | int, half: int)
 
 
 def power_of_two_in(n: int) -> int:
-  """The largest power of two that divides n."""
+  """Returns the largest power of two that divides n."""
   return n & -n

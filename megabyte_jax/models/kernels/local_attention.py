@@ -1,4 +1,4 @@
-"""Causal attention within many short spans on a GPU, as one Pallas (Triton) kernel forward and one backward.
+"""Computes causal attention within many short spans on a GPU: one Pallas (Triton) kernel in each direction.
 
 A span of the local model is far smaller than the matrix units of a GPU. So spans that lie side by side make up a tile
 of `_TILE` slots, and a slot sees the slots of its tile that lie in its own span and not after it, and its row of `past`
@@ -24,7 +24,7 @@ _SMALLEST = 16  # rows that a product on the matrix units has at least
 
 
 def obstacle(q_BNMHK: jax.Array | jax.ShapeDtypeStruct, earlier: int) -> str:
-  """Why the kernel cannot attend here, whatever the device, or '' if it can; `earlier` is r, 0 without a past."""
+  """Returns why the kernel cannot attend here, whatever the device, or ''; `earlier` is r, 0 without a past."""
   _, N, M, _, K = q_BNMHK.shape
   if M > _TILE or _TILE % M or N * M % _TILE:
     return f"{N} spans of {M} slots are not whole tiles of {_TILE}"
@@ -45,7 +45,7 @@ def tile_attention(
   *,
   interpret: bool = False,
 ) -> jax.Array:
-  """Causal attention within spans, [B, N, M, H, K].
+  """Computes causal attention within spans, [B, N, M, H, K].
 
   Args:
     past: keys and values [B, N, r, H, K] that every slot of a span sees as well, and bool [N]: whether a span does.

@@ -1,4 +1,4 @@
-"""The decoder block that every model is made of.
+"""Defines the decoder block that every model is made of.
 
 Shapes: B batch, N spans, M slots of a span, D width, H heads, K head width.
 """
@@ -24,7 +24,7 @@ KeyValue = tuple[jax.Array, jax.Array]  # k_BNMHK, v_BNMHK
 
 
 def normalised(norm: nnx.LayerNorm | nnx.RMSNorm, x: jax.Array) -> jax.Array:
-  """norm(x) of a few rows on a GPU: the variance from the deviations, of which XLA makes one kernel, not two."""
+  """Computes norm(x) of a few rows on a GPU: the variance from the deviations, which XLA makes one kernel."""
   if isinstance(norm, nnx.RMSNorm):
     return norm(x)
   deviation = x.astype(jnp.float32)
@@ -37,14 +37,14 @@ def normalised(norm: nnx.LayerNorm | nnx.RMSNorm, x: jax.Array) -> jax.Array:
 
 
 def make_ff_in(level: Level, options: BlockOptions, rngs: nnx.Rngs) -> nnx.LinearGeneral:
-  """The feed-forward layer's first product: D to F, or to 2, F if it is gated."""
+  """Makes the feed-forward layer's first product: D to F, or to 2, F if it is gated."""
   halves = {"halves": 2} if options.gated else {}
   return make_linear({"width": level.width}, halves | {"hidden": options.hidden(level)}, options, rngs)
 
 
 @jax.custom_jvp
 def relu(x: jax.Array) -> jax.Array:
-  """max(x, 0), whose derivative is taken from the result, so that backward need not keep x."""
+  """Computes max(x, 0), whose derivative is taken from the result, so that backward need not keep x."""
   return jnp.maximum(x, 0)
 
 
@@ -55,7 +55,7 @@ def _relu_jvp(primals, tangents):
 
 
 def activate(hidden: jax.Array, options: BlockOptions) -> jax.Array:
-  """The feed-forward layer's activation: [.., F] to [.., F], or if gated (SwiGLU; Shazeer, 2020) from [.., 2, F]."""
+  """Applies the feed-forward activation: [.., F] to [.., F], or if gated (SwiGLU; Shazeer, 2020) from [.., 2, F]."""
   hidden = row_major(hidden)
   if options.activation == "relu":
     return relu(hidden)
@@ -66,7 +66,7 @@ def activate(hidden: jax.Array, options: BlockOptions) -> jax.Array:
 
 
 def rotate(x_BNMHK: jax.Array, slots_M: jax.Array) -> jax.Array:
-  """Rotary positions (Su et al., 2021): turns the pair (x_i, x_{i+K/2}) by slot * 10000^(-2i/K).
+  """Applies rotary positions (Su et al., 2021): turns the pair (x_i, x_{i+K/2}) by slot * 10000^(-2i/K).
 
   Rotations add up: rotating the keys of slots j by -m makes them the keys of slots j - m.
   """
@@ -79,7 +79,7 @@ def rotate(x_BNMHK: jax.Array, slots_M: jax.Array) -> jax.Array:
 
 
 def products_apart(linear: nnx.LinearGeneral, x_BNMD: jax.Array) -> tuple[jax.Array, ...]:
-  """linear(x), [B, N, M, C, H, K], as C arrays: queries, keys and values, or the latter two.
+  """Computes linear(x), [B, N, M, C, H, K], as C arrays: queries, keys and values, or the latter two.
 
   On a GPU these are C products: slices of one would be copied for its attention kernels.
   """
@@ -96,7 +96,7 @@ def products_apart(linear: nnx.LinearGeneral, x_BNMD: jax.Array) -> tuple[jax.Ar
 
 
 def product_with_transposed(linear: nnx.LinearGeneral, x: jax.Array) -> jax.Array:
-  """linear(x), whose weights lie with their input axes last: XLA alone would transpose them in memory."""
+  """Computes linear(x), whose weights lie with their input axes last: XLA alone would transpose them in memory."""
   kernel, axes = linear.kernel[...], len(linear.in_features)
   weight = kernel.transpose(*range(axes, kernel.ndim), *range(axes))
   weight_FD = row_major(weight.reshape(-1, math.prod(linear.in_features)))
@@ -130,7 +130,7 @@ class Block(nnx.Module):
     past: Past | cached_attention.Filled | None = None,
     dropout_key: jax.Array | None = None,
   ) -> tuple[jax.Array, KeyValue]:
-    """One layer over M consecutive slots of each span.
+    """Computes one layer over M consecutive slots of each span.
 
     Args:
       x_BNMD: the residual stream.
@@ -188,7 +188,7 @@ class Block(nnx.Module):
 
 
 def past_of_previous_span(k_BNMHK: jax.Array, v_BNMHK: jax.Array, r: int) -> Past:
-  """Cross-patch attention (section 2.3.2): the last r keys and values of the previous span, slots -r .. -1."""
+  """Returns the last r keys and values of the previous span, at slots -r .. -1: cross-patch attention (2.3.2)."""
   M = k_BNMHK.shape[2]
   k_tail = rotate(k_BNMHK[:, :, M - r :], jnp.full((r,), -M))
   has_previous = jnp.arange(k_BNMHK.shape[1])[:, None, None] > 0

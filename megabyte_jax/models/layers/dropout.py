@@ -1,4 +1,4 @@
-"""Dropout, from random numbers that cost next to nothing."""
+"""Drops activations, with random numbers that cost next to nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Uniform uint32 numbers, each a hash of the key and its place alone: the same on every mesh.
+  """Draws uniform uint32 numbers, each a hash of the key and its place alone: the same on every mesh.
 
   Good enough to drop activations, at a fraction of the instructions of JAX's generator: with these, random numbers
   would take longer than the memory traffic of the activations; so they hide behind it.

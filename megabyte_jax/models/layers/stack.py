@@ -1,4 +1,4 @@
-"""Stacks of decoder blocks, whole spans at once or slot by slot with a cache.
+"""Stacks decoder blocks, run over whole spans at once or slot by slot with a cache.
 
 Shapes: B batch, N spans, M slots of a span, S slots of a cache, D width, H heads, K head width, L layers.
 """
@@ -51,7 +51,7 @@ class Stack(nnx.Module):
     dropout_key: jax.Array | None = None,
     keep: Callable[[jax.Array, jax.Array], Any] = lambda k, v: None,
   ) -> tuple[jax.Array, Any]:
-    """Whole spans (or their first M slots) at once.
+    """Computes whole spans (or their first M slots) at once.
 
     Returns:
       The normed output [B, N, M, D], and `keep(k_BNMHK, v_BNMHK)` of every layer, stacked.
@@ -75,7 +75,7 @@ class Stack(nnx.Module):
     return self.norm(x_BNMD), kept
 
   def empty_cache(self, batch: int, slots: int) -> Cache:
-    """A cache for a span of `slots` slots."""
+    """Makes a cache for a span of `slots` slots."""
     heads, width = self.level.heads
     shape = (self.level.num_layers, batch, 1, self.level.cross_patch + slots, heads, width)
     zeros = functools.partial(jnp.zeros, shape, compute_dtype(self.options))
@@ -84,7 +84,7 @@ class Stack(nnx.Module):
   def step(
     self, x_B11D: jax.Array, cache: Cache, slot: jax.Array, has_previous: jax.Array | bool
   ) -> tuple[jax.Array, Cache]:
-    """One slot, given the cache of the earlier ones: by the block of training or, on one GPU, by its faster twins.
+    """Computes one slot from the cache of the earlier ones, by the block of training or, on one GPU, its faster twins.
 
     Args:
       x_B11D: the slot's input.
@@ -141,7 +141,7 @@ class Stack(nnx.Module):
     )
 
   def next_span(self, cache: Cache) -> Cache:
-    """The cache at the start of the next span: the last r slots move to the front, to slots -r .. -1."""
+    """Moves the last r slots of the cache to the front, to slots -r .. -1, at the start of the next span."""
     r = self.level.cross_patch
     slots = cache.k_LBNSHK.shape[3] - r
     k_tail, v_tail = (a[:, :, :, slots:] for a in cache)
@@ -187,7 +187,7 @@ def stack_weights(stack: Stack) -> decoding_step.Weights:
 
 
 def unstacked(parameter: nnx.Variable) -> nnx.Variable:
-  """A parameter of stacked blocks in the form of a tuple."""
+  """Makes a parameter of stacked blocks a tuple of the blocks' own."""
   return parameter.replace(tuple(parameter[...]))
 
 
@@ -197,12 +197,12 @@ def is_unstacked(layers: nnx.State) -> bool:
 
 
 def layer_of(layers: nnx.State, i: int) -> nnx.State:
-  """The parameters of layer i."""
+  """Takes the parameters of layer i."""
   return _map_variables(lambda a: a.replace(a.get_value()[i]), layers)
 
 
 def stacked(layers: nnx.State) -> nnx.State:
-  """The parameters of blocks with a first axis of layers, whatever their form."""
+  """Stacks the parameters of blocks along a first axis of layers, whatever their form."""
   if not is_unstacked(layers):
     return layers
   return _map_variables(lambda a: a.replace(jnp.stack(a.get_value())), layers)
@@ -217,7 +217,7 @@ def _map_variables(function, layers):
 
 
 def rematerialised(layer: Callable, remat: str, *, is_in_loop: bool) -> Callable:
-  """`layer` with its activations recomputed in the backward pass, as `BlockOptions.remat` says."""
+  """Wraps `layer` so that its activations are recomputed in the backward pass, as `BlockOptions.remat` says."""
   if remat == "none":
     return layer
   kept = ("qkv", "attended", "hidden") if remat == "named" else ()
