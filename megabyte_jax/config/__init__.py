@@ -5,6 +5,7 @@ from megabyte_jax.config.megabyte import MegabyteConfig
 from megabyte_jax.config.model import ModelConfig
 from megabyte_jax.config.perceiver_ar import PerceiverARConfig
 from megabyte_jax.config.run import CheckpointConfig, Config, DataConfig, EvalConfig, MeshConfig, OptimizerConfig
+from megabyte_jax.config.transformer_xl import TransformerXLConfig
 from megabyte_jax.errors import ConfigError
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
   "ModelConfig",
   "OptimizerConfig",
   "PerceiverARConfig",
+  "TransformerXLConfig",
 ]

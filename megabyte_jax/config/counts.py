@@ -24,6 +24,19 @@ def block_parameters(options: BlockOptions, level: Level) -> int:
   return block_weights(options, level) + biases + 2 * norm_parameters(options, level.width) + scales
 
 
+def relative_block_weights(options: BlockOptions, level: Level) -> int:
+  """Counts the entries of the matrices of a block with relative positions: those of distances come on top."""
+  return block_weights(options, level) + level.width * attention_width(level)
+
+
+def relative_block_parameters(options: BlockOptions, level: Level, *, untie: bool) -> int:
+  """Counts such a block's matrices, biases (of the feed-forward layer alone), two norms, scales, and own u and v."""
+  biases = ((1 + options.gated) * options.hidden(level) + level.width) * options.bias
+  scales = 2 * level.heads[1] * options.qk_norm
+  own = relative_block_weights(options, level) + biases + scales + 2 * attention_width(level) * untie
+  return own + 2 * norm_parameters(options, level.width)
+
+
 def norm_parameters(options: BlockOptions, width: int) -> int:
   """Counts the scales of one norm, and its shifts where LayerNorm has them."""
   return width * (2 if options.norm == "layernorm" and options.bias else 1)

@@ -12,19 +12,21 @@ import jax
 from flax import nnx
 from jax.experimental.layout import Format, Layout
 
-from megabyte_jax.config import MegabyteConfig, ModelConfig, PerceiverARConfig
+from megabyte_jax.config import MegabyteConfig, ModelConfig, PerceiverARConfig, TransformerXLConfig
 from megabyte_jax.models.family import Model
 from megabyte_jax.models.kernels import cached_attention
 from megabyte_jax.models.layers.stack import each_in_one_kernel, unstacked
 from megabyte_jax.models.megabyte import Megabyte
 from megabyte_jax.models.parameters import compute_dtype, declared
 from megabyte_jax.models.perceiver_ar import PerceiverAR
+from megabyte_jax.models.transformer_xl import TransformerXL
 from megabyte_jax.parallel.parameter_info import ParameterInfo, is_variable, map_with_info, parameter_name
 
 # The model of each family's config; every other room asks the config (config/model.py) or the model (family.py).
 FAMILIES: dict[type[ModelConfig], Callable[[Any, nnx.Rngs], Model]] = {
   MegabyteConfig: Megabyte,
   PerceiverARConfig: PerceiverAR,
+  TransformerXLConfig: TransformerXL,
 }
 
 
@@ -60,10 +62,11 @@ def parameter_info(config: ModelConfig) -> Mapping[str, ParameterInfo]:
 
 
 def trained_model(config: ModelConfig, parameters: dict[str, Any]) -> Model:
-  """Returns the model with these parameters, for evaluation or generation.
+  """Returns the model with these parameters, for evaluation or generation; see `ModelConfig.for_evaluation`.
 
   A fused attention that it was trained with by name may not serve here; the one for the devices at hand does.
   """
+  config = config.for_evaluation
   if config.attention in ("cudnn", "splash"):
     config = dataclasses.replace(config, attention="auto")
   graph, _ = abstract_model(config)
@@ -83,7 +86,7 @@ def in_compute_dtype(config: ModelConfig, parameters: nnx.State, rows: int) -> n
   """
   sharding = jax.tree.leaves(parameters)[0].sharding
   kernels = cached_attention.wanted(config, compute_dtype(config)) and len(sharding.device_set) == 1
-  if not kernels or any(cached_attention.obstacle(level, config) for level in config.levels):
+  if not kernels or config.recurrent or any(cached_attention.obstacle(level, config) for level in config.levels):
     return cast_for_decoding(config, parameters)
   return _prepare(config, sharding, each_in_one_kernel(config, rows))(parameters)
 

@@ -164,6 +164,8 @@ def _reason(implementation: str, obstacles: dict[str, str], slots: int) -> str:
 
 def choices(config: ModelConfig, rows: int) -> dict[str, Choice]:
   """Returns what each level of a model trains with in batches of so many rows, by the level's name."""
+  if config.recurrent:
+    return dict.fromkeys(config.level_names, Choice("xla", "kernels know no memory of earlier segments"))
   found, drops = {}, config.attention_dropout > 0
   if cross := config.cross_attention:
     q = jax.ShapeDtypeStruct((rows, 1, cross.queries, *config.levels[0].heads), compute_dtype(config))
