@@ -10,7 +10,9 @@ from typing import Any
 import jax
 from etils import epath
 
+from megabyte_jax.errors import CheckpointError
 from megabyte_jax.files.atomic_file import replacing
+from megabyte_jax.files.json_files import read_json
 
 BEST_FILE = "validation_bpb.json"
 
@@ -54,6 +56,7 @@ class BestSteps:
 
 def _read(path: epath.Path) -> dict[int, float]:
   try:
-    return {int(step): float(bpb) for step, bpb in json.loads(path.read_text()).items()}
-  except (FileNotFoundError, ValueError, TypeError, AttributeError):
+    written = read_json(path, CheckpointError, "remove it")
+    return {int(step): float(bpb) for step, bpb in written.items()}
+  except (FileNotFoundError, CheckpointError, ValueError, TypeError):
     return {}  # never written, or not by us: it is written anew at the next evaluation

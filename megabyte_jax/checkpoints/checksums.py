@@ -10,9 +10,12 @@ import json
 import zlib
 from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from etils import epath
 
+from megabyte_jax.errors import CheckpointError
+from megabyte_jax.files.json_files import read_json
 from megabyte_jax.files.object_stores import is_remote
 
 DIGESTS_FILE = "files.json"
@@ -36,17 +39,24 @@ def write_digests(folder: epath.Path, skip: Container[str] = ()) -> None:
 def find_damage(folder: epath.Path, part: str = "") -> str | None:
   """Describes the damage to the files of `folder` (or of its subfolder `part`); returns None if there is none."""
   try:
-    listed = json.loads((folder / DIGESTS_FILE).read_text())
-    listed = {name: tuple(digest) for name, digest in listed.items() if name.startswith(f"{part}/" if part else "")}
+    everything = read_json(folder / DIGESTS_FILE, CheckpointError, "take another copy")
   except FileNotFoundError:
     return f"{DIGESTS_FILE} is missing"
-  except (ValueError, TypeError, AttributeError):
+  except CheckpointError:
     return f"{DIGESTS_FILE} cannot be read"
+  if not all(_is_digest(digest) for digest in everything.values()):
+    return f"{DIGESTS_FILE} cannot be read"
+  listed = {name: digest for name, digest in everything.items() if name.startswith(f"{part}/" if part else "")}
   if not listed:
     return f"{part or 'everything'} is missing"
   with ThreadPoolExecutor(_THREADS) as pool:
     problems = pool.map(lambda name: _problem(folder, name, *listed[name]), sorted(listed))
   return next((problem for problem in problems if problem), None)
+
+
+def _is_digest(value: Any) -> bool:
+  """Tells whether a value of files.json is [bytes, crc32], where an object store's crc32 is null."""
+  return isinstance(value, list) and len(value) == 2 and type(value[0]) is int and type(value[1]) in (int, type(None))
 
 
 def _problem(folder: epath.Path, name: str, size: int, crc: int | None) -> str | None:

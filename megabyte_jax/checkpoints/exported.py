@@ -24,6 +24,7 @@ from megabyte_jax.checkpoints.checksums import find_damage, write_digests
 from megabyte_jax.checkpoints.saved_config import CONFIG_FILE, save_config, shipped_folder
 from megabyte_jax.config import Config
 from megabyte_jax.errors import CheckpointError, ConfigError, require
+from megabyte_jax.files.json_files import read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 FORMAT = 1  # raised when older code could no longer read what this code writes
@@ -97,11 +98,9 @@ def read_exported(workdir: epath.PathLike, abstract_parameters: Any) -> tuple[An
   folder = epath.Path(shipped_folder(workdir))
   if damage := find_damage(folder):
     raise CheckpointError(f"the exported model in {folder} is damaged: {damage}; export it again, or take another copy")
-  index = json.loads((folder / INDEX_FILE).read_text())
-  if index["metadata"].get("format") != FORMAT:
-    raise CheckpointError(f"{folder} has format {index['metadata'].get('format')}, not {FORMAT}; export it again")
+  metadata, files = _read_index(folder)
   tensors: dict[str, np.ndarray] = {}
-  for name in sorted(set(index["weight_map"].values())):
+  for name in files:
     tensors |= load_file(folder / name)
   arrays = _stacked(tensors)
   wanted = flat_arrays(abstract_parameters)
@@ -114,7 +113,20 @@ def read_exported(workdir: epath.PathLike, abstract_parameters: Any) -> tuple[An
   if differ:
     raise CheckpointError(f"the tensors in {folder} are not those of its {CONFIG_FILE}: {'; '.join(differ[:8])}")
   placed = [jax.device_put(arrays[name].astype(leaf.dtype), leaf.sharding) for name, leaf in wanted.items()]
-  return jax.tree.unflatten(jax.tree.structure(abstract_parameters), placed), int(index["metadata"]["step"])
+  return jax.tree.unflatten(jax.tree.structure(abstract_parameters), placed), metadata["step"]
+
+
+def _read_index(folder: epath.Path) -> tuple[dict[str, Any], list[str]]:
+  """Reads an exported model's metadata and the names of its files. Raises CheckpointError as `read_exported` does."""
+  index = read_json(folder / INDEX_FILE, CheckpointError, "export the model again, or take another copy")
+  metadata, weight_map = index.get("metadata"), index.get("weight_map")
+  if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+    found = metadata.get("format") if isinstance(metadata, dict) else None
+    raise CheckpointError(f"{folder} has format {found}, not {FORMAT}; export it again")
+  names = weight_map.values() if isinstance(weight_map, dict) else [None]
+  if type(metadata.get("step")) is not int or not all(isinstance(name, str) for name in names):
+    raise CheckpointError(f"{folder / INDEX_FILE} has no step, or no weight_map of file names; export the model again")
+  return metadata, sorted(set(names))
 
 
 def _unstacked(parameters: Any) -> dict[str, Any]:

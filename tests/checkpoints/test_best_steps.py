@@ -62,9 +62,10 @@ def test_the_best_is_found_by_a_reader(tmp_path):
   assert json.loads((tmp_path / "checkpoints/validation_bpb.json").read_text()) == {"2": 2.0, "3": 2.1}
 
 
-def test_a_broken_list_is_written_anew(tmp_path):
+@pytest.mark.parametrize("text", ['{"1": ', "[1]", '{"one": 2.0}', '{"1": null}', "[" * 100_000])
+def test_a_broken_list_is_written_anew(tmp_path, text):
   (tmp_path / "checkpoints").mkdir()
-  (tmp_path / "checkpoints/validation_bpb.json").write_text('{"1": ')
+  (tmp_path / "checkpoints/validation_bpb.json").write_text(text)
   with Checkpoints(tmp_path) as checkpoints:
     save(checkpoints, 1, 2.0)
     assert checkpoints.best_step() == 1

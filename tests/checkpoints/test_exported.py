@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import model_variants as variants
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 from run_commands import MESH, assert_bitwise_equal
 from safetensors.numpy import load_file
 
-from megabyte_jax.checkpoints import exported, saved_config
+from megabyte_jax.checkpoints import checksums, exported, saved_config
 from megabyte_jax.checkpoints.exported import export_model, is_exported, read_exported
 from megabyte_jax.checkpoints.saved_config import load_config
 from megabyte_jax.checkpoints.trained_model import load
@@ -98,6 +99,24 @@ def test_every_damage_is_noticed(tmp_path):
         load(str(tmp_path / "out"))
       path.write_bytes(content)
   load(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"metadata": None}, "has format None, not 1"),
+    ({"metadata": {"format": 1}}, "has no step, or no weight_map of file names"),
+    ({"weight_map": {"levels.0": 3}}, "has no step, or no weight_map of file names"),
+  ],
+)
+def test_an_index_edited_together_with_its_checksum(tmp_path, change, message):
+  config = config_of("two_levels")
+  export_model(str(tmp_path / "out"), config, parameters_of(config), step=7)
+  index = tmp_path / "out" / exported.INDEX_FILE
+  index.write_text(json.dumps(json.loads(index.read_text()) | change))
+  checksums.write_digests(epath.Path(tmp_path / "out"))
+  with pytest.raises(CheckpointError, match=message):
+    read_exported(tmp_path / "out", abstract_of(config))
 
 
 def test_tensors_of_another_model_are_refused(tmp_path):

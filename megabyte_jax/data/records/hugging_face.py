@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,8 @@ import numpy as np
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data.fingerprints import combine_fingerprints, hash_values
 from megabyte_jax.data.records.columns import binary_column, byte_lengths, choose_field
-from megabyte_jax.data.records.store import Chosen, Numbered
-from megabyte_jax.data.sources import SKIP_HINT
+from megabyte_jax.data.records.store import Numbered
+from megabyte_jax.data.records.table_column import TableColumn
 from megabyte_jax.errors import ConfigError, DataError
 
 _PART = r"[\w.-]+(?:\[[^\]]*\])?"
@@ -31,7 +31,7 @@ def is_saved(folder: str) -> bool:
   )
 
 
-class HuggingFace:
+class HuggingFace(TableColumn):
   """One column of a data set that the package `datasets` reads; a `RecordStore`, and an `EncodedImages`.
 
   Args:
@@ -56,8 +56,6 @@ class HuggingFace:
     types = {name: table.features.arrow_schema.field(name).type for name in table.column_names}
     self._field = choose_field(spec, types, match["field"] or "", data.form)
     self._table = table.select_columns([self._field]).with_format("arrow")
-    self.skipped = 0
-    self._kept: np.ndarray | None = None
     self._rows = Numbered([spec], [len(table)])
     if not len(table):
       raise DataError(f"{spec} has no rows")
@@ -68,39 +66,18 @@ class HuggingFace:
     for batch in self._table.iter(_BATCH):
       yield byte_lengths(binary_column(batch.column(0)))
 
-  def _choose_rows(self, sizes: np.ndarray, skip_bad: bool) -> None:
-    if (sizes < 0).any() and not skip_bad:
-      where = self._rows[int(np.argmax(sizes < 0))]
-      raise DataError(f"{where} has no value in {self._field!r}; skip such rows with {SKIP_HINT}")
-    if (sizes <= 0).any():
-      self._kept = np.flatnonzero(sizes > 0)
-      self.skipped = int(len(sizes) - len(self._kept))
-      sizes = sizes[self._kept]
-    if not len(sizes):
-      raise DataError(f"none of {self.skipped:,} rows of {self._spec} has a text in its field {self._field!r}")
-    self._sizes = sizes
-
-  @property
-  def names(self) -> Sequence[str]:
-    """SPEC[ROW] for each record."""
-    return self._rows if self._kept is None else Chosen(self._rows, self._kept)
-
-  @property
-  def sizes(self) -> np.ndarray:
-    """See `RecordStore`; of texts alone."""
-    return self._sizes
-
   @functools.cached_property
   def fingerprint(self) -> str:
     """Changes with the number of rows, the column, all lengths of texts, and 1,024 evenly spaced values."""
     count = len(self.names)
     sampled = np.unique(np.linspace(0, count - 1, min(count, _SAMPLED)).astype(int))
-    lengths = self._sizes.tobytes() if hasattr(self, "_sizes") else b""
-    return combine_fingerprints([hash_values([lengths, *map(self.load, sampled.tolist())]), str(count), self._field])
+    return combine_fingerprints(
+      [hash_values([self._sizes.tobytes(), *map(self.load, sampled.tolist())]), str(count), self._field]
+    )
 
   def load(self, i: int) -> bytes:
     """Returns the value of record i; see `RecordStore`."""
-    row = i if self._kept is None else int(self._kept[i])
+    row = self._row(i)
     try:
       column = self._table[row : row + 1].column(0)
       value = binary_column(column)[0].as_py()
@@ -114,12 +91,8 @@ class HuggingFace:
     except Exception as error:  # Arrow's and those of `datasets`
       raise DataError(f"{self._rows[row]} cannot be read ({' '.join(str(error).split())[:200]})") from error
     if value is None:
-      raise DataError(f"{self._rows[row]} has no value in {self._field!r}; skip such rows with {SKIP_HINT}")
+      raise self._no_value(row)
     return value
-
-  def place(self, i: int) -> str:
-    """Returns the place of record i; see `RecordStore`."""
-    return self.names[i]
 
 
 def _open(spec: str, name: str, split: str) -> Any:

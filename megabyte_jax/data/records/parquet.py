@@ -15,9 +15,9 @@ from megabyte_jax.data.files import fingerprint_files, open_file, sizes_of
 from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.records import cache
 from megabyte_jax.data.records.columns import binary_column, byte_lengths, choose_field, import_arrow
-from megabyte_jax.data.records.store import Chosen, Numbered
+from megabyte_jax.data.records.store import Numbered
+from megabyte_jax.data.records.table_column import TableColumn
 from megabyte_jax.data.shared_cache import SharedCache
-from megabyte_jax.data.sources import SKIP_HINT
 from megabyte_jax.display.progress import Progress
 from megabyte_jax.errors import ConfigError, DataError
 
@@ -26,7 +26,7 @@ _THREADS = 4  # of the first reading; each holds a row group
 _SHOWN = 1 << 27  # bytes of a column from which on its first reading is shown
 
 
-class Parquet:
+class Parquet(TableColumn):
   """The values of one column of Parquet files; a `RecordStore`, and an `EncodedImages`.
 
   The lengths of texts are found by reading the column once; they are kept in the cache folder. Rows whose text is empty
@@ -49,7 +49,7 @@ class Parquet:
     self._module = import_arrow("pyarrow.parquet")
     self._paths, self._names, self._spec = [], [], spec
     self._field, self._form, self._data = field, data.form, data
-    self.skipped, failed = 0, ""
+    failed = ""
     group_rows, lengths = [], []
     for path, name in zip(paths, names, strict=True):
       try:
@@ -70,32 +70,9 @@ class Parquet:
     counts = [int(rows.sum()) for rows in group_rows]
     self._rows = Numbered(self._names, counts)
     self._file_starts = np.cumsum([0, *counts])
-    self._kept: np.ndarray | None = None  # rows that are documents, where not all are
     if data.form == "bytes":
       self._choose_rows(np.concatenate(lengths), data.skip_bad)
     self._group = SharedCache(self._read_group, _KEPT, lambda values: values.nbytes)
-
-  def _choose_rows(self, sizes: np.ndarray, skip_bad: bool) -> None:
-    if (sizes < 0).any() and not skip_bad:
-      where = self._place_of_row(int(np.argmax(sizes < 0)))
-      raise DataError(f"{where} has no value in {self._field!r}; skip such rows with {SKIP_HINT}")
-    if (sizes <= 0).any():
-      self._kept = np.flatnonzero(sizes > 0)
-      self.skipped += int(len(sizes) - len(self._kept))
-      sizes = sizes[self._kept]
-    if not len(sizes):
-      raise DataError(f"none of {self.skipped:,} rows of {self._spec} has a text in its field {self._field!r}")
-    self._sizes = sizes
-
-  @property
-  def names(self) -> Sequence[str]:
-    """FILE[ROW] for each record."""
-    return self._rows if self._kept is None else Chosen(self._rows, self._kept)
-
-  @property
-  def sizes(self) -> np.ndarray:
-    """See `RecordStore`; of texts alone."""
-    return self._sizes
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -112,15 +89,8 @@ class Parquet:
       raise DataError(f"{self.place(i)} is no longer there; the file has changed since the data were opened")
     value = values[row - first].as_py()
     if value is None:
-      raise DataError(f"{self.place(i)} has no value in {self._field!r}; skip such rows with {SKIP_HINT}")
+      raise self._no_value(row)
     return value
-
-  def place(self, i: int) -> str:
-    """Returns the place of record i; see `RecordStore`."""
-    return self._place_of_row(self._row(i))
-
-  def _row(self, i: int) -> int:
-    return i if self._kept is None else int(self._kept[i])
 
   def _place_of_row(self, row: int) -> str:
     file, number = self._rows.find(row)
