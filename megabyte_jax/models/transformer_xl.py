@@ -1,4 +1,4 @@
-"""Transformer-XL (Dai et al., 2019; arXiv 1901.02860, section 3), read beside its equations.
+"""Defines Transformer-XL (Dai et al., 2019; arXiv 1901.02860, section 3), to be read beside its equations.
 
 For segment tau and layer n of N, with SG for a stopped gradient and [a o b] for slots a, then slots b:
 
@@ -39,7 +39,7 @@ from megabyte_jax.parallel.backend import platform
 
 
 class Memory(NamedTuple):
-  """What is remembered between segments.
+  """Memory that is kept between segments.
 
   Attributes:
     inputs_BLMD: the layers' inputs at the last M slots, in the compute dtype.
