@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import optax
 
 from megabyte_jax.config import OptimizerConfig
-from megabyte_jax.parallel.backend import platform
 from megabyte_jax.parallel.parameter_info import EMBEDDINGS, ParameterInfo, ParameterInfos, map_with_info
+from megabyte_jax.training.muon import scale_by_muon
 from megabyte_jax.training.schedule import learning_rate
-
-_RMS = 0.2  # of Muon's updates, about AdamW's: one learning rate and weight decay serve both (Liu et al., 2025)
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int, infos: ParameterInfos) -> optax.GradientTransformation:
@@ -28,21 +24,16 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, infos: ParameterInfo
     infos: what the model's parameters declare (`models.build.parameter_info`).
   """
   rate = learning_rate(config, num_steps)
+  decay = config.weight_decay
+  adamw = functools.partial(optax.adamw, rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=decay)
   if config.name == "muon":
-    update = optax.contrib.muon(
-      rate,
-      beta=config.momentum,
-      eps=config.eps,
-      weight_decay=config.weight_decay,
-      adam_b1=config.b1,
-      adam_b2=config.b2,
-      adam_weight_decay=config.weight_decay,
-      muon_weight_dimension_numbers=functools.partial(muon_matrices, infos=infos),
-      consistent_rms=_RMS,
+    orthogonal = scale_by_muon(config.momentum, config.eps, infos)
+    muon = optax.chain(orthogonal, optax.add_decayed_weights(decay), optax.scale_by_learning_rate(rate))
+    update = optax.partition(
+      {"muon": muon, "adam": adamw(nesterov=True)}, lambda parameters: map_with_info(_label, parameters, infos)
     )
-    update = optax.GradientTransformation(update.init, _with_bfloat16_products(update.update))
   else:
-    update = optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay)
+    update = adamw()
   parts = [optax.clip_by_global_norm(config.clip_norm), update]
   if (config.matrix_rate, config.embedding_rate, config.level_rates) != ("same", 1.0, ()):
     parts.append(_with_own_rates(config, infos))
@@ -70,27 +61,6 @@ def rate_factor(config: OptimizerConfig, info: ParameterInfo) -> float:
   return factor * info.fan_in**-0.5 if config.matrix_rate == "fan_in" else factor
 
 
-def _with_bfloat16_products(update: Callable) -> Callable:
-  """`update`, its matrix products in bfloat16 on GPUs (TPUs do so anyway): enough for Newton-Schulz (Jordan, 2024)."""
-
-  def quick(*arguments):
-    if platform() != "gpu":
-      return update(*arguments)
-    with jax.default_matmul_precision("BF16_BF16_F32"):
-      return update(*arguments)
-
-  return quick
-
-
-def muon_matrices(parameters: Any, infos: ParameterInfos) -> Any:
-  """Returns for each parameter which axes are a matrix's inputs and outputs, or None where Muon does not change it.
-
-  All other axes count matrices, which are made orthogonal one by one.
-  """
-
-  def axes(_, info):
-    if info.kind != "matrix":
-      return None
-    return optax.contrib.MuonDimensionNumbers(info.input_places, info.output_places)
-
-  return map_with_info(axes, parameters, infos)
+def _label(_: Any, info: ParameterInfo | None) -> str:
+  """Returns who changes a parameter."""
+  return "muon" if info is not None and info.kind == "matrix" else "adam"
