@@ -37,7 +37,7 @@ from megabyte_jax.config import Config
 from megabyte_jax.data.open_data import open_path, open_source
 from megabyte_jax.data.sources import Source
 from megabyte_jax.display import plots
-from megabyte_jax.errors import ConfigError, DataError
+from megabyte_jax.errors import ConfigError, DataError, require
 from megabyte_jax.evaluation import image_report, perplexity, report
 from megabyte_jax.evaluation.by_source import by_source
 from megabyte_jax.evaluation.evaluate import Evaluation
@@ -77,6 +77,8 @@ def run(args: argparse.Namespace) -> str:
 
   result = score(config, args, nnx.to_pure_dict(nnx.state(model)), source, mesh)
   more = {"step": step, "data": args.data or getattr(config.data, args.split), "workdir": args.workdir}
+  if config.data.form == "subwords":
+    more["tokenizer_sha256"] = config.data.tokenizer_sha256
   more |= {} if args.data else {"split": args.split}
   more |= {name: value for name, value in (("skipped", source.skipped), ("stride", args.stride)) if value}
   if words:
@@ -113,9 +115,13 @@ def with_options(config: Config, args: argparse.Namespace) -> Config:
 
 def score(config: Config, args: argparse.Namespace, parameters: Any, source: Source, mesh: Mesh) -> Evaluation:
   """Scores the source, writes each byte's nats where --per-byte-out says, and prints the table of bits per byte."""
-  compare = args.compressors and config.data.form == "bytes" and not args.max_bytes
+  compare = args.compressors and config.data.form in ("bytes", "subwords") and not args.max_bytes
   with contextlib.ExitStack() as writing:
     per_byte = None
+    require(
+      not args.per_byte_out or config.data.form != "subwords",
+      "--per-byte-out is for models that read bytes; this one reads subwords, whose bytes have no nats of their own",
+    )
     if args.per_byte_out and jax.process_index() == 0:
       per_byte = PerByte(writing.enter_context(replacing(args.per_byte_out)), source.lengths)
     return report.evaluate_and_print(
@@ -158,7 +164,7 @@ def keep(
   if not (args.data or args.max_bytes):
     names.append(f"eval_{args.split}_{result.method}{f'_stride{args.stride}' if args.stride else ''}.json")
   try:
-    write_positions(args.workdir, result)
+    write_positions(args.workdir, result, config.data.unit)
     if images:
       print("pictures:", *image_report.write_best_and_worst(images, source, config.data, args.workdir))
     for name in names:

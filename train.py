@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from megabyte_jax.config import Config
 from megabyte_jax.data.batches import draw_batches, open_windows
 from megabyte_jax.data.open_data import open_source
 from megabyte_jax.data.sources import Source
+from megabyte_jax.data.subwords.source import check_vocabulary, token_lengths, with_checksum
 from megabyte_jax.display import plots
 from megabyte_jax.display.metrics import Metrics
 from megabyte_jax.display.trackers import Tracker
@@ -62,10 +64,12 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
     CheckpointError: the run in `workdir` had other settings or data, is damaged, or another process trains in it.
     FloatingPointError: the loss or the parameters are no longer finite; what is saved is from before.
   """
+  config = dataclasses.replace(config, data=with_checksum(config.data))
   mesh = make_mesh(config.mesh)
   check_mesh(mesh, config.model, config.batch_size // config.accumulate)
   windows.check_method(config.model, config.eval.method)
   source = open_source(config.data, "train")
+  check_vocabulary(source, config.model.vocab_size)
   validation = open_source(config.data, "validation") if config.data.validation else None
   training_windows = open_windows(  # what is wrong with the data is said before anything is written
     source,
@@ -98,7 +102,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
     )
     step_metrics = StepMetrics(config, metrics, checkpoints, start.step, start.since_logged)
     trace = closing.enter_context(Trace(config.profile_steps, workdir))
-    train_step = make_train_step(config)
+    train_step = make_train_step(config, token_lengths(source))
     scoring: dict[str, Any] = {"mesh": mesh, "eval_step": make_eval_step(config), "method": config.eval.method}
     data = draw_batches(
       training_windows,
@@ -148,7 +152,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
     stop.all_is_saved(workdir)
     if validation:
       # Evaluations during training may have scored a part: that part of the last one is what they are compared with.
-      part = FirstBytes(validation.lengths, config.eval.max_bytes if config.eval.every_steps else 0)
+      part = FirstBytes(validation, config.eval.max_bytes if config.eval.every_steps else 0)
       report.evaluate_and_print(
         config, state.parameters, validation, primer=lambda: source, on_byte_nats=part.put, **scoring
       )

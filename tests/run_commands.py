@@ -155,7 +155,7 @@ def evaluate_command(monkeypatch, *arguments):
 
 def metric_lines(workdir):
   """metrics.jsonl without what a clock or the machine decides."""
-  timed = {"bytes_per_second", "flops_per_second", "mfu", "seconds", "memory_bytes"}
+  timed = {"bytes_per_second", "tokens_per_second", "flops_per_second", "mfu", "seconds", "memory_bytes"}
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   return [{name: value for name, value in line.items() if name not in timed} for line in lines]
 

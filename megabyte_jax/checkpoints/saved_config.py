@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -11,11 +12,13 @@ import jax
 from etils import epath
 
 from megabyte_jax.config import Config
+from megabyte_jax.data.files import read_whole
 from megabyte_jax.errors import CheckpointError, ConfigError
 from megabyte_jax.files.atomic_file import replacing
 from megabyte_jax.files.json_files import read_json
 
 CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.model"  # of a model of subwords, beside its config
 SHIPPED = "pretrained:"  # before the name of a model that the package holds
 _SHIPPED_FOLDER = epath.Path(__file__).parent / "pretrained"
 
@@ -29,6 +32,7 @@ _FREE = (  # other ways to compute the same numbers, and where data lie whose co
   "data.test",
   "data.tfds_dir",
   "data.cache_dir",
+  "data.tokenizer",  # data.tokenizer_sha256 decides
 )
 
 _LENGTH_HINT = (
@@ -36,7 +40,17 @@ _LENGTH_HINT = (
   "optimizer.schedule=constant, or wsd before its decay begins"
 )
 # How items become bytes: a model reads no other bytes than those that it was trained on.
-_MAKES_BYTES = ("form", "image_size", "image_tiles", "convert_images", "scan", "scan_patch", "sample_rate", "encoding")
+_MAKES_BYTES = (
+  "form",
+  "image_size",
+  "image_tiles",
+  "convert_images",
+  "scan",
+  "scan_patch",
+  "sample_rate",
+  "encoding",
+  "tokenizer_sha256",
+)
 
 _ABSENT = object()
 
@@ -65,15 +79,24 @@ def shipped_folder(workdir: epath.PathLike) -> epath.PathLike:
 
 
 def save_config(workdir: epath.PathLike, config: Config) -> None:
-  """Writes `config` to `workdir`/config.json, where `load_config` finds it; process 0 does, all may call."""
+  """Writes `config` to `workdir`/config.json, where `load_config` finds it; process 0 does, all may call.
+
+  A tokenizer is copied beside it, unless it is there.
+  """
   if jax.process_index() > 0:
     return
+  if config.data.form == "subwords":
+    copy = epath.Path(workdir) / TOKENIZER_FILE
+    file = read_whole(config.data.tokenizer)
+    if not copy.exists() or copy.read_bytes() != file:
+      with replacing(copy) as path:
+        path.write_bytes(file)
   with replacing(epath.Path(workdir) / CONFIG_FILE) as path:
     path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def load_config(workdir: epath.PathLike) -> Config:
-  """Reads the config of the run in `workdir`.
+  """Reads the config of the run in `workdir`; its tokenizer, if it has one, is the copy in `workdir`.
 
   Raises:
     CheckpointError: `workdir` holds no run, or its config cannot be read by this version.
@@ -83,7 +106,11 @@ def load_config(workdir: epath.PathLike) -> Config:
     raise CheckpointError(f"{workdir} holds no run: {path} does not exist; give the --workdir of a train.py run")
   values = read_json(path, CheckpointError, "restore it, or start train.py again there, which writes it anew")
   try:
-    return Config.from_dict(values)
+    config = Config.from_dict(values)
+    if config.data.form != "subwords":
+      return config
+    copy = os.fspath(path.parent / TOKENIZER_FILE)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=copy))
   except ConfigError as error:
     raise CheckpointError(f"{path} does not fit this version of megabyte_jax: {error}") from error
 

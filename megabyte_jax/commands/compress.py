@@ -44,6 +44,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> None:
   """Compresses or decompresses one file; the result appears whole or not at all."""
   args = parse_arguments(arguments)
+  from megabyte_jax.checkpoints.saved_config import load_config
   from megabyte_jax.checkpoints.trained_model import load
   from megabyte_jax.files.atomic_file import is_standard_output, replacing
   from megabyte_jax.generation import entropy_coding
@@ -56,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     header = read(data)[0] if args.decompress else None
     model, length, step = None, header.length if header else len(data), 0
     if header is None or header.coding:  # what is stored needs no model
+      form = load_config(args.workdir).data.form
+      require(form != "subwords", f"{args.workdir} is a model of subwords; compress with one that reads bytes")
       model, _, step = load(args.workdir, args.step)
       print(f"step {step} of {args.workdir}", file=sys.stderr)
     with Progress("decompressing" if args.decompress else "compressing", total=length, compiles=True) as progress:

@@ -75,9 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
   from megabyte_jax.checkpoints.saved_config import load_config
   from megabyte_jax.checkpoints.trained_model import load
+  from megabyte_jax.data.subwords.tokenizer import load_tokenizer
   from megabyte_jax.generation import media_files
   from megabyte_jax.generation.media_files import Prompt
   from megabyte_jax.generation.sampling import Sampling, generate
+  from megabyte_jax.generation.subword_text import generate_text
   from megabyte_jax.parallel.sharding import make_mesh, parse_mesh
 
   sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
@@ -89,12 +91,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompt = Prompt(x, x)
   num_bytes = media_files.default_bytes(data, prompt) if args.bytes is None else args.bytes
   media_files.check_output(args.output, data, args.num_samples, prompt, num_bytes)
-  require(not args.stop or data.form == "bytes", "--stop is for models of text")
+  require(not args.stop or data.form in ("bytes", "subwords"), "--stop is for models of text")
+  tokenizer = load_tokenizer(data.tokenizer, data.tokenizer_sha256) if data.form == "subwords" else None
   mesh = make_mesh(parse_mesh(args.mesh, data=1)) if args.mesh else None
   model, _, step = load(args.workdir, args.step, mesh)
   print(f"step {step} of {args.workdir}", file=sys.stderr)
-  if prompt.kept.size > model.config.context:
-    seen = f"the last {model.config.context:,} of the prompt's {prompt.kept.size:,} bytes"
+  given = len(tokenizer.encode(prompt.kept.tobytes())) if tokenizer else prompt.kept.size
+  if given > model.config.context:
+    seen = f"the last {model.config.context:,} of the prompt's {given:,} {data.unit}s"
     print(f"the model's context holds {seen} at most: it has not seen the others", file=sys.stderr)
   streams = args.num_samples == 1 and not args.output
   show = Output()
@@ -107,11 +111,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
       show.write(new.tobytes())
     progress.add(new.size)
 
-  options = dict(num_samples=args.num_samples, sampling=sampling, seed=args.seed, on_bytes=on_bytes)
+  def on_text(new: bytes) -> None:
+    on_bytes(np.frombuffer(new, np.uint8))
+
+  options = dict(num_samples=args.num_samples, sampling=sampling, seed=args.seed)
+  text = prompt.kept.tobytes()
   stop = stop_bytes(args.stop) or None
   try:
     with progress:
-      made = generate(model, prompt.kept.tobytes(), num_bytes, stop=stop, **options)
+      if tokenizer:
+        texts = generate_text(model, tokenizer, text, num_bytes, stop=stop or b"", on_bytes=on_text, **options)
+      else:
+        made = generate(model, text, num_bytes, stop=stop, on_bytes=on_bytes, **options)
+        texts = [x[:n].tobytes() for x, n in zip(made.bytes_, made.lengths, strict=True)]
   except KeyboardInterrupt:
     if streams:
       show.end()
@@ -122,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     speed = human(progress.done / seconds, "B/s")
     print(f"{int(progress.done):,} bytes in {duration(seconds)} ({speed}, compilation included)", file=sys.stderr)
     return
-  samples = [np.concatenate([prompt.kept, x[:n]]) for x, n in zip(made.bytes_, made.lengths, strict=True)]
+  samples = [np.concatenate([prompt.kept, np.frombuffer(x, np.uint8)]) for x in texts]
   if args.output:
     media_files.write(args.output, samples, data, prompt)
   else:

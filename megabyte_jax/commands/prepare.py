@@ -5,6 +5,8 @@
   python -m megabyte_jax prepare build tfds:NAME       downloads and prepares a TFDS data set as ArrayRecord
   python -m megabyte_jax prepare convert tfds:NAME     TFRecord files -> ArrayRecord, without TensorFlow
   python -m megabyte_jax prepare verify FOLDER         checks the checksums of a packed folder
+  python -m megabyte_jax prepare tokenizer SOURCE... OUT.model    trains a SentencePiece model on texts, for
+                                                             --config.data.form=subwords
 
 All show their progress and can be interrupted and started again; nothing that looks whole is ever half written.
 """
@@ -20,9 +22,11 @@ from megabyte_jax.commands import arguments as flags
 from megabyte_jax.commands import command_line
 from megabyte_jax.config import DataConfig
 from megabyte_jax.config.parsing import dataclass_from_mapping
-from megabyte_jax.files.outputs import check_output_folder
+from megabyte_jax.errors import require
+from megabyte_jax.files.outputs import check_output_file, check_output_folder
 
 _SPLITS = ("train", "validation", "test", "train_weights", "documents")  # of no meaning here
+_SUBWORDS = ("tokenizer", "tokenizer_sha256")  # texts are packed as bytes: any tokenizer then cuts them
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -33,7 +37,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
   packing.add_argument("source", type=flags.path)
   packing.add_argument("folder", type=flags.path)
   for field in dataclasses.fields(DataConfig):
-    if field.name in _SPLITS:
+    if field.name in _SPLITS + _SUBWORDS:
       continue
     name = f"--{field.name.replace('_', '-')}"
     if isinstance(field.default, bool):
@@ -50,6 +54,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--out", type=flags.path, default="", help="another TFDS folder to write to; default: beside the old files"
       )
   commands.add_parser("verify", help="check a packed folder").add_argument("folder", type=flags.path)
+  tokenizer = commands.add_parser("tokenizer", help="texts -> a SentencePiece model")
+  tokenizer.add_argument("sources", nargs="+", metavar="SOURCE", type=flags.path)
+  tokenizer.add_argument("out", type=flags.path)
+  tokenizer.add_argument("--pieces", type=int, default=32_000, help="the size of the vocabulary, 256 bytes included")
+  tokenizer.add_argument("--sample-bytes", type=int, default=10**8, help="of the texts, looked at evenly spaced")
+  for name in ("skip-bad", "raw"):
+    tokenizer.add_argument(f"--{name}", action="store_true")
+  for name in ("cache-dir", "tfds-dir"):
+    tokenizer.add_argument(f"--{name}", type=flags.path, default="")
   return parser.parse_args(arguments)
 
 
@@ -63,12 +76,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
       spec, folder = given.pop("source"), given.pop("folder")
       check_output_folder("FOLDER", folder)
+      require(given["form"] != "subwords", "texts are packed as bytes, which any tokenizer cuts; leave out --form")
       pack(spec, folder, dataclass_from_mapping(DataConfig, given, "option"))
     elif command == "verify":
       from megabyte_jax.data.packing import packed_folder
 
       packed_folder.verify(given["folder"])
       print(f"{given['folder']} is whole")
+    elif command == "tokenizer":
+      from megabyte_jax.data.subwords.training import train_tokenizer
+
+      sources, out = given.pop("sources"), given.pop("out")
+      pieces, sample_bytes = given.pop("pieces"), given.pop("sample_bytes")
+      check_output_file("OUT", out)
+      made = train_tokenizer(sources, out, pieces, dataclass_from_mapping(DataConfig, given, "option"), sample_bytes)
+      print(f"{out}: {made.size:,} pieces, SHA-256 {made.sha256}")
     else:
       from megabyte_jax.data.packing import prepare_tfds
 

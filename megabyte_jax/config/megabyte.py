@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from megabyte_jax.config.counts import (
   attention_width,
@@ -36,6 +36,8 @@ class MegabyteConfig(ModelConfig):
       that it is added to are small then) | balanced (divided by the root of its number of inputs: both begin as large).
   """
 
+  largest_vocab: ClassVar[int] = 1 << 20
+
   family: Literal["megabyte"] = "megabyte"
   levels: tuple[Level, ...]
   span: int = 0
@@ -46,6 +48,11 @@ class MegabyteConfig(ModelConfig):
   def display_name(self) -> str:
     """Transformer where a single level reads bytes, else MEGABYTE."""
     return "Transformer" if [level.patch_size for level in self.levels] == [1] else "MEGABYTE"
+
+  @property
+  def reads_tokens(self) -> bool:
+    """True for the Transformer, which has no patches: a patch is a fixed number of bytes, a subword is not."""
+    return [level.patch_size for level in self.levels] == [1] and not self.span
 
   @property
   def spans(self) -> tuple[int, ...]:
@@ -123,6 +130,11 @@ class MegabyteConfig(ModelConfig):
     require(
       self.span == 0 or (self.span > 0 and self.context % self.span == 0),
       f"model.span {self.span} does not divide model.context {self.context}",
+    )
+    require(
+      self.vocab_size <= 256 or self.reads_tokens,
+      f"model.vocab_size is {self.vocab_size}, but patches are made of bytes, which have 1 to 256 values; subwords are "
+      "for one level of patch_size 1",
     )
     require(self.patch_groups > 0, f"model.patch_groups is {self.patch_groups}; it must be at least 1")
     require(

@@ -46,8 +46,8 @@ class ModelConfig(BlockOptions, abc.ABC):
   Subclasses set `family`, a `Literal` that names the class in config files, and have `levels` as a field or property.
 
   Attributes:
-    context: T, the longest input in bytes.
-    vocab_size: values of a byte, all of them counted; tests use fewer.
+    context: T, the longest input in bytes; in tokens, where it reads subwords, as all other lengths are then.
+    vocab_size: values of a byte, all of them counted (tests use fewer); of subwords the size of their tokenizer.
   """
 
   default_family: ClassVar[str] = "megabyte"  # of a config that names none
@@ -75,6 +75,11 @@ class ModelConfig(BlockOptions, abc.ABC):
       f"model.vocab_size is {self.vocab_size}; "
       + (f"bytes have 1 to {largest} values" if largest == 256 else f"it must be between 1 and {largest:,}"),
     )
+
+  @property
+  def reads_tokens(self) -> bool:
+    """True if the model may read subwords instead of bytes."""
+    return self.largest_vocab > 256
 
   # --- Names. ---
 
@@ -184,6 +189,11 @@ class ModelConfig(BlockOptions, abc.ABC):
     return 0
 
 
+def token_dtype(vocab_size: int) -> np.dtype:
+  """Returns the smallest unsigned integers that hold the values of a vocabulary."""
+  return np.dtype(np.uint8 if vocab_size <= 1 << 8 else np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
 def check_bytes(x: np.ndarray, vocab_size: int) -> None:
   """Raises ConfigError where a number of x is not among the bytes that a model of so many values knows."""
   if not x.size or (x.dtype == np.uint8 and vocab_size == 256):
@@ -191,5 +201,6 @@ def check_bytes(x: np.ndarray, vocab_size: int) -> None:
   for extreme in (int(x.max()), int(x.min())):
     require(
       0 <= extreme < vocab_size,
-      f"the model knows only bytes below {vocab_size} (model.vocab_size); the data have {extreme}",
+      f"the model knows only {'bytes' if vocab_size <= 256 else 'tokens'} below {vocab_size} (model.vocab_size); "
+      f"the data have {extreme}",
     )

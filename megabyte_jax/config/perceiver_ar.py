@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from megabyte_jax.config.counts import (
   attention_width,
@@ -29,6 +29,8 @@ class PerceiverARConfig(ModelConfig):
     width, num_layers, num_heads, head_dim, ff_width, rotary: as in `Level`; the cross-attention
       layer comes on top of `num_layers` self-attention layers.
   """
+
+  largest_vocab: ClassVar[int] = 1 << 20
 
   family: Literal["perceiver_ar"] = "perceiver_ar"
   latents: int

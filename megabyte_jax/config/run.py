@@ -31,7 +31,9 @@ class DataConfig:
     train, validation, test: a file, a folder, a glob, `sample:NAME` (data shipped with the package),
       `tfds:NAME:SPLIT` or `hf:NAME:SPLIT`; several are separated by commas. Empty where a split does not exist.
     train_weights: share of each comma-separated source of `train`; empty weighs them by their bytes.
-    form: how items become bytes: bytes (as they are) | image | audio.
+    form: how items become bytes: bytes (as they are) | image | audio; or subwords: texts, cut by a tokenizer.
+    tokenizer: of subwords, a SentencePiece model (see `prepare tokenizer`).
+    tokenizer_sha256: the checksum that its file must have; '' takes any, and training writes it down.
     documents: packed (windows are cut from all documents joined end to end) | whole (no window crosses
       from one document into the next).
     image_size: images are scaled (short side) and centre-cropped to this many pixels squared.
@@ -54,7 +56,9 @@ class DataConfig:
   validation: str = "sample:text/validation"
   test: str = ""
   train_weights: tuple[float, ...] = ()
-  form: Literal["bytes", "image", "audio"] = "bytes"
+  form: Literal["bytes", "image", "audio", "subwords"] = "bytes"
+  tokenizer: str = ""
+  tokenizer_sha256: str = ""
   documents: Literal["packed", "whole"] = "packed"
   image_size: int = 64
   image_tiles: int = 0
@@ -75,6 +79,19 @@ class DataConfig:
     require(self.max_pixels > 0, f"data.max_pixels is {self.max_pixels}; it must be at least 1")
     for name in ("image_tiles", "sample_rate"):
       require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; it must not be negative")
+    require(
+      self.form != "subwords" or self.tokenizer != "",
+      "data.form=subwords needs data.tokenizer, a file that `python -m megabyte_jax prepare tokenizer` makes",
+    )
+    require(
+      self.form == "subwords" or self.tokenizer == "",
+      f"data.tokenizer is {self.tokenizer}, but data.form is {self.form}; set it to subwords, or leave the other empty",
+    )
+
+  @property
+  def unit(self) -> str:
+    """What a model reads one after the other: byte or token."""
+    return "token" if self.form == "subwords" else "byte"
 
   @property
   def windows_may_be_short(self) -> bool:
@@ -276,6 +293,15 @@ class Config:
     require(
       not self.checkpoint.keep_best or bool(self.eval.every_steps and self.data.validation),
       "checkpoint.keep_best needs evaluations during training to choose from: set eval.every_steps and data.validation",
+    )
+    require(
+      self.data.form != "subwords" or self.model.reads_tokens,
+      "data.form=subwords is for models without patches, such as the Transformer with one level of patch_size 1: a "
+      "patch is a fixed number of bytes",
+    )
+    require(
+      self.data.form == "subwords" or self.model.vocab_size <= 256,
+      f"model.vocab_size is {self.model.vocab_size}, but bytes have 256 values; set data.form=subwords, or fewer",
     )
     steps = self.profile_steps
     require(

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from grain.experimental import index_shuffle
 
-from megabyte_jax.config.model import check_bytes, latent_stride
+from megabyte_jax.config.model import check_bytes, latent_stride, token_dtype
 from megabyte_jax.data.read_ahead import THREADS
 from megabyte_jax.data.sources import Mixture, Source
 from megabyte_jax.errors import DataError, require
@@ -29,7 +29,7 @@ class Batch(NamedTuple):
   """Bytes and how many of each row are data; the rest of a row, past its length, is zeros to be left unscored.
 
   Attributes:
-    x_BT: uint8 [batch, context].
+    x_BT: uint8 [batch, context]; of subwords uint16 or uint32.
     length_B: int32 [batch], 1 <= length <= context; always the context where windows are packed.
   """
 
@@ -230,7 +230,7 @@ def host_batches(
   """Yields (step, the given rows of the global batch), read ahead by threads."""
 
   def read(step: int) -> tuple[int, Batch]:
-    x_RT, length_R = np.zeros((len(rows), context), np.uint8), np.zeros(len(rows), np.int32)
+    x_RT, length_R = np.zeros((len(rows), context), token_dtype(vocab_size)), np.zeros(len(rows), np.int32)
     for i, row in enumerate(rows):
       length_R[i] = windows.read(step * batch_size + int(row), x_RT[i])
     check_bytes(x_RT, vocab_size)

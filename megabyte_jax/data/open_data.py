@@ -12,6 +12,7 @@ they hold; `data.raw` takes the bytes of all files as they are.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from megabyte_jax.data.records.hugging_face import HuggingFace
 from megabyte_jax.data.records.store import RecordStore, RecordTexts
 from megabyte_jax.data.source_names import split_field, split_list
 from megabyte_jax.data.sources import Joined, Mixture, Source
+from megabyte_jax.data.subwords.source import open_subwords
 from megabyte_jax.errors import ConfigError, DataError, require
 from megabyte_jax.files import object_stores
 
@@ -77,6 +79,9 @@ def decodable_as(names: Sequence[str]) -> str:
 
 
 def _open_one(spec: str, data: DataConfig, skip_empty: bool = False) -> Source:
+  if data.form == "subwords":
+    text = dataclasses.replace(data, form="bytes", tokenizer="", tokenizer_sha256="")
+    return open_subwords(_open_one(spec, text, skip_empty), data)
   if scheme := object_stores.unknown_scheme(spec):
     raise DataError(f"{spec}: no data can be read from {scheme}; copy them to a disk or a bucket (gs://)")
   if spec.startswith("sample:"):

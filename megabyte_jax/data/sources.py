@@ -44,7 +44,10 @@ class Source(Protocol):
     ...
 
   def read(self, document: int, start: int, stop: int) -> np.ndarray:
-    """Returns bytes [start, stop) of a document, uint8, 0 <= start <= stop <= lengths[document]."""
+    """Returns bytes [start, stop) of a document, uint8, 0 <= start <= stop <= lengths[document].
+
+    Of subwords (subwords/source.py) all lengths and places count tokens, which are uint16 or uint32.
+    """
     ...
 
 

@@ -27,8 +27,9 @@ class Metrics:
   """Measures the speed of training and records its metrics; only process 0 writes, all may call.
 
   `metrics.jsonl` holds one JSON object per line, each with `step`. Lines of `log` have `loss` (nats per byte), `bpb`,
-  `learning_rate`, `grad_norm`, `bytes_per_second`, `flops_per_second`, `mfu`, `seconds` and `memory_bytes`. Lines of
-  `write` have the values that the caller gives. An unknown value is null.
+  `learning_rate`, `grad_norm`, `bytes_per_second`, `flops_per_second`, `mfu`, `seconds` and `memory_bytes`. With
+  subwords these are per byte of the original text, too, and `nats_per_token`, `tokens_per_second` and `bytes_per_token`
+  come on top. Lines of `write` have the values that the caller gives. An unknown value is null.
   """
 
   def __init__(
@@ -51,10 +52,10 @@ class Metrics:
     Args:
       workdir: the run's folder.
       num_steps: optimizer steps of the whole run.
-      bytes_per_step: bytes of a batch, over all devices.
+      bytes_per_step: bytes, or tokens, that a batch predicts, over all devices.
       start_step: steps taken before the run stopped.
       seconds: training time before the run stopped.
-      flops_per_byte: of a training step, by `flops.flops_per_byte(..., training=True)`.
+      flops_per_byte: per byte or token of a training step, by `flops.flops_per_byte(..., training=True)`.
       devices: all devices that train, of every process; None takes `jax.devices()`.
       tensorboard: writes events to `workdir`/tensorboard, too.
       tracker: gets the same values.
@@ -102,7 +103,9 @@ class Metrics:
     finally:
       self._clock += time.monotonic() - begin
 
-  def log(self, step: int, *, loss: float, learning_rate: float, grad_norm: float) -> dict[str, Any]:
+  def log(
+    self, step: int, *, loss: float, learning_rate: float, grad_norm: float, bytes_per_token: float | None = None
+  ) -> dict[str, Any]:
     """Writes the metrics of `step` and prints them in one line.
 
     Args:
@@ -110,6 +113,7 @@ class Metrics:
       loss: nats per byte.
       learning_rate: of that step.
       grad_norm: global norm of the gradient before clipping.
+      bytes_per_token: of a model of subwords, on average since the previous call.
 
     Returns:
       The record that was written.
@@ -122,12 +126,18 @@ class Metrics:
       "bpb": float(loss) / math.log(2),
       "learning_rate": float(learning_rate),
       "grad_norm": float(grad_norm),
-      "bytes_per_second": speed,
+      "bytes_per_second": speed * (bytes_per_token or 1) if speed else None,
       "flops_per_second": flops,
       "mfu": flops / self._peak if flops and self._peak else None,
       "seconds": round(self.seconds, 3),
       "memory_bytes": memory_in_use(self._devices),
     }
+    if bytes_per_token:
+      record |= {
+        "nats_per_token": float(loss) * bytes_per_token,
+        "tokens_per_second": speed,
+        "bytes_per_token": bytes_per_token,
+      }
     self._put(record)
     if self._writes:
       print(self._line(record), flush=True)
@@ -155,7 +165,7 @@ class Metrics:
       self.flush()
 
   def _speed(self, step: int) -> float | None:
-    """Returns bytes per second since the previous call; None if no step was taken."""
+    """Returns bytes or tokens per second since the previous call; None if no step was taken."""
     seconds, steps = time.monotonic() - self._clock, step - self._clock_step
     self.start(step)
     if steps <= 0 or seconds <= 0:
@@ -175,6 +185,8 @@ class Metrics:
     ]
     if record["bytes_per_second"]:
       parts.append(f"{human(record['bytes_per_second'], 'B/s'):>9}")
+    if record.get("tokens_per_second"):
+      parts.append(f"{human(record['tokens_per_second'], 'tokens/s')}")
     if record["flops_per_second"]:
       share = f" ({100 * record['mfu']:.1f}% of peak)" if record["mfu"] else ""
       parts.append(f"{human(record['flops_per_second'], 'FLOP/s')}{share}")

@@ -1,4 +1,8 @@
-"""Computes bits per byte of documents: every byte is scored exactly once, whatever the method."""
+"""Computes bits per byte of documents: every byte is scored exactly once, whatever the method.
+
+A model of subwords is evaluated in the same way: its windows hold tokens, and each token's nats count for the bytes
+that it stands for. All sums are over bytes of the original text, whatever the model reads.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from megabyte_jax.config import Config
-from megabyte_jax.config.model import check_bytes
+from megabyte_jax.config.model import check_bytes, token_dtype
 from megabyte_jax.data.batches import rows_of_this_process
 from megabyte_jax.data.read_ahead import read_ahead
 from megabyte_jax.data.sources import Source
+from megabyte_jax.data.subwords.source import text_of, token_lengths, tokens_within
 from megabyte_jax.errors import require
 from megabyte_jax.evaluation import windows
 from megabyte_jax.evaluation.windows import Window
@@ -37,8 +42,9 @@ class Evaluation:
     cost: nominal, of documents much longer than the context: what reading each byte once costs is 1 (Table 11).
     bytes_read: of all windows, prefixes of PerceiverAR too; over `bytes` it is the cost of these very documents.
     document_nats, document_bytes: [documents], summed over each.
-    context_nats, context_bytes: [T], by a byte's position in the window that scored it (Fig. 4).
+    context_nats, context_bytes: [T], by a byte's (or token's) position in the window that scored it (Fig. 4).
     patch_nats, patch_bytes: [P], by a byte's position in its patch (Fig. 5), or in its span without a global model.
+    tokens: scored; as many as bytes, unless the model reads subwords.
     seconds: wall time, compilation included.
   """
 
@@ -51,6 +57,7 @@ class Evaluation:
   patch_nats: np.ndarray
   patch_bytes: np.ndarray
   bytes_read: int = 0
+  tokens: int = 0
   seconds: float = 0.0
 
   @property
@@ -97,10 +104,11 @@ def evaluate(
   Args:
     parameters: nested dicts, laid out on `mesh`.
     method, stride: see windows.py.
-    max_bytes: stop once this many bytes are in the plan; 0 scores all.
+    max_bytes: stop once this many bytes are in the plan (and the token that holds the last one); 0 scores all.
     eval_step: from `make_eval_step`, to reuse its compilation.
-    on_byte_nats: called with (document, start, nats, mask) of every window: of document bytes start,
-      start + 1, ... those with mask True are scored by this window.
+    on_byte_nats: called with (document, start, nats, weights) of every window: of document bytes start,
+      start + 1, ... those of weight 1 are scored by this window, others are 0. Of subwords the places are those of
+      tokens, whose weight is the number of their bytes.
     on_progress: called with (bytes scored, bytes to score).
 
   Raises:
@@ -113,7 +121,9 @@ def evaluate(
   patch = config.model.alignment
   lengths = np.asarray(source.lengths, np.int64)
   require(bool(lengths.sum() > 0), "there is not a single byte to evaluate")
-  total = int(lengths.sum()) if not max_bytes else min(int(lengths.sum()), max_bytes)
+  used = tokens_within(source, max_bytes)
+  sizes, table = int(np.sum(text_of(source).lengths)), token_lengths(source)
+  total = min(sizes, max_bytes or sizes)
   result = Evaluation(
     method,
     windows.cost_factor(method, config.model, stride),
@@ -131,24 +141,25 @@ def evaluate(
   own_rows = set(rows_of_this_process(sharding, batch_size, context).tolist())
   with_latents = config.model.num_latents > 0
 
-  plan = functools.partial(_rows, lengths, config, method, stride, max_bytes)
+  plan = functools.partial(_rows, used, config, method, stride)
   own = (row for place, row in enumerate(plan()) if place % batch_size in own_rows)
   contents = read_ahead(source, ((document, w.start, w.start + w.length) for document, w in own))
 
-  def score(rows: list[Row], nats: jax.Array) -> None:
-    nats_BT = np.asarray(multihost_utils.process_allgather(nats, tiled=True) if jax.process_count() > 1 else nats)
-    for (document, window), nats_T in zip(rows, nats_BT, strict=False):
-      mask = windows.scored_mask(window)
+  def score(rows: list[Row], nats: jax.Array, x: jax.Array) -> None:
+    nats_BT = _of_all_processes(nats)
+    bytes_BT = np.ones(nats_BT.shape, np.int32) if table is None else table[_of_all_processes(x)]
+    for (document, window), nats_T, bytes_T in zip(rows, nats_BT, bytes_BT, strict=False):
+      mask, bytes_T = windows.scored_mask(window), bytes_T[: window.length]
       scored = np.where(mask, nats_T[: window.length].astype(np.float64), 0.0)
-      _add(result, document, window, scored, mask)
+      _add(result, document, window, scored, mask, bytes_T)
       if on_byte_nats:
-        on_byte_nats(document, window.start, nats_T[: window.length], mask)
+        on_byte_nats(document, window.start, nats_T[: window.length], mask * bytes_T)
     if on_progress:
       on_progress(result.bytes, total)
 
-  under_way: tuple[list[Row], jax.Array] | None = None  # scored while the devices are busy with the next batch
+  under_way: tuple[list[Row], jax.Array, jax.Array] | None = None  # scored while the next batch is worked on
   for rows in _batched(plan(), batch_size):
-    x_BT = np.zeros((batch_size, context), np.uint8)
+    x_BT = np.zeros((batch_size, context), token_dtype(config.model.vocab_size))
     length_B, start_B = np.zeros(batch_size, np.int32), np.zeros(batch_size, np.int32)
     for b, (_, window) in enumerate(rows):
       length_B[b], start_B[b] = window.length, window.latent_start
@@ -156,36 +167,41 @@ def evaluate(
         x_BT[b, : window.length] = next(contents)
     check_bytes(x_BT, config.model.vocab_size)
     arrays = (x_BT, length_B, start_B) if with_latents else (x_BT, length_B)
-    placed = (jax.make_array_from_callback(a.shape, sharding, a.__getitem__) for a in arrays)
+    placed = [jax.make_array_from_callback(a.shape, sharding, a.__getitem__) for a in arrays]
     with jax.set_mesh(mesh):
       nats = eval_step(parameters, *placed)
     if under_way:
       score(*under_way)
-    under_way = rows, nats
+    under_way = rows, nats, placed[0]
   if under_way:
     score(*under_way)
   result.seconds = time.perf_counter() - begin
   return result
 
 
-def _add(result: Evaluation, document: int, window: Window, nats: np.ndarray, mask: np.ndarray) -> None:
-  result.bytes_read += window.length
+def _of_all_processes(array: jax.Array) -> np.ndarray:
+  return np.asarray(multihost_utils.process_allgather(array, tiled=True) if jax.process_count() > 1 else array)
+
+
+def _add(
+  result: Evaluation, document: int, window: Window, nats: np.ndarray, mask: np.ndarray, bytes_T: np.ndarray
+) -> None:
+  scored_T = mask * bytes_T
+  result.bytes_read += int(bytes_T.sum())
+  result.tokens += int(mask.sum())
   result.document_nats[document] += nats.sum()
-  result.document_bytes[document] += mask.sum()
+  result.document_bytes[document] += scored_T.sum()
   result.context_nats[: window.length] += nats
-  result.context_bytes[: window.length] += mask
+  result.context_bytes[: window.length] += scored_T
   place = np.arange(window.length) % len(result.patch_nats)
   result.patch_nats += np.bincount(place, nats, len(result.patch_nats))
-  result.patch_bytes += np.bincount(place, mask, len(result.patch_nats))
+  result.patch_bytes += np.bincount(place, scored_T, len(result.patch_nats))
 
 
-def _rows(lengths: np.ndarray, config: Config, method: str, stride: int, max_bytes: int) -> Iterator[Row]:
-  left = max_bytes or int(lengths.sum())
-  for document, length in enumerate(lengths):
-    used = int(min(length, left))
-    for window in windows.windows_of(used, config.model, method, stride) if used else ():
+def _rows(used: np.ndarray, config: Config, method: str, stride: int) -> Iterator[Row]:
+  for document, length in enumerate(used):
+    for window in windows.windows_of(int(length), config.model, method, stride) if length else ():
       yield document, window
-    left -= used
 
 
 def _batched(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from etils import epath
 
+from megabyte_jax.data.sources import Source
+from megabyte_jax.data.subwords.source import tokens_within
 from megabyte_jax.models.loss import bits_per_byte
 
 
@@ -26,9 +28,9 @@ class PerByte:
         file.write(nothing[: count - start].data)
     self.nats = np.load(path, mmap_mode="r+")
 
-  def put(self, document: int, start: int, nats: np.ndarray, mask: np.ndarray) -> None:
-    """Keeps the nats of a window where its mask is True; `evaluate` calls it as `on_byte_nats`."""
-    at = int(self.first[document]) + start
+  def put(self, document: int, start: int, nats: np.ndarray, weights: np.ndarray) -> None:
+    """Keeps the nats of a window where it scores; `evaluate` calls it as `on_byte_nats`."""
+    at, mask = int(self.first[document]) + start, weights > 0
     self.nats[at : at + len(nats)][mask] = nats[mask]
 
 
@@ -38,19 +40,18 @@ class FirstBytes:
   Windows lie at fixed places of a document and predictions see no later byte, so that the sums are the same.
 
   Args:
-    lengths: bytes of each document.
+    source: the documents.
     count: how many bytes; 0 takes all.
   """
 
-  def __init__(self, lengths: np.ndarray, count: int = 0):
-    first = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    self._left = np.clip((count or int(np.sum(lengths))) - first, 0, lengths)  # of each document
+  def __init__(self, source: Source, count: int = 0):
+    self._left = tokens_within(source, count)  # of each document
     self._nats, self._bytes = 0.0, 0
 
-  def put(self, document: int, start: int, nats: np.ndarray, mask: np.ndarray) -> None:
-    """Adds the nats of a window where its mask is True; `evaluate` calls it as `on_byte_nats`."""
-    within = mask[: max(0, int(self._left[document]) - start)]
-    self._nats += float(nats[: len(within)][within].sum(dtype=np.float64))
+  def put(self, document: int, start: int, nats: np.ndarray, weights: np.ndarray) -> None:
+    """Adds the nats of a window where it scores; `evaluate` calls it as `on_byte_nats`."""
+    within = weights[: max(0, int(self._left[document]) - start)]
+    self._nats += float(nats[: len(within)][within > 0].sum(dtype=np.float64))
     self._bytes += int(within.sum())
 
   @property

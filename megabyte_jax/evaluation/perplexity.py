@@ -1,4 +1,4 @@
-"""Computes the word-level perplexity of a byte model as PG-19 defines it: exp(total nats / number of words).
+"""Computes word-level perplexity as PG-19 defines it: exp(total nats / number of words).
 
 The number of words is the data set's, whatever the model's units, so that models of bytes, subwords and words are
 comparable (Rae et al., 2019; Table 3 of MEGABYTE). The nats must cover the same text as the words. A copy with other
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megabyte_jax.data.sources import Source
+from megabyte_jax.data.subwords.source import text_of
 from megabyte_jax.errors import ConfigError, require
 
 _WHITESPACE = np.isin(np.arange(256), list(b" \t\n\r\x0b\x0c"))
@@ -68,6 +69,7 @@ def number_of_words(words: str, split: str, source: Source) -> int:
   Raises:
     ConfigError: `words` is none of these, or the text has fewer bytes than words.
   """
+  source = text_of(source)
   if words == "count":
     read = (source.read(i, 0, int(length)) for i, length in enumerate(source.lengths))
     return sum(count_words(text) for text in read)

@@ -15,10 +15,13 @@ from megabyte_jax.models.loss import bits_per_byte
 _POINTS = 4096  # a file or a picture of more positions helps nobody
 
 
-def write_positions(workdir: str, result: Evaluation) -> None:
+def write_positions(workdir: str, result: Evaluation, unit: str = "byte") -> None:
   """Writes eval_positions.json and a picture of each of its curves to `workdir`.
 
-  Long contexts are written in bins of equal width, `context_bin_width` bytes each.
+  Long contexts are written in bins of equal width, `context_bin_width` positions each.
+
+  Args:
+    unit: what stands at a position: byte or token. Values are bits per byte in either case.
   """
   width = -(-len(result.context_nats) // _POINTS)
   starts = np.arange(0, len(result.context_nats), width)
@@ -31,6 +34,6 @@ def write_positions(workdir: str, result: Evaluation) -> None:
   with replacing(os.path.join(workdir, "eval_positions.json")) as path:
     path.write_text(json.dumps(values).replace("NaN", "null") + "\n")
   picture = os.path.join(workdir, "eval_by_context.png")
-  plots.loss_by_position(context, picture, "Loss by position", "byte in context", bin_width=width)
+  plots.loss_by_position(context, picture, "Loss by position", f"{unit} in context", bin_width=width)
   if len(patch) > 1 and result.method in ("basic", "sliding"):  # the others score only half of each patch
     plots.loss_by_position(patch, os.path.join(workdir, "eval_by_patch.png"), "Loss by position", "byte in patch")

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from megabyte_jax.config import Config
 from megabyte_jax.data.open_data import decodable_as
 from megabyte_jax.data.sources import Source
+from megabyte_jax.data.subwords.source import text_of
 from megabyte_jax.display.progress import Progress, duration, human
 from megabyte_jax.evaluation.by_source import SourceBits, by_source
 from megabyte_jax.evaluation.compressors import Compressed, compress_all
@@ -28,7 +29,9 @@ def describe_run(config: Config, mesh: Mesh, source: Source, first_step: int) ->
   """Describes the device, the model and its attention, the data, and where the run stands."""
   device = jax.devices()[0]
   axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-  model = config.model
+  model, unit = config.model, config.data.unit
+  total, size = int(source.lengths.sum()), int(text_of(source).lengths.sum())
+  tokens = f", {total:,} tokens of {size / max(1, total):.2f} bytes each" if unit == "token" else ""
   notices = {
     "image": ["notice  all are pictures, read as the raw bytes of their files; --config.data.form=image reads pixels"],
     "audio": ["notice  all are recordings, read as the raw bytes of their files; --config.data.form=audio reads sound"],
@@ -37,12 +40,12 @@ def describe_run(config: Config, mesh: Mesh, source: Source, first_step: int) ->
   return "\n".join(
     [
       f"device  {jax.device_count()} x {device.device_kind}" + (f" (mesh: {axes})" if axes else ""),
-      f"model   {model.family}, {human(parameter_count(model))} parameters, context {model.context:,} bytes, "
-      f"{human(flops_per_byte(model, training=True), 'FLOP')} per byte of training",
+      f"model   {model.family}, {human(parameter_count(model))} parameters, context {model.context:,} {unit}s, "
+      f"{human(flops_per_byte(model, training=True), 'FLOP')} per {unit} of training",
       f"attention  {attention_line(config, mesh)}",
-      f"data    {int(source.lengths.sum()):,} bytes in {count_documents(source)}",
+      f"data    {size:,} bytes in {count_documents(source)}{tokens}",
       *notices.get(form, []),
-      f"steps   {first_step:,} of {config.num_steps:,} done, {config.batch_size} x {model.context:,} bytes each",
+      f"steps   {first_step:,} of {config.num_steps:,} done, {config.batch_size} x {model.context:,} {unit}s each",
     ]
   )
 
@@ -90,7 +93,7 @@ def evaluate_and_print(
     primer: opens the training data, for the compressors' primed figures; called only if they are wanted.
     options: further arguments of `evaluate`.
   """
-  total = int(np.sum(source.lengths))
+  total = int(np.sum(text_of(source).lengths))
   compare = with_compressors and total <= _COMPRESSED_BYTES and jax.process_index() == 0
   before = primer() if compare and primer else None  # opened before the work, lest it fails after it
   with Progress("scoring", compiles=True, enabled=jax.process_index() == 0) as progress:
@@ -98,7 +101,7 @@ def evaluate_and_print(
   compressors = {}
   if compare:
     text = read_all(source)
-    if before and not (before.joinable and total + int(np.sum(before.lengths)) <= _COMPRESSED_BYTES):
+    if before and not (before.joinable and total + int(np.sum(text_of(before).lengths)) <= _COMPRESSED_BYTES):
       before = None
     compressors = compress_all(text, read_all(before) if before else None)
   if jax.process_index() == 0:
@@ -107,7 +110,8 @@ def evaluate_and_print(
 
 
 def read_all(source: Source) -> bytes:
-  """Joins all documents."""
+  """Joins all documents, as bytes."""
+  source = text_of(source)
   return b"".join(source.read(i, 0, int(length)).tobytes() for i, length in enumerate(source.lengths))
 
 
@@ -116,6 +120,8 @@ def results_table(
 ) -> str:
   """Renders bits per byte of the model and of the compressors, one line each."""
   documents = _documents(int(np.count_nonzero(result.document_bytes)))
+  if config.data.unit == "token":
+    documents += f", {result.tokens:,} tokens of {result.bytes / result.tokens:.2f} bytes each"
   lines = [
     f"bits per byte on {result.bytes:,} bytes ({documents}, {duration(result.seconds)})",
     f"  {config.model.display_name:<12}{result.bpb:7.3f}   {result.method} inference, {result.cost:g}x",
@@ -130,7 +136,7 @@ def results_table(
 def what_next(workdir: str, picture: str, form: str) -> str:
   """Commands to try after training on data of a form (config.data.form)."""
   prompt = '--prompt="It is a truth" --bytes=400'
-  what = {"bytes": prompt, "image": "--output=sampled.png", "audio": "--output=sampled.wav"}[form]
+  what = {"image": "--output=sampled.png", "audio": "--output=sampled.wav"}.get(form, prompt)
   lines = [
     f"loss curve: {picture}",
     "try next:",
@@ -154,4 +160,6 @@ def result_json(result: Evaluation, **more: Any) -> str:
     "cost": result.cost,
     "bytes_read": result.bytes_read,
   }
+  if result.tokens != result.bytes:
+    values["tokens"] = result.tokens
   return json.dumps({**values, **more})

@@ -12,7 +12,10 @@ import numpy as np
 from megabyte_jax.config import Config
 from megabyte_jax.data.media import audio, patch_scan, pictures
 from megabyte_jax.data.sources import Source
+from megabyte_jax.data.subwords.source import text_of
+from megabyte_jax.data.subwords.tokenizer import load_tokenizer
 from megabyte_jax.generation.sampling import Sampling, generate
+from megabyte_jax.generation.subword_text import generate_text
 from megabyte_jax.models.build import trained_model
 
 
@@ -21,15 +24,19 @@ def print_sample(config: Config, parameters: Any, source: Source) -> None:
 
   Nothing in a run of several processes, whose parameters no process has alone: `generate` loads them anew.
   """
-  if not config.sample_bytes or config.data.form != "bytes" or jax.process_count() > 1:
+  if not config.sample_bytes or config.data.form not in ("bytes", "subwords") or jax.process_count() > 1:
     return
-  prompt_bytes = min(64, config.model.context // 2, int(source.lengths[-1]))
-  prompt = source.read(len(source.lengths) - 1, 0, prompt_bytes).tobytes()
+  text = text_of(source)
+  prompt_bytes = min(64, config.model.context // 2, int(text.lengths[-1]))
+  prompt = text.read(len(text.lengths) - 1, 0, prompt_bytes).tobytes()
   print(f"\na sample (temperature 0.7) that continues {prompt.decode(errors='replace')!r}:\n")
-  made = generate(
-    trained_model(config.model, parameters), prompt, config.sample_bytes, sampling=Sampling(temperature=0.7)
-  )
-  print(made.bytes_[0].tobytes().decode(errors="replace"), "\n")
+  model, sampling = trained_model(config.model, parameters), Sampling(temperature=0.7)
+  if config.data.form == "subwords":
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.tokenizer_sha256)
+    [made] = generate_text(model, tokenizer, prompt, config.sample_bytes, sampling=sampling)
+  else:
+    made = generate(model, prompt, config.sample_bytes, sampling=sampling).bytes_[0].tobytes()
+  print(made.decode(errors="replace"), "\n")
 
 
 def write_samples(config: Config, parameters: Any, source: Source, workdir: str) -> list[str]:
@@ -45,7 +52,7 @@ def write_samples(config: Config, parameters: Any, source: Source, workdir: str)
     parameters: of the model, as nested dicts.
     source: where the real ones come from; best the validation data.
   """
-  if not config.sample_bytes or config.data.form == "bytes" or jax.process_count() > 1:
+  if not config.sample_bytes or config.data.form in ("bytes", "subwords") or jax.process_count() > 1:
     return []
   config = dataclasses.replace(config, seed=config.seed % (1 << 31))  # room for one per picture
   model = trained_model(config.model, parameters)

@@ -49,7 +49,7 @@ def read_prompt(path: str, data: DataConfig, keep: float | None = None) -> Promp
   """
   require(keep is None or 0 <= keep <= 1, f"the share to keep is {keep}; it must be between 0 and 1")
   unit, rate, name = 1, 0, path.lower()
-  decodable = {"image": image_decoding.SUFFIXES, "audio": audio.SUFFIXES, "bytes": ("",)}[data.form]
+  decodable = {"image": image_decoding.SUFFIXES, "audio": audio.SUFFIXES}.get(data.form, ("",))
   require(
     name.endswith((*decodable, ".bin")),
     f"{path} is no {data.form} file that can be decoded ({', '.join(decodable)}); raw bytes are taken from NAME.bin",
@@ -87,7 +87,7 @@ def image_bytes(data: DataConfig) -> int:
 def check_output(path: str, data: DataConfig, samples: int, prompt: Prompt, num_bytes: int) -> None:
   """Raises ConfigError unless `write` can write such samples to `path`."""
   if not path:
-    require(data.form == "bytes", f"a model of {data.form} data has no text to print; give --output=FILE")
+    require(data.form in ("bytes", "subwords"), f"a model of {data.form} data has no text to print; give --output=FILE")
   elif is_picture(path, data):
     total, size = prompt.kept.size + num_bytes, image_bytes(data)
     require(total == size, f"{total:,} bytes, prompt included, are no image; this model's images have {size:,}")

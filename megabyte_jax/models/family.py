@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from megabyte_jax.config import ModelConfig
+from megabyte_jax.models.layers.cross_entropy import cross_entropy
 
 Pick = Callable[[jax.Array, jax.Array], jax.Array]  # (logits [B, V], position) -> bytes [B] int32
 
@@ -137,10 +138,3 @@ def counted(x_BT: jax.Array, length_B: jax.Array | None) -> jax.Array:
   """Returns a mask [B, T] of the bytes that count: the first `length` of each row, or all."""
   B, T = x_BT.shape
   return jnp.ones((B, T), bool) if length_B is None else jnp.arange(T) < length_B[:, None]
-
-
-def cross_entropy(logits_BTV: jax.Array, x_BT: jax.Array) -> jax.Array:
-  """Returns the nats of each byte, in float32; the one-hot sum keeps the gradient free of scatters."""
-  log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-  one_hot = jnp.arange(logits_BTV.shape[-1]) == x_BT[..., None]
-  return log_z_BT - jnp.sum(jnp.where(one_hot, logits_BTV, 0.0), axis=-1)

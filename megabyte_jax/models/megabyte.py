@@ -24,7 +24,9 @@ from flax import nnx
 
 from megabyte_jax.config import MegabyteConfig
 from megabyte_jax.models.decoding import Decoding
+from megabyte_jax.models.family import counted
 from megabyte_jax.models.global_and_local import LevelModel, as_spans, finer_levels, fold_level
+from megabyte_jax.models.layers.cross_entropy import nats_of_outputs
 from megabyte_jax.models.parameters import of_level
 from megabyte_jax.models.patch_embedder import check_input
 from megabyte_jax.models.patch_groups import PatchGroups
@@ -58,6 +60,22 @@ class Megabyte(Decoding, PatchGroups):
     """
     h_BKD = self.first_level(x_BT, dropout_key)
     return finer_levels(self.levels, self._padded(x_BT), h_BKD, dropout_key)[:, : x_BT.shape[1]]
+
+  def byte_nats(
+    self,
+    x_BT: jax.Array,
+    *,
+    length_B: jax.Array | None = None,
+    start_B: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns the nats of every byte, 0 where none counts, and which count, [B, T]; see `Model.byte_nats`."""
+    if len(self.levels) > 1:
+      return super().byte_nats(x_BT, length_B=length_B, dropout_key=dropout_key)
+    h_BKD, scored_BT = self.first_level(x_BT, dropout_key), counted(x_BT, length_B)
+    h_BTd = h_BKD.reshape(len(x_BT), -1, self.config.levels[0].byte_width)[:, : x_BT.shape[1]]
+    nats_BT = nats_of_outputs(self.levels[0].embedder.logits, h_BTd, x_BT, self.config.vocab_size)
+    return jnp.where(scored_BT, nats_BT, 0.0), scored_BT
 
   def first_level(self, x_BT: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
     """Eqs. (1)-(3): the output of each patch of S_1 bytes given the patches before it, [B, K, D].

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from megabyte_jax.config import MegabyteConfig
-from megabyte_jax.models.family import Model, counted, cross_entropy
+from megabyte_jax.models.family import Model, counted
 from megabyte_jax.models.global_and_local import LevelModel, finer_levels
+from megabyte_jax.models.layers.cross_entropy import cross_entropy
 
 
 class PatchGroups(Model):

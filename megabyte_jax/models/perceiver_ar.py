@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from megabyte_jax.config import PerceiverARConfig
-from megabyte_jax.models.family import Model, Pick, counted, cross_entropy
+from megabyte_jax.models.family import Model, Pick, counted
 from megabyte_jax.models.layers import attention as attention_lib
 from megabyte_jax.models.layers.block import activate, make_ff_in, products_apart, rotate
+from megabyte_jax.models.layers.cross_entropy import nats_of_outputs
 from megabyte_jax.models.layers.dropout import dropout
 from megabyte_jax.models.layers.stack import Cache, Stack, rematerialised
 from megabyte_jax.models.parameters import make_head_norm, make_linear, make_norm
@@ -132,8 +133,8 @@ class PerceiverAR(Model):
     Raises:
       ConfigError: x_BT is no batch of bytes, or T is longer than the context; see `check_input`.
     """
-    logits_BNV, _ = self._run(x_BT, start_B, dropout_key, keep=lambda k, v: None)
-    return logits_BNV
+    h_BND, _ = self._run(x_BT, start_B, dropout_key, keep=lambda k, v: None)
+    return self.embedder.logits(h_BND)
 
   def byte_nats(
     self,
@@ -148,10 +149,11 @@ class PerceiverAR(Model):
     N = min(self.config.latents, T)
     if start_B is None and length_B is not None:
       start_B = jnp.clip(length_B - N, 0, T - N)
-    logits_BNV = self(x_BT, start_B=start_B, dropout_key=dropout_key)
+    h_BND, _ = self._run(x_BT, start_B, dropout_key, keep=lambda k, v: None)
     at_BN = (jnp.full((B,), T - N) if start_B is None else start_B)[:, None] + jnp.arange(N)
     rows = jnp.arange(B)[:, None]
-    nats_BN = cross_entropy(logits_BNV, jnp.take_along_axis(x_BT, at_BN, axis=1))
+    at_latents_BN = jnp.take_along_axis(x_BT, at_BN, axis=1)
+    nats_BN = nats_of_outputs(self.embedder.logits, h_BND, at_latents_BN, self.config.vocab_size)
     scored_BT = counted(x_BT, length_B) & jnp.zeros((B, T), bool).at[rows, at_BN].set(True)
     return jnp.where(scored_BT, jnp.zeros((B, T), jnp.float32).at[rows, at_BN].set(nats_BN), 0.0), scored_BT
 
@@ -176,7 +178,7 @@ class PerceiverAR(Model):
       cross = rematerialised(cross, "full", is_in_loop=False)
     x_B1ND = cross(parameters, latents, k, v, start_B, keys[0])
     h_B1ND, kept = self.decoder(x_B1ND, dropout_key=keys[1], keep=keep)
-    return self.embedder.logits(h_B1ND[:, 0]), (k, v, kept)
+    return h_B1ND[:, 0], (k, v, kept)
 
   # --- Decoding. Computed latents stay: only when all N are used does the caller read the text again with a later
   # latent_start (windows.generation_window), so that every byte is predicted as in the evaluation. ---

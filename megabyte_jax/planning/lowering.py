@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from megabyte_jax.config import Config
+from megabyte_jax.config.model import token_dtype
 from megabyte_jax.evaluation.evaluate import make_eval_step
 from megabyte_jax.generation import sampling
 from megabyte_jax.models.build import abstract_model, cast_for_decoding, parameter_info
@@ -31,7 +32,8 @@ def lower(config: Config, mesh: Mesh, step: str) -> jax.stages.Lowered:
   def rows(shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
 
-  x_BT, length_B = rows((config.batch_size, config.model.context), jnp.uint8), rows((config.batch_size,), jnp.int32)
+  x_BT = rows((config.batch_size, config.model.context), token_dtype(config.model.vocab_size))
+  length_B = rows((config.batch_size,), jnp.int32)
   with jax.set_mesh(mesh):
     if step == "train":
       return make_train_step(config).lower(abstract_state(config, mesh), x_BT, length_B if may_be_short else None)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from megabyte_jax.config import Config
+from megabyte_jax.config.model import token_dtype
 from megabyte_jax.errors import require
 from megabyte_jax.models import flops
 from megabyte_jax.parallel.sharding import batch_sharding, make_mesh
@@ -28,7 +29,8 @@ class TimedStep:
     self.nats = math.nan
     self.mesh = make_mesh(config.mesh)
     shape = (config.batch_size, config.model.context)
-    x_BT = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.uint8)
+    vocab = config.model.vocab_size
+    x_BT = np.random.default_rng(0).integers(0, vocab, shape, token_dtype(vocab))
     self.x_BT = jax.make_array_from_callback(shape, batch_sharding(self.mesh), lambda index: x_BT[index])
     with jax.set_mesh(self.mesh):
       self.state, self.train_step = initial_state(config, self.mesh), make_train_step(config)

@@ -25,7 +25,7 @@ class Start(NamedTuple):
     step: optimizer steps done; 0 for a new run.
     state: to train from.
     seconds: that the run has taken so far.
-    since_logged: nats and bytes since the last progress line.
+    since_logged: nats, bytes and tokens since the last progress line.
     identity: what each checkpoint says of the run: `config`, `init_from`, `fingerprint`, `validation_fingerprint`,
       `skipped`.
   """
@@ -33,7 +33,7 @@ class Start(NamedTuple):
   step: int
   state: TrainState
   seconds: float
-  since_logged: tuple[float, float]
+  since_logged: tuple[float, float, float]
   identity: dict[str, Any]
 
 
@@ -58,7 +58,7 @@ def resume_or_start(
     state = initial_state(config, mesh)
     if init_from:
       state = state._replace(parameters=parameters_from(init_from, state.parameters, config, mesh))
-    return Start(0, state, 0.0, (0.0, 0.0), identity)
+    return Start(0, state, 0.0, (0.0, 0.0, 0.0), identity)
   meta = checkpoints.meta(step)
   if init_from and init_from != meta["init_from"]:
     raise ConfigError(

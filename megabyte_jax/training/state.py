@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from megabyte_jax.config import Config
 from megabyte_jax.models.build import abstract_model, initial_parameters, parameter_info
-from megabyte_jax.models.loss import sum_of_nats
+from megabyte_jax.models.loss import byte_nats, sum_of_nats
 from megabyte_jax.parallel.sharding import check_mesh, constrain_state, shard_abstract
 from megabyte_jax.training.optimizer import make_optimizer
 
@@ -55,11 +56,16 @@ def initial_state(config: Config, mesh: Mesh) -> TrainState:
   return jax.jit(make, out_shardings=shardings)(jax.random.key(config.seed))
 
 
-def make_train_step(config: Config) -> jax.stages.Wrapped:
+def make_train_step(config: Config, token_lengths: np.ndarray | None = None) -> jax.stages.Wrapped:
   """Makes the jitted step (state, x_BT, length_B) -> (state, metrics); the old state's memory is reused.
 
   `length_B` is None where every row is full. Metrics: nats (summed), bytes (counted), grad_norm; float32.
   Dropout and the places of PerceiverAR's latents are functions of the seed and the step.
+
+  Args:
+    config: of the run.
+    token_lengths: of subwords, the bytes of each; then `bytes` counts these, and `tokens` is a metric, too. Without it
+      everything that is predicted counts as a byte.
   """
   graph, _ = abstract_model(config.model)
   optimizer, infos = _optimizer(config), parameter_info(config.model)
@@ -72,7 +78,14 @@ def make_train_step(config: Config) -> jax.stages.Wrapped:
     if latents and length_B is None:
       start_B = random_latent_starts(key, x_BT.shape, latents)
     dropout_key = jax.random.fold_in(key, 1) if drops else None
-    return sum_of_nats(nnx.merge(graph, parameters), x_BT, length_B=length_B, start_B=start_B, dropout_key=dropout_key)
+    model = nnx.merge(graph, parameters)
+    options = {"length_B": length_B, "start_B": start_B, "dropout_key": dropout_key}
+    if token_lengths is None:
+      nats, count = sum_of_nats(model, x_BT, **options)
+      return nats, {"bytes": count}
+    nats_BT, scored_BT = byte_nats(model, x_BT, **options)
+    bytes_BT = jnp.asarray(token_lengths, jnp.int32)[x_BT]
+    return jnp.sum(nats_BT), {"bytes": jnp.sum(jnp.where(scored_BT, bytes_BT, 0)), "tokens": jnp.sum(scored_BT)}
 
   gradient_of_sum = jax.value_and_grad(summed_nats, has_aux=True)
 
@@ -81,22 +94,25 @@ def make_train_step(config: Config) -> jax.stages.Wrapped:
   ) -> tuple[TrainState, dict[str, jax.Array]]:
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     if parts == 1:
-      (nats, count), gradient = gradient_of_sum(state.parameters, x_BT, length_B, key)
+      (nats, counts), gradient = gradient_of_sum(state.parameters, x_BT, length_B, key)
     else:
 
       def part(total, inputs):
         number, rows = inputs
-        (nats, count), gradient = gradient_of_sum(state.parameters, *rows, jax.random.fold_in(key, number))
-        return jax.tree.map(jnp.add, total, (nats, count, gradient)), None
+        (nats, counts), gradient = gradient_of_sum(state.parameters, *rows, jax.random.fold_in(key, number))
+        return jax.tree.map(jnp.add, total, (nats, counts, gradient)), None
 
       # Row b goes to part b % parts, so that each part is spread over all devices.
       rows = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0), (x_BT, length_B))
-      zeros = (jnp.float32(0), jnp.int32(0), jax.tree.map(jnp.zeros_like, state.parameters))
-      (nats, count, gradient), _ = jax.lax.scan(part, zeros, (jnp.arange(parts), rows))
-    gradient = jax.tree.map(lambda g: g / count, gradient)
+      none = dict.fromkeys(("bytes",) if token_lengths is None else ("bytes", "tokens"), jnp.int32(0))
+      zeros = (jnp.float32(0), none, jax.tree.map(jnp.zeros_like, state.parameters))
+      (nats, counts, gradient), _ = jax.lax.scan(part, zeros, (jnp.arange(parts), rows))
+    predicted = counts.get("tokens", counts["bytes"])
+    gradient = jax.tree.map(lambda g: g / predicted, gradient)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.parameters)
     parameters = optax.apply_updates(state.parameters, updates)
-    metrics = {"nats": nats, "bytes": count.astype(jnp.float32), "grad_norm": optax.tree.norm(gradient)}
+    counted = {name: count.astype(jnp.float32) for name, count in counts.items()}
+    metrics = {"nats": nats, **counted, "grad_norm": optax.tree.norm(gradient)}
     return TrainState(state.step + 1, *constrain_state((parameters, opt_state), infos)), metrics
 
   return jax.jit(train_step, donate_argnums=0)

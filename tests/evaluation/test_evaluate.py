@@ -141,7 +141,7 @@ def test_max_bytes_takes_the_first_ones(max_bytes, expected):
 def test_the_first_bytes_of_a_whole_evaluation_are_those_of_a_partial_one(model, method, count):
   source = random_documents(12, 0, 20, 31)
   scoring = {"mesh": ONE, "method": method, "eval_step": pretend}
-  first = FirstBytes(source.lengths, count)
+  first = FirstBytes(source, count)
   evaluate(config_for(model), None, source, on_byte_nats=first.put, **scoring)
   partial = evaluate(config_for(model), None, source, max_bytes=count, **scoring)
   assert first.bpb == pytest.approx(partial.bpb, rel=1e-12)

@@ -107,7 +107,7 @@ def test_gradient_of_many_bytes_embeddings(monkeypatch):
     return jax.jit(jax.grad(lambda p: sum_of_nats(nnx.merge(graph, p), x_BT)[0]))(parameters)
 
   expected = gradient()
-  monkeypatch.setattr(embedding_lookup, "_LOOKUP_BYTES", 10)
+  monkeypatch.setattr(embedding_lookup, "_ONE_HOT", 10 * 256)
   for leaf, other in zip(jax.tree.leaves(expected), jax.tree.leaves(gradient()), strict=True):
     np.testing.assert_allclose(other, leaf, atol=2e-5 * np.abs(leaf).max())
 

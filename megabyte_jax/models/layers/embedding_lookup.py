@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-_LOOKUP_BYTES = 1 << 22  # whose one-hot vectors may be in memory together: 2 GiB of bfloat16
+_ONE_HOT = 1 << 30  # numbers of one-hot vectors that may be in memory together: 2 GiB of bfloat16
 
 
 def lookup(table_Vd: jax.Array, bytes_: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -44,8 +44,8 @@ def _gradient(gradient: jax.Array, bytes_: jax.Array, vocab: int) -> jax.Array:
     return jnp.einsum("...V,...d->Vd", one_hot, gradient, preferred_element_type=jnp.float32)
 
   parts = 1
-  if bytes_.size > _LOOKUP_BYTES:
-    parts = math.gcd(bytes_.shape[-1], 1 << math.ceil(math.log2(bytes_.size / _LOOKUP_BYTES)))
+  if bytes_.size * vocab > _ONE_HOT:
+    parts = math.gcd(bytes_.shape[-1], 1 << math.ceil(math.log2(bytes_.size * vocab / _ONE_HOT)))
   if parts == 1:
     return product(bytes_, gradient)
 
