@@ -133,7 +133,7 @@ class MegabyteConfig(ModelConfig):
     )
     require(
       self.vocab_size <= 256 or self.reads_tokens,
-      f"model.vocab_size is {self.vocab_size}, but patches are made of bytes, which have 1 to 256 values; subwords are "
+      f"model.vocab_size is {self.vocab_size}, but patches are of bytes, and bytes have 1 to 256 values; subwords are "
       "for one level of patch_size 1",
     )
     require(self.patch_groups > 0, f"model.patch_groups is {self.patch_groups}; it must be at least 1")

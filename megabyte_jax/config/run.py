@@ -90,7 +90,7 @@ class DataConfig:
 
   @property
   def unit(self) -> str:
-    """What a model reads one after the other: byte or token."""
+    """Returns the name of what a model reads: byte or token."""
     return "token" if self.form == "subwords" else "byte"
 
   @property

@@ -189,7 +189,7 @@ def test_configs_of_subwords(tmp_path):
   patches = (Level(patch_size=4, width=16, num_layers=1, num_heads=2), LEVEL)
   with pytest.raises(ConfigError, match="a patch is a fixed number of bytes"):
     run(MegabyteConfig(context=8, levels=patches), data)
-  with pytest.raises(ConfigError, match=r"patches are made of bytes, which have 1 to 256 values"):
+  with pytest.raises(ConfigError, match=r"patches are of bytes, and bytes have 1 to 256 values"):
     MegabyteConfig(context=8, levels=patches, vocab_size=300)
   with pytest.raises(ConfigError, match=r"needs data.tokenizer"):
     DataConfig(form="subwords")

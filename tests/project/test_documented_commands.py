@@ -140,6 +140,8 @@ RUN_BY = {
     "def test_tfrecord_copies_are_converted",
   ),
   "python -m megabyte_jax prepare pack": ("tests/data/test_prepare.py", "def test_archives_are_packed"),
+  "python -m megabyte_jax prepare tokenizer": ("tests/data/test_subwords.py", '"tokenizer"'),
+  "python train.py --workdir=runs/subwords": ("tests/training/test_subword_models.py", "train.train("),
   "python -m megabyte_jax prepare verify": ("tests/data/test_prepare.py", '"verify"'),
   "python train.py ...": ("tests/parallel/test_launch.py", "def test_tpu_vm"),
 }
