@@ -1,5 +1,6 @@
 """Says what can be set: the run, its model and its data, as checked dataclasses; it knows nothing of arrays."""
 
+from megabyte_jax.config.block_recurrent import BlockRecurrentConfig
 from megabyte_jax.config.levels import BlockOptions, Level
 from megabyte_jax.config.megabyte import MegabyteConfig
 from megabyte_jax.config.model import ModelConfig
@@ -10,6 +11,7 @@ from megabyte_jax.errors import ConfigError
 
 __all__ = [
   "BlockOptions",
+  "BlockRecurrentConfig",
   "CheckpointConfig",
   "Config",
   "ConfigError",

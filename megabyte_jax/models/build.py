@@ -12,7 +12,14 @@ import jax
 from flax import nnx
 from jax.experimental.layout import Format, Layout
 
-from megabyte_jax.config import MegabyteConfig, ModelConfig, PerceiverARConfig, TransformerXLConfig
+from megabyte_jax.config import (
+  BlockRecurrentConfig,
+  MegabyteConfig,
+  ModelConfig,
+  PerceiverARConfig,
+  TransformerXLConfig,
+)
+from megabyte_jax.models.block_recurrent import BlockRecurrent
 from megabyte_jax.models.family import Model
 from megabyte_jax.models.kernels import cached_attention
 from megabyte_jax.models.layers.stack import each_in_one_kernel, unstacked
@@ -27,6 +34,7 @@ FAMILIES: dict[type[ModelConfig], Callable[[Any, nnx.Rngs], Model]] = {
   MegabyteConfig: Megabyte,
   PerceiverARConfig: PerceiverAR,
   TransformerXLConfig: TransformerXL,
+  BlockRecurrentConfig: BlockRecurrent,
 }
 
 

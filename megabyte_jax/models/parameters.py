@@ -56,12 +56,25 @@ def make_parameter(
   *,
   inputs: tuple[str, ...] = (),
   balanced: bool = False,
+  deviation: float | None = None,
 ) -> nnx.Param:
-  """Makes a float32 parameter; `inputs` and `balanced` as in `ParameterInfo` and `initial_values`."""
+  """Makes a float32 parameter; `inputs` and `balanced` as in `ParameterInfo` and `initial_values`.
+
+  Args:
+    deviation: draws from a whole normal of this deviation instead, where a paper says so.
+  """
   info = ParameterInfo(kind, tuple(sizes), inputs, math.prod(sizes[axis] for axis in inputs))
   draw, shape = initial_values(options, info, balanced=balanced), tuple(sizes.values())
-  values = draw(rngs.params(), shape, jnp.float32) if kind != "bias" else jnp.zeros(shape, jnp.float32)
+  if deviation is not None:
+    draw = nnx.initializers.normal(deviation)
+  is_drawn = kind != "bias" or deviation is not None
+  values = draw(rngs.params(), shape, jnp.float32) if is_drawn else jnp.zeros(shape, jnp.float32)
   return nnx.Param(values, info=info)
+
+
+def make_scale(sizes: Sizes) -> nnx.Param:
+  """Makes a float32 factor that is learned and begins at 1; no norm has it, but it is treated like one's scale."""
+  return nnx.Param(jnp.ones(tuple(sizes.values()), jnp.float32), info=ParameterInfo("norm", tuple(sizes)))
 
 
 def make_linear(

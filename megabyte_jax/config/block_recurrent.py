@@ -1,0 +1,147 @@
+"""Describes the Block-Recurrent Transformer (arXiv 2203.07852); the model is models/block_recurrent.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, Self
+
+from megabyte_jax.config.counts import attention_width, block_weights, norm_parameters
+from megabyte_jax.config.levels import Level
+from megabyte_jax.config.model import Attention, ModelConfig
+from megabyte_jax.errors import require
+
+BUCKETS = 32  # of T5's relative positions
+_OF_LEVEL = ("width", "num_layers", "num_heads", "head_dim", "ff_width")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockRecurrentConfig(ModelConfig):
+  """Describes a Transformer with a sliding window, some of whose layers also carry state vectors over the windows.
+
+  Attributes:
+    context: T, the tokens of a segment, whole windows: 4,096 in the paper. Gradients stop at its beginning.
+    vocab_size: as in `ModelConfig`.
+    window: W, the tokens that a token sees, itself included, and after which the states change.
+    states: S, the state vectors of a recurrent layer.
+    recurrent_layers: numbers of the recurrent layers; negative ones count from the end. The paper's 12 layers have
+      their third from the end, its 24 layers have 9 and 19.
+    gate: fixed, eqs. (1)-(3) | lstm, eqs. (4)-(7).
+    skip: leaves the feed-forward layer of the states out, the paper's best choice.
+    width, num_layers, num_heads, head_dim, ff_width: as in `Level`.
+  """
+
+  largest_vocab = 1 << 20
+
+  family: Literal["block_recurrent"] = "block_recurrent"
+  window: int = 512
+  states: int = 512
+  recurrent_layers: tuple[int, ...] = (-3,)
+  gate: Literal["fixed", "lstm"] = "fixed"
+  skip: bool = True
+  width: int
+  num_layers: int
+  num_heads: int
+  head_dim: int = 0
+  ff_width: int = 0
+
+  @property
+  def display_name(self) -> str:
+    """Block-Recurrent Transformer."""
+    return "Block-Recurrent Transformer"
+
+  @property
+  def recurrent(self) -> bool:
+    """True: a memory goes from segment to segment."""
+    return True
+
+  def level_key(self, i: int) -> str:
+    """Returns `model`: the only level's sizes are the model's own."""
+    return "model"
+
+  @property
+  def level(self) -> Level:
+    """All layers, described as a level of single tokens."""
+    return Level(patch_size=1, **{name: getattr(self, name) for name in _OF_LEVEL})
+
+  @property
+  def levels(self) -> tuple[Level, ...]:
+    """The one level."""
+    return (self.level,)
+
+  @property
+  def level_names(self) -> tuple[str, ...]:
+    """The layers over tokens, as the cells work on states."""
+    return ("tokens",)
+
+  @property
+  def spans(self) -> tuple[int, ...]:
+    """The segment."""
+    return (self.context,)
+
+  @property
+  def cells(self) -> tuple[int, ...]:
+    """Numbers of the recurrent layers, from 0, in their order."""
+    return tuple(sorted(i % self.num_layers for i in self.recurrent_layers))
+
+  def with_levels(self, levels: tuple[Level, ...]) -> Self:
+    """Returns the same model with other sizes of its only level."""
+    [level] = levels
+    return dataclasses.replace(self, **{name: getattr(level, name) for name in _OF_LEVEL})
+
+  # --- Counts. Queries, keys and values have no biases. ---
+
+  def parameter_count(self) -> int:
+    """Returns the number of trainable parameters."""
+    level, norm = self.level, norm_parameters(self, self.width)
+    heads, hidden = attention_width(level), (1 + self.gated) * self.hidden(level)
+    biases = (2 * self.width + hidden) * self.bias
+    layer = block_weights(self, level) + biases + 2 * norm + (BUCKETS + 1) * self.num_heads  # + 1: scales
+    gates = 1 if self.gate == "fixed" else 3
+
+    def gate(inputs):
+      return gates * self.width * (inputs + self.bias) + self.width * (self.gate == "fixed")  # b_g of eq. (2)
+
+    cell = 2 * self.width * heads + 3 * self.num_heads  # the tokens' side; scales
+    cell += norm + 2 * self.states * self.width + 4 * self.width * heads + gate(2 * heads)
+    if not self.skip:
+      cell += norm + hidden * (self.width + self.bias) + gate(self.hidden(level))
+    embeddings = (self.vocab_size + 1) * self.width  # + 1: the pad
+    return embeddings + self.num_layers * layer + len(self.cells) * cell + norm
+
+  def flops_breakdown(self, attention: Attention) -> dict[str, float]:
+    """Returns the forward operations per token of a segment that others have come before, by parts."""
+    level, cells = self.level, len(self.cells)
+    heads, keys = attention_width(level), 2 * self.window if attention == "dense" else self.window
+    gates = 1 if self.gate == "fixed" else 3
+    of_state = (4 + 2 * gates) * self.width * heads
+    if not self.skip:
+      of_state += (1 + self.gated + gates) * self.width * self.hidden(level)
+    share = self.states / self.window  # state vectors per token
+    return {
+      "levels[0].weights": 2 * self.num_layers * block_weights(self, level),
+      "levels[0].attention": 4 * self.num_layers * keys * heads,
+      "cells.weights": 2 * cells * (2 * self.width * heads + share * of_state),
+      "cells.attention": 4 * cells * heads * (self.states + share * (self.states + 2 * self.window)),
+      "head": 2 * self.vocab_size * self.width,
+    }
+
+  def __post_init__(self):
+    self.check_sizes()
+    for name in ("window", "states"):
+      require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be at least 1")
+    require(
+      self.context % self.window == 0,
+      f"model.context {self.context} is not a multiple of model.window {self.window}; a segment is whole windows",
+    )
+    self.level.check(self.level_key(0), self.context, has_previous_span=False)
+    layers = self.num_layers
+    require(
+      all(-layers <= i < layers for i in self.recurrent_layers) and len(set(self.cells)) == len(self.recurrent_layers),
+      f"model.recurrent_layers is {self.recurrent_layers}; give different ones of the {layers} layers, from "
+      f"{-layers} to {layers - 1}",
+    )
+    require(not self.qk_norm, "model.qk_norm is True, but this family has its own norm of queries and keys; set False")
+    require(
+      self.attention in ("auto", "xla"),
+      f"model.attention={self.attention} cannot serve here: it has no relative positions; take model.attention=auto",
+    )
