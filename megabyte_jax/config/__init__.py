@@ -1,6 +1,7 @@
 """Says what can be set: the run, its model and its data, as checked dataclasses; it knows nothing of arrays."""
 
 from megabyte_jax.config.block_recurrent import BlockRecurrentConfig
+from megabyte_jax.config.compressive_transformer import CompressiveTransformerConfig
 from megabyte_jax.config.levels import BlockOptions, Level
 from megabyte_jax.config.megabyte import MegabyteConfig
 from megabyte_jax.config.model import ModelConfig
@@ -13,6 +14,7 @@ __all__ = [
   "BlockOptions",
   "BlockRecurrentConfig",
   "CheckpointConfig",
+  "CompressiveTransformerConfig",
   "Config",
   "ConfigError",
   "DataConfig",

@@ -14,12 +14,14 @@ from jax.experimental.layout import Format, Layout
 
 from megabyte_jax.config import (
   BlockRecurrentConfig,
+  CompressiveTransformerConfig,
   MegabyteConfig,
   ModelConfig,
   PerceiverARConfig,
   TransformerXLConfig,
 )
 from megabyte_jax.models.block_recurrent import BlockRecurrent
+from megabyte_jax.models.compressive_transformer import CompressiveTransformer
 from megabyte_jax.models.family import Model
 from megabyte_jax.models.kernels import cached_attention
 from megabyte_jax.models.layers.stack import each_in_one_kernel, unstacked
@@ -35,6 +37,7 @@ FAMILIES: dict[type[ModelConfig], Callable[[Any, nnx.Rngs], Model]] = {
   PerceiverARConfig: PerceiverAR,
   TransformerXLConfig: TransformerXL,
   BlockRecurrentConfig: BlockRecurrent,
+  CompressiveTransformerConfig: CompressiveTransformer,
 }
 
 

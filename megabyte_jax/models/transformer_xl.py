@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 from megabyte_jax.config import TransformerXLConfig
 from megabyte_jax.models.layers.dropout import dropout
 from megabyte_jax.models.layers.memory import emptied, filled_after, filled_slots, pushed
-from megabyte_jax.models.layers.relative_block import Offsets, RelativeBlock, make_offsets, sinusoids
+from megabyte_jax.models.layers.relative_block import Offsets, RelativeBlock, SlotsOfBlock, make_offsets, sinusoids
 from megabyte_jax.models.layers.stack import rematerialised
 from megabyte_jax.models.layers.token_embedder import TokenEmbedder
 from megabyte_jax.models.parameters import compute_dtype, make_norm, with_layers
@@ -101,22 +101,22 @@ class TransformerXL(Recurrent):
     check_input(x_BT, self.config.context, self.config.vocab_size)
     T, M = x_BT.shape[1], memory.inputs_BLMD.shape[2]
     memory = emptied(jax.lax.stop_gradient(memory), self.empty_memory(x_BT.shape[0]), fresh_B)
-    h_BTD, inputs_LBTD = self._layers(x_BT, memory, dropout_key, keep=lambda h, kv: jax.lax.stop_gradient(h))
+    h_BTD, inputs_LBTD = self.run_layers(x_BT, memory, dropout_key, keep=lambda h, slots: jax.lax.stop_gradient(h))
     inputs_BLMD = pushed(memory.inputs_BLMD, jnp.moveaxis(inputs_LBTD, 0, 1), axis=2)
     after = Memory(inputs_BLMD, filled_after(memory.filled_B, T, M), x_BT[:, -1].astype(jnp.int32))
     return self.embedder.logits(h_BTD), after, jnp.float32(0)
 
-  def _layers(
+  def run_layers(
     self,
     x_BT: jax.Array,
     memory: Memory,
     dropout_key: jax.Array | None,
-    keep: Callable[[jax.Array, tuple[jax.Array, jax.Array]], Any],
+    keep: Callable[[jax.Array, SlotsOfBlock], Any],
   ) -> tuple[jax.Array, Any]:
     """Runs the layers over a segment.
 
     Returns:
-      Hidden states [B, T, D]; and of each layer, stacked, keep(its input [B, T, D], keys and values [B, S, H, K]).
+      Hidden states [B, T, D]; and of each layer, stacked, keep(its input [B, T, D], keys, values and use of all slots).
     """
     config, T, M = self.config, x_BT.shape[1], memory.inputs_BLMD.shape[2]
     keys = (None,) * 4 if dropout_key is None else jax.random.split(dropout_key, 4)
@@ -132,10 +132,10 @@ class TransformerXL(Recurrent):
     def layer(h_BTD, of_layer):
       parameters, earlier_BMD, key = of_layer
       h_BTD = lay_out(h_BTD, P(BATCH, None, None))
-      out_BTD, kv = nnx.merge(graph, parameters)(
+      out_BTD, slots = nnx.merge(graph, parameters)(
         h_BTD, earlier_BMD, visible_BTS=visible_BTS, R_SD=R_SD, offsets=offsets, dropout_key=key
       )
-      return out_BTD, keep(h_BTD, kv)
+      return out_BTD, keep(h_BTD, slots)
 
     scans = config.scan_layers == "always" or (config.scan_layers == "auto" and platform() != "gpu")
     layer = rematerialised(layer, config.remat, is_in_loop=scans)
@@ -164,7 +164,7 @@ class TransformerXL(Recurrent):
 
   def cache_after(self, memory: Memory, x_BT: jax.Array, position: jax.Array) -> Cache:
     """Returns keys and values of the memory and of the segment's slots, each at its place in the ring."""
-    _, kept = self._layers(x_BT, memory, None, keep=lambda h, kv: kv)
+    _, kept = self.run_layers(x_BT, memory, None, keep=lambda h, slots: slots[:2])
     T, M = x_BT.shape[1], memory.inputs_BLMD.shape[2]
     first = position // T * T - M  # the token of the memory's first slot
     return Cache(*(jnp.roll(a, first % (M + T), axis=2)[:, :, None] for a in kept))
@@ -180,17 +180,40 @@ class TransformerXL(Recurrent):
     segment_start = position // T * T
     reach = position - jnp.maximum(segment_start - (S - T), 0)  # to the first slot of the memory, or the document
     visible_S = (distance_S > 0) & (distance_S <= reach) & (distance_S < self._sight(T))
-    R_SD = self._sinusoids(jnp.append(distance_S, 0))
-    offsets = self._offsets()
+    h_B1D, new = self.run_token(previous_B, cache, visible_S, distance_S, keep=lambda h, own: own[:2])
+    put = jax.lax.dynamic_update_slice_in_dim
+    cache = Cache(*(put(a, b[:, :, None], place, axis=3) for a, b in zip(cache, new, strict=True)))
+    return cache, self.embedder.logits(h_B1D)[:, 0]
+
+  def run_token(
+    self,
+    previous_B: jax.Array,
+    cache: Cache,
+    visible_S: jax.Array,
+    distance_S: jax.Array,
+    keep: Callable[[jax.Array, SlotsOfBlock], Any],
+  ) -> tuple[jax.Array, Any]:
+    """Runs the layers over one token's slot.
+
+    Args:
+      previous_B: int32, the token before; -1 where the document begins.
+      cache: keys and values of earlier slots, in any order.
+      visible_S: bool, which of them it sees.
+      distance_S: how far back they are.
+      keep: as in `run_layers`; the keys and values are the slot's own, [B, 1, H, K].
+
+    Returns:
+      Hidden states [B, 1, D]; and what is kept of each layer, stacked.
+    """
+    R_SD, offsets = self._sinusoids(jnp.append(distance_S, 0)), self._offsets()
     graph, layers = nnx.split(self.blocks)
 
     def layer(h_B1D, of_layer):
       parameters, k_BNSHK, v_BNSHK = of_layer
       block = nnx.merge(graph, parameters)
-      return block.step(h_B1D, k_BNSHK[:, 0], v_BNSHK[:, 0], visible_S=visible_S, R_SD=R_SD, offsets=offsets)
+      out_B1D, own = block.step(h_B1D, k_BNSHK[:, 0], v_BNSHK[:, 0], visible_S=visible_S, R_SD=R_SD, offsets=offsets)
+      return out_B1D, keep(h_B1D, own)
 
     # The scan reads the caches alone: what it wrote to would be copied as a whole, once for every layer.
-    h_B1D, new = jax.lax.scan(layer, self.embedder(previous_B[:, None]), (layers, *cache))
-    put = jax.lax.dynamic_update_slice_in_dim
-    cache = Cache(*(put(a, b[:, :, None], place, axis=3) for a, b in zip(cache, new, strict=True)))
-    return cache, self.embedder.logits(self._last_norm(h_B1D))[:, 0]
+    h_B1D, kept = jax.lax.scan(layer, self.embedder(previous_B[:, None]), (layers, *cache))
+    return self._last_norm(h_B1D), kept

@@ -27,6 +27,19 @@ class Offsets(NamedTuple):
   v_HK: jax.Array
 
 
+class SlotsOfBlock(NamedTuple):
+  """Holds what a block makes of slots.
+
+  Attributes:
+    k_BSHK, v_BSHK: keys and values.
+    use_BTS: float32, the attention that each query pays to each slot: the probabilities' mean over heads.
+  """
+
+  k_BSHK: jax.Array
+  v_BSHK: jax.Array
+  use_BTS: jax.Array
+
+
 def make_offsets(level: Level, options: BlockOptions, rngs: nnx.Rngs) -> tuple[nnx.Param, nnx.Param]:
   """Makes u and v, [H, K] each."""
   sizes = dict(zip(("heads", "head_dim"), level.heads, strict=True))
@@ -100,7 +113,7 @@ class RelativeBlock(nnx.Module):
     R_SD: jax.Array,
     offsets: Offsets | None = None,
     dropout_key: jax.Array | None = None,
-  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  ) -> tuple[jax.Array, SlotsOfBlock]:
     """Takes a segment through the block.
 
     Args:
@@ -112,7 +125,7 @@ class RelativeBlock(nnx.Module):
       dropout_key: turns dropout on.
 
     Returns:
-      The residual stream after it, and the keys and values of all slots, [B, S, H, K] each.
+      The residual stream after it; and the keys, values and use of all slots.
     """
     q, (k, v) = self.queries(x_BTD), self.keys_values(jnp.concatenate([earlier_BED, x_BTD], axis=1))
     u_HK, v_HK = self._offsets(offsets, q.dtype)
@@ -121,7 +134,8 @@ class RelativeBlock(nnx.Module):
     logits = jnp.einsum("BTHK,BSHK->BHTS", q + u_HK, k, **product)
     logits += by_key(jnp.einsum("BTHK,SHK->BHTS", q + v_HK, r_SHK, **product))
     keys = (None,) * 4 if dropout_key is None else jax.random.split(dropout_key, 4)
-    return self._finish(x_BTD, self._attend(logits, v, visible_BTS, keys[0]), keys[1:]), (k, v)
+    attended_BTHK, use_BTS = self._attend(logits, v, visible_BTS, keys[0])
+    return self._finish(x_BTD, attended_BTHK, keys[1:]), SlotsOfBlock(k, v, use_BTS)
 
   def step(
     self,
@@ -132,7 +146,7 @@ class RelativeBlock(nnx.Module):
     visible_S: jax.Array,
     R_SD: jax.Array,
     offsets: Offsets | None = None,
-  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  ) -> tuple[jax.Array, SlotsOfBlock]:
     """Takes one slot through the block, given the keys and values of earlier ones.
 
     Args:
@@ -140,7 +154,8 @@ class RelativeBlock(nnx.Module):
       R_SD: `sinusoids` of their distances, in their order, and then of 0: one row more than there are slots.
 
     Returns:
-      The residual stream after it, and the slot's own key and value, [B, 1, H, K] each.
+      The residual stream after it; and the slot's own key and value, [B, 1, H, K] each, with the use of the earlier
+      slots and of its own, [B, 1, S + 1].
     """
     q, own = self.queries(x_B1D), self.keys_values(x_B1D)
     k, v = (jnp.concatenate(pair, axis=1) for pair in zip((k_BSHK, v_BSHK), own, strict=True))
@@ -152,7 +167,8 @@ class RelativeBlock(nnx.Module):
     turned_BTHD = jnp.einsum("BTHK,DHK->BTHD", q + v_HK, kernel_DHK)
     logits += jnp.einsum("BTHD,SD->BHTS", turned_BTHD, R_SD.astype(q.dtype), **product)
     visible = jnp.concatenate([visible_S, jnp.ones(1, bool)])
-    return self._finish(x_B1D, self._attend(logits, v, visible[None, None], None), (None,) * 3), own
+    attended_B1HK, use_BTS = self._attend(logits, v, visible[None, None], None)
+    return self._finish(x_B1D, attended_B1HK, (None,) * 3), SlotsOfBlock(*own, use_BTS)
 
   def _offsets(self, shared: Offsets | None, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     u, v = (self.u[...], self.v[...]) if shared is None else shared
@@ -160,12 +176,13 @@ class RelativeBlock(nnx.Module):
 
   def _attend(
     self, logits_BHTS: jax.Array, v_BSHK: jax.Array, visible_BTS: jax.Array, key: jax.Array | None
-  ) -> jax.Array:
-    """The masked float32 softmax of logits that are not scaled yet, and the weighted sum of values; [B, T, H, K]."""
+  ) -> tuple[jax.Array, jax.Array]:
+    """The weighted sum of values [B, T, H, K] by the masked float32 softmax of logits not scaled yet; and `use_BTS`."""
     logits = logits_BHTS * self.level.heads[1] ** -0.5
     weights = jax.nn.softmax(jnp.where(visible_BTS[:, None], logits, jnp.finfo(jnp.float32).min), axis=-1)
+    use_BTS = jnp.mean(weights, axis=1)  # costs nothing where nobody asks for it
     weights = dropout(weights, self.options.attention_dropout, key).astype(v_BSHK.dtype)
-    return checkpoint_name(jnp.einsum("BHTS,BSHK->BTHK", weights, v_BSHK), "attended")
+    return checkpoint_name(jnp.einsum("BHTS,BSHK->BTHK", weights, v_BSHK), "attended"), use_BTS
 
   def _finish(
     self, x_BTD: jax.Array, attended_BTHK: jax.Array, keys: Sequence[jax.Array | None] | jax.Array
