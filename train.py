@@ -77,6 +77,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
     seed=config.seed,
     documents=config.data.documents,
     latents=config.model.num_latents,
+    consecutive_rows=config.batch_size if config.model.recurrent else 0,
   )
   # Whatever happens, what is being written is finished; the tracker, last, gets the pictures drawn from it.
   with StopSignal() as stop, contextlib.ExitStack() as ending, contextlib.ExitStack() as closing:
@@ -136,7 +137,8 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
 
         step = done + 1
         trace.before(step)
-        state, values = train_step(state, batch.x_BT, batch.length_B if config.data.windows_may_be_short else None)
+        length_B = batch.length_B if config.windows_may_be_short else None
+        state, values = train_step(state, batch.x_BT, length_B, batch.fresh_B)
         trace.after(step, values)
         step_metrics.put(step, values)
         stopping = stop.requested or checkpoints.preempted(step)

@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   model, _, step = load(args.workdir, args.step, mesh)
   print(f"step {step} of {args.workdir}", file=sys.stderr)
   given = len(tokenizer.encode(prompt.kept.tobytes())) if tokenizer else prompt.kept.size
-  if given > model.config.context:
+  if given > model.config.context and not model.config.recurrent:
     seen = f"the last {model.config.context:,} of the prompt's {given:,} {data.unit}s"
     print(f"the model's context holds {seen} at most: it has not seen the others", file=sys.stderr)
   streams = args.num_samples == 1 and not args.output

@@ -35,7 +35,7 @@ class DataConfig:
     tokenizer: of subwords, a SentencePiece model (see `prepare tokenizer`).
     tokenizer_sha256: the checksum that its file must have; '' takes any, and training writes it down.
     documents: packed (windows are cut from all documents joined end to end) | whole (no window crosses
-      from one document into the next).
+      from one document into the next). Recurrent models read whole documents in any case.
     image_size: images are scaled (short side) and centre-cropped to this many pixels squared.
     image_tiles: 0 takes the centred square of an image; else the short side is scaled to this many pixels and the
       image is cut into disjoint tiles of image_size pixels squared.
@@ -308,6 +308,11 @@ class Config:
       steps == () or (len(steps) == 2 and 1 <= steps[0] <= steps[1]),
       f"profile_steps is {steps}; give (first, last), counted from 1",
     )
+
+  @property
+  def windows_may_be_short(self) -> bool:
+    """True if a window of training may end with its document, before the context does."""
+    return self.data.windows_may_be_short or self.model.recurrent
 
   @property
   def scored_at_once(self) -> int:

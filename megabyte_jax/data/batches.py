@@ -18,6 +18,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from megabyte_jax.config.model import check_bytes, latent_stride, token_dtype
+from megabyte_jax.data.consecutive_segments import ConsecutiveSegments, MixedSegments, open_segments
 from megabyte_jax.data.read_ahead import THREADS
 from megabyte_jax.data.sources import Mixture, Source
 from megabyte_jax.errors import DataError, require
@@ -31,10 +32,12 @@ class Batch(NamedTuple):
   Attributes:
     x_BT: uint8 [batch, context]; of subwords uint16 or uint32.
     length_B: int32 [batch], 1 <= length <= context; always the context where windows are packed.
+    fresh_B: bool [batch], True where a row does not go on from the batch before; None where rows never do.
   """
 
   x_BT: np.ndarray | jax.Array
   length_B: np.ndarray | jax.Array
+  fresh_B: np.ndarray | jax.Array | None = None
 
 
 class Place(NamedTuple):
@@ -140,10 +143,18 @@ class MixedWindows:
     return self.parts[part].read(draw_of_part, out_T)
 
 
+AnyWindows = Windows | MixedWindows | ConsecutiveSegments | MixedSegments
+
+
 def open_windows(
-  source: Source, *, context: int, seed: int, documents: str = "packed", latents: int = 0
-) -> Windows | MixedWindows:
-  """Opens the windows of a source; those of a `Mixture` are shuffled each on its own and drawn in its proportions."""
+  source: Source, *, context: int, seed: int, documents: str = "packed", latents: int = 0, consecutive_rows: int = 0
+) -> AnyWindows:
+  """Opens the windows of a source; those of a `Mixture` are shuffled each on its own and drawn in its proportions.
+
+  With `consecutive_rows`, the rows of a batch, they are segments of whole documents: see consecutive_segments.py.
+  """
+  if consecutive_rows:
+    return open_segments(source, context=context, seed=seed, rows=consecutive_rows)
   parts = source.sources if isinstance(source, Mixture) else [source]
   seeds = np.random.SeedSequence(seed).generate_state(len(parts))
   windows = [Windows(part, context, int(s), documents, latents) for part, s in zip(parts, seeds, strict=True)]
@@ -178,7 +189,7 @@ def batches(
 
 
 def draw_batches(
-  windows: Windows | MixedWindows,
+  windows: AnyWindows,
   *,
   batch_size: int,
   first_step: int = 0,
@@ -218,7 +229,7 @@ def rows_of_this_process(sharding: jax.sharding.Sharding, batch_size: int, conte
 
 
 def host_batches(
-  windows: Windows | MixedWindows,
+  windows: AnyWindows,
   batch_size: int,
   rows: np.ndarray,
   first_step: int,
@@ -234,7 +245,9 @@ def host_batches(
     for i, row in enumerate(rows):
       length_R[i] = windows.read(step * batch_size + int(row), x_RT[i])
     check_bytes(x_RT, vocab_size)
-    return step, Batch(x_RT, length_R)
+    if not isinstance(windows, ConsecutiveSegments | MixedSegments):
+      return step, Batch(x_RT, length_R)
+    return step, Batch(x_RT, length_R, np.array([windows.is_fresh(step * batch_size + int(row)) for row in rows]))
 
   last = 2**62 if num_steps is None else num_steps
   if last <= first_step:
@@ -261,7 +274,8 @@ def _to_devices(
 
   queue: deque[tuple[int, Batch]] = deque()
   for step, batch in host:
-    queue.append((step, Batch(globally(batch.x_BT, sharding), globally(batch.length_B, lengths_sharding))))
+    of_rows = (globally(array, lengths_sharding) for array in batch[1:] if array is not None)
+    queue.append((step, Batch(globally(batch.x_BT, sharding), *of_rows)))
     if len(queue) > _AHEAD:
       yield queue.popleft()
   yield from queue

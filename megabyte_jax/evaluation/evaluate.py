@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,12 +26,11 @@ from megabyte_jax.data.sources import Source
 from megabyte_jax.data.subwords.source import text_of, token_lengths, tokens_within
 from megabyte_jax.errors import require
 from megabyte_jax.evaluation import windows
+from megabyte_jax.evaluation.lanes import Row, one_after_the_other, side_by_side
 from megabyte_jax.evaluation.windows import Window
-from megabyte_jax.models.build import trained_model
-from megabyte_jax.models.loss import bits_per_byte, byte_nats
+from megabyte_jax.models.build import empty_memory, trained_model
+from megabyte_jax.models.loss import bits_per_byte, byte_nats, segment_nats
 from megabyte_jax.parallel.sharding import batch_sharding
-
-Row = tuple[int, Window]  # document number, window
 
 
 @dataclasses.dataclass
@@ -77,13 +77,22 @@ class Evaluation:
 
 
 def make_eval_step(config: Config) -> jax.stages.Wrapped:
-  """Makes the jitted (parameters, x_BT, length_B, start_B) -> nats_BT (`byte_nats`); `start_B` is PerceiverAR's."""
+  """Makes the jitted (parameters, x_BT, length_B, start_B) -> nats_BT (`byte_nats`); `start_B` is PerceiverAR's.
+
+  Of a recurrent model it is (parameters, memory, x_BT, length_B, fresh_B) -> (nats_BT, memory).
+  """
 
   @jax.jit
   def eval_step(parameters, x_BT, length_B, start_B=None):
     return byte_nats(trained_model(config.model, parameters), x_BT, length_B=length_B, start_B=start_B)[0]
 
-  return eval_step
+  @functools.partial(jax.jit, donate_argnums=1)
+  def next_segment(parameters, memory, x_BT, length_B, fresh_B):
+    model = trained_model(config.model, parameters)
+    nats_BT, _, memory, _ = segment_nats(model, memory, x_BT, fresh_B=fresh_B, length_B=length_B)
+    return nats_BT, memory
+
+  return next_segment if config.model.recurrent else eval_step
 
 
 def evaluate(
@@ -141,14 +150,22 @@ def evaluate(
   own_rows = set(rows_of_this_process(sharding, batch_size, context).tolist())
   with_latents = config.model.num_latents > 0
 
-  plan = functools.partial(_rows, used, config, method, stride)
-  own = (row for place, row in enumerate(plan()) if place % batch_size in own_rows)
+  recurrent = config.model.recurrent
+  put_together = side_by_side if recurrent else one_after_the_other
+
+  def plan() -> Iterator[list[Row | None]]:
+    return put_together(_documents(used, config, method, stride), batch_size)
+
+  own = (row for rows in plan() for b, row in enumerate(rows) if row and b in own_rows)
   contents = read_ahead(source, ((document, w.start, w.start + w.length) for document, w in own))
 
-  def score(rows: list[Row], nats: jax.Array, x: jax.Array) -> None:
+  def score(rows: list[Row | None], nats: jax.Array, x: jax.Array) -> None:
     nats_BT = _of_all_processes(nats)
     bytes_BT = np.ones(nats_BT.shape, np.int32) if table is None else table[_of_all_processes(x)]
-    for (document, window), nats_T, bytes_T in zip(rows, nats_BT, bytes_BT, strict=False):
+    for row, nats_T, bytes_T in zip(rows, nats_BT, bytes_BT, strict=False):
+      if not row:
+        continue
+      document, window = row
       mask, bytes_T = windows.scored_mask(window), bytes_T[: window.length]
       scored = np.where(mask, nats_T[: window.length].astype(np.float64), 0.0)
       _add(result, document, window, scored, mask, bytes_T)
@@ -157,19 +174,27 @@ def evaluate(
     if on_progress:
       on_progress(result.bytes, total)
 
-  under_way: tuple[list[Row], jax.Array, jax.Array] | None = None  # scored while the next batch is worked on
-  for rows in _batched(plan(), batch_size):
+  memory: Any = None
+  if recurrent:
+    begin_documents = functools.partial(empty_memory, config.model.for_evaluation, rows=batch_size)
+    memory = jax.jit(begin_documents, out_shardings=sharding)(parameters)
+  under_way: tuple[list[Row | None], jax.Array, jax.Array] | None = None  # scored while the next batch is worked on
+  for rows in plan():
     x_BT = np.zeros((batch_size, context), token_dtype(config.model.vocab_size))
     length_B, start_B = np.zeros(batch_size, np.int32), np.zeros(batch_size, np.int32)
-    for b, (_, window) in enumerate(rows):
-      length_B[b], start_B[b] = window.length, window.latent_start
+    fresh_B = np.ones(batch_size, bool)
+    for b, row in enumerate(rows):
+      if not row:
+        continue
+      _, window = row
+      length_B[b], start_B[b], fresh_B[b] = window.length, window.latent_start, window.start == 0
       if b in own_rows:
         x_BT[b, : window.length] = next(contents)
     check_bytes(x_BT, config.model.vocab_size)
-    arrays = (x_BT, length_B, start_B) if with_latents else (x_BT, length_B)
+    arrays = (x_BT, length_B, *([fresh_B] if recurrent else [start_B] if with_latents else []))
     placed = [jax.make_array_from_callback(a.shape, sharding, a.__getitem__) for a in arrays]
     with jax.set_mesh(mesh):
-      nats = eval_step(parameters, *placed)
+      nats, memory = eval_step(parameters, memory, *placed) if recurrent else (eval_step(parameters, *placed), None)
     if under_way:
       score(*under_way)
     under_way = rows, nats, placed[0]
@@ -198,18 +223,8 @@ def _add(
   result.patch_bytes += np.bincount(place, scored_T, len(result.patch_nats))
 
 
-def _rows(used: np.ndarray, config: Config, method: str, stride: int) -> Iterator[Row]:
+def _documents(used: np.ndarray, config: Config, method: str, stride: int) -> Iterator[Iterator[Row]]:
+  """Yields the windows of each document."""
   for document, length in enumerate(used):
-    for window in windows.windows_of(int(length), config.model, method, stride) if length else ():
-      yield document, window
-
-
-def _batched(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
-  batch: list[Row] = []
-  for row in rows:
-    batch.append(row)
-    if len(batch) == size:
-      yield batch
-      batch = []
-  if batch:
-    yield batch
+    if length:
+      yield zip(itertools.repeat(document), windows.windows_of(int(length), config.model, method, stride), strict=False)

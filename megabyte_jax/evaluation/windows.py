@@ -15,6 +15,7 @@ With every method, the windows of a document score each of its bytes exactly onc
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import get_args
 
@@ -86,6 +87,10 @@ def check_method(config: ModelConfig, method: str, stride: int = 0) -> None:
   """Raises ConfigError unless the model can be evaluated by `method` with `stride`."""
   require(method in METHODS, f"method is {method!r}; choose one of {', '.join(METHODS)}")
   require(
+    method == "basic" or not config.recurrent,
+    f"method={method} reads bytes again, but {config.display_name} remembers those before a segment; take method=basic",
+  )
+  require(
     method in ("basic", "sliding") or config.patch_bytes > 1,
     f"method={method} shifts patches, but this model's first level reads single bytes; take basic or sliding",
   )
@@ -130,9 +135,13 @@ def latents_window(latents_start: int, config: ModelConfig) -> int:
 def generation_window(position: int, config: ModelConfig) -> tuple[int, int, int]:
   """Returns where byte `position` is generated.
 
+  A recurrent model reads a text from its beginning and goes on without end.
+
   Returns:
     The window's start in the text; the bytes that it can hold; where the latents start in it, or 0.
   """
+  if config.recurrent:
+    return 0, sys.maxsize, 0
   predicted = window_start(position, config)
   start = latents_window(predicted, config)
   return start, predicted - start + config.predicted_bytes, predicted - start

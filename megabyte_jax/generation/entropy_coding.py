@@ -4,6 +4,9 @@ A range coder needs the same probabilities, to the last bit, when it encodes and
 the text in the same way, with the same compiled step: it takes the byte before and gives the probabilities of the next
 one. The windows are those of the evaluation; as many as `batch` are walked through side by side.
 
+A recurrent model's windows are segments of one text, and its memory goes on from one to the next. It begins anew after
+a block whose bytes are stored as they are: what decodes them does not walk through them.
+
 The code consists of blocks, of 64 KiB or of one round of windows, whichever is more. Each begins with a number of four
 bytes: how many code words follow, or `_STORED`, after which the block's bytes follow as they are. A block is stored
 where its code words would be no fewer bytes, so that a text which the model knows nothing of grows by 0.01%.
@@ -68,7 +71,7 @@ def encode(model: Model, text: np.ndarray, batch: int, on_bytes: Callable[[int],
     FloatingPointError: the model's probabilities are not finite.
   """
   check_bytes(text, model.config.vocab_size)
-  walk, text, code, family = _walker(model, batch), text.copy(), [], _family()
+  walk, text, code, family = _Walk(model, batch), text.copy(), [], _family()
   for start, stop, rounds in _blocks(len(text), model.config, batch):
     encoder = constriction().stream.queue.RangeEncoder()
 
@@ -82,6 +85,7 @@ def encode(model: Model, text: np.ndarray, batch: int, on_bytes: Callable[[int],
       code += [len(words).to_bytes(4, "little"), words.tobytes()]
     else:
       code += [_STORED.to_bytes(4, "little"), text[start:stop].tobytes()]
+      walk.forget()
   return b"".join(code)
 
 
@@ -99,10 +103,11 @@ def decode(
     DataError: the code is no such text's. Not all that is wrong is found out; keep a checksum.
   """
   parts, family = split(code, length, model.config, batch), _family()
-  walk, text = _walker(model, batch), np.zeros(length, np.uint8)
+  walk, text = _Walk(model, batch), np.zeros(length, np.uint8)
   for part in parts:
     if part.words is None:
       text[part.start : part.stop] = np.frombuffer(part.stored, np.uint8)
+      walk.forget()
       if on_bytes:
         on_bytes(part.stop - part.start)
       continue
@@ -155,30 +160,38 @@ def _family() -> Any:
 
 def batch_size(length: int, config: ModelConfig, at_most: int) -> int:
   """Returns the number of windows of a text of `length` bytes to code side by side."""
-  if config.num_latents:
-    return 1  # each window begins with the end of the one before
+  if config.num_latents or config.recurrent:
+    return 1  # each window begins with the end of the one before, or goes on from it
   return max(1, min(at_most, -(-length // config.context)))
 
 
-Walk = Callable[[np.ndarray, list[list[Window]], Code, Callable[[int], None] | None], None]
+class _Walk:
+  """Walks through windows, a round of them after the other, with one model."""
 
+  def __init__(self, model: Model, batch: int):
+    self._graph, parameters = nnx.split(model)
+    self._model, self._batch, self._step = model, batch, _step()
+    self._parameters = in_compute_dtype(model.config, parameters, batch)
+    self._after: tuple[Any, np.ndarray] | None = None  # of a recurrent model: its state, and the bytes before
 
-def _walker(model: Model, batch: int) -> Walk:
-  """Makes the walk through windows, a round of them after the other, with one model.
+  def forget(self) -> None:
+    """Makes a recurrent model begin anew: it does not know the bytes that come next."""
+    self._after = None
 
-  It calls `code` for the next byte of each window and puts what that returns into the text.
-  """
-  graph, parameters = nnx.split(model)
-  parameters, step = in_compute_dtype(model.config, parameters, batch), _step()
-
-  def walk(text: np.ndarray, rounds: list[list[Window]], code: Code, on_bytes: Callable[[int], None] | None) -> None:
+  def __call__(
+    self, text: np.ndarray, rounds: list[list[Window]], code: Code, on_bytes: Callable[[int], None] | None
+  ) -> None:
+    """Calls `code` for the next byte of each window and puts what that returns into the text."""
+    graph, parameters, batch = self._graph, self._parameters, self._batch
     for rows in rounds:
-      state, first = _start(graph, parameters, text, rows, batch)
-      previous_B = np.zeros(batch, np.int32)
-      if first:
-        previous_B[0] = text[rows[0].start + first - 1]
+      if self._after is None:
+        (state, first), previous_B = _start(graph, parameters, text, rows, batch), np.zeros(batch, np.int32)
+        if first:
+          previous_B[0] = text[rows[0].start + first - 1]
+      else:
+        (state, previous_B), first = self._after, 0
       for t in range(first, rows[0].length):
-        state, p_BV = step(graph, model.first_level_at(t), parameters, state, previous_B)
+        state, p_BV = self._step(graph, self._model.first_level_at(t), parameters, state, previous_B)
         at = [row.start + t for row in rows if t < row.length]  # only the last window of a text is short
         p_BV = np.asarray(p_BV)[: len(at)]
         check_finite(p_BV)
@@ -186,8 +199,7 @@ def _walker(model: Model, batch: int) -> Walk:
         text[at] = previous_B[: len(at)] = code(text[at], p_BV)
         if on_bytes:
           on_bytes(len(at))
-
-  return walk
+      self._after = (state, previous_B) if self._model.config.recurrent else None
 
 
 def _blocks(length: int, config: ModelConfig, batch: int) -> Iterator[tuple[int, int, list[list[Window]]]]:

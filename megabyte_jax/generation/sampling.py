@@ -194,8 +194,8 @@ def generate(
   """Continues `prompt`, `num_samples` times; on the mesh where the parameters lie.
 
   Args:
-    prompt: of any length; what the context cannot hold is forgotten from the front. Of a model of subwords the tokens,
-      an array; generation/subword_text.py turns texts into them and back.
+    prompt: of any length; what the context cannot hold is forgotten from the front, but a recurrent model reads all. Of
+      a model of subwords the tokens, an array; generation/subword_text.py turns texts into them and back.
     num_bytes: to generate, of any number; tokens, of a model of subwords.
     seed: 0 to 2**32 - 1; the randomness of a byte depends on it, the sample's number and the byte's place alone.
     stop: ends a sample early: bytes, which are its last then, or a function of a sample's bytes so far, prompt
@@ -232,7 +232,8 @@ def generate(
     rows += -rows % (mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1))
     check_mesh(mesh, config, rows)
   done, total = len(prompt), len(prompt) + num_bytes
-  text = np.zeros((rows, total + S + context), dtype)  # room for a last patch and a last window
+  room = max(S + context, _prompt_length(total, model))  # for a last patch, and a last window or a longer prompt
+  text = np.zeros((rows, total + room), dtype)
   text[:, :done] = prompt
   check_bytes(text[:, :done], config.vocab_size)
   nats = np.zeros((rows, total), np.float32)
@@ -243,9 +244,11 @@ def generate(
     while done < ends.max():
       state = None  # the next one needs the memory
       offset, limit, latent_start = windows.generation_window(done, config)
-      x_BT = jnp.asarray(text[:, offset : offset + context], jnp.int32)
       known = done - offset
-      state = _read_prompt(graph, parameters, x_BT[:, : _prompt_length(known, model)], known, latent_start)
+      read = _prompt_length(known, model)
+      x_BT = jnp.asarray(text[:, offset : offset + max(read, context)], jnp.int32)
+      state = _read_prompt(graph, parameters, x_BT[:, :read], known, latent_start)
+      x_BT = x_BT[:, :context]
       at = known // model.alignment * model.alignment  # bytes from here to `known` are decoded as given
       # The newest: its bytes are looked at only when the device has the next to go on with.
       chunk: tuple[int, int, list[jax.Array]] | None = None
@@ -277,6 +280,8 @@ def _prompt_length(known: int, model: Model) -> int:
   if model.config.num_latents:  # the prefix has a cache of the context's size
     return model.config.context
   length = max(_PROMPT_BYTES, 1 << max(known - 1, 0).bit_length())
+  if model.config.recurrent:  # it reads the text from its beginning
+    return max(length, model.config.context)
   return min(-(-length // model.alignment) * model.alignment, model.config.context)
 
 

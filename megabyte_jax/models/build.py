@@ -84,6 +84,12 @@ def trained_model(config: ModelConfig, parameters: dict[str, Any]) -> Model:
   return nnx.merge(graph, parameters)
 
 
+def empty_memory(config: ModelConfig, parameters: dict[str, Any], rows: int) -> Any:
+  """Returns the memory of a recurrent model before so many documents begin; () for other models."""
+  graph, _ = abstract_model(config)
+  return nnx.merge(graph, parameters).empty_memory(rows) if config.recurrent else ()
+
+
 def initial_parameters(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
   """Draws parameters as nested dicts; the same for the same key on any mesh, but for roundings."""
   return nnx.to_pure_dict(nnx.split(make_model(config, nnx.Rngs(key)))[1])

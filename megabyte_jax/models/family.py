@@ -103,6 +103,20 @@ class Model(nnx.Module):
     """
     raise NotImplementedError
 
+  def segment_nats(
+    self,
+    memory: Any,
+    x_BT: jax.Array,
+    *,
+    fresh_B: jax.Array | None = None,
+    length_B: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+  ) -> tuple[jax.Array, jax.Array, Any, jax.Array]:
+    """Returns nats and a mask [B, T] as `byte_nats`, the memory afterwards and the family's own loss as `segment`."""
+    logits_BTV, memory, extra = self.segment(memory, x_BT, fresh_B=fresh_B, length_B=length_B, dropout_key=dropout_key)
+    scored_BT = counted(x_BT, length_B)
+    return jnp.where(scored_BT, cross_entropy(logits_BTV, x_BT), 0.0), scored_BT, memory, extra
+
   # --- Generation, `config.patch_bytes` at once. ---
 
   def read_prompt(self, x_BT: jax.Array, length: jax.Array, latent_start: jax.Array | int = 0) -> Any:

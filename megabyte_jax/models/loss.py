@@ -55,6 +55,24 @@ def sum_of_nats(
   return model.sum_of_nats(x_BT, length_B=length_B, start_B=start_B, dropout_key=dropout_key)
 
 
+def segment_nats(
+  model: Model,
+  memory: Any,
+  x_BT: jax.Array,
+  *,
+  fresh_B: jax.Array | None = None,
+  length_B: jax.Array | None = None,
+  dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, Any, jax.Array]:
+  """Computes the nats of the next segment of each row, given a recurrent model's memory; see `Model.segment`.
+
+  Returns:
+    nats_BT and scored_BT as `byte_nats`; the memory afterwards; the sum of the family's own loss, float32.
+  """
+  check_input(x_BT, model.config.context, model.config.vocab_size)
+  return model.segment_nats(memory, x_BT, fresh_B=fresh_B, length_B=length_B, dropout_key=dropout_key)
+
+
 def bits_per_byte(nats: Any, count: Any) -> Any:
   """Returns bits per byte from the summed nats of `count` bytes: numbers, or arrays of equal shape."""
   return nats / count / math.log(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from megabyte_jax.evaluation.evaluate import make_eval_step
 from megabyte_jax.generation import sampling
 from megabyte_jax.models.build import abstract_model, cast_for_decoding, parameter_info
 from megabyte_jax.parallel.sharding import batch_sharding, shard_abstract
-from megabyte_jax.training.state import abstract_state, make_train_step
+from megabyte_jax.training.state import abstract_memory, abstract_state, make_train_step
 
 
 def lower(config: Config, mesh: Mesh, step: str) -> jax.stages.Lowered:
@@ -27,20 +28,25 @@ def lower(config: Config, mesh: Mesh, step: str) -> jax.stages.Lowered:
     mesh: the devices, which may be those of a topology that does not exist here.
     step: train | eval | generate; `generate` decodes one chunk of bytes with full caches.
   """
-  may_be_short = config.data.windows_may_be_short
+  may_be_short, recurrent = config.windows_may_be_short, config.model.recurrent
 
   def rows(shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
 
   x_BT = rows((config.batch_size, config.model.context), token_dtype(config.model.vocab_size))
   length_B = rows((config.batch_size,), jnp.int32)
+  fresh_B = rows((config.batch_size,), jnp.bool_)
   with jax.set_mesh(mesh):
     if step == "train":
-      return make_train_step(config).lower(abstract_state(config, mesh), x_BT, length_B if may_be_short else None)
+      of_rows = (length_B if may_be_short else None, fresh_B if recurrent else None)
+      return make_train_step(config).lower(abstract_state(config, mesh), x_BT, *of_rows)
     _, parameters = abstract_model(config.model)
     infos = parameter_info(config.model)
     if step == "eval":
       parameters = shard_abstract(parameters, infos, mesh)
+      if recurrent:
+        memory = abstract_memory(dataclasses.replace(config, model=config.model.for_evaluation), parameters, mesh)
+        return make_eval_step(config).lower(parameters, memory, x_BT, length_B, fresh_B)
       return make_eval_step(config).lower(parameters, x_BT, length_B, *([length_B] if config.model.num_latents else []))
     parameters = jax.eval_shape(functools.partial(cast_for_decoding, config.model), parameters)
     return _lower_generate(config, mesh, shard_abstract(parameters, infos, mesh))

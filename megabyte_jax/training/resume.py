@@ -97,6 +97,6 @@ def restored_state(config: Config, mesh: Mesh, checkpoints: Checkpoints, step: i
     CheckpointError: see `Checkpoints.restore`.
   """
   abstract = abstract_state(config, mesh)
-  restored = checkpoints.restore(abstract.parameters, abstract.opt_state, step)
+  restored = checkpoints.restore(abstract.parameters, abstract.beside_parameters, step)
   number = jax.device_put(np.int32(restored.step), abstract.step.sharding)
-  return TrainState(number, restored.params, restored.opt_state)
+  return abstract._replace(step=number, parameters=restored.params).with_beside_parameters(restored.opt_state)

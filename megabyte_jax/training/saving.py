@@ -33,7 +33,7 @@ def save(checkpoints: Checkpoints, step: int, state: TrainState, meta: Mapping[s
     FloatingPointError: the parameters are not finite; nothing is saved then.
   """
   check_finite(step, {"parameter_norm": float(_norm(state.parameters))}, checkpoints)
-  checkpoints.save(step, state.parameters, state.opt_state, meta)
+  checkpoints.save(step, state.parameters, state.beside_parameters, meta)
 
 
 def check_finite(step: int, values: Mapping[str, float], checkpoints: Checkpoints) -> None:

@@ -9,21 +9,37 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from megabyte_jax.config import Config
-from megabyte_jax.models.build import abstract_model, initial_parameters, parameter_info
-from megabyte_jax.models.loss import byte_nats, sum_of_nats
-from megabyte_jax.parallel.sharding import check_mesh, constrain_state, shard_abstract
+from megabyte_jax.models.build import abstract_model, empty_memory, initial_parameters, parameter_info
+from megabyte_jax.models.loss import byte_nats, segment_nats, sum_of_nats
+from megabyte_jax.parallel.activation_layout import BATCH, lay_out
+from megabyte_jax.parallel.sharding import batch_sharding, check_mesh, constrain_state, shard_abstract
 from megabyte_jax.training.optimizer import make_optimizer
 
 
 class TrainState(NamedTuple):
-  """Parameters (nested dicts, float32), optimizer state and the number of steps done."""
+  """Parameters (nested dicts, float32), optimizer state, the number of steps done, and a recurrent model's memory.
+
+  The memory is what each row of a batch remembers of its document; () where a model has none.
+  """
 
   step: jax.Array
   parameters: dict[str, Any]
   opt_state: Any
+  memory: Any = ()
+
+  @property
+  def beside_parameters(self) -> Any:
+    """What a checkpoint keeps under `opt_state`: the optimizer's state, with the memory where there is one."""
+    return {"optimizer": self.opt_state, "memory": self.memory} if self.memory != () else self.opt_state
+
+  def with_beside_parameters(self, restored: Any) -> TrainState:
+    """Returns the state with what `beside_parameters` gave."""
+    if self.memory == ():
+      return self._replace(opt_state=restored)
+    return self._replace(opt_state=restored["optimizer"], memory=restored["memory"])
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
@@ -36,7 +52,15 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
   _, parameters = abstract_model(config.model)
   opt_state = jax.eval_shape(_optimizer(config).init, parameters)
   step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-  return shard_abstract(TrainState(step, parameters, opt_state), parameter_info(config.model), mesh)
+  state = shard_abstract(TrainState(step, parameters, opt_state), parameter_info(config.model), mesh)
+  return state._replace(memory=abstract_memory(config, parameters, mesh))
+
+
+def abstract_memory(config: Config, parameters: Any, mesh: Mesh) -> Any:
+  """Returns the shapes, dtypes and shardings of a recurrent model's memory, spread like the rows of a batch."""
+  memory = jax.eval_shape(lambda parameters: empty_memory(config.model, parameters, config.batch_size), parameters)
+  of_rows = batch_sharding(mesh)
+  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=of_rows), memory)
 
 
 def _optimizer(config: Config) -> optax.GradientTransformation:
@@ -51,16 +75,18 @@ def initial_state(config: Config, mesh: Mesh) -> TrainState:
   def make(key):
     parameters = initial_parameters(config.model, key)
     opt_state = _optimizer(config).init(parameters)
-    return TrainState(jnp.int32(0), parameters, opt_state)
+    return TrainState(jnp.int32(0), parameters, opt_state, empty_memory(config.model, parameters, config.batch_size))
 
   return jax.jit(make, out_shardings=shardings)(jax.random.key(config.seed))
 
 
 def make_train_step(config: Config, token_lengths: np.ndarray | None = None) -> jax.stages.Wrapped:
-  """Makes the jitted step (state, x_BT, length_B) -> (state, metrics); the old state's memory is reused.
+  """Makes the jitted step (state, x_BT, length_B, fresh_B) -> (state, metrics); the old state's memory is reused.
 
-  `length_B` is None where every row is full. Metrics: nats (summed), bytes (counted), grad_norm; float32.
-  Dropout and the places of PerceiverAR's latents are functions of the seed and the step.
+  `length_B` is None where every row is full, `fresh_B` where the model is not recurrent. Metrics: nats (summed), bytes
+  (counted), grad_norm, of recurrent models extra_loss (summed; see `Model.segment`); float32. The loss is nats plus
+  extra_loss, per byte or token that counts. Dropout and the places of PerceiverAR's latents are functions of the seed
+  and the step.
 
   Args:
     config: of the run.
@@ -70,50 +96,64 @@ def make_train_step(config: Config, token_lengths: np.ndarray | None = None) -> 
   graph, _ = abstract_model(config.model)
   optimizer, infos = _optimizer(config), parameter_info(config.model)
   drops = config.model.dropout > 0 or config.model.attention_dropout > 0
-  latents = config.model.num_latents
+  latents, recurrent = config.model.num_latents, config.model.recurrent
   parts = config.accumulate
+  names = ("bytes",) if token_lengths is None else ("bytes", "tokens")
 
-  def summed_nats(parameters, x_BT, length_B, key):
+  def counts(x_BT, scored_BT):
+    if token_lengths is None:
+      return {"bytes": jnp.sum(scored_BT)}
+    bytes_BT = jnp.asarray(token_lengths, jnp.int32)[x_BT]
+    return {"bytes": jnp.sum(jnp.where(scored_BT, bytes_BT, 0)), "tokens": jnp.sum(scored_BT)}
+
+  def summed_loss(parameters, memory, x_BT, length_B, fresh_B, key):
+    """The sum that is differentiated; and the sums that are reported, with the memory afterwards."""
+    model = nnx.merge(graph, parameters)
+    options = {"length_B": length_B, "dropout_key": jax.random.fold_in(key, 1) if drops else None}
+    if recurrent:
+      nats_BT, scored_BT, memory, extra = segment_nats(model, memory, x_BT, fresh_B=fresh_B, **options)
+      sums = {"nats": jnp.sum(nats_BT), "extra_loss": extra, **counts(x_BT, scored_BT)}
+      return sums["nats"] + extra, (sums, memory)
     start_B = None  # PerceiverAR's latents: the last bytes of each row
     if latents and length_B is None:
       start_B = random_latent_starts(key, x_BT.shape, latents)
-    dropout_key = jax.random.fold_in(key, 1) if drops else None
-    model = nnx.merge(graph, parameters)
-    options = {"length_B": length_B, "start_B": start_B, "dropout_key": dropout_key}
     if token_lengths is None:
-      nats, count = sum_of_nats(model, x_BT, **options)
-      return nats, {"bytes": count}
-    nats_BT, scored_BT = byte_nats(model, x_BT, **options)
-    bytes_BT = jnp.asarray(token_lengths, jnp.int32)[x_BT]
-    return jnp.sum(nats_BT), {"bytes": jnp.sum(jnp.where(scored_BT, bytes_BT, 0)), "tokens": jnp.sum(scored_BT)}
+      nats, count = sum_of_nats(model, x_BT, start_B=start_B, **options)
+      return nats, ({"nats": nats, "bytes": count}, memory)
+    nats_BT, scored_BT = byte_nats(model, x_BT, start_B=start_B, **options)
+    nats = jnp.sum(nats_BT)
+    return nats, ({"nats": nats, **counts(x_BT, scored_BT)}, memory)
 
-  gradient_of_sum = jax.value_and_grad(summed_nats, has_aux=True)
+  gradient_of_sum = jax.grad(summed_loss, has_aux=True)
 
   def train_step(
-    state: TrainState, x_BT: jax.Array, length_B: jax.Array | None = None
+    state: TrainState, x_BT: jax.Array, length_B: jax.Array | None = None, fresh_B: jax.Array | None = None
   ) -> tuple[TrainState, dict[str, jax.Array]]:
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    rows = (state.memory, x_BT, length_B, fresh_B)
     if parts == 1:
-      (nats, counts), gradient = gradient_of_sum(state.parameters, x_BT, length_B, key)
+      gradient, (sums, memory) = gradient_of_sum(state.parameters, *rows, key)
     else:
 
       def part(total, inputs):
         number, rows = inputs
-        (nats, counts), gradient = gradient_of_sum(state.parameters, *rows, jax.random.fold_in(key, number))
-        return jax.tree.map(jnp.add, total, (nats, counts, gradient)), None
+        gradient, (sums, memory) = gradient_of_sum(state.parameters, *rows, jax.random.fold_in(key, number))
+        return jax.tree.map(jnp.add, total, (gradient, sums)), memory
 
       # Row b goes to part b % parts, so that each part is spread over all devices.
-      rows = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0), (x_BT, length_B))
-      none = dict.fromkeys(("bytes",) if token_lengths is None else ("bytes", "tokens"), jnp.int32(0))
-      zeros = (jnp.float32(0), none, jax.tree.map(jnp.zeros_like, state.parameters))
-      (nats, counts, gradient), _ = jax.lax.scan(part, zeros, (jnp.arange(parts), rows))
-    predicted = counts.get("tokens", counts["bytes"])
-    gradient = jax.tree.map(lambda g: g / predicted, gradient)
+      rows = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0), rows)
+      zeros = dict.fromkeys(("nats", "extra_loss") if recurrent else ("nats",), jnp.float32(0))
+      zeros |= dict.fromkeys(names, jnp.int32(0))
+      start = (jax.tree.map(jnp.zeros_like, state.parameters), zeros)
+      (gradient, sums), memory = jax.lax.scan(part, start, (jnp.arange(parts), rows))
+      memory = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:]), memory)
+    gradient = jax.tree.map(lambda g: g / sums[names[-1]], gradient)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.parameters)
     parameters = optax.apply_updates(state.parameters, updates)
-    counted = {name: count.astype(jnp.float32) for name, count in counts.items()}
-    metrics = {"nats": nats, **counted, "grad_norm": optax.tree.norm(gradient)}
-    return TrainState(state.step + 1, *constrain_state((parameters, opt_state), infos)), metrics
+    metrics = {name: value.astype(jnp.float32) for name, value in sums.items()}
+    metrics["grad_norm"] = optax.tree.norm(gradient)
+    memory = jax.tree.map(lambda a: lay_out(a, PartitionSpec(BATCH)), memory)
+    return TrainState(state.step + 1, *constrain_state((parameters, opt_state), infos), memory), metrics
 
   return jax.jit(train_step, donate_argnums=0)
 

@@ -66,6 +66,8 @@ class StepMetrics:
           grad_norm=values["grad_norm"],
           bytes_per_token=self._bytes / self._tokens if "tokens" in values else None,
         )
+        if values.get("extra_loss"):
+          self._metrics.write(step, {"extra_loss": values["extra_loss"] / values["bytes"]})
         self._nats = self._bytes = self._tokens = 0.0
 
   def so_far(self) -> dict[str, object]:
