@@ -153,7 +153,8 @@ def make_train_step(config: Config, token_lengths: np.ndarray | None = None) -> 
     metrics = {name: value.astype(jnp.float32) for name, value in sums.items()}
     metrics["grad_norm"] = optax.tree.norm(gradient)
     memory = jax.tree.map(lambda a: lay_out(a, PartitionSpec(BATCH)), memory)
-    return TrainState(state.step + 1, *constrain_state((parameters, opt_state), infos), memory), metrics
+    parameters, opt_state = constrain_state((parameters, opt_state), infos)
+    return TrainState(state.step + 1, parameters, opt_state, memory), metrics
 
   return jax.jit(train_step, donate_argnums=0)
 
