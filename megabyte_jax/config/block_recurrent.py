@@ -135,6 +135,7 @@ class BlockRecurrentConfig(ModelConfig):
     )
     self.level.check(self.level_key(0), self.context, has_previous_span=False)
     layers = self.num_layers
+    require(len(self.recurrent_layers) > 0, "model.recurrent_layers is empty; give at least one layer")
     require(
       all(-layers <= i < layers for i in self.recurrent_layers) and len(set(self.cells)) == len(self.recurrent_layers),
       f"model.recurrent_layers is {self.recurrent_layers}; give different ones of the {layers} layers, from "

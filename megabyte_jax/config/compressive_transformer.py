@@ -157,6 +157,10 @@ class CompressiveTransformerConfig(ModelConfig):
         f"model.{name} is {slots}; the memory holds whole segments, so take a multiple of model.context "
         f"({self.context})",
       )
-    for name in ("compressed_length", "evaluation_compressed_length"):
-      require(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; it must not be negative")
+    require(
+      self.compressed_length > 0,
+      f"model.compressed_length is {self.compressed_length}; it must be at least 1 (transformer_xl compresses nothing)",
+    )
+    slots = self.evaluation_compressed_length
+    require(slots >= 0, f"model.evaluation_compressed_length is {slots}; it must not be negative")
     _ = self.transformer_xl  # checks the rest

@@ -140,8 +140,6 @@ class BlockRecurrent(Recurrent):
 
   def _first_states(self) -> jax.Array:
     """The learned first states of all cells, [C, S, D]."""
-    if not self.cells:
-      return jnp.zeros((0, self.config.states, self.config.width), jnp.float32)
     return jnp.stack([cell.first[...].astype(jnp.float32) for cell in self.cells])
 
   def _runs(self) -> Iterator[tuple[int, int, int | None]]:
@@ -222,8 +220,7 @@ class BlockRecurrent(Recurrent):
       kept.append(tuple(a[None] for a in of_layer))
       states.append(states_NBSD)
     kept_L = tuple(jnp.concatenate(parts) for parts in zip(*kept, strict=True))
-    none = jnp.zeros((x_BNWD.shape[1] + 1, *states_BCSD.shape), jnp.float32)
-    return x_BNWD, kept_L, jnp.stack(states, axis=2) if states else none
+    return x_BNWD, kept_L, jnp.stack(states, axis=2)
 
   def _through_windows(self, cell, states_BSD, both_BN2WHK, there_BN12W):
     """The states before each window and after the last, [N + 1, B, S, D]; and the keys and values that each reads."""
@@ -266,9 +263,6 @@ class BlockRecurrent(Recurrent):
   def _state_keys(self, states_BCSD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values of states, [B, C, S, H, K]."""
     projected = [cell.project(states_BCSD[:, c]) for c, cell in enumerate(self.cells)]
-    if not projected:
-      shape = (*states_BCSD.shape[:3], *self.config.level.heads)
-      return (jnp.zeros(shape, compute_dtype(self.config)),) * 2
     return jnp.concatenate([p.k for p in projected], axis=1), jnp.concatenate([p.v for p in projected], axis=1)
 
   def decode_token(self, cache: Cache, previous_B: jax.Array, position: jax.Array) -> tuple[Cache, jax.Array]:
@@ -311,13 +305,12 @@ class BlockRecurrent(Recurrent):
     parts = zip(before, zip(*new, strict=True), strict=True)
     k_LB1RHK, v_LB1RHK = (put(ring, jnp.concatenate(own), slot, axis=3) for ring, own in parts)
     after = cache._replace(k_LB1RHK=k_LB1RHK, v_LB1RHK=v_LB1RHK)
-    if self.cells:
-      states, k, v = jax.lax.cond(  # of the states alone, so that no branch copies the rings
-        slot % W == W - 1,
-        lambda: self._after_window(after, there_R),
-        lambda: (after.states_BCSD, after.k_BCSHK, after.v_BCSHK),
-      )
-      after = after._replace(states_BCSD=states, k_BCSHK=k, v_BCSHK=v)
+    states_BCSD, k_BCSHK, v_BCSHK = jax.lax.cond(  # of the states alone, so that no branch copies the rings
+      slot % W == W - 1,
+      lambda: self._after_window(after, there_R),
+      lambda: (after.states_BCSD, after.k_BCSHK, after.v_BCSHK),
+    )
+    after = after._replace(states_BCSD=states_BCSD, k_BCSHK=k_BCSHK, v_BCSHK=v_BCSHK)
     return after, self.embedder.logits(self.norm(x_B11D))[:, 0, 0]
 
   def _after_window(self, cache: Cache, there_R: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

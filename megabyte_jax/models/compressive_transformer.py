@@ -44,7 +44,7 @@ class Memory(NamedTuple):
   Attributes:
     compressed_BLCD: cm, the layers' compressed inputs, in the compute dtype.
     inputs_BLMD: m, the layers' inputs at the last M slots.
-    use_BLM: float32, the attention that these have got; of no slots unless the most used are kept.
+    use_BLM: float32, the attention that these have got; None unless the most used are kept.
     filled_B: int32, slots of both memories that are filled, the last ones of cm and m in a row: cm's fill when m is
       full.
     previous_B: int32, the token before the segment, -1 where the document begins.
@@ -52,7 +52,7 @@ class Memory(NamedTuple):
 
   compressed_BLCD: jax.Array
   inputs_BLMD: jax.Array
-  use_BLM: jax.Array
+  use_BLM: jax.Array | None
   filled_B: jax.Array
   previous_B: jax.Array
 
@@ -68,7 +68,7 @@ class Cache(NamedTuple):
 
   memory: Memory
   inputs_BLTD: jax.Array
-  use_BLS: jax.Array
+  use_BLS: jax.Array | None
   k_LB1SHK: jax.Array
   v_LB1SHK: jax.Array
 
@@ -104,7 +104,7 @@ class CompressiveTransformer(Recurrent):
     return Memory(
       jnp.zeros((batch, L, C, config.width), dtype),
       jnp.zeros((batch, L, M, config.width), dtype),
-      jnp.zeros((batch, L, M * self.counts_use), jnp.float32),
+      jnp.zeros((batch, L, M), jnp.float32) if self.counts_use else None,
       jnp.zeros(batch, jnp.int32),
       jnp.full(batch, -1, jnp.int32),
     )
@@ -128,7 +128,7 @@ class CompressiveTransformer(Recurrent):
       x_BT, _in_a_row(memory), dropout_key, keep=lambda h, slots: jax.lax.stop_gradient((h, self._use(slots)))
     )
     logits_BTV = self.embedder.logits(h_BTD)
-    inputs_BLTD, use_BLS = (jnp.moveaxis(a, 0, 1) for a in (inputs_LBTD, use_LBS))
+    inputs_BLTD, use_BLS = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), (inputs_LBTD, use_LBS))
     loss = jnp.float32(0)
     if x_BT.shape[1] == self.config.context and self.config.is_learned:
       counts_BT = counted(x_BT, length_B) & (memory.filled_B >= self.config.memory_length)[:, None]
@@ -141,14 +141,14 @@ class CompressiveTransformer(Recurrent):
     """The tokens' table."""
     return self.transformer.embedder
 
-  def _use(self, slots: SlotsOfBlock, known_T: jax.Array | None = None) -> jax.Array:
-    """The attention that slots got from a segment, or from its known queries, [B, S]; of no slots if nobody asks."""
+  def _use(self, slots: SlotsOfBlock, known_T: jax.Array | None = None) -> jax.Array | None:
+    """The attention that slots got from a segment, or from its known queries, [B, S]; None if nobody asks."""
     if not self.counts_use:
-      return slots.use_BTS[:, 0, :0]
+      return None
     use_BTS = slots.use_BTS if known_T is None else jnp.where(known_T[:, None], slots.use_BTS, 0.0)
     return jnp.sum(use_BTS, axis=1) / self.config.context
 
-  def _compressed(self, old_BLTD: jax.Array, use_BLT: jax.Array) -> jax.Array:
+  def _compressed(self, old_BLTD: jax.Array, use_BLT: jax.Array | None) -> jax.Array:
     """Line 9: [B, L, J, D]."""
     if self.config.is_learned:
       graph, parameters = nnx.split(self.compressions)
@@ -157,21 +157,22 @@ class CompressiveTransformer(Recurrent):
     kind, rate = self.config.compression, self.config.compression_rate
     return jax.vmap(lambda old, use: compress_without_parameters(kind, old, use, rate), 1, 1)(old_BLTD, use_BLT)
 
-  def _moved(self, memory: Memory, inputs_BLTD: jax.Array, use_BLS: jax.Array) -> Memory:
+  def _moved(self, memory: Memory, inputs_BLTD: jax.Array, use_BLS: jax.Array | None) -> Memory:
     """Lines 8 to 11: the memory after a segment, given its layers' inputs, and the attention that all slots got."""
     config, T = self.config, inputs_BLTD.shape[2]
     C, M = config.compressed_length, config.memory_length
-    use_BLM = memory.use_BLM + use_BLS[:, :, C : C + M]
     filled_B, compressed_BLCD = filled_after(memory.filled_B, T, M), memory.compressed_BLCD
-    if C and config.context == T:
+    use_BLT = use_BLM = None
+    if memory.use_BLM is not None and use_BLS is not None:
+      use_BLM = memory.use_BLM + use_BLS[:, :, C : C + M]
+      use_BLT, use_BLM = use_BLM[:, :, :T], pushed(use_BLM, use_BLS[:, :, C + M :], axis=2)
+    if config.context == T:
       is_full_B = memory.filled_B >= M
-      new_BLJD = jax.lax.stop_gradient(self._compressed(memory.inputs_BLMD[:, :, :T], use_BLM[:, :, :T]))
+      new_BLJD = jax.lax.stop_gradient(self._compressed(memory.inputs_BLMD[:, :, :T], use_BLT))
       longer = pushed(compressed_BLCD, new_BLJD, axis=2)
       compressed_BLCD = jnp.where(is_full_B[:, None, None, None], longer, compressed_BLCD)
       both_B = filled_after(memory.filled_B, T // config.compression_rate, C + M)
       filled_B = jnp.where(is_full_B, both_B, filled_B)
-    if self.counts_use:
-      use_BLM = pushed(use_BLM, use_BLS[:, :, C + M :], axis=2)
     inputs_BLMD = pushed(memory.inputs_BLMD, inputs_BLTD, axis=2)
     return Memory(compressed_BLCD, inputs_BLMD, use_BLM, filled_B, memory.previous_B)
 
@@ -210,7 +211,7 @@ class CompressiveTransformer(Recurrent):
       return h, self._use(slots, known_T), slots.k_BSHK[:, None], slots.v_BSHK[:, None]
 
     _, kept = self.transformer.run_layers(x_BT, _in_a_row(memory), None, keep=keep)
-    inputs_BLTD, use_BLS = (jnp.moveaxis(a, 0, 1) for a in kept[:2])
+    inputs_BLTD, use_BLS = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), kept[:2])
     return Cache(memory, inputs_BLTD, use_BLS, *kept[2:])
 
   def decode_token(self, cache: Cache, previous_B: jax.Array, position: jax.Array) -> tuple[Cache, jax.Array]:
@@ -229,7 +230,7 @@ class CompressiveTransformer(Recurrent):
     put, (inputs_LB1D, use_LBs, k_LB11HK, v_LB11HK) = jax.lax.dynamic_update_slice_in_dim, new
     inputs_BLTD = put(cache.inputs_BLTD, jnp.moveaxis(inputs_LB1D, 0, 1), slot, axis=2)
     use_BLS = cache.use_BLS
-    if self.counts_use:
+    if use_BLS is not None:
       use_BLs = jnp.moveaxis(use_LBs, 0, 1)  # of S earlier slots, and then of its own
       use_BLS = (use_BLS + use_BLs[..., :S]).at[:, :, E + slot].add(use_BLs[..., S])
     k_LB1SHK = put(cache.k_LB1SHK, k_LB11HK, E + slot, axis=3)
@@ -259,7 +260,7 @@ class CompressiveTransformer(Recurrent):
     k_LB1SHK, v_LB1SHK = (
       put(old, new[:, :, None], 0, axis=3) for old, new in zip((cache.k_LB1SHK, cache.v_LB1SHK), both, strict=True)
     )
-    return Cache(memory, cache.inputs_BLTD, jnp.zeros_like(cache.use_BLS), k_LB1SHK, v_LB1SHK)
+    return Cache(memory, cache.inputs_BLTD, jax.tree.map(jnp.zeros_like, cache.use_BLS), k_LB1SHK, v_LB1SHK)
 
 
 def _in_a_row(memory: Memory) -> transformer_xl.Memory:

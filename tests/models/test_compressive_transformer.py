@@ -48,7 +48,7 @@ CONFIGS = {
   ),
   "most_used": config(compression="most_used", compressed_length=4),
 }
-NAMES, LEARNED = list(CONFIGS), ["convolution", "dilated"]
+NAMES = list(CONFIGS)
 
 
 @functools.cache
@@ -127,16 +127,15 @@ def test_a_token_reaches_later_ones_and_no_other(name):
   np.testing.assert_array_equal(seen, np.tri(LENGTH, k=-1, dtype=bool).T)
 
 
-@pytest.mark.parametrize("name", LEARNED)
-def test_neither_loss_reaches_what_the_other_trains_nor_the_memory(name):
-  x_BT = texts(LENGTH, seed=3)
+def test_neither_loss_reaches_what_the_other_trains_nor_the_memory():
+  name, x_BT = "dilated", texts(LENGTH, seed=3)
   memory = read(name, x_BT)[1][4]
   weight_TV = jnp.asarray(np.random.default_rng(4).standard_normal((T, 11)), jnp.float32)
-  graph, numbers = abstract_model(CONFIGS[name])[0], memory[:3]
+  graph, numbers = abstract_model(CONFIGS[name])[0], memory[:2]
 
   def losses(p, numbers):
-    logits, after, reconstruction = nnx.merge(graph, p).segment(type(memory)(*numbers, *memory[3:]), x_BT[:, -T:])
-    return jnp.sum(logits * weight_TV) + sum(jnp.sum(a) for a in after[:3]), reconstruction
+    logits, after, reconstruction = nnx.merge(graph, p).segment(type(memory)(*numbers, *memory[2:]), x_BT[:, -T:])
+    return jnp.sum(logits * weight_TV) + sum(jnp.sum(a) for a in after[:2]), reconstruction
 
   @jax.jit
   def gradients(p, numbers):
@@ -319,7 +318,7 @@ def test_counts_are_the_models(name):
     ({"memory_length": 0}, "model.memory_length is 0"),
     ({"evaluation_memory_length": 5}, "model.evaluation_memory_length is 5"),
     ({"compression_rate": 3}, "model.context 4 is not a multiple of model.compression_rate 3"),
-    ({"compressed_length": -1}, "model.compressed_length is -1"),
+    ({"compressed_length": 0}, "model.compressed_length is 0"),
     ({"attention": "splash"}, "model.attention=splash has no relative positions"),
     ({"compression": "gzip"}, "compression is 'gzip'; choose one of"),
   ],

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 
+import count_products
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy_transformer_xl
 import pytest
 from flax import nnx
-from jax.extend.core import jaxprs_in_params
 from jax.flatten_util import ravel_pytree
 from model_variants import draw_parameters
 
@@ -154,24 +154,11 @@ def test_u_and_v_begin_like_matrices():
   assert 0.01 < np.std([drawn["u"], drawn["v"]]) < 0.03
 
 
-def products(jaxpr, times=1):
-  """Operations of all matrix products of a jaxpr, those of loops as often as they run."""
-  total = 0
-  for eqn in jaxpr.eqns:
-    if eqn.primitive.name == "dot_general":
-      (contracted, _), _ = eqn.params["dimension_numbers"]
-      sizes = [eqn.invars[0].aval.shape[axis] for axis in contracted]
-      total += 2 * times * int(np.prod(eqn.outvars[0].aval.shape)) * int(np.prod(sizes))
-    for inner in jaxprs_in_params(eqn.params):
-      total += products(inner, times * eqn.params.get("length", 1))
-  return total
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_flops_are_those_of_the_products(name):
   config, one = CONFIGS[name], model(name)
   shape = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-  found = products(jax.make_jaxpr(lambda x: one.segment(one.empty_memory(1), x)[0])(shape).jaxpr)
+  found = count_products.operations(lambda x: one.segment(one.empty_memory(1), x)[0], shape)
   heads = config.num_heads * config.level.heads[1]
   of_distances = 2 * config.num_layers * (config.memory_length + 4) * config.width * heads  # shared by all rows
   assert found - of_distances == 4 * flops.flops_per_byte(config, attention="dense")

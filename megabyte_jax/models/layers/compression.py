@@ -49,16 +49,17 @@ def groups(old_BTD: jax.Array, rate: int) -> jax.Array:
   return old_BTD.reshape(B, T // rate, rate, D)
 
 
-def compress_without_parameters(kind: str, old_BTD: jax.Array, use_BT: jax.Array, rate: int) -> jax.Array:
+def compress_without_parameters(kind: str, old_BTD: jax.Array, use_BT: jax.Array | None, rate: int) -> jax.Array:
   """Returns the compressed slots, [B, J, D].
 
   Args:
     kind: mean | max | most_used.
-    use_BT: the attention that the slots got.
+    use_BT: the attention that the slots got, for most_used.
   """
   if kind == "mean":
     return jnp.mean(groups(old_BTD, rate), axis=2)
   if kind == "max":
     return jnp.max(groups(old_BTD, rate), axis=2)
+  assert use_BT is not None
   _, most_BJ = jax.lax.top_k(use_BT, old_BTD.shape[1] // rate)
   return jnp.take_along_axis(old_BTD, jnp.sort(most_BJ, axis=-1)[..., None], axis=1)
