@@ -12,6 +12,7 @@ from megabyte_jax.models import flops
 from megabyte_jax.paper import measured
 from megabyte_jax.paper.printed_numbers import REPEATED, TABLES, Row
 from megabyte_jax.paper.rows_by_name import CONFIGS, ROOT, config_of, rows_of_file
+from megabyte_jax.paper.subword_rows import BYTES_PER_TOKEN
 
 RESULTS = ROOT / "docs" / "results"
 FIGURE_3 = "figure3"
@@ -52,7 +53,7 @@ def _describe_row(
     described |= {
       "nominal": nominal(config.model),
       "parameters": flops.parameter_count(config.model),
-      "training_flops_per_byte": flops.flops_per_byte(config.model, training=True),
+      "training_flops_per_byte": flops.flops_per_byte(config.model, training=True) / bytes_per_token(config),
       "context": config.model.context,
       "cut": cut(config.model),
     }
@@ -63,6 +64,11 @@ def _describe_row(
   described["ours"] = [entry for entry in ours if any(metric in entry for metric in metrics)]
   described["paper"] = dict(row.paper)
   return described
+
+
+def bytes_per_token(config: Config) -> float:
+  """Returns what a position stands for: one byte, or of subwords an assumed number of bytes."""
+  return BYTES_PER_TOKEN if config.data.form == "subwords" else 1.0
 
 
 def _same_settings(reference: str, config: Config) -> bool:

@@ -1,0 +1,139 @@
+"""Trains the systems of Table 3 at equal FLOPs on one corpus: word-level perplexity, bits per byte, bytes per second.
+
+  python benchmarks/table3.py --train=corpora/books/train --validation=corpora/books/validation --flops=1e17 \
+    --output=docs/results/table3.json
+
+The models are the rows of configs/paper/table3.py at a smaller size by the rule of configs/small.py: `table3:NAME@4`,
+with the recipe of --changes. Each gets as many steps as --flops operations pay for, counted as SpaceByte counts them:
+six for each multiplication and addition of a weight, attention as if nothing were masked. A tokenizer is trained on the
+training text unless --tokenizer names one. `python -m megabyte_jax tables 3` shows the results beside the paper's. A
+system that is in the file already is left out, so that the same command goes on after an interruption.
+
+--set changes fields of all configs, or with NAME: before them of one; values are JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import io
+import json
+import pathlib
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import recipe_runs
+
+import eval as eval_script
+import train
+from megabyte_jax.commands.eval import parse_arguments
+from megabyte_jax.config import CheckpointConfig, Config, DataConfig, overrides
+from megabyte_jax.data.subwords.tokenizer import load_tokenizer
+from megabyte_jax.data.subwords.training import train_tokenizer
+from megabyte_jax.display.progress import human
+from megabyte_jax.files.atomic_file import replacing
+from megabyte_jax.models.flops import flops_per_byte, parameter_count, predicted_bytes
+from megabyte_jax.paper.rows_by_name import rows_of_file
+
+_SMALL = pathlib.Path(__file__).parents[1] / "configs" / "small.py"
+
+
+def make_config(name: str, arguments: argparse.Namespace, tokenizer: str) -> Config:
+  """The config of a system, with as many steps as the budget pays for."""
+  row = f"{_SMALL}:table3:{name}@{arguments.divisor}{arguments.changes}"
+  values = Config.from_dict(overrides.load("NAME", row, [])).to_dict()
+  subwords = values["data"]["form"] == "subwords"
+  values["data"].update(train=arguments.train, validation=arguments.validation, test="")
+  if subwords:
+    values["data"]["tokenizer"] = tokenizer
+    values["model"]["vocab_size"] = load_tokenizer(tokenizer).size
+  for change in arguments.changes_of_fields:
+    key, _, value = change.partition("=")
+    of, _, field = key.rpartition(":")
+    if of in ("", name):
+      recipe_runs.changed(values, field, json.loads(value))
+  config = Config.from_dict(values)
+  per_step = config.batch_size * predicted_bytes(config.model)
+  steps = max(2, round(arguments.flops / flops_per_byte(config.model, attention="whole", training=True) / per_step))
+  return dataclasses.replace(
+    config,
+    seed=arguments.seed,
+    num_steps=steps,
+    optimizer=dataclasses.replace(config.optimizer, warmup_steps=max(1, round(0.04 * steps))),
+    checkpoint=CheckpointConfig(every_steps=0),
+    eval=dataclasses.replace(config.eval, every_steps=0),
+    log_every=max(1, min(10, steps // 10)),
+  )
+
+
+def run(name: str, config: Config, workdir: pathlib.Path, flops: float) -> dict[str, Any]:
+  """Trains and evaluates one system; its entry in the results."""
+  train.train(config, str(workdir))
+  with contextlib.redirect_stdout(io.StringIO()):
+    line = eval_script.run(parse_arguments([f"--workdir={workdir}", "--words=count", "--no-compressors"]))
+  scored = json.loads(line)
+  lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
+  speeds = [one["bytes_per_second"] for one in lines if one.get("bytes_per_second")]
+  device = jax.devices()[0].device_kind
+  size = human(parameter_count(config.model))
+  return {
+    "row": f"table3:{name}",
+    **{key: scored[key] for key in ("bpb", "word_perplexity", "bytes", "words", "method", "cost", "split")},
+    "bytes_per_token": scored["bytes"] / scored.get("tokens", scored["bytes"]),
+    "bytes_per_second": statistics.median(speeds[1:] or speeds) if speeds else None,  # the first may compile
+    "train_bpb": next(one["bpb"] for one in reversed(lines) if "bpb" in one),
+    "trained_on": config.num_steps * config.batch_size * predicted_bytes(config.model),  # bytes or tokens
+    "parameters": parameter_count(config.model),
+    "flops": flops,
+    "note": f"{human(flops, 'FLOP')} of training, {size} parameters, {device}",
+    "device": f"{jax.device_count()} x {device}",
+    "versions": {package: importlib.metadata.version(package) for package in ("jax", "flax", "optax")},
+    "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    "config": config.to_dict(),
+  }
+
+
+def main(given: Sequence[str] | None = None) -> None:
+  """The command line."""
+  names = list(rows_of_file("table3"))
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--train", required=True)
+  parser.add_argument("--validation", required=True)
+  parser.add_argument("--flops", type=float, required=True, help="of training, for each system")
+  parser.add_argument("--systems", nargs="+", choices=names, default=names)
+  parser.add_argument("--divisor", type=int, default=4, help="of widths and layers, as in configs/small.py")
+  parser.add_argument("--changes", default="+modern", help="a recipe, as in configs/small.py; '' has none")
+  parser.add_argument("--tokenizer", default="", help="of the subword systems")
+  parser.add_argument("--pieces", type=int, default=32_000, help="of a new tokenizer")
+  parser.add_argument("--set", dest="changes_of_fields", nargs="+", default=[], metavar="[NAME:]KEY=VALUE")
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/table3_small"))
+  parser.add_argument("--output", type=pathlib.Path, required=True)
+  arguments = parser.parse_args(given)
+  results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"rows": []}
+  done = {entry["row"] for entry in results["rows"]}
+  tokenizer = arguments.tokenizer or str(arguments.workdir / "tokenizer.model")
+  forms = rows_of_file("table3")
+  if any(forms[name].data.form == "subwords" for name in arguments.systems) and not pathlib.Path(tokenizer).exists():
+    train_tokenizer([arguments.train], tokenizer, arguments.pieces, DataConfig())
+  results["command"] = " ".join(["python benchmarks/table3.py", *(sys.argv[1:] if given is None else given)])
+  for name in arguments.systems:
+    if f"table3:{name}" in done:
+      continue
+    config = make_config(name, arguments, tokenizer)
+    entry = run(name, config, arguments.workdir / name, arguments.flops)
+    results["rows"].append(entry)
+    with replacing(arguments.output) as path:
+      path.write_text(json.dumps(results, indent=1) + "\n")
+    speed = human(entry["bytes_per_second"] or 0, "B/s")
+    print(f"{name}: word perplexity {entry['word_perplexity']}, {entry['bpb']:.4f} bits per byte, {speed}", flush=True)
+
+
+if __name__ == "__main__":
+  main()

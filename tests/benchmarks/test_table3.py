@@ -1,0 +1,74 @@
+"""benchmarks/table3.py: two systems, one of bytes and one of subwords, for a few steps."""
+
+import json
+import math
+import pathlib
+import sys
+
+import pytest
+from run_commands import ROOT, write_data
+from tokenizer_file import PIECES, tokenizer_file
+
+from megabyte_jax.config import Config
+from megabyte_jax.models.flops import flops_per_byte
+from megabyte_jax.paper import measured, tables
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import table3 as benchmark
+
+SMALL = [
+  "model.context=32",
+  'model.levels=[{"patch_size": 1, "width": 16, "num_layers": 1, "num_heads": 2}]',
+  'model.remat="none"',
+  "batch_size=8",
+  "accumulate=1",
+  "eval.batch_size=64",
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+  folder = write_data(tmp_path_factory.mktemp("table3"))
+  output = folder / "results" / "table3.json"
+  arguments = [
+    f"--train={folder / 'train.txt'}",
+    f"--validation={folder / 'validation'}",
+    "--flops=3e7",
+    "--systems",
+    "transformer",
+    "subword_transformer",
+    f"--tokenizer={tokenizer_file()}",
+    f"--workdir={folder / 'runs'}",
+    f"--output={output}",
+    "--changes=",
+    "--set",
+    *SMALL,
+  ]
+  benchmark.main(arguments)
+  before = output.read_bytes()
+  benchmark.main(arguments)  # nothing is left to do
+  assert json.loads(output.read_bytes())["rows"] == json.loads(before)["rows"]
+  return output
+
+
+def test_equal_flops_and_comparable_figures(results):
+  bytes_, subwords = json.loads(results.read_text())["rows"]
+  assert (bytes_["row"], subwords["row"]) == ("table3:transformer", "table3:subword_transformer")
+  for entry in (bytes_, subwords):
+    config = Config.from_dict(entry["config"])
+    spent = entry["trained_on"] * flops_per_byte(config.model, attention="whole", training=True)
+    assert spent == pytest.approx(3e7, rel=0.2)
+    assert entry["bytes"] == 1000  # of the text, whatever the model reads
+    assert entry["word_perplexity"] == pytest.approx(math.exp(entry["bpb"] * 1000 * math.log(2) / entry["words"]))
+    assert entry["bytes_per_second"] > 0
+  assert bytes_["words"] == subwords["words"]
+  assert bytes_["bytes_per_token"] == 1 < subwords["bytes_per_token"]
+  assert subwords["config"]["model"]["vocab_size"] == PIECES
+
+
+def test_tables_show_them_beside_the_papers(results):
+  found = measured.from_results(results.parent, pathlib.Path(results.parent))
+  rows = {row["row"]: row for row in tables.describe("3", found)["rows"]}
+  [ours] = rows["subword transformer (not in the paper)"]["ours"]
+  assert ours["source"] == "table3.json" and ours["perplexity_validation"] > 1
+  assert "FLOP of training" in ours["note"]
