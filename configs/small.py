@@ -88,5 +88,6 @@ def shrink_level(level: Level, divisor: int) -> Level:
     num_layers=-(-level.num_layers // divisor),
     num_heads=max(1, level.num_heads // divisor),
     head_dim=level.heads[1],
+    ff_width=-(-level.ff_width // divisor // 8) * 8,
     rotary=True,
   )

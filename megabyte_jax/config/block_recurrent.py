@@ -84,9 +84,15 @@ class BlockRecurrentConfig(ModelConfig):
     return tuple(sorted(i % self.num_layers for i in self.recurrent_layers))
 
   def with_levels(self, levels: tuple[Level, ...]) -> Self:
-    """Returns the same model with other sizes of its only level."""
+    """Returns the same model with other sizes of its only level.
+
+    Where there are too few layers for the recurrent ones, these move to the same shares of the depth.
+    """
     [level] = levels
-    return dataclasses.replace(self, **{name: getattr(level, name) for name in _OF_LEVEL})
+    layers, now = self.recurrent_layers, level.num_layers
+    if not all(-now <= i < now for i in layers):
+      layers = tuple(dict.fromkeys(i * now // self.num_layers for i in self.cells))
+    return dataclasses.replace(self, recurrent_layers=layers, **{name: getattr(level, name) for name in _OF_LEVEL})
 
   # --- Counts. Queries, keys and values have no biases. ---
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from megabyte_jax.config import Config, DataConfig, ModelConfig, TransformerXLConfig
+from megabyte_jax.config import BlockRecurrentConfig, Config, DataConfig, ModelConfig, TransformerXLConfig
 from megabyte_jax.paper import rows
 
 PIECES = 32_000
@@ -69,3 +69,17 @@ def perceiver_ar() -> Config:
 def transformer_xl() -> Config:
   """Builds Transformer-XL."""
   return as_rae(run(TransformerXLConfig(memory_length=1024, **_RAE), batch_size=384))
+
+
+def block_recurrent() -> Config:
+  """Builds the Block-Recurrent Transformer."""
+  model = BlockRecurrentConfig(
+    context=4096,
+    vocab_size=PIECES,
+    width=2048,
+    num_layers=24,
+    num_heads=16,
+    recurrent_layers=(9, 19),
+    **{**rows.TRAINING, "dropout": 0.05},
+  )
+  return run(model, batch_size=32, tokens=32 * 4096 * 500_000)
