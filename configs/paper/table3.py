@@ -25,6 +25,7 @@ ROWS = {
   "perceiver_ar": rows.text_perceiver_ar("pg19", train_bytes=rows.LONG_BYTES),
   "megabyte": rows.text_megabyte("pg19", (2048, 24), (1024, 24), train_bytes=rows.LONG_BYTES, method="both"),
   "transformer_xl": subword_rows.transformer_xl(),
+  "compressive_transformer": subword_rows.compressive_transformer(),
   "block_recurrent": subword_rows.block_recurrent(),
   "subword_perceiver_ar": subword_rows.perceiver_ar(),
   "subword_transformer": subword_rows.transformer(),

@@ -110,7 +110,13 @@ TABLES = {
         36.3,
         "parameters unknown; SentencePiece 32k; 512+1024 subwords",
       ),
-      _perplexity("Compressive Transformer", "", 43.4, 33.6, "SentencePiece 32k; 512+512+2x512 subwords"),
+      _perplexity(
+        "Compressive Transformer",
+        "table3:compressive_transformer",
+        43.4,
+        33.6,
+        "parameters unknown; SentencePiece 32k; 512+512+2x512 subwords",
+      ),
       _perplexity(
         "PerceiverAR (Hawthorne et al., 2022)",
         "table3:subword_perceiver_ar",

@@ -19,7 +19,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from megabyte_jax.config import BlockRecurrentConfig, Config, DataConfig, ModelConfig, TransformerXLConfig
+from megabyte_jax.config import (
+  BlockRecurrentConfig,
+  CompressiveTransformerConfig,
+  Config,
+  DataConfig,
+  ModelConfig,
+  TransformerXLConfig,
+)
 from megabyte_jax.paper import rows
 
 PIECES = 32_000
@@ -69,6 +76,11 @@ def perceiver_ar() -> Config:
 def transformer_xl() -> Config:
   """Builds Transformer-XL."""
   return as_rae(run(TransformerXLConfig(memory_length=1024, **_RAE), batch_size=384))
+
+
+def compressive_transformer() -> Config:
+  """Builds the Compressive Transformer, with convolutions over 2 slots."""
+  return as_rae(run(CompressiveTransformerConfig(memory_length=512, compressed_length=512, **_RAE), batch_size=384))
 
 
 def block_recurrent() -> Config:

@@ -123,7 +123,7 @@ RUN_BY = {
   "python -m megabyte_jax export": ("tests/checkpoints/test_exported.py", "export.main"),
   "python benchmarks/file_compression.py": ("tests/benchmarks/test_file_compression.py", "benchmark.main("),
   "python -m megabyte_jax matching": ("tests/planning/test_matching.py", "def test_command_line"),
-  "python benchmarks/table3.py": ("tests/benchmarks/test_table3.py", "benchmark.main("),
+  "python benchmarks/subword_systems.py": ("tests/benchmarks/test_subword_systems.py", "benchmark.main("),
   "python benchmarks/comparisons.py": ("tests/benchmarks/test_comparisons.py", "def test_a_small_comparison"),
   "python benchmarks/": ("tests/benchmarks/test_speed_benchmarks.py", 'f"benchmarks/{name}.py"'),
   "python benchmarks/scaling.py": ("tests/benchmarks/test_speed_benchmarks.py", "benchmarks/scaling.py"),

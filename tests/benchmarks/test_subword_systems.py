@@ -1,4 +1,4 @@
-"""benchmarks/table3.py: a system of subwords for a few steps, and the settings of all."""
+"""benchmarks/subword_systems.py: a system of subwords for a few steps, and the settings of all."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from megabyte_jax.models.flops import flops_per_byte
 from megabyte_jax.paper import measured, tables
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import table3 as benchmark
+import subword_systems as benchmark
 
 SMALL = [
   "model.context=32",
@@ -63,7 +63,9 @@ def test_figures_are_of_the_texts_bytes(results):
 
 @pytest.mark.parametrize("changes", ["+modern", "+scaled", ""])
 def test_all_systems_get_equal_flops(changes):
-  arguments = benchmark.parse(["--train=a", "--validation=b", "--flops=1e17", "--output=c", f"--changes={changes}"])
+  arguments = benchmark.parse_arguments(
+    ["--train=a", "--validation=b", "--flops=1e17", "--output=c", f"--changes={changes}"]
+  )
   for name in arguments.systems:
     config = benchmark.make_config(name, arguments, tokenizer_file())
     per_token = flops_per_byte(config.model, attention="whole", training=True)

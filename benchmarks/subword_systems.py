@@ -1,6 +1,6 @@
 """Trains the systems of Table 3 at equal FLOPs on one corpus: word-level perplexity, bits per byte, bytes per second.
 
-  python benchmarks/table3.py --train=corpora/books/train --validation=corpora/books/validation --flops=1e17 \
+  python benchmarks/subword_systems.py --train=corpora/books/train --validation=corpora/books/validation --flops=1e17 \
     --output=docs/results/table3.json
 
 The models are the rows of configs/paper/table3.py at a smaller size by the rule of configs/small.py: `table3:NAME@2`,
@@ -32,7 +32,7 @@ import recipe_runs
 
 import eval as eval_script
 import train
-from megabyte_jax.commands.eval import parse_arguments
+from megabyte_jax.commands import eval as eval_command
 from megabyte_jax.config import CheckpointConfig, Config, DataConfig, overrides
 from megabyte_jax.data.subwords.tokenizer import load_tokenizer
 from megabyte_jax.data.subwords.training import train_tokenizer
@@ -45,8 +45,8 @@ _SMALL = pathlib.Path(__file__).parents[1] / "configs" / "small.py"
 
 
 def make_config(name: str, arguments: argparse.Namespace, tokenizer: str) -> Config:
-  """The config of a system, with as many steps as the budget pays for."""
-  own_norm = name == "block_recurrent" and arguments.changes == "+modern"  # of queries and keys
+  """Returns the config of a system, with as many steps as the budget pays for."""
+  own_norm = name == "block_recurrent" and arguments.changes in ("+modern", "+scaled")  # of queries and keys
   row = f"{_SMALL}:table3:{name}@{arguments.divisor}{arguments.changes}{'-qk_norm' if own_norm else ''}"
   values = Config.from_dict(overrides.load("NAME", row, [])).to_dict()
   subwords = values["data"]["form"] == "subwords"
@@ -74,10 +74,10 @@ def make_config(name: str, arguments: argparse.Namespace, tokenizer: str) -> Con
 
 
 def run(name: str, config: Config, workdir: pathlib.Path, flops: float) -> dict[str, Any]:
-  """Trains and evaluates one system; its entry in the results."""
+  """Trains and evaluates one system and returns its entry in the results."""
   train.train(config, str(workdir))
   with contextlib.redirect_stdout(io.StringIO()):
-    line = eval_script.run(parse_arguments([f"--workdir={workdir}", "--words=count", "--no-compressors"]))
+    line = eval_script.run(eval_command.parse_arguments([f"--workdir={workdir}", "--words=count", "--no-compressors"]))
   scored = json.loads(line)
   lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
   speeds = [one["bytes_per_second"] for one in lines if one.get("bytes_per_second")]
@@ -100,8 +100,8 @@ def run(name: str, config: Config, workdir: pathlib.Path, flops: float) -> dict[
   }
 
 
-def parse(given: Sequence[str] | None) -> argparse.Namespace:
-  """The command line."""
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+  """Reads the command line."""
   names = list(rows_of_file("table3"))
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--train", required=True)
@@ -121,14 +121,14 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
 
 def main(given: Sequence[str] | None = None) -> None:
   """Trains the systems that are not in the results yet."""
-  arguments = parse(given)
+  arguments = parse_arguments(given)
   results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"rows": []}
   done = {entry["row"] for entry in results["rows"]}
   tokenizer = arguments.tokenizer or str(arguments.workdir / "tokenizer.model")
   forms = rows_of_file("table3")
   if any(forms[name].data.form == "subwords" for name in arguments.systems) and not pathlib.Path(tokenizer).exists():
     train_tokenizer([arguments.train], tokenizer, arguments.pieces, DataConfig())
-  results["command"] = " ".join(["python benchmarks/table3.py", *(sys.argv[1:] if given is None else given)])
+  results["command"] = " ".join(["python benchmarks/subword_systems.py", *(sys.argv[1:] if given is None else given)])
   for name in arguments.systems:
     if f"table3:{name}" in done:
       continue
