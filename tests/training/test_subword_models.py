@@ -25,6 +25,7 @@ from megabyte_jax.config import (
   MegabyteConfig,
   OptimizerConfig,
   PerceiverARConfig,
+  TransformerXLConfig,
 )
 from megabyte_jax.data.open_data import SAMPLE_FOLDER, open_path
 from megabyte_jax.data.subwords.source import token_lengths
@@ -36,11 +37,15 @@ from megabyte_jax.evaluation.evaluate import evaluate, make_eval_step
 from megabyte_jax.evaluation.nats_of_each_byte import FirstBytes
 from megabyte_jax.generation.subword_text import generate_text
 from megabyte_jax.models.build import trained_model
+from megabyte_jax.training.state import initial_state, make_train_step
 
 LEVEL = Level(patch_size=1, width=16, num_layers=1, num_heads=2)
 TRANSFORMER = MegabyteConfig(context=16, levels=(LEVEL,), vocab_size=PIECES, init_std=0.02)
 PERCEIVER = PerceiverARConfig(
   context=16, latents=8, width=16, num_layers=1, num_heads=2, vocab_size=PIECES, dropout=0.0
+)
+TRANSFORMER_XL = TransformerXLConfig(
+  context=16, memory_length=16, width=16, num_layers=1, num_heads=2, vocab_size=PIECES, dropout=0.0
 )
 NOVEL = (SAMPLE_FOLDER + "/text/train/moby_dick.txt", 30_000)
 
@@ -125,7 +130,10 @@ def test_evaluation_counts_the_texts_bytes(run, folder, config, monkeypatch):
     evaluate_command(monkeypatch, "--workdir", run, f"--per-byte-out={folder / 'x.npy'}")
 
 
-@pytest.mark.parametrize(("model", "method"), [(TRANSFORMER, "basic"), (TRANSFORMER, "sliding"), (PERCEIVER, "basic")])
+@pytest.mark.parametrize(
+  ("model", "method"),
+  [(TRANSFORMER, "basic"), (TRANSFORMER, "sliding"), (PERCEIVER, "basic"), (TRANSFORMER_XL, "basic")],
+)
 def test_every_token_is_scored_once(config, model, method):
   """With nats that are each token's bytes, sums of nats and of bytes agree wherever they are taken."""
   config = dataclasses.replace(config, model=model)
@@ -135,15 +143,30 @@ def test_every_token_is_scored_once(config, model, method):
   def step(parameters, x_BT, length_B, start_B=None):
     return table[np.asarray(x_BT)].astype(np.float32)
 
+  def segment(parameters, memory, x_BT, length_B, fresh_B):
+    return step(parameters, x_BT, length_B), memory
+
   first = FirstBytes(source, 500)
-  scoring = {"mesh": MESH, "method": method, "eval_step": step}
-  result = evaluate(config, None, source, on_byte_nats=first.put, **scoring)
+  scoring = {"mesh": MESH, "method": method, "eval_step": segment if model.recurrent else step}
+  parameters = draw_parameters(model) if model.recurrent else None
+  result = evaluate(config, parameters, source, on_byte_nats=first.put, **scoring)
   assert result.bytes == 1003 == result.nats and result.tokens == source.lengths.sum()
   np.testing.assert_array_equal(result.context_bytes, result.context_nats)
   assert result.document_bytes.tolist() == [703, 300]
   assert [one.bytes for one in by_source(source, result)] == [703, 300]
-  part = evaluate(config, None, source, max_bytes=500, **scoring)
+  part = evaluate(config, parameters, source, max_bytes=500, **scoring)
   assert 500 <= part.bytes < 500 + table.max() and part.bpb == pytest.approx(first.bpb)
+
+
+def test_training_steps_of_recurrent_models_count_bytes(config):
+  config = dataclasses.replace(config, model=TRANSFORMER_XL)
+  source = open_path(config.data.train, config.data)
+  x_BT = np.stack([source.read(0, 16 * row, 16 * row + 16) for row in range(8)])
+  with jax.set_mesh(MESH):
+    state = initial_state(config, MESH)
+    _, metrics = make_train_step(config, token_lengths(source))(state, x_BT, None, np.ones(8, bool))
+  assert metrics["tokens"] == 8 * 16 and metrics["bytes"] == token_lengths(source)[x_BT].sum()
+  assert metrics["nats"] / metrics["tokens"] == pytest.approx(math.log(PIECES), rel=0.2)
 
 
 def test_perceiver_ar_is_the_same_model_for_tokens(config):
