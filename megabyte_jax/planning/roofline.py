@@ -117,7 +117,7 @@ def _activations(model: ModelConfig, level: Level, slots: int, span: int) -> flo
   """Estimates the bytes that one forward pass of a level's blocks moves for one row."""
   per_slot = 2 * (_WIDTHS * level.width + (_GATED_HIDDENS if model.gated else _HIDDENS) * model.hidden(level))
   own = span // level.patch_size
-  fused = own == slots and own >= 128 and own % 128 == 0  # splash
+  fused = own == slots and own >= 128 and own % 128 == 0 and not model.recurrent  # splash
   if not fused:  # logits are written and read, float32
     per_slot += 2 * 4 * level.num_heads * (own + level.cross_patch)
   return level.num_layers * slots * per_slot

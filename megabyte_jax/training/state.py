@@ -33,13 +33,21 @@ class TrainState(NamedTuple):
   @property
   def beside_parameters(self) -> Any:
     """What a checkpoint keeps under `opt_state`: the optimizer's state, with the memory where there is one."""
-    return {"optimizer": self.opt_state, "memory": self.memory} if self.memory != () else self.opt_state
+    if self.memory == ():
+      return self.opt_state
+    memory = jax.tree.map(lambda a: a if a.size else None, self.memory)  # an empty array cannot be saved
+    return {"optimizer": self.opt_state, "memory": memory}
 
   def with_beside_parameters(self, restored: Any) -> TrainState:
-    """Returns the state with what `beside_parameters` gave."""
+    """Returns the state, here as shapes, with what its `beside_parameters` were restored to."""
     if self.memory == ():
       return self._replace(opt_state=restored)
-    return self._replace(opt_state=restored["optimizer"], memory=restored["memory"])
+
+    def filled(shape, array):
+      return jnp.zeros(shape.shape, shape.dtype, device=shape.sharding) if array is None else array
+
+    memory = jax.tree.map(filled, self.memory, restored["memory"])
+    return self._replace(opt_state=restored["optimizer"], memory=memory)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:

@@ -153,3 +153,13 @@ def test_a_loss_of_the_familys_own_is_trained_on_and_reported(without_dropout, m
 def test_other_families_have_no_memory_in_their_state():
   state = abstract_state(Config.from_dict(tiny_config.get_config()), ONE)
   assert state.memory == () and state.beside_parameters is state.opt_state
+
+
+def test_an_empty_memory_is_left_out_of_checkpoints_and_made_anew():
+  config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, memory_length=0))
+  abstract = abstract_state(config, ONE)
+  state = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), abstract)
+  kept = state.beside_parameters
+  assert all(leaf.size for leaf in jax.tree.leaves(kept)) and len(jax.tree.leaves(kept["memory"])) == 2
+  again = abstract._replace(step=state.step, parameters=state.parameters).with_beside_parameters(kept)
+  jax.tree.map(np.testing.assert_array_equal, again, state)
