@@ -77,7 +77,9 @@ def describe(plan: Plan) -> str:
     ]
   if plan.days is not None:
     total = config.num_steps * config.batch_size * flops.predicted_bytes(model)
-    lines.append(f"run         {config.num_steps:,} steps, {human(total, 'B')}: {plan.days:.2f} days at best")
+    hours = 24 * plan.days
+    cost = f"{duration(3600 * hours)} and {hours * plan.chips:,.1f} chip-hours at best"
+    lines.append(f"run         {config.num_steps:,} steps, {human(total, 'B')}: {cost}")
   return "\n".join(lines)
 
 

@@ -178,6 +178,14 @@ def test_search_tries_batches_replicas_and_slices():
   assert slow > fast
 
 
+def test_the_cost_of_a_run_is_said_in_time_and_chip_hours():
+  bounds = roofline.Bounds(compute=3.6, memory=1.0, links=0.5, model_compute=2.7)
+  config = dataclasses.replace(SMALL, num_steps=100)
+  found = plans.Plan(config, "train", "v5p:4x8x8", "TPU v5", 256, 256, {"fsdp": 16}, 95 * 2**30, bounds=bounds)
+  line = plan.describe(found).splitlines()[-1]
+  assert line.startswith("run         100 steps, ") and line.endswith(": 6m00s and 25.6 chip-hours at best")
+
+
 @needs_libtpu
 def test_train_step_for_four_chips(tmp_path):
   devices = plans.topology_devices(TOPOLOGY)

@@ -24,6 +24,7 @@ DOCUMENTS = (
   "launch/README.md",
   "benchmarks/README.md",
   *(f"docs/{n}.md" for n in ("comparisons", "data", "running", "scaling")),
+  *(f"docs/{n}.md" for n in ("start_with_your_texts", "reproduce_a_row", "plan_a_pod")),
 )
 COMMAND = re.compile(r"(?:\w+=\S+ )*(?:python|pytest|pip|ruff|mypy|\.ci/)\b.*")
 TINY_IMAGES = [  # the small images that both image models are given, and what shrinks them
@@ -35,6 +36,12 @@ TINY_IMAGES = [  # the small images that both image models are given, and what s
   "--config.model.levels[1].num_layers=1",
   "--config.model.levels[1].width=16",
   "--config.model.levels[1].num_heads=2",
+]
+TINY_IMAGE64 = [
+  *TINY_IMAGES,
+  "--config.accumulate=1",
+  "--config.model.levels[0].width=48",
+  "--config.data.train=runs/photos",
 ]
 TEXT = "megabyte_jax/data/sample/text/validation/pride_and_prejudice_last_tenth.txt"
 # What is added to a command to make it small. Those that name no config get tests/tiny_config.py. In this order.
@@ -91,6 +98,37 @@ RUN_HERE = {
   "python eval.py --workdir=runs/web --data=corpora/notes.txt.gz --raw": ["--no-compressors"],
   "python eval.py --workdir=runs/web --data='corpora/books.jsonl#body,corpora/notes.txt.gz'": ["--no-compressors"],
   "python -m megabyte_jax prepare pack 'corpora/web/*.jsonl.zst' corpora/packed": [],
+  "python eval.py --workdir=pretrained:books --data=sample:text/validation --max-bytes=20000": ["--max-bytes=50"],
+  "python train.py --workdir=runs/novels --config.data.train=sample:text/train "
+  "--config.data.validation=sample:text/validation": ["--config.data.validation=CHANGELOG.md"],
+  'python -m megabyte_jax generate --workdir=runs/novels --prompt="It was " --bytes=400 --temperature=0.7': [
+    "--bytes=20"
+  ],
+  "python -m megabyte_jax compress README.md runs/readme.mz --workdir=runs/novels": [],
+  "python -m megabyte_jax compress --decompress runs/readme.mz runs/readme.md --workdir=runs/novels": [],
+  "python train.py --config=configs/recipe.py:megabyte:4:256x4:192x5+modern --init_from=pretrained:books "
+  "--workdir=runs/tuned_books --config.data.train=sample:text/train --config.data.validation=sample:text/validation "
+  "--config.batch_size=4 --config.num_steps=100 --config.optimizer.warmup_steps=10 "
+  "--config.optimizer.learning_rate=1e-3": [
+    "--config.data.validation=",
+    "--config.model.context=64",
+    "--config.batch_size=1",
+    "--config.num_steps=2",
+    "--config.optimizer.warmup_steps=1",
+  ],
+  "python train.py --config=configs/small.py:table5:image64_megabyte@4 --workdir=runs/table5/image64_megabyte "
+  "--config.data.train=data/image64/train --config.data.validation=": TINY_IMAGE64,
+  "python eval.py --workdir=runs/table5/image64_megabyte --data=data/image64/validation --max-bytes=10000000": [
+    "--data=runs/photos",
+    "--max-bytes=12288",
+  ],
+  "CUDA_VISIBLE_DEVICES=$i python train.py --config=configs/small.py:table5:image64_megabyte@4 "
+  "--workdir=runs/sweep/${rates[i]} --config.optimizer.learning_rate=${rates[i]} "
+  "--config.data.train=data/image64/train --config.data.validation=": TINY_IMAGE64,
+  "python eval.py --workdir=runs/sweep/$rate --data=data/image64/validation --max-bytes=10000000": [
+    "--data=runs/photos",
+    "--max-bytes=12288",
+  ],
   "XLA_FLAGS=--xla_gpu_enable_triton_gemm=false python train.py ...": ["--workdir=runs/flag1"],
   "XLA_FLAGS=--xla_gpu_deterministic_ops=true python train.py ...": ["--workdir=runs/flag2"],
   "python train.py --coordinator=HOST:PORT --num_processes=N --process_id=I ...": [
@@ -164,7 +202,7 @@ def documented() -> dict[str, list[str]]:
     blocks = re.findall(r"```\w*\n(.*?)```", text, re.S)
     lines = [line for block in blocks for line in re.sub(r" *\\\n *", " ", block).splitlines()]
     words = re.findall(r"`([^`]+)`", re.sub(r"```\w*\n.*?```", "", text, flags=re.S))
-    for part in (part for code in (*lines, *words) for part in re.split(r" && |;|  +#", code)):
+    for part in (part for code in (*lines, *words) for part in re.split(r" && |;|  +#| &> | &$", code)):
       command = re.sub(r"-m megabyte_jax\.(?=\w)", "-m megabyte_jax ", " ".join(part.split()))  # the first spelling
       if COMMAND.fullmatch(command):
         found.setdefault(command, []).append(name)
@@ -193,6 +231,7 @@ def test_the_other_place_is_there(begin):
 
 def small(command: str, more: list[str], folder: pathlib.Path) -> tuple[list[str], dict[str, str]]:
   """The arguments of the small variant, and its environment variables; everything written lies in `folder`."""
+  command = command.replace("$i ", "0 ").replace("${rates[i]}", "9e-4").replace("$rate ", "9e-4 ")
   words = shlex.split(re.sub(r" \S+=(HOST:PORT|N|I)\b| \.\.\.$", "", command))
   variables = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"} | dict(w.split("=", 1) for w in words[: words.index("python")])
   given = words[words.index("python") + 1 :]
@@ -256,6 +295,7 @@ def test_they_do_what_the_text_says(said):
     json.loads(said["python eval.py --workdir=runs/mine --data=CONTRIBUTING.md"][1].splitlines()[-1])["bytes"] == 500
   )
   assert (folder / "runs/text.txt").read_bytes() == (ROOT / TEXT).read_bytes()
+  assert (folder / "runs/readme.md").read_bytes() == (ROOT / "README.md").read_bytes()
   assert (folder / "runs/out.png").read_bytes().startswith(b"\x89PNG")
   assert "(P 192)" in said["python -m megabyte_jax tables 5"][1]
   assert (folder / "runs/a/checkpoints/validation_bpb.json").exists()
