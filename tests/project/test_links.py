@@ -48,7 +48,8 @@ def test_links_and_files_of_a_document(document):
 
 
 def test_broken_ones_are_found():
-  text = "[a](README.md) [b](gone.md) [c](README.md#nowhere) [d](CONTRIBUTING.md#contributing) `data/gone.py` `data/batches.py`"
+  links = "[a](README.md) [b](gone.md) [c](README.md#nowhere) [d](CONTRIBUTING.md#contributing)"
+  text = f"{links} `data/gone.py` `data/batches.py` `config/NAME.py`"
   assert broken_links(ROOT / "x.md", text) == ["gone.md", "README.md#nowhere"]
   assert anchors("# Why the orders are not the paper's\n") == {"why-the-orders-are-not-the-papers"}
   assert unknown_files(text) == ["data/gone.py"]
