@@ -8,7 +8,7 @@ Every row is the paper's, made smaller by the one rule of configs/small.py; `mod
 the paper's recipe as megabyte_jax/paper/recipe.py says, all at once and all but one. Then, for each row:
 
 1. Rows below the first get the number of layers at which a training step takes the first row's time per byte on this
-   machine (megabyte_jax.matching, as in section 4.1 of the paper), or its FLOPs (--match=flops). Recipes keep their
+   machine (`megabyte_jax matching`, as in section 4.1 of the paper), or its FLOPs (--match=flops). Recipes keep their
    layers: they get as many bytes as take the first row's time.
 2. Learning rates of --rates times the paper's are tried for --trial_share of the bytes; the best on --trial_bytes of
    the validation split wins. A rate at which the numbers break down is out. Where the best is the first or last of the

@@ -143,7 +143,7 @@ def evaluate(
     patch_nats=np.zeros(patch),
     patch_bytes=np.zeros(patch),
   )
-  batch_size = config.scored_at_once
+  batch_size = _rows_at_once(used, config, method, stride)
   share = mesh.shape["data"] * mesh.shape["fsdp"]
   batch_size += -batch_size % share
   sharding = batch_sharding(mesh)
@@ -202,6 +202,13 @@ def evaluate(
     score(*under_way)
   result.seconds = time.perf_counter() - begin
   return result
+
+
+def _rows_at_once(used: np.ndarray, config: Config, method: str, stride: int) -> int:
+  """Returns the windows of a batch: fewer than usual where there are not so many, for empty rows cost as much."""
+  most = config.scored_at_once
+  each = (1 for length in used if length for _ in windows.windows_of(int(length), config.model, method, stride))
+  return min(most, sum(itertools.islice(each, most)))
 
 
 def _of_all_processes(array: jax.Array) -> np.ndarray:

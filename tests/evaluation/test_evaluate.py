@@ -111,6 +111,18 @@ def test_every_byte_is_scored_once_whatever_the_lengths(model, method):
   assert result.context_nats.sum() == pytest.approx(result.nats) == result.patch_nats.sum()
 
 
+@pytest.mark.parametrize(("lengths", "rows"), [((5,), 1), ((5, 0, 7), 2), ((5, 7, 9, 11), 3)])
+def test_no_more_rows_than_there_are_windows(lengths, rows):
+  shapes = []
+
+  def step(parameters, x_BT, length_B):
+    shapes.append(x_BT.shape)
+    return pretend(parameters, x_BT, length_B)
+
+  result = evaluate(config_for(TWO_LEVELS, 3), None, random_documents(*lengths), mesh=ONE, eval_step=step)
+  assert result.bytes == sum(lengths) and {shape[0] for shape in shapes} == {rows}
+
+
 def test_sums_are_float64():
   """Float32 would stop growing: 2^24 + 1 is no float32."""
 
