@@ -32,7 +32,7 @@ class TrainState(NamedTuple):
 
   @property
   def beside_parameters(self) -> Any:
-    """What a checkpoint keeps under `opt_state`: the optimizer's state, with the memory where there is one."""
+    """Part that a checkpoint keeps under `opt_state`: the optimizer's state, with the memory where there is one."""
     if self.memory == ():
       return self.opt_state
     memory = jax.tree.map(lambda a: a if a.size else None, self.memory)  # an empty array cannot be saved

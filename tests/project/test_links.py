@@ -47,6 +47,13 @@ def test_links_and_files_of_a_document(document):
   assert not unknown_files(text)
 
 
+def test_the_design_names_every_module():
+  named = set(re.findall(r"`(\w+)`", (ROOT / "docs/design.md").read_text()))
+  modules = [path for path in (ROOT / "megabyte_jax").rglob("*.py") if not path.stem.startswith("__")]
+  missing = [path.relative_to(ROOT) for path in modules if path.stem not in named and "commands" not in path.parts]
+  assert not [path for path in missing if path.name != "errors.py" and "scripts" not in path.parts], missing
+
+
 def test_broken_ones_are_found():
   links = "[a](README.md) [b](gone.md) [c](README.md#nowhere) [d](CONTRIBUTING.md#contributing)"
   text = f"{links} `data/gone.py` `data/batches.py` `config/NAME.py`"
