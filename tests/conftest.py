@@ -1,7 +1,10 @@
 """Eight virtual CPU devices for every test, and programs compiled with little effort, asked for before JAX starts."""
 
+import atexit
 import importlib.metadata
 import os
+import shutil
+import tempfile
 
 # A tiny model spends its time in the compiler, not in the run; without these a program compiles in half the time. What
 # starts train.py and the like as a person does compiles as it does for a person (`commands.environment`).
@@ -18,8 +21,15 @@ if _has_emitters_flag and not any(EMITTERS in flag for flag in _flags):
 if "cuda" in os.environ["JAX_PLATFORMS"]:  # of float32 products in full precision it would try out kernels for minutes
   _flags.append("--xla_gpu_enable_triton_gemm=false")
 os.environ["XLA_FLAGS"] = " ".join(_flags)
-# A cache of compiled programs would hide what a fresh machine does.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# Programs are compiled once for all processes of this run of the tests, those that tests start among them. The cache
+# begins empty, as on a fresh machine, and is gone with the run; what resumes exactly is also tested without it.
+COMPILED = "MEGABYTE_TESTS_COMPILED"
+if COMPILED not in os.environ:  # xdist's workers have it from the process that starts them
+  os.environ[COMPILED] = tempfile.mkdtemp(prefix="megabyte-compiled-")
+  atexit.register(shutil.rmtree, os.environ[COMPILED], ignore_errors=True)
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ[COMPILED]
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Each of the tests' processes has a core; threads of NumPy's that wait for another core spin.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 

@@ -28,11 +28,10 @@ def free_port():
 class Processes:
   """`python ARGUMENTS` in `count` processes with `devices` virtual CPU devices each; `output[i]` grows as they print.
 
-  Compiled programs are kept in the folder `cache`, if given. Should another program take the port just before
-  process 0 does, all are started again with another one.
+  Should another program take the port just before process 0 does, all are started again with another one.
   """
 
-  def __init__(self, count, devices, *arguments, timeout=240, cache=None, **variables):
+  def __init__(self, count, devices, *arguments, timeout=240, **variables):
     self.count, self.arguments, self.timeout = count, [str(argument) for argument in arguments], timeout
     self.environment = os.environ | {
       "JAX_PLATFORMS": "cpu",
@@ -42,12 +41,6 @@ class Processes:
       "PYTHONUNBUFFERED": "1",
     }
     self.environment |= variables
-    if cache:
-      self.environment |= {
-        "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-      }
     self._start()
 
   def __enter__(self):

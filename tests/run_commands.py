@@ -10,7 +10,6 @@ import sys
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
 from megabyte_jax.checkpoints.checkpoints import Checkpoints
 from megabyte_jax.checkpoints.saved_config import load_config
@@ -33,24 +32,18 @@ def write_data(folder):
   return folder
 
 
-def environment(cache=None):
-  """One device, as most people have; compiled programs are kept in the folder `cache` if given."""
+def environment(fresh=False):
+  """One device, as most people have; `fresh`: without the programs that other tests have compiled."""
   variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-  if cache:
-    variables |= {
-      "JAX_ENABLE_COMPILATION_CACHE": "true",
-      "JAX_COMPILATION_CACHE_DIR": str(cache),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-  return variables
+  return variables | ({"JAX_ENABLE_COMPILATION_CACHE": "false"} if fresh else {})
 
 
-def start(*arguments, cache=None, **options):
+def start(*arguments, fresh=False, **options):
   """The running command `python ARGUMENTS`; its output waits for a reader after a few lines."""
   return subprocess.Popen(
     [sys.executable, *map(str, arguments)],
     cwd=ROOT,
-    env=environment(cache),
+    env=environment(fresh),
     text=True,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
@@ -96,10 +89,10 @@ for name, (arguments, variables) in json.load(sys.stdin).items():
 """
 
 
-def run_each(commands, outputs, cache=None):
+def run_each(commands, outputs):
   """Runs `python ARGUMENTS` for each {name: arguments} or {name: (arguments, environment variables)}, in order.
 
-  Returns {name: (exit code, what was printed)}; `outputs` is a new folder, `cache` as in `environment`.
+  Returns {name: (exit code, what was printed)}; `outputs` is a new folder.
   """
   outputs.mkdir()
   given = {name: c if isinstance(c, tuple) else (c, {}) for name, c in commands.items()}
@@ -107,7 +100,7 @@ def run_each(commands, outputs, cache=None):
     [sys.executable, "-c", _DRIVER, str(outputs)],
     input=json.dumps(given),
     cwd=ROOT,
-    env=environment(cache),
+    env=environment(),
     capture_output=True,
     text=True,
     check=True,
@@ -120,26 +113,6 @@ def finish(process):
   """What the command still prints, and its exit code."""
   output, _ = process.communicate(timeout=300)
   return output, process.returncode
-
-
-@contextlib.contextmanager
-def compiling_once(folder):
-  """Within, equal programs are compiled once, also over several runs in this process."""
-  settings = {
-    "jax_enable_compilation_cache": True,
-    "jax_compilation_cache_dir": str(folder),
-    "jax_persistent_cache_min_compile_time_secs": 0,
-  }
-  before = {name: jax.config.values[name] for name in settings}
-  try:
-    for name, value in settings.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-  finally:
-    for name, value in before.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def evaluate_command(monkeypatch, *arguments):

@@ -11,7 +11,7 @@ import types
 import numpy as np
 import pytest
 import tiny_config
-from run_commands import compiling_once, evaluate_command, finish, start, write_data
+from run_commands import evaluate_command, finish, start, write_data
 
 import eval as command
 import train
@@ -43,8 +43,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def workdir(folder, tmp_path_factory):
-  """A finished run; within, equal programs are compiled once."""
+def workdir(folder):
+  """A finished run."""
   config = Config.from_dict(tiny_config.get_config())
   config = dataclasses.replace(
     config,
@@ -53,9 +53,8 @@ def workdir(folder, tmp_path_factory):
     eval=EvalConfig(batch_size=16),
     num_steps=15,
   )
-  with compiling_once(tmp_path_factory.getbasetemp() / "compiled"):
-    train.train(config, str(folder / "run"))
-    yield folder / "run"
+  train.train(config, str(folder / "run"))
+  return folder / "run"
 
 
 def test_the_command_itself(workdir):

@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(folder):
   """The folder of a run of two processes with four devices each, and what they printed."""
-  output = run(2, 4, "tests/record_reads.py", *flags(folder, "two"), cache=folder / "cache")
+  output = run(2, 4, "tests/record_reads.py", *flags(folder, "two"))
   return folder / "two", output
 
 
@@ -142,7 +142,7 @@ def test_a_joint_checkpoint_goes_from_mesh_to_mesh(two, tmp_path):
 def test_a_signal_to_one_stops_all_at_one_step_and_they_resume_exactly(two, folder):
   """The signal comes before the first step, so that it is heard within the few there are."""
   arguments = ["train.py", *flags(folder, "stopped")]
-  with Processes(2, 4, *arguments, cache=folder / "cache") as processes:
+  with Processes(2, 4, *arguments) as processes:
     processes.wait_for("process 1 of 2 on", process=1)  # JAX hears SIGTERM now
     processes.running[1].send_signal(signal.SIGTERM)
     output = processes.finish()
@@ -152,7 +152,7 @@ def test_a_signal_to_one_stops_all_at_one_step_and_they_resume_exactly(two, fold
   assert 1 <= at < 12
   with Checkpoints(folder / "stopped", read_only=True) as checkpoints:
     assert checkpoints.latest_step() == at
-  run(2, 4, *arguments, cache=folder / "cache")
+  run(2, 4, *arguments)
   assert losses(folder / "stopped") == losses(two[0])
 
 
@@ -177,7 +177,7 @@ def test_a_second_interrupt_ends_a_process_that_waits_for_another(folder):
   without_evaluation = [flag for flag in flags(folder, "interrupted") if "eval.every_steps" not in flag]
   without_evaluation.remove("--config.checkpoint.keep_best=1")
   arguments = ["train.py", *without_evaluation, "--config.num_steps=100000"]
-  with Processes(2, 4, *arguments, cache=folder / "cache") as processes:
+  with Processes(2, 4, *arguments) as processes:
     processes.wait_for(" 9/100000")
     processes.running[1].send_signal(signal.SIGSTOP)
     time.sleep(0.5)

@@ -272,7 +272,7 @@ def said(tmp_path_factory):
   names = {command: str(number) for number, command in enumerate(RUN_HERE)}
   commands = {names[command]: small(command, more, folder) for command, more in RUN_HERE.items()}
   commands["python"] = [str(folder / "readme.py")]
-  done = run_each(commands, folder / "outputs", cache=folder / "compiled")
+  done = run_each(commands, folder / "outputs")
   return {command: done[name] for command, name in names.items()} | {"folder": folder, "python": done["python"]}
 
 

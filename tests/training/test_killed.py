@@ -28,7 +28,11 @@ def start(workdir, cache, output):
   ]
   with output.open("wb") as stdout, (workdir.parent / "stderr.txt").open("a") as stderr:
     return subprocess.Popen(
-      [sys.executable, "-u", *arguments], cwd=ROOT, env=environment(cache), stdout=stdout, stderr=stderr
+      [sys.executable, "-u", *arguments],
+      cwd=ROOT,
+      env=environment() | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
+      stdout=stdout,
+      stderr=stderr,
     )
 
 

@@ -12,7 +12,6 @@ import tiny_config
 from PIL import Image
 from run_commands import (
   assert_bitwise_equal,
-  compiling_once,
   finish,
   metric_lines,
   saved_state,
@@ -51,7 +50,7 @@ def command(folder, workdir):
 
 @pytest.fixture(scope="module")
 def uninterrupted(folder):
-  output, code = finish(start(*command(folder, folder / "whole"), cache=folder / "cache"))
+  output, code = finish(start(*command(folder, folder / "whole")))
   assert code == 0, output
   assert [line["step"] for line in metric_lines(folder / "whole")] == list(range(1, STEPS + 1))
   return folder / "whole"
@@ -73,12 +72,12 @@ def assert_same_run(workdir, uninterrupted):
 
 def test_sigterm_saves_and_the_same_command_goes_on(folder, uninterrupted):
   workdir = folder / "sigterm"
-  output, code = stop_at(start(*command(folder, workdir), cache=folder / "cache"), 10, signal.SIGTERM)
+  output, code = stop_at(start(*command(folder, workdir)), 10, signal.SIGTERM)
   assert code == 0, output
   stopped = re.search(r"stopped at step (\d+), which is saved in .*; the same command goes on from there", output)
   assert stopped and 10 <= int(stopped[1]) < STEPS, output
   assert saved_state(workdir)[0] == int(stopped[1])
-  output, code = finish(start(*command(folder, workdir)))  # compiles everything anew
+  output, code = finish(start(*command(folder, workdir), fresh=True))  # compiles everything anew
   assert code == 0, output
   assert f"steps   {stopped[1]} of {STEPS} done" in output
   assert_same_run(workdir, uninterrupted)
@@ -86,9 +85,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(folder, uninterrupted):
 
 def test_after_kill_9(folder, uninterrupted):
   workdir = folder / "killed"
-  output, code = stop_at(start(*command(folder, workdir), cache=folder / "cache"), 15, signal.SIGKILL)
+  output, code = stop_at(start(*command(folder, workdir)), 15, signal.SIGKILL)
   assert code == -signal.SIGKILL, output
-  output, code = finish(start(*command(folder, workdir), cache=folder / "cache"))
+  output, code = finish(start(*command(folder, workdir)))
   assert code == 0, output
   done = int(re.search(r"steps   (\d+) of", output)[1])
   assert 0 < done < STEPS and done % 7 == 0
@@ -96,12 +95,6 @@ def test_after_kill_9(folder, uninterrupted):
 
 
 # -- In this process, stopped at an exact step, on eight devices --
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-  with compiling_once(tmp_path_factory.getbasetemp() / "compiled"):
-    yield
 
 
 @pytest.fixture
@@ -131,7 +124,7 @@ def train_with_a_signal(config, workdir, step, number=signal.SIGTERM, **options)
     train.train(config, str(workdir), **options)
 
 
-def test_progress_lines_and_evaluations_are_those_of_one_run(folder, config, compiled, tmp_path, capsys):
+def test_progress_lines_and_evaluations_are_those_of_one_run(folder, config, tmp_path, capsys):
   train.train(config, str(tmp_path / "whole"))
   lines = metric_lines(tmp_path / "whole")
   assert [(line["step"], "loss" in line) for line in lines] == [
@@ -155,7 +148,7 @@ def test_progress_lines_and_evaluations_are_those_of_one_run(folder, config, com
 
 
 @pytest.mark.parametrize("schedule", ["wsd", "constant"])
-def test_a_longer_run_is_as_if_it_had_been_longer_from_the_beginning(schedule, config, compiled, tmp_path):
+def test_a_longer_run_is_as_if_it_had_been_longer_from_the_beginning(schedule, config, tmp_path):
   model = dataclasses.replace(config.model, levels=config.model.levels[:1])  # quicker to compile
   optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, schedule=schedule, decay_share=0.25)
   data = dataclasses.replace(config.data, validation="")
@@ -173,7 +166,7 @@ def test_a_longer_run_is_as_if_it_had_been_longer_from_the_beginning(schedule, c
     train.train(dataclasses.replace(config, num_steps=11), str(tmp_path / "grown"))
 
 
-def test_a_run_that_cannot_grow_says_which_can(config, compiled, tmp_path):
+def test_a_run_that_cannot_grow_says_which_can(config, tmp_path):
   model = dataclasses.replace(config.model, levels=config.model.levels[:1])
   data = dataclasses.replace(config.data, validation="")
   config = dataclasses.replace(config, model=model, data=data, num_steps=4)
@@ -188,7 +181,7 @@ def test_a_run_that_cannot_grow_says_which_can(config, compiled, tmp_path):
 
 
 @pytest.mark.slow
-def test_muon_resumes_exactly_too(config, compiled, tmp_path):
+def test_muon_resumes_exactly_too(config, tmp_path):
   optimizer = OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=2, schedule="wsd", decay_share=0.5)
   data = dataclasses.replace(config.data, validation="")
   config = dataclasses.replace(config, optimizer=optimizer, data=data, num_steps=6)
@@ -203,9 +196,7 @@ def test_muon_resumes_exactly_too(config, compiled, tmp_path):
     train.train(adamw, str(tmp_path / "stopped"))
 
 
-def test_a_signal_during_an_evaluation_breaks_it_off_and_the_next_run_makes_up_for_it(
-  folder, config, compiled, tmp_path, capsys
-):
+def test_a_signal_during_an_evaluation_breaks_it_off_and_the_next_run_makes_up_for_it(folder, config, tmp_path, capsys):
   def signalling(*args, **kwargs):
     if not stopped:
       stopped.append(os.kill(os.getpid(), signal.SIGTERM))
@@ -223,7 +214,7 @@ def test_a_signal_during_an_evaluation_breaks_it_off_and_the_next_run_makes_up_f
 
 
 @pytest.mark.parametrize("what", ["report.evaluate_and_print", "print_sample"])
-def test_a_signal_after_the_last_step_loses_nothing(what, config, compiled, tmp_path, capfd):
+def test_a_signal_after_the_last_step_loses_nothing(what, config, tmp_path, capfd):
   class Ended(BaseException):
     pass
 
@@ -244,7 +235,7 @@ def test_a_signal_after_the_last_step_loses_nothing(what, config, compiled, tmp_
   assert saved_state(tmp_path / "run")[0] == 15
 
 
-def test_the_same_command_resumes_fine_tuning(config, compiled, tmp_path, capsys):
+def test_the_same_command_resumes_fine_tuning(config, tmp_path, capsys):
   model = dataclasses.replace(config.model, levels=config.model.levels[:1])  # quicker to compile
   data = dataclasses.replace(config.data, validation="")
   config = dataclasses.replace(config, model=model, data=data, num_steps=3)
@@ -258,7 +249,7 @@ def test_the_same_command_resumes_fine_tuning(config, compiled, tmp_path, capsys
     train.train(config, str(tuned), init_from="x")
 
 
-def test_training_in_a_thread_hears_no_signals(config, compiled, tmp_path):
+def test_training_in_a_thread_hears_no_signals(config, tmp_path):
   """Python allows handlers in the main thread alone, whose signals are then the program's own."""
   model = dataclasses.replace(config.model, levels=config.model.levels[:1])  # quicker to compile
   config = dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, validation=""), num_steps=2)
@@ -270,7 +261,7 @@ def test_training_in_a_thread_hears_no_signals(config, compiled, tmp_path):
   assert saved_state(tmp_path / "run")[0] == 2
 
 
-def test_a_run_that_meets_a_bad_image_goes_on_as_it_is_advised(config, compiled, tmp_path, capsys):
+def test_a_run_that_meets_a_bad_image_goes_on_as_it_is_advised(config, tmp_path, capsys):
   rng = np.random.default_rng(0)
   (tmp_path / "images").mkdir()
   for i in range(40):
@@ -297,7 +288,7 @@ def test_a_run_that_meets_a_bad_image_goes_on_as_it_is_advised(config, compiled,
     train.train(config, str(tmp_path / "run"))
 
 
-def test_what_does_not_continue_a_run_is_refused(folder, config, compiled, tmp_path):
+def test_what_does_not_continue_a_run_is_refused(folder, config, tmp_path):
   config = dataclasses.replace(config, data=dataclasses.replace(config.data, validation=""))
   train_with_a_signal(config, tmp_path / "run", 2)
   other = dataclasses.replace(
@@ -313,7 +304,7 @@ def test_what_does_not_continue_a_run_is_refused(folder, config, compiled, tmp_p
   assert "num_steps" not in str(error.value)
 
 
-def test_other_bytes_in_the_same_file_are_refused(folder, config, compiled, tmp_path):
+def test_other_bytes_in_the_same_file_are_refused(folder, config, tmp_path):
   text = (folder / "train.txt").read_bytes()
   data = tmp_path / "data.txt"
   data.write_bytes(text)
@@ -334,9 +325,7 @@ def test_other_bytes_in_the_same_file_are_refused(folder, config, compiled, tmp_
     (1e30, 0, r"step 3: .*nan.*\. No checkpoint was saved yet\. Lower config\.optimizer\.learning_rate"),
   ],
 )
-def test_broken_numbers_end_the_run_with_the_last_good_checkpoint(
-  config, compiled, tmp_path, rate, every_steps, message
-):
+def test_broken_numbers_end_the_run_with_the_last_good_checkpoint(config, tmp_path, rate, every_steps, message):
   config = dataclasses.replace(
     config,
     model=dataclasses.replace(config.model, levels=config.model.levels[:1]),  # quicker to compile

@@ -12,7 +12,6 @@ from fake_trackers import FakeWandb
 from run_commands import (
   MESH,
   assert_bitwise_equal,
-  compiling_once,
   evaluate_command,
   metric_lines,
   saved_state,
@@ -45,13 +44,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def compiled(tmp_path_factory):
-  with compiling_once(tmp_path_factory.getbasetemp() / "compiled"):
-    yield
-
-
-@pytest.fixture
-def config(folder, compiled):
+def config(folder):
   return dataclasses.replace(
     TINY, data=DataConfig(train=str(folder / "train.txt"), validation=str(folder / "validation")), num_steps=4
   )
@@ -84,7 +77,7 @@ def test_golden_steps():
   assert checksum == pytest.approx(GOLDEN_CHECKSUM, rel=1e-5), message
 
 
-def test_accumulated_parts_give_the_gradient_of_the_whole_batch(compiled):
+def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
   model = MegabyteConfig(context=32, levels=TINY.model.levels[:1], dropout=0.0)
   rng = np.random.default_rng(0)
   x_BT = rng.integers(0, 256, (8, 32), np.uint8)
