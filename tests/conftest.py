@@ -48,6 +48,17 @@ def full_compile():
   jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def saved_whole():
+  """Orbax lets each device that holds a copy of an array save a slice of it, and compiles a program for each slice.
+
+  The tests' arrays are too small for that; what test_multiprocess.py starts saves as Orbax does by itself.
+  """
+  from orbax.checkpoint import type_handlers  # noqa: PLC0415  (the process that shares out the tests needs none)
+
+  type_handlers.get_type_handler(jax.Array)._min_slice_bytes_for_replica_parallel = 2**20
+
+
 # The files that take longest, longest first, so that no process is left alone with one of them at the end.
 LONG = (
   "multiprocess",

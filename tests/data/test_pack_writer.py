@@ -10,7 +10,8 @@ import sys
 import numpy as np
 import pytest
 import tfds_copies
-from test_prepare import NO_ROOM, as_tfrecords
+from packed_folders import NO_ROOM
+from tfrecord_files import as_tfrecords
 
 from megabyte_jax.commands import prepare
 from megabyte_jax.config import DataConfig

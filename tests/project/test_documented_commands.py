@@ -171,11 +171,11 @@ RUN_BY = {
     "def test_another_result_of_the_recorded_packages",
   ),
   "python -m megabyte_jax prepare build": (
-    "tests/data/test_prepare.py",
+    "tests/data/test_tfrecords.py",
     "def test_a_data_set_that_nobody_knows_is_one_line",
   ),
   "python -m megabyte_jax prepare convert": (
-    "tests/data/test_prepare.py",
+    "tests/data/test_tfrecords.py",
     "def test_tfrecord_copies_are_converted",
   ),
   "python -m megabyte_jax prepare pack": ("tests/data/test_prepare.py", "def test_archives_are_packed"),

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from model_variants import draw_parameters
-from run_commands import MESH, assert_bitwise_equal, compiling_once, evaluate_command, metric_lines, saved_state
+from run_commands import MESH, assert_bitwise_equal, evaluate_command, metric_lines, saved_state
 from tokenizer_file import PIECES, tokenizer_file
 
 import train
@@ -58,8 +58,7 @@ def folder(tmp_path_factory):
     (folder / "train.txt").write_bytes(file.read(6000))
     (folder / "a.txt").write_bytes(file.read(700) + b"\xff\0\n")
     (folder / "b.txt").write_bytes(file.read(300))
-  with compiling_once(tmp_path_factory.getbasetemp() / "compiled"):
-    yield folder
+  return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,103 @@
+"""A pack that was interrupted, killed or ran out of room goes on, and nothing looks whole that is not."""
+
+import gzip
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from packed_folders import NO_ROOM, PLAIN, contents, pack
+
+from megabyte_jax.data.open_data import open_path
+from megabyte_jax.data.packing import pack_writer
+from megabyte_jax.errors import DataError
+
+
+class Stop(Exception):
+  pass
+
+
+def test_an_interrupted_pack_goes_on_where_it_was(tmp_path, monkeypatch):
+  monkeypatch.setattr(pack_writer, "_SAVE_EVERY", 1000)
+  rng = np.random.default_rng(0)
+  documents = [(f"{i}", rng.bytes(300)) for i in range(20)]
+  request = {"settings": {"form": "bytes"}, "source": "x"}
+
+  def items(first, stop):
+    for i in range(first, 20):
+      if i == stop:
+        raise Stop
+      yield documents[i][0], iter([documents[i][1][:100], documents[i][1][100:]])
+
+  first = 0
+  for stop in (3, 10, 19):
+    writer = pack_writer.PackWriter(str(tmp_path / "p"), request)
+    assert writer.items_done == first
+    with pytest.raises(Stop):
+      writer.write(items(first, stop))
+    assert not (tmp_path / "p").exists()
+    first = pack_writer.PackWriter(str(tmp_path / "p"), request).items_done
+    assert stop - 4 < first <= stop
+  other = pack_writer.PackWriter(str(tmp_path / "p"), {**request, "source": "y"})
+  assert other.items_done == 0
+  pack_writer.PackWriter(str(tmp_path / "p"), request).write(items(first, None))
+  assert contents(open_path(str(tmp_path / "p"), PLAIN)) == dict(documents)
+
+
+def test_an_interrupted_pack_of_compressed_records_goes_on(tmp_path, monkeypatch):
+  monkeypatch.setattr(pack_writer, "_SAVE_EVERY", 1000)
+  texts = [f"text {i} " * 30 for i in range(40)]
+  path = tmp_path / "a.jsonl.gz"
+  path.write_bytes(gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode()))
+  write_items, seen = pack_writer.PackWriter._write_items, []
+
+  def stop(self, items, show):
+    def until():
+      for item in items:
+        seen.append(item[0])
+        if len(seen) == 25:
+          raise Stop
+        yield item
+
+    write_items(self, until(), show)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(pack_writer.PackWriter, "_write_items", stop)
+    with pytest.raises(Stop):
+      pack(path, tmp_path / "packed")
+    pack(path, tmp_path / "packed")
+  assert seen[25] not in ("a.jsonl.gz[0]", "a.jsonl.gz[1]") and len(seen) < 25 + 40
+  assert list(contents(open_path(str(tmp_path / "packed"), PLAIN)).values()) == [text.encode() for text in texts]
+
+
+def test_killing_it_leaves_nothing_that_looks_whole(tmp_path):
+  big = tmp_path / "big"
+  big.mkdir()
+  block = np.random.default_rng(0).bytes(1 << 23)
+  for i in range(14):
+    (big / f"{i:02}").write_bytes(block)
+  command = [sys.executable, "-m", "megabyte_jax", "prepare", "pack", str(big), str(tmp_path / "packed")]
+  process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+  part = tmp_path / "packed.part" / "data.bin"
+  while process.poll() is None and not (part.exists() and part.stat().st_size > 1 << 26):
+    time.sleep(0.002)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  assert not (tmp_path / "packed").exists()
+  with pytest.raises(DataError, match="does not exist"):
+    open_path(str(tmp_path / "packed"), PLAIN)
+  subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+  assert all(x == block for x in contents(open_path(str(tmp_path / "packed"), PLAIN)).values())
+
+
+def test_a_full_disk_is_one_clear_error_and_no_loss(tmp_path):
+  (tmp_path / "x").write_bytes(np.random.default_rng(0).bytes(3_000_000))
+  command = [sys.executable, "-c", NO_ROOM, "1000000", str(tmp_path / "x"), str(tmp_path / "p")]
+  result = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert result.returncode == 1 and "no room for more" in result.stderr and "Traceback" not in result.stderr
+  assert not (tmp_path / "p").exists()
+  pack(tmp_path / "x", tmp_path / "p")
+  assert contents(open_path(str(tmp_path / "p"), PLAIN)) == {"x": (tmp_path / "x").read_bytes()}
