@@ -103,7 +103,7 @@ class BlockRecurrent(Recurrent):
     states = jnp.zeros((batch, len(config.cells), config.states, config.width), jnp.float32)
     return Memory(jnp.full(batch, -1, jnp.int32), jnp.zeros(batch, jnp.int32), cache, cache, states)
 
-  def segment(
+  def segment_outputs(
     self,
     memory: Memory,
     x_BT: jax.Array,
@@ -112,17 +112,21 @@ class BlockRecurrent(Recurrent):
     length_B: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
   ) -> tuple[jax.Array, Memory, jax.Array]:
-    """Reads the next segment of each row; as in `Model`. One that is not whole windows is its documents' last."""
+    """Reads the next segment of each row; see `Recurrent`. One that is not whole windows is its documents' last."""
     check_input(x_BT, self.config.context, self.config.vocab_size)
     (B, T), W = x_BT.shape, self.config.window
     memory = emptied(jax.lax.stop_gradient(memory), self.empty_memory(B), fresh_B)
     past, filled_B, states_BCSD = self._before(memory)
     x_BNWD = self._inputs(x_BT, memory.previous_B)
     x_BNWD, kept, states_NBCSD = self._layers(x_BNWD, past, filled_B, states_BCSD, dropout_key)
-    logits_BTV = self.embedder.logits(self.norm(x_BNWD).reshape(B, -1, x_BNWD.shape[-1])[:, :T])
+    h_BTD = self.norm(x_BNWD).reshape(B, -1, x_BNWD.shape[-1])[:, :T]
     k_BLWHK, v_BLWHK = (a.swapaxes(0, 1) for a in kept)
     after = Memory(x_BT[:, -1].astype(jnp.int32), filled_after(filled_B, T, W), k_BLWHK, v_BLWHK, states_NBCSD[-1])
-    return logits_BTV, after, jnp.float32(0)
+    return h_BTD, after, jnp.float32(0)
+
+  def output_logits(self, h: jax.Array) -> jax.Array:
+    """Returns the products of outputs with the tokens' table."""
+    return self.embedder.logits(h)
 
   def _inputs(self, x_BT: jax.Array, previous_B: jax.Array) -> jax.Array:
     """The embeddings before each token, in whole windows, [B, N, W, D]."""

@@ -32,7 +32,6 @@ from megabyte_jax.models.layers.compression import LearnedCompression, compress_
 from megabyte_jax.models.layers.memory import emptied, filled_after, pushed
 from megabyte_jax.models.layers.relative_block import RelativeBlock, SlotsOfBlock
 from megabyte_jax.models.layers.stack import rematerialised
-from megabyte_jax.models.layers.token_embedder import TokenEmbedder
 from megabyte_jax.models.parameters import compute_dtype, with_layers
 from megabyte_jax.models.patch_embedder import check_input
 from megabyte_jax.models.recurrent import Recurrent
@@ -109,7 +108,7 @@ class CompressiveTransformer(Recurrent):
       jnp.full(batch, -1, jnp.int32),
     )
 
-  def segment(
+  def segment_outputs(
     self,
     memory: Memory,
     x_BT: jax.Array,
@@ -118,7 +117,7 @@ class CompressiveTransformer(Recurrent):
     length_B: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
   ) -> tuple[jax.Array, Memory, jax.Array]:
-    """Reads the next segment of each row; see `Model.segment`. Its own loss is the attention reconstruction's.
+    """Reads the next segment of each row; see `Recurrent`. Its own loss is the attention reconstruction's.
 
     A segment shorter than the context is its document's last: nothing is compressed after it.
     """
@@ -127,19 +126,17 @@ class CompressiveTransformer(Recurrent):
     h_BTD, (inputs_LBTD, use_LBS) = self.transformer.run_layers(
       x_BT, _in_a_row(memory), dropout_key, keep=lambda h, slots: jax.lax.stop_gradient((h, self._use(slots)))
     )
-    logits_BTV = self.embedder.logits(h_BTD)
     inputs_BLTD, use_BLS = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), (inputs_LBTD, use_LBS))
     loss = jnp.float32(0)
     if x_BT.shape[1] == self.config.context and self.config.is_learned:
       counts_BT = counted(x_BT, length_B) & (memory.filled_B >= self.config.memory_length)[:, None]
       loss = self._reconstruction_loss(inputs_BLTD, memory.inputs_BLMD[:, :, : x_BT.shape[1]], counts_BT)
     after = self._moved(memory, inputs_BLTD, use_BLS)
-    return logits_BTV, after._replace(previous_B=x_BT[:, -1].astype(jnp.int32)), loss
+    return h_BTD, after._replace(previous_B=x_BT[:, -1].astype(jnp.int32)), loss
 
-  @property
-  def embedder(self) -> TokenEmbedder:
-    """The tokens' table."""
-    return self.transformer.embedder
+  def output_logits(self, h: jax.Array) -> jax.Array:
+    """Returns the products of outputs with the tokens' table."""
+    return self.transformer.embedder.logits(h)
 
   def _use(self, slots: SlotsOfBlock, known_T: jax.Array | None = None) -> jax.Array | None:
     """The attention that slots got from a segment, or from its known queries, [B, S]; None if nobody asks."""
@@ -237,7 +234,7 @@ class CompressiveTransformer(Recurrent):
     v_LB1SHK = put(cache.v_LB1SHK, v_LB11HK, E + slot, axis=3)
     after = Cache(cache.memory, inputs_BLTD, use_BLS, k_LB1SHK, v_LB1SHK)
     after = jax.lax.cond(slot == T - 1, lambda: self._next_segment(after), lambda: after)
-    return after, self.embedder.logits(h_B1D)[:, 0]
+    return after, self.output_logits(h_B1D)[:, 0]
 
   def _filled_after(self, segments: jax.Array) -> jax.Array:
     """How many slots of both memories are filled after so many segments of a document."""

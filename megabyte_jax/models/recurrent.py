@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from megabyte_jax.models.family import Model, Pick
+from megabyte_jax.models.family import Model, Pick, counted
+from megabyte_jax.models.layers.cross_entropy import nats_of_outputs
 from megabyte_jax.models.patch_embedder import check_input
 
 
@@ -32,8 +33,41 @@ class DecodeState(NamedTuple):
 class Recurrent(Model):
   """Predicts the tokens of a document segment after segment.
 
-  A family defines `empty_memory`, `segment`, `cache_after` and `decode_token`.
+  A family defines `empty_memory`, `segment_outputs`, `output_logits`, `cache_after` and `decode_token`.
   """
+
+  def segment_outputs(
+    self,
+    memory: Any,
+    x_BT: jax.Array,
+    *,
+    fresh_B: jax.Array | None = None,
+    length_B: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+  ) -> tuple[jax.Array, Any, jax.Array]:
+    """Returns what `Model.segment` does, with the last layer's normed outputs [B, T, D] instead of logits."""
+    raise NotImplementedError
+
+  def output_logits(self, h: jax.Array) -> jax.Array:
+    """Returns the float32 logits [..., V] of such outputs [..., D]."""
+    raise NotImplementedError
+
+  def segment(self, memory: Any, x_BT: jax.Array, **options: Any) -> tuple[jax.Array, Any, jax.Array]:
+    """Reads the next segment of each row; see `Model.segment`."""
+    h_BTD, memory, extra = self.segment_outputs(memory, x_BT, **options)
+    return self.output_logits(h_BTD), memory, extra
+
+  def segment_nats(
+    self, memory: Any, x_BT: jax.Array, *, length_B: jax.Array | None = None, **options: Any
+  ) -> tuple[jax.Array, jax.Array, Any, jax.Array]:
+    """Returns nats, a mask, the memory and the family's own loss; see `Model.segment_nats`.
+
+    Logits of large vocabularies are never in memory together; see `nats_of_outputs`.
+    """
+    h_BTD, memory, extra = self.segment_outputs(memory, x_BT, length_B=length_B, **options)
+    scored_BT = counted(x_BT, length_B)
+    nats_BT = nats_of_outputs(self.output_logits, h_BTD, x_BT, self.config.vocab_size)
+    return jnp.where(scored_BT, nats_BT, 0.0), scored_BT, memory, extra
 
   def cache_after(self, memory: Any, x_BT: jax.Array, position: jax.Array) -> Any:
     """Returns the cache of decoding within a segment.

@@ -88,7 +88,7 @@ class TransformerXL(Recurrent):
     inputs = jnp.zeros(shape, compute_dtype(config))
     return Memory(inputs, jnp.zeros(batch, jnp.int32), jnp.full(batch, -1, jnp.int32))
 
-  def segment(
+  def segment_outputs(
     self,
     memory: Memory,
     x_BT: jax.Array,
@@ -97,14 +97,18 @@ class TransformerXL(Recurrent):
     length_B: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
   ) -> tuple[jax.Array, Memory, jax.Array]:
-    """Reads the next segment of each row; see `Model.segment`. There is no loss of its own."""
+    """Reads the next segment of each row; see `Recurrent`. There is no loss of its own."""
     check_input(x_BT, self.config.context, self.config.vocab_size)
     T, M = x_BT.shape[1], memory.inputs_BLMD.shape[2]
     memory = emptied(jax.lax.stop_gradient(memory), self.empty_memory(x_BT.shape[0]), fresh_B)
     h_BTD, inputs_LBTD = self.run_layers(x_BT, memory, dropout_key, keep=lambda h, slots: jax.lax.stop_gradient(h))
     inputs_BLMD = pushed(memory.inputs_BLMD, jnp.moveaxis(inputs_LBTD, 0, 1), axis=2)
     after = Memory(inputs_BLMD, filled_after(memory.filled_B, T, M), x_BT[:, -1].astype(jnp.int32))
-    return self.embedder.logits(h_BTD), after, jnp.float32(0)
+    return h_BTD, after, jnp.float32(0)
+
+  def output_logits(self, h: jax.Array) -> jax.Array:
+    """Returns the products of outputs with the tokens' table."""
+    return self.embedder.logits(h)
 
   def run_layers(
     self,

@@ -18,6 +18,7 @@ from megabyte_jax.config.block_recurrent import BUCKETS
 from megabyte_jax.errors import ConfigError
 from megabyte_jax.models import flops
 from megabyte_jax.models.build import abstract_model, cast_for_decoding, initial_parameters, parameter_info
+from megabyte_jax.models.layers import cross_entropy
 from megabyte_jax.parallel.sharding import batch_sharding, make_mesh, parameter_spec, shard_abstract
 from megabyte_jax.training.muon import Matrices
 
@@ -189,6 +190,26 @@ def test_probabilities_of_all_texts_sum_to_one():
     log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
     log_p_B += np.take_along_axis(log_p, x_BT[:, i : i + 4, None], axis=-1).sum(axis=(1, 2))
   assert abs(np.exp(log_p_B).sum() - 1) < 1e-5 and np.exp(log_p_B).max() > 4 / len(x_BT)
+
+
+def test_logits_of_a_large_vocabulary_are_never_there_together(monkeypatch):
+  large = config(vocab_size=300)
+  graph, p = abstract_model(large)[0], variants.draw_parameters(large)
+  x_BT = jnp.asarray(np.random.default_rng(11).integers(0, 300, (2, T)))
+
+  def traced():
+    def nats(p, x_BT):
+      one = nnx.merge(graph, p)
+      return one.segment_nats(one.empty_memory(2), x_BT)[0]
+
+    return jax.jit(nats).trace(p, x_BT)
+
+  whole = traced()
+  monkeypatch.setattr(cross_entropy, "_LOGITS", 1 << 10)
+  parts = traced()
+  assert "f32[2,8,300]" in str(whole.jaxpr) and "f32[2,8,300]" not in str(parts.jaxpr)
+  expected, found = (program.lower().compile()(p, x_BT) for program in (whole, parts))
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 # --- Options. ---

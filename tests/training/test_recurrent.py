@@ -125,9 +125,9 @@ def test_the_memory_is_of_the_rows_own_documents(without_dropout):
 class WithALossOfItsOwn(TransformerXL):
   """Adds three times the squares of the pad to each row's loss."""
 
-  def segment(self, memory, x_BT, **options):
-    logits, memory, _ = super().segment(memory, x_BT, **options)
-    return logits, memory, 3 * len(x_BT) * jnp.sum(self.embedder.pad[...] ** 2)
+  def segment_outputs(self, memory, x_BT, **options):
+    h_BTD, memory, _ = super().segment_outputs(memory, x_BT, **options)
+    return h_BTD, memory, 3 * len(x_BT) * jnp.sum(self.embedder.pad[...] ** 2)
 
 
 def test_a_loss_of_the_familys_own_is_trained_on_and_reported(without_dropout, monkeypatch, tmp_path):
