@@ -3,9 +3,10 @@
 python -m megabyte_jax compress FILE OUT --workdir=runs/quickstart
 python -m megabyte_jax compress --decompress OUT COPY --workdir=runs/quickstart
 
-Decompression needs the same checkpoint on the same kind of device with the same versions: it must compute the same
-probabilities to the last bit. The file says what it was made with, and a difference is an error. What the model makes
-no smaller, such as a PNG or MP3 file, is stored as it is: the result is at most 0.1% and 128 bytes larger.
+The model's probabilities are adapted to the file as it goes, unless --no-adapt is given. Decompression needs the same
+checkpoint on the same kind of device with the same versions: it must compute the same probabilities to the last bit.
+The file says what it was made with, and a difference is an error. What the model makes no smaller, such as a PNG or
+MP3 file, is stored as it is: the result is at most 0.1% and 128 bytes larger.
 """
 
 from __future__ import annotations
@@ -34,9 +35,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
   parser.add_argument("--decompress", action="store_true", help="get the original back")
   flags.add_run_arguments(parser)
   parser.add_argument("--batch-size", type=int, default=0, help="windows side by side; default: 64")
+  parser.add_argument("--window", type=int, default=0, help="bytes of a window; default: 2048, or the context if less")
+  parser.add_argument("--no-adapt", action="store_true", help="do not adapt the probabilities to the file")
   args = parser.parse_args(arguments)
-  require(args.batch_size >= 0, f"--batch-size is {args.batch_size}; it must not be negative")
-  require(not (args.decompress and args.batch_size), "--batch-size is for compressing; the file says the rest")
+  for flag, value in {"--batch-size": args.batch_size, "--window": args.window, "--no-adapt": args.no_adapt}.items():
+    require(value >= 0, f"{flag} is {value}; it must not be negative")
+    require(not (args.decompress and value), f"{flag} is for compressing; the file says the rest")
   outputs.check_output_file("OUT", args.out)
   return args
 
@@ -48,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   from megabyte_jax.checkpoints.trained_model import load
   from megabyte_jax.files.atomic_file import is_standard_output, replacing
   from megabyte_jax.generation import entropy_coding
-  from megabyte_jax.generation.compression import BATCH, compress, decompress, read, what_bits_are_for
+  from megabyte_jax.generation.compression import BATCH, WINDOW, compress, decompress, read, what_bits_are_for
 
   entropy_coding.constriction()  # missing? then say so at once
   with open(args.file, "rb") as file:
@@ -65,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
       if model is None or args.decompress:
         made = decompress(model, data, on_bytes=progress.add)
       else:
-        made = compress(model, data, step=step, batch=args.batch_size or BATCH, on_bytes=progress.add)
+        options = {"batch": args.batch_size or BATCH, "window": args.window or WINDOW, "adapt": not args.no_adapt}
+        made = compress(model, data, step=step, on_bytes=progress.add, **options)
   with replacing(args.out) as path:
     path.write_bytes(made)
   seconds = progress.seconds

@@ -92,6 +92,11 @@ class MegabyteConfig(ModelConfig):
     """Patches of the first level, or spans if `span` is set."""
     return self.context // max(self.levels[0].patch_size, self.span)
 
+  def shortened(self, length: int) -> Self:
+    """Returns the config for windows of at most `length` bytes, in whole patches, where the first level sees all."""
+    context = -(-max(length, 1) // self.patch_bytes) * self.patch_bytes
+    return self if self.span or context >= self.context else dataclasses.replace(self, context=context)
+
   def with_levels(self, levels: tuple[Level, ...]) -> Self:
     """Returns the same model with other sizes of its levels."""
     return dataclasses.replace(self, levels=levels)

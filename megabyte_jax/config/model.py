@@ -109,6 +109,13 @@ class ModelConfig(BlockOptions, abc.ABC):
     """Bytes that a full window predicts."""
     return self.num_latents or self.context
 
+  def shortened(self, length: int) -> Self:
+    """Returns the config for windows of at most `length` bytes; the same one where a family needs its whole context.
+
+    Its parameters are the first rows of this one's; the probabilities of such windows are the same.
+    """
+    return self
+
   @property
   def default_stride(self) -> int:
     """Bytes from one overlapping window to the next: half of those that a window predicts."""

@@ -29,11 +29,12 @@ from megabyte_jax.config.parsing import dataclass_from_mapping, mapping_from_dat
 from megabyte_jax.errors import ConfigError, DataError, require
 from megabyte_jax.files.json_files import parse_json
 from megabyte_jax.generation import entropy_coding
-from megabyte_jax.models.build import Model
+from megabyte_jax.models.build import Model, for_windows
 from megabyte_jax.models.parameters import compute_dtype
 
 FORMAT = 1  # raised when older code could no longer read what this code writes
 BATCH = 64  # windows side by side; more make no file smaller
+WINDOW = 2048  # bytes; longer ones make few files smaller, and each byte takes longer
 _MAGIC = b"MBJAX\0\r\n"  # the line end shows that a transfer as text has changed the file
 _REMEDY = "get a whole copy of it, or compress the original again"
 _DIGEST = 16  # bytes of SHA-256, over the whole file before it
@@ -46,13 +47,17 @@ class Coding:
   Attributes:
     step: of the checkpoint.
     batch: windows side by side.
+    window: bytes of a window, at most.
+    adapt: whether the probabilities were adapted to the file.
     model: digest of the model's config and parameters.
-    dtype, device, cores, xla_flags, jax, jaxlib, flax, constriction: what else decides the last bit of a probability,
-      or its code.
+    dtype, device, cores, xla_flags, jax, jaxlib, flax, numpy, constriction: what else decides the last bit of a
+      probability, or its code.
   """
 
   step: int
   batch: int
+  window: int
+  adapt: bool
   model: str
   dtype: str
   device: str
@@ -61,6 +66,7 @@ class Coding:
   jax: str
   jaxlib: str
   flax: str
+  numpy: str
   constriction: str
 
 
@@ -79,7 +85,14 @@ class Header:
 
 
 def compress(
-  model: Model, text: bytes, *, step: int = 0, batch: int = BATCH, on_bytes: Callable[[int], None] | None = None
+  model: Model,
+  text: bytes,
+  *,
+  step: int = 0,
+  batch: int = BATCH,
+  window: int = WINDOW,
+  adapt: bool = True,
+  on_bytes: Callable[[int], None] | None = None,
 ) -> bytes:
   """Returns `text` compressed with the probabilities of `model`, or stored as it is where that is no larger.
 
@@ -88,6 +101,9 @@ def compress(
     text: any bytes.
     step: of the checkpoint, for messages.
     batch: windows side by side, at most.
+    window: bytes of a window at most, where the model can do with less than its context.
+    adapt: adapts the probabilities to the file as it goes, which makes it smaller; without, the bits are those of the
+      basic evaluation, if windows have the length of the context.
     on_bytes: called with the number of bytes done since the last call.
 
   Raises:
@@ -95,12 +111,14 @@ def compress(
     FloatingPointError: the model's probabilities are not finite.
   """
   require(batch >= 1, f"the number of windows side by side is {batch}; it must be at least 1")
+  require(window >= 1, f"the window has {window} bytes; it must have at least 1")
   data = np.frombuffer(text, np.uint8)
-  batch = entropy_coding.batch_size(len(data), model.config, batch)
+  short = for_windows(model, window)
+  batch = entropy_coding.batch_size(len(data), short.config, batch)
   header = Header(len(text), _digest(text).hex())
-  code = entropy_coding.encode(model, data, batch, on_bytes)
+  code = entropy_coding.encode(short, data, batch, on_bytes, adapt=adapt)
   stored = _file(header, text)
-  coded = _file(dataclasses.replace(header, coding=Coding(step, batch, **_circumstances(model))), code)
+  coded = _file(dataclasses.replace(header, coding=Coding(step, batch, window, adapt, **_circumstances(model))), code)
   return coded if entropy_coding.pays(len(coded), len(stored)) else stored
 
 
@@ -139,7 +157,8 @@ def decompress(model: Model | None, packed: bytes, *, on_bytes: Callable[[int], 
       raise ConfigError(
         f"it was compressed with another {', '.join(other)}{at}; it can be decompressed with these alone"
       )
-    text = entropy_coding.decode(model, code, header.length, coding.batch, on_bytes).tobytes()
+    short = for_windows(model, coding.window)
+    text = entropy_coding.decode(short, code, header.length, coding.batch, on_bytes, adapt=coding.adapt).tobytes()
   if len(text) != header.length or _digest(text).hex() != header.digest:
     raise DataError("what came out is not what was compressed: this machine computes other probabilities")
   return text
@@ -150,6 +169,7 @@ def stored_bytes(packed: bytes, config: ModelConfig) -> int:
   header, code = read(packed)
   if header.coding is None:
     return header.length
+  config = config.shortened(header.coding.window)
   parts = entropy_coding.split(code, header.length, config, header.coding.batch)
   return sum(part.stop - part.start for part in parts if part.words is None)
 
@@ -184,7 +204,8 @@ def read(packed: bytes) -> tuple[Header, bytes]:
     raise DataError("the compressed file was written by another version of megabyte_jax; decompress it with that one")
   try:
     header = dataclass_from_mapping(Header, fields, "header")
-    require(header.coding is None or header.coding.batch >= 1, "header.coding.batch must be at least 1")
+    for name in ("batch", "window"):
+      require(getattr(header.coding, name, 1) >= 1, f"header.coding.{name} must be at least 1")
     require(header.length >= 0, "header.length must not be negative")
   except ConfigError as error:
     raise DataError(f"the compressed file has a header that cannot be: {error}; {_REMEDY}") from error
@@ -214,6 +235,7 @@ def _circumstances(model: Model) -> dict[str, Any]:
     "jax": jax.__version__,
     "jaxlib": jaxlib.__version__,
     "flax": flax.__version__,
+    "numpy": np.__version__,
     "constriction": importlib.metadata.version("constriction"),
   }
 

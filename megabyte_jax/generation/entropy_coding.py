@@ -5,7 +5,8 @@ the text in the same way, with the same compiled step: it takes the byte before 
 one. The windows are those of the evaluation; as many as `batch` are walked through side by side.
 
 A recurrent model's windows are segments of one text, and its memory goes on from one to the next. It begins anew after
-a block whose bytes are stored as they are: what decodes them does not walk through them.
+a block whose bytes are stored as they are: what decodes them does not walk through them. So does adaptation, which with
+`adapt` fits the probabilities to the text as it goes (adaptation.py) and makes the code shorter than the nats.
 
 The code consists of blocks, of 64 KiB or of one round of windows, whichever is more. Each begins with a number of four
 bytes: how many code words follow, or `_STORED`, after which the block's bytes follow as they are. A block is stored
@@ -31,6 +32,7 @@ from megabyte_jax.config.model import check_bytes
 from megabyte_jax.errors import ConfigError, DataError
 from megabyte_jax.evaluation import windows
 from megabyte_jax.evaluation.windows import Window
+from megabyte_jax.generation.adaptation import VOCABULARY, Adaptation
 from megabyte_jax.generation.sampling import check_finite
 from megabyte_jax.models.build import Model, in_compute_dtype
 from megabyte_jax.parallel.backend import platform
@@ -57,7 +59,9 @@ class Part(NamedTuple):
   stored: bytes
 
 
-def encode(model: Model, text: np.ndarray, batch: int, on_bytes: Callable[[int], None] | None = None) -> bytes:
+def encode(
+  model: Model, text: np.ndarray, batch: int, on_bytes: Callable[[int], None] | None = None, *, adapt: bool = False
+) -> bytes:
   """Returns the code of `text` (uint8).
 
   Args:
@@ -65,13 +69,14 @@ def encode(model: Model, text: np.ndarray, batch: int, on_bytes: Callable[[int],
     text: to be coded.
     batch: windows side by side; decoding needs the same number.
     on_bytes: called with the number of bytes that were coded since the last call.
+    adapt: adapts the probabilities to the text; decoding must do the same.
 
   Raises:
     ConfigError: the model does not know all of the bytes.
     FloatingPointError: the model's probabilities are not finite.
   """
   check_bytes(text, model.config.vocab_size)
-  walk, text, code, family = _Walk(model, batch), text.copy(), [], _family()
+  walk, text, code, family = _Walk(model, batch, len(text) if adapt else 0), text.copy(), [], _family()
   for start, stop, rounds in _blocks(len(text), model.config, batch):
     encoder = constriction().stream.queue.RangeEncoder()
 
@@ -95,15 +100,21 @@ def pays(coded: int, stored: int) -> bool:
 
 
 def decode(
-  model: Model, code: bytes, length: int, batch: int, on_bytes: Callable[[int], None] | None = None
+  model: Model,
+  code: bytes,
+  length: int,
+  batch: int,
+  on_bytes: Callable[[int], None] | None = None,
+  *,
+  adapt: bool = False,
 ) -> np.ndarray:
-  """Returns the text of `length` bytes that `encode` made `code` of, with the same model and batch on the same device.
+  """Returns the text of `length` bytes that `encode` made `code` of, with the same arguments on the same device.
 
   Raises:
     DataError: the code is no such text's. Not all that is wrong is found out; keep a checksum.
   """
   parts, family = split(code, length, model.config, batch), _family()
-  walk, text = _Walk(model, batch), np.zeros(length, np.uint8)
+  walk, text = _Walk(model, batch, length if adapt else 0), np.zeros(length, np.uint8)
   for part in parts:
     if part.words is None:
       text[part.start : part.stop] = np.frombuffer(part.stored, np.uint8)
@@ -162,29 +173,38 @@ def batch_size(length: int, config: ModelConfig, at_most: int) -> int:
   """Returns the number of windows of a text of `length` bytes to code side by side."""
   if config.num_latents or config.recurrent:
     return 1  # each window begins with the end of the one before, or goes on from it
-  return max(1, min(at_most, -(-length // config.context)))
+  count = -(-length // config.context)
+  return max(1, -(-count // max(1, -(-count // at_most))))  # all rounds but the last are full, that one nearly
 
 
 class _Walk:
-  """Walks through windows, a round of them after the other, with one model."""
+  """Walks through windows, a round of them after the other, with one model; adapts to a text of `length` bytes if any.
 
-  def __init__(self, model: Model, batch: int):
+  Vocabularies larger than bytes are not adapted to.
+  """
+
+  def __init__(self, model: Model, batch: int, length: int = 0):
     self._graph, parameters = nnx.split(model)
     self._model, self._batch, self._step = model, batch, _step()
     self._parameters = in_compute_dtype(model.config, parameters, batch)
-    self._after: tuple[Any, np.ndarray] | None = None  # of a recurrent model: its state, and the bytes before
+    self._length = length if model.config.vocab_size <= VOCABULARY else 0
+    self.forget()
 
   def forget(self) -> None:
-    """Makes a recurrent model begin anew: it does not know the bytes that come next."""
-    self._after = None
+    """Makes adaptation and a recurrent model begin anew: they do not know the bytes that come next."""
+    self._after: tuple[Any, np.ndarray] | None = None  # of a recurrent model: its state, and the bytes before
+    self._adaptation = Adaptation(self._model.config.vocab_size, self._length) if self._length else None
 
   def __call__(
     self, text: np.ndarray, rounds: list[list[Window]], code: Code, on_bytes: Callable[[int], None] | None
   ) -> None:
     """Calls `code` for the next byte of each window and puts what that returns into the text."""
     graph, parameters, batch = self._graph, self._parameters, self._batch
+    adaptation = self._adaptation
     for rows in rounds:
       if self._after is None:
+        if adaptation:
+          adaptation.start(len(rows))
         (state, first), previous_B = _start(graph, parameters, text, rows, batch), np.zeros(batch, np.int32)
         if first:
           previous_B[0] = text[rows[0].start + first - 1]
@@ -195,8 +215,12 @@ class _Walk:
         at = [row.start + t for row in rows if t < row.length]  # only the last window of a text is short
         p_BV = np.asarray(p_BV)[: len(at)]
         check_finite(p_BV)
+        if adaptation:
+          p_BV = adaptation.mix(p_BV)
         previous_B = np.zeros(batch, np.int32)
-        text[at] = previous_B[: len(at)] = code(text[at], p_BV)
+        text[at] = previous_B[: len(at)] = coded = code(text[at], p_BV)
+        if adaptation:
+          adaptation.learn(coded)
         if on_bytes:
           on_bytes(len(at))
       self._after = (state, previous_B) if self._model.config.recurrent else None

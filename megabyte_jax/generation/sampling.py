@@ -21,7 +21,7 @@ from megabyte_jax.config import ModelConfig
 from megabyte_jax.config.model import check_bytes, token_dtype
 from megabyte_jax.errors import require
 from megabyte_jax.evaluation import windows
-from megabyte_jax.models.build import Model, in_compute_dtype
+from megabyte_jax.models.build import Model, for_windows, in_compute_dtype
 from megabyte_jax.parallel.activation_layout import lay_out, mesh_axes
 from megabyte_jax.parallel.backend import platform
 from megabyte_jax.parallel.sharding import check_mesh
@@ -223,6 +223,8 @@ def generate(
   require(num_samples >= 1, f"the number of samples is {num_samples}; it must be at least 1")
   require(0 <= seed < 1 << 32, f"the seed is {seed}; it must be at least 0 and below {1 << 32:,}")
   require(stop != b"", "the bytes to stop at are empty")
+  if platform() == "cpu" and not _mesh_of(nnx.state(model)):  # each step reads the whole cache there
+    model = for_windows(model, max(_PROMPT_BYTES, 1 << max(len(prompt) + num_bytes - 1, 0).bit_length()))
   graph, parameters = nnx.split(model)
   config, context = model.config, model.config.context
   S, size = config.patch_bytes, chunk_bytes(config)

@@ -90,6 +90,16 @@ def empty_memory(config: ModelConfig, parameters: dict[str, Any], rows: int) -> 
   return nnx.merge(graph, parameters).empty_memory(rows) if config.recurrent else ()
 
 
+def for_windows(model: Model, length: int) -> Model:
+  """Returns the model for windows of at most `length` bytes: its caches are no larger, its probabilities the same."""
+  config = model.config.shortened(length)
+  if config == model.config:
+    return model
+  graph, abstract = abstract_model(config)
+  parameters = nnx.to_pure_dict(nnx.state(model))
+  return nnx.merge(graph, jax.tree.map(lambda a, short: a[tuple(map(slice, short.shape))], parameters, abstract))
+
+
 def initial_parameters(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
   """Draws parameters as nested dicts; the same for the same key on any mesh, but for roundings."""
   return nnx.to_pure_dict(nnx.split(make_model(config, nnx.Rngs(key)))[1])

@@ -57,6 +57,24 @@ def test_where_a_gpu_takes_sums_of_products(monkeypatch, spans, slots, earlier, 
   assert taken == [by]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_slot_after_a_cache_equals_plain(monkeypatch, dtype):
+  """And a CPU takes it, where the cache is long."""
+  q, k, v, k_past, v_past = (draw(B, 1, slots, H, K, seed=s).astype(dtype) for s, slots in enumerate((1, 1, 1, 40, 40)))
+  for visible in (jnp.arange(40) < 30, jnp.zeros(40, bool), (jnp.arange(B) > 0)[:, None, None, None]):
+    earlier = Past(k_past, v_past, visible)
+    plain = lib._xla(q, k, v, jnp.ones((1, 1), bool), earlier, 0.0, None)
+    np.testing.assert_allclose(
+      attention(q, k, v, past=earlier).astype("float32"),
+      plain.astype("float32"),
+      atol=2e-6 if dtype == "float32" else 0.03,
+    )
+  chosen = lib.choose_attention(q, past=earlier, window=0, implementation="auto", drops=False)
+  assert chosen.name == "one slot"
+  monkeypatch.setattr(lib, "platform", lambda: "tpu")
+  assert lib.choose_attention(q, past=earlier, window=0, implementation="auto", drops=False).name == "xla"
+
+
 @pytest.mark.parametrize("window", [1, 2, 4, 8])
 def test_blocks_of_a_window_equal_plain(window):
   q, k, v = qkv(spans=1, slots=16)

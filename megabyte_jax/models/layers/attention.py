@@ -84,6 +84,9 @@ def attention(
   visible_MM = (distance_MM >= 0) & (distance_MM < (window or M))
   if choice.name == "short":
     return _short(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past)
+  if choice.name == "one slot":
+    assert past is not None  # see choose_attention
+    return _one_slot(q_BNMHK, k_BNMHK, v_BNMHK, past)
   return _xla(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past, rate, dropout_key)
 
 
@@ -92,7 +95,7 @@ class Choice(NamedTuple):
 
   Attributes:
     name: splash | cudnn | windowed (blocks of a sliding window, by XLA) | tiles (local_attention.py) | masked cudnn |
-      short (sums of products, by XLA) | xla.
+      short (sums of products, by XLA) | one slot (of a cache, on a CPU) | xla.
     reason: why it is none of the kernels, or ''.
   """
 
@@ -132,6 +135,8 @@ def choose_attention(q_BNMHK: Shaped, *, past: Past | None, window: int, impleme
     obstacles["cudnn"] = fused_attention.masked_cudnn_obstacle(q_BNMHK, earlier + M)
     if not obstacles["cudnn"]:
       return Choice("masked cudnn")
+  if plain and M == N == 1 and earlier > _SHORT_SPAN and platform() == "cpu":
+    return Choice("one slot", _reason(implementation, obstacles, M))
   is_short = M <= _SHORT_SPAN and earlier <= 2 * _SHORT_SPAN and not drops and platform() == "gpu"
   return Choice("short" if is_short else "xla", _reason(implementation, obstacles, M))
 
@@ -259,6 +264,24 @@ def _short(q_BNMHK, k_BNMHK, v_BNMHK, visible_MM, past):
   logits_BNMSH = jnp.where(visible[..., None], logits_BNMSH, jnp.finfo(jnp.float32).min)
   weights_BNMSH = jax.nn.softmax(logits_BNMSH, axis=3)
   return jnp.sum(weights_BNMSH[..., None] * v[:, :, None], axis=3).astype(q_BNMHK.dtype)
+
+
+def _one_slot(q_B11HK, k_B11HK, v_B11HK, past):
+  """As `_xla` for one slot and a cache on a CPU, where matrix products by head would copy and transpose the cache.
+
+  All heads' keys are one vector here, which every head's query meets with zeros at the other heads' places.
+  """
+  B, _, S, H, K = past.k_BNSHK.shape
+  apart_BHHK = q_B11HK[:, 0, 0, :, None] * jnp.eye(H, dtype=q_B11HK.dtype)[:, :, None]
+  keys_BSC, queries_BHC = past.k_BNSHK.reshape(B, S, H * K), apart_BHHK.reshape(B, H, H * K)
+  logits_BSH = jnp.einsum("BSC,BHC->BSH", keys_BSC, queries_BHC, preferred_element_type=jnp.float32)
+  visible_BS1 = jnp.broadcast_to(past.visible, (B, 1, 1, S)).reshape(B, S, 1)
+  logits_BSH = jnp.where(visible_BS1, logits_BSH * K**-0.5, jnp.finfo(jnp.float32).min)
+  own_B1H = jnp.sum(q_B11HK.astype(jnp.float32) * k_B11HK, axis=-1)[:, :, 0] * K**-0.5
+  highest_B1H = jnp.maximum(jnp.max(logits_BSH, axis=1, keepdims=True), own_B1H)
+  of_past_BSH1, of_own_BH1 = jnp.exp(logits_BSH - highest_B1H)[..., None], jnp.exp(own_B1H - highest_B1H)[:, 0, :, None]
+  attended_BHK = jnp.sum(of_past_BSH1 * past.v_BNSHK[:, 0], axis=1) + of_own_BH1 * v_B11HK[:, 0, 0]
+  return (attended_BHK / (jnp.sum(of_past_BSH1, axis=1) + of_own_BH1)).astype(q_B11HK.dtype)[:, None, None]
 
 
 def _windowed(q_B1MHK, k_B1MHK, v_B1MHK, window, dropout, dropout_key):
