@@ -69,8 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
       if model is None or args.decompress:
         made = decompress(model, data, on_bytes=progress.add)
       else:
-        options = {"batch": args.batch_size or BATCH, "window": args.window or WINDOW, "adapt": not args.no_adapt}
-        made = compress(model, data, step=step, on_bytes=progress.add, **options)
+        made = compress(
+          model,
+          data,
+          step=step,
+          batch=args.batch_size or BATCH,
+          window=args.window or WINDOW,
+          adapt=not args.no_adapt,
+          on_bytes=progress.add,
+        )
   with replacing(args.out) as path:
     path.write_bytes(made)
   seconds = progress.seconds
