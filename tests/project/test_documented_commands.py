@@ -68,6 +68,7 @@ RUN_HERE = {
   ],
   "python -m megabyte_jax generate --workdir=runs/images --num-samples=8 --output=runs/out.png "
   "--prompt-file=megabyte_jax/data/sample/images/validation/flower.jpg": ["--num-samples=2", "--keep=0.9"],
+  "python -m megabyte_jax compress LICENSE runs/license.mz --workdir=pretrained:books": ["--window=64"],
   f"python -m megabyte_jax compress {TEXT} runs/text.mz --workdir=runs/quickstart": [],
   "python -m megabyte_jax compress --decompress runs/text.mz runs/text.txt --workdir=runs/quickstart": [],
   "python -m megabyte_jax tables 5": [],
