@@ -14,15 +14,16 @@ from safetensors.numpy import load_file
 
 from megabyte_jax.checkpoints import checksums, exported, saved_config
 from megabyte_jax.checkpoints.exported import export_model, is_exported, read_exported
+from megabyte_jax.checkpoints.init_from import parameters_from
 from megabyte_jax.checkpoints.saved_config import load_config
 from megabyte_jax.checkpoints.trained_model import load
 from megabyte_jax.commands import export
-from megabyte_jax.config import Config
+from megabyte_jax.config import Config, MeshConfig
 from megabyte_jax.errors import CheckpointError, ConfigError
 from megabyte_jax.models import flops
 from megabyte_jax.models.build import abstract_model, initial_parameters, parameter_info
 from megabyte_jax.models.loss import bits_per_byte, byte_nats
-from megabyte_jax.parallel.sharding import shard_abstract
+from megabyte_jax.parallel.sharding import make_mesh, shard_abstract
 
 
 def config_of(name):
@@ -136,6 +137,8 @@ def test_a_shipped_model_is_found_by_its_name(tmp_path, monkeypatch):
   x_BT = jnp.arange(8)[None] % config.model.vocab_size
   direct = nnx.merge(abstract_model(config.model)[0], parameters)
   np.testing.assert_array_equal(byte_nats(model, x_BT)[0], byte_nats(direct, x_BT)[0])
+  one = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
+  assert_bitwise_equal(parameters, parameters_from("pretrained:tiny", parameters_of(config, seed=5), config, one))
   with pytest.raises(CheckpointError, match="pretrained:large: there is no such model; this package holds pretrained:"):
     load("pretrained:large")
   with pytest.raises(CheckpointError, match="exported model of step 7 alone; leave out --step=8"):
