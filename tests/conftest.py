@@ -6,8 +6,8 @@ import os
 import shutil
 import tempfile
 
-# A tiny model spends its time in the compiler, not in the run; without these a program compiles in half the time. What
-# starts train.py and the like as a person does compiles as it does for a person (`commands.environment`).
+# A tiny model spends its time in the compiler, not in the run; without these a program compiles in half the time.
+# .ci/run starts the README's commands as a person does.
 EMITTERS = "xla_cpu_use_fusion_emitters"  # a choice until jaxlib 0.11.0, unknown since
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # cuda: tests/models/test_accelerator.py

@@ -35,6 +35,7 @@ def write_data(folder):
 def environment(fresh=False):
   """One device, as most people have; `fresh`: without the programs that other tests have compiled."""
   variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  variables["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(jax.config.values["jax_disable_most_optimizations"])  # as here
   return variables | ({"JAX_ENABLE_COMPILATION_CACHE": "false"} if fresh else {})
 
 
