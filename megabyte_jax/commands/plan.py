@@ -43,17 +43,18 @@ def describe(plan: Plan) -> str:
   """Returns the plan as text for people."""
   from megabyte_jax.planning.plans import BETWEEN, axes_text
 
-  config, model = plan.config, plan.config.model
+  config, model, unit = plan.config, plan.config.model, plan.config.data.unit
+  counted = "B" if unit == "byte" else "tokens"
   axes = axes_text(plan.mesh)
   forward = flops.flops_per_byte(model)
   per_byte = forward * (flops.TRAINING_FACTOR if plan.step == "train" else 1)
-  size = [f"{config.batch_size} x {model.context:,} bytes", f"remat {model.remat}"]
+  size = [f"{config.batch_size} x {model.context:,} {unit}s", f"remat {model.remat}"]
   if config.accumulate > 1 and plan.step == "train":
     size.append(f"in {config.accumulate} parts")
   how = "compiled quickly" if plan.quick else "compiled"
   lines = [
     f"topology    {plan.topology}: {plan.chips} chips, {plan.devices} devices ({plan.kind}), mesh {axes}",
-    f"model       {human(flops.parameter_count(model))} parameters, {human(per_byte, 'FLOP')} per byte of {plan.step}",
+    f"model       {human(flops.parameter_count(model))} parameters, {human(per_byte, 'FLOP')} per {unit} of {plan.step}",
     f"step        {plan.step}, {', '.join(size)}; {how} in {duration(plan.seconds)}",
   ]
   of = f"of {plan.memory / _GIB:.1f} GiB a device"
@@ -73,13 +74,13 @@ def describe(plan: Plan) -> str:
       f"bounds      compute {1e3 * b.compute:.1f} ms, memory ~{1e3 * b.memory:.1f} ms, links {1e3 * b.links:.1f} ms"
       + network,
       f"at best     {1e3 * b.step:.1f} ms a step, MFU {100 * b.mfu:.0f}%, "
-      f"{human(config.batch_size * flops.predicted_bytes(model) / b.step, 'B/s')}",
+      f"{human(config.batch_size * flops.predicted_bytes(model) / b.step, counted + '/s')}",
     ]
   if plan.days is not None:
     total = config.num_steps * config.batch_size * flops.predicted_bytes(model)
     hours = 24 * plan.days
     cost = f"{duration(3600 * hours)} and {hours * plan.chips:,.1f} chip-hours at best"
-    lines.append(f"run         {config.num_steps:,} steps, {human(total, 'B')}: {cost}")
+    lines.append(f"run         {config.num_steps:,} steps, {human(total, counted)}: {cost}")
   return "\n".join(lines)
 
 
