@@ -47,14 +47,14 @@ def describe(plan: Plan) -> str:
   counted = "B" if unit == "byte" else "tokens"
   axes = axes_text(plan.mesh)
   forward = flops.flops_per_byte(model)
-  per_byte = forward * (flops.TRAINING_FACTOR if plan.step == "train" else 1)
+  cost = forward * (flops.TRAINING_FACTOR if plan.step == "train" else 1)
   size = [f"{config.batch_size} x {model.context:,} {unit}s", f"remat {model.remat}"]
   if config.accumulate > 1 and plan.step == "train":
     size.append(f"in {config.accumulate} parts")
   how = "compiled quickly" if plan.quick else "compiled"
   lines = [
     f"topology    {plan.topology}: {plan.chips} chips, {plan.devices} devices ({plan.kind}), mesh {axes}",
-    f"model       {human(flops.parameter_count(model))} parameters, {human(per_byte, 'FLOP')} per {unit} of {plan.step}",
+    f"model       {human(flops.parameter_count(model))} parameters, {human(cost, 'FLOP')} per {unit} of {plan.step}",
     f"step        {plan.step}, {', '.join(size)}; {how} in {duration(plan.seconds)}",
   ]
   of = f"of {plan.memory / _GIB:.1f} GiB a device"
@@ -79,8 +79,8 @@ def describe(plan: Plan) -> str:
   if plan.days is not None:
     total = config.num_steps * config.batch_size * flops.predicted_bytes(model)
     hours = 24 * plan.days
-    cost = f"{duration(3600 * hours)} and {hours * plan.chips:,.1f} chip-hours at best"
-    lines.append(f"run         {config.num_steps:,} steps, {human(total, counted)}: {cost}")
+    time = f"{duration(3600 * hours)} and {hours * plan.chips:,.1f} chip-hours at best"
+    lines.append(f"run         {config.num_steps:,} steps, {human(total, counted)}: {time}")
   return "\n".join(lines)
 
 
