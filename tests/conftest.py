@@ -65,6 +65,7 @@ LONG = (
   "resume",
   "decoding",
   "compression",
+  "crafted_files",
   "documented_commands",
   "decoding_kernels",
   "train",

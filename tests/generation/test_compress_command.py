@@ -1,0 +1,108 @@
+"""The command that compresses: what it says, refuses and writes, in this process and in another."""
+
+import dataclasses
+import math
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+import tiny_config
+from compressed_files import repacked, text_bytes
+from run_commands import evaluate_command, finish, start, write_data
+
+import train
+from megabyte_jax.checkpoints import trained_model
+from megabyte_jax.commands import compress
+from megabyte_jax.config import Config, DataConfig, EvalConfig
+from megabyte_jax.errors import ConfigError, DataError
+from megabyte_jax.generation import compression
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  """A run of a few steps, and 100 kB of text."""
+  folder = write_data(tmp_path_factory.mktemp("compress"))
+  config = Config.from_dict(tiny_config.get_config())
+  config = dataclasses.replace(
+    config,
+    data=DataConfig(train=str(folder / "train.txt"), validation=str(folder / "validation")),
+    eval=EvalConfig(batch_size=64),
+  )
+  (folder / "long.txt").write_bytes(text_bytes()[:100_000])
+  train.train(config, str(folder / "run"))
+  return folder / "run"
+
+
+def command(monkeypatch, capsys, *arguments):
+  monkeypatch.setattr(sys, "argv", ["compress.py", *map(str, arguments)])
+  compress.main()
+  return capsys.readouterr().out
+
+
+def test_the_commands_and_the_evaluation_agree_within_a_percent(workdir, monkeypatch, capsys):
+  text, packed, back = (workdir.parent / name for name in ("long.txt", "long.mz", "back.txt"))
+  said = command(monkeypatch, capsys, text, packed, "--workdir", workdir, "--batch-size=512", "--no-adapt")
+  _, result = evaluate_command(monkeypatch, "--workdir", workdir, "--data", text, "--no-compressors")
+  assert 8 * packed.stat().st_size / 100_000 == pytest.approx(result["bpb"], rel=0.01)
+  header, code = compression.read(packed.read_bytes())
+  assert len(code) * 8 == pytest.approx(result["nats"] / math.log(2), rel=1e-3)
+  assert (header.coding.step, header.length) == (result["step"], 100_000)
+  assert "100,000 bytes -> " in said and "bits per byte" in said
+  command(monkeypatch, capsys, "--decompress", packed, back, "--workdir", workdir)
+  assert back.read_bytes() == text.read_bytes()
+
+
+def test_another_process_decompresses(workdir, tmp_path):
+  """And an error there is one line, with nothing left behind."""
+  (tmp_path / "a.txt").write_bytes(text_bytes()[:5000])
+  for arguments in (["a.txt", "a.mz"], ["--decompress", "a.mz", "b.txt"]):
+    *flags, source, out = arguments
+    output, code = finish(
+      start("-m", "megabyte_jax", "compress", *flags, tmp_path / source, tmp_path / out, f"--workdir={workdir}")
+    )
+    assert code == 0, output
+  assert (tmp_path / "b.txt").read_bytes() == text_bytes()[:5000]
+  packed = (tmp_path / "a.mz").read_bytes()
+  (tmp_path / "short.mz").write_bytes(packed[:-5])
+  (tmp_path / "other.mz").write_bytes(repacked(packed, model="0123456789abcdef"))
+  for name, message in {"short.mz": "cut short or altered", "other.mz": "another model 0123456789abcdef"}.items():
+    output, code = finish(
+      start("-m", "megabyte_jax", "compress", "--decompress", tmp_path / name, tmp_path / "c", f"--workdir={workdir}")
+    )
+    assert code == 1 and "Traceback" not in output
+    [line] = [line for line in output.splitlines() if "error: " in line]
+    assert message in line
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mz", "a.txt", "b.txt", "other.mz", "short.mz"]
+
+
+def test_the_command_says_what_it_stores(workdir, monkeypatch, capsys, tmp_path):
+  (tmp_path / "noise").write_bytes(np.random.default_rng(0).bytes(3000))
+  said = command(monkeypatch, capsys, tmp_path / "noise", tmp_path / "packed", "--workdir", workdir)
+  assert "stored as they are, for the model makes them no smaller" in said
+  assert (tmp_path / "packed").stat().st_size <= 3128
+  command(monkeypatch, capsys, "--decompress", tmp_path / "packed", tmp_path / "back", "--workdir", workdir)
+  assert (tmp_path / "back").read_bytes() == (tmp_path / "noise").read_bytes()
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/stdout").exists(), reason="standard output has no name here")
+def test_standard_output_gets_the_file_alone(model, monkeypatch, capfdbinary, tmp_path):
+  monkeypatch.setattr(trained_model, "load", lambda workdir, step: (model, None, 3))
+  (tmp_path / "text").write_bytes(b"some text")
+  compress.main([str(tmp_path / "text"), "/dev/stdout", "--workdir=run"])
+  out, err = capfdbinary.readouterr()
+  assert compression.decompress(None, out) == b"some text"
+  assert b"9 bytes -> " in err
+
+
+def test_a_folder_to_write_to_is_refused_at_once(workdir, monkeypatch, capsys, tmp_path):
+  (tmp_path / "text").write_bytes(b"abc")
+  with pytest.raises(ConfigError, match=f"OUT={tmp_path} is a folder"):
+    command(monkeypatch, capsys, tmp_path / "text", tmp_path, "--workdir=no run")
+
+
+def test_the_command_says_which_file(workdir, monkeypatch, tmp_path):
+  (tmp_path / "text").write_bytes(b"no compressed file")
+  monkeypatch.setattr(sys, "argv", ["compress.py", "--decompress", str(tmp_path / "text"), "x", f"--workdir={workdir}"])
+  with pytest.raises(DataError, match=r"text: this is no file that megabyte_jax\.compress wrote"):
+    compress.main()
