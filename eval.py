@@ -68,6 +68,8 @@ def run(args: argparse.Namespace) -> str:
   if args.data:
     source = open_path(args.data, config.data, skip_empty=True)  # they have no byte that could be scored
   else:
+    named = getattr(config.data, args.split)
+    require(bool(named), f"config.data.{args.split} is empty; name a file, folder or data set with --data")
     source = open_source(config.data, args.split)
   words = perplexity.number_of_words(args.words, "" if args.data else args.split, source) if args.words else 0
   model, _, step = load(args.workdir, args.step, mesh)

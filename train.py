@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,13 +27,14 @@ from megabyte_jax.checkpoints.checkpoints import Checkpoints
 from megabyte_jax.checkpoints.saved_config import is_shipped, save_config
 from megabyte_jax.config import Config
 from megabyte_jax.data.batches import draw_batches, open_windows
+from megabyte_jax.data.folders import inside_source
 from megabyte_jax.data.open_data import open_source
 from megabyte_jax.data.sources import Source
 from megabyte_jax.data.subwords.source import check_vocabulary, token_lengths, with_checksum
 from megabyte_jax.display import plots
 from megabyte_jax.display.metrics import Metrics
 from megabyte_jax.display.trackers import Tracker
-from megabyte_jax.errors import CheckpointError, require
+from megabyte_jax.errors import CheckpointError, PlotError, require
 from megabyte_jax.evaluation import report, windows
 from megabyte_jax.evaluation.evaluate import evaluate, make_eval_step
 from megabyte_jax.evaluation.nats_of_each_byte import FirstBytes
@@ -67,6 +69,9 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
   config = dataclasses.replace(config, data=with_checksum(config.data))
   mesh = make_mesh(config.mesh)
   check_mesh(mesh, config.model, config.batch_size // config.accumulate)
+  for split in ("train", "validation"):
+    inside = inside_source(workdir, getattr(config.data, split))
+    require(not inside, f"--workdir={workdir} lies within the data {inside}, and would change them; take another place")
   windows.check_method(config.model, config.eval.method)
   source = open_source(config.data, "train")
   check_vocabulary(source, config.model.vocab_size)
@@ -176,8 +181,13 @@ def finish(
   """Draws the loss curve, makes samples, and prints what to try next."""
   picture = os.path.join(workdir, "loss.png")
   if jax.process_index() == 0:
-    plots.loss_curve(os.path.join(workdir, "metrics.jsonl"), picture)
-    tracker.picture(picture)
+    try:
+      plots.loss_curve(os.path.join(workdir, "metrics.jsonl"), picture)
+    except PlotError as error:  # metrics that somebody removed are no reason for a finished run to fail
+      print(f"warning: no loss curve: {error}", file=sys.stderr)
+      picture = ""
+    else:
+      tracker.picture(picture)
   print_sample(config, parameters, source)
   for path in write_samples(config, parameters, validation or source, workdir):
     print(f"samples: {path}")

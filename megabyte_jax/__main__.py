@@ -27,7 +27,7 @@ def main() -> None:
     module = f"megabyte_jax.commands.{name}"
     command_line.run(lambda: importlib.import_module(module).main(arguments), outlive_readers=name == "train")
   elif name in ("-h", "--help", "help"):
-    print(describe())
+    command_line.run(lambda: print(describe(), flush=True))
   else:
     near = did_you_mean(name, COMMANDS)
     print(f"error: there is no command {name!r}{near or '; see megabyte_jax --help'}", file=sys.stderr)

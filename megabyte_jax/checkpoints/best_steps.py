@@ -58,5 +58,5 @@ def _read(path: epath.Path) -> dict[int, float]:
   try:
     written = read_json(path, CheckpointError, "remove it")
     return {int(step): float(bpb) for step, bpb in written.items()}
-  except (FileNotFoundError, CheckpointError, ValueError, TypeError):
+  except (OSError, CheckpointError, ValueError, TypeError, OverflowError):
     return {}  # never written, or not by us: it is written anew at the next evaluation

@@ -23,12 +23,12 @@ from megabyte_jax.checkpoints.arrays import check_same_arrays, flat_arrays, hand
 from megabyte_jax.checkpoints.best_steps import BestSteps
 from megabyte_jax.checkpoints.checksums import find_damage, write_digests
 from megabyte_jax.checkpoints.failed_saves import cannot_write, file_system_error, quiet
+from megabyte_jax.checkpoints.format import FORMAT, check_format
 from megabyte_jax.checkpoints.processes_agree import check_shared, from_first_process
 from megabyte_jax.config import CheckpointConfig
 from megabyte_jax.errors import CheckpointError, UserError
 from megabyte_jax.files.outputs import NO_ROOM
 
-FORMAT = 1  # another number for each change of what is written; only this one is read
 _ITEMS = ("params", "opt_state", "meta")
 _WITHOUT_OPTIMIZER = ("params", "meta")
 _WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")  # by Orbax, after files.json
@@ -259,11 +259,7 @@ class Checkpoints:
       if not from_first_process(jax.process_index() > 0 or self._is_whole(step, items)):
         raise CheckpointError(f"the checkpoint {self.folder / str(step)} is damaged; take another step")
     meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-    if meta.get("format") != FORMAT:
-      raise CheckpointError(
-        f"{self.folder / str(step)} has format {meta.get('format')}, and this megabyte_jax reads {FORMAT} alone; "
-        "take the version that wrote it, or start anew in another --workdir"
-      )
+    check_format(self.folder / str(step), step, meta)
     flat = {name: {key: placed(leaf) for key, leaf in flat_arrays(tree).items()} for name, tree in abstract.items()}
     if flat:
       check_same_arrays(self.folder / str(step), flat)

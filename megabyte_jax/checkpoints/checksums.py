@@ -42,7 +42,7 @@ def find_damage(folder: epath.Path, part: str = "") -> str | None:
     everything = read_json(folder / DIGESTS_FILE, CheckpointError, "take another copy")
   except FileNotFoundError:
     return f"{DIGESTS_FILE} is missing"
-  except CheckpointError:
+  except (CheckpointError, OSError):
     return f"{DIGESTS_FILE} cannot be read"
   if not all(_is_digest(digest) for digest in everything.values()):
     return f"{DIGESTS_FILE} cannot be read"

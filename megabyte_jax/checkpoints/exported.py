@@ -24,7 +24,9 @@ from megabyte_jax.checkpoints.checksums import find_damage, write_digests
 from megabyte_jax.checkpoints.saved_config import CONFIG_FILE, save_config, shipped_folder
 from megabyte_jax.config import Config
 from megabyte_jax.errors import CheckpointError, ConfigError, require
+from megabyte_jax.files.atomic_file import final_path
 from megabyte_jax.files.json_files import read_json
+from megabyte_jax.files.outputs import check_new_folder
 
 INDEX_FILE = "model.safetensors.index.json"
 FORMAT = 1  # raised when older code could no longer read what this code writes
@@ -51,12 +53,14 @@ def export_model(
     max_file_bytes: tensors are spread over files of at most so many bytes.
 
   Raises:
-    ConfigError: the folder holds something, or one tensor is larger than a file may be.
+    ConfigError: the folder, or the one that a link leads to, holds something, or one tensor is larger than a file
+      may be.
   """
   from safetensors.numpy import save_file  # noqa: PLC0415 - only exports need it
 
   require(dtype in DTYPES, f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
-  require(not os.path.exists(folder) or not os.listdir(folder), f"{folder} is not empty; name a new folder")
+  check_new_folder("the folder", folder)
+  folder = final_path(folder)
   tensors = {name: np.asarray(array, jnp.dtype(dtype)) for name, array in _unstacked(parameters).items()}
   files = _spread(tensors, max_file_bytes)
   os.makedirs(os.path.dirname(os.path.abspath(folder)), exist_ok=True)

@@ -41,7 +41,8 @@ def cannot_write(error: OSError, path: object, unsaved: int | None, good: int | 
   remedy = "make room there, or move the run to another place" if error.errno in NO_ROOM else "see to it"
   lost = "" if unsaved is None else f"the checkpoint of step {unsaved} was not saved, "
   if good is None:
-    kept = f"{lost}and there is none before: the same command starts anew"
+    none = "no checkpoint was saved yet" if unsaved is None else f"{lost}and there is none before"
+    kept = f"{none}: the same command starts anew"
   else:
     kept = f"{lost}that of step {good} is good: the same command goes on from it"
   return CheckpointError(f"{path}: {error.strerror}; {remedy}; {kept}")

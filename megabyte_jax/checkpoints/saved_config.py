@@ -16,6 +16,7 @@ from megabyte_jax.data.files import read_whole
 from megabyte_jax.errors import CheckpointError, ConfigError
 from megabyte_jax.files.atomic_file import replacing
 from megabyte_jax.files.json_files import read_json
+from megabyte_jax.files.object_stores import unknown_scheme
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.model"  # of a model of subwords, beside its config
@@ -69,13 +70,13 @@ def shipped_folder(workdir: epath.PathLike) -> epath.PathLike:
   if not is_shipped(workdir):
     return workdir
   name = os.fspath(workdir)
-  folder = _SHIPPED_FOLDER / name.removeprefix(SHIPPED)
+  model = name.removeprefix(SHIPPED)
   known = sorted(path.name for path in _SHIPPED_FOLDER.iterdir()) if _SHIPPED_FOLDER.exists() else []
-  if folder.name not in known:
+  if model not in known:
     raise CheckpointError(
       f"{name}: there is no such model; this package holds {', '.join(SHIPPED + one for one in known) or 'none'}"
     )
-  return folder
+  return _SHIPPED_FOLDER / model
 
 
 def save_config(workdir: epath.PathLike, config: Config) -> None:
@@ -101,6 +102,8 @@ def load_config(workdir: epath.PathLike) -> Config:
   Raises:
     CheckpointError: `workdir` holds no run, or its config cannot be read by this version.
   """
+  if scheme := unknown_scheme(os.fspath(workdir)):
+    raise CheckpointError(f"{workdir}: no run can be read from {scheme}; name a folder or a bucket (gs://)")
   path = epath.Path(shipped_folder(workdir)) / CONFIG_FILE
   if not path.exists():
     raise CheckpointError(f"{workdir} holds no run: {path} does not exist; give the --workdir of a train.py run")

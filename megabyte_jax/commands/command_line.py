@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -70,7 +72,7 @@ def _errors_in_one_line(main: Callable[[], _T]) -> _T:
   except USER_ERRORS as error:
     _traceback_if_wanted()
     notes = (note for note in getattr(error, "__notes__", ()) if "removed its internal frames" not in note)
-    print("\n".join([f"error: {outputs.in_words(error)}", *notes]), file=sys.stderr)
+    print(printable("\n".join([f"error: {outputs.in_words(error)}", *notes])), file=sys.stderr)
     distributed.end(1)
   except ImportError as error:
     if not (line := object_stores.missing_package(error)):
@@ -88,6 +90,11 @@ def _errors_in_one_line(main: Callable[[], _T]) -> _T:
     distributed.end(130, at_once=True)
 
 
+def printable(text: str) -> str:
+  r"""Returns a text with control characters but line ends and tabs as \xNN: names may hold a terminal's commands."""
+  return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 def _prepare_streams() -> None:
   """Makes standard streams that were closed (`>&-`) lead nowhere, so that no file of ours takes their place.
 
@@ -102,7 +109,8 @@ def _prepare_streams() -> None:
       setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 (until the process ends)
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
-      stream.reconfigure(errors="backslashreplace")
+      with contextlib.suppress(OSError):  # of a descriptor that is no longer open
+        stream.reconfigure(errors="backslashreplace")
 
 
 def _on_interrupt(number: int, frame: FrameType | None) -> None:

@@ -20,7 +20,7 @@ from megabyte_jax.commands import arguments as flags
 from megabyte_jax.commands import command_line
 from megabyte_jax.display.progress import Progress, duration, human
 from megabyte_jax.errors import ConfigError, DataError, require
-from megabyte_jax.files import outputs
+from megabyte_jax.files import inputs, outputs
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -41,6 +41,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
   for flag, value in {"--batch-size": args.batch_size, "--window": args.window, "--no-adapt": args.no_adapt}.items():
     require(value >= 0, f"{flag} is {value}; it must not be negative")
     require(not (args.decompress and value), f"{flag} is for compressing; the file says the rest")
+  inputs.check_readable(args.file, DataError)
+  inputs.check_not_replaced("OUT", args.out, args.file)
   outputs.check_output_file("OUT", args.out)
   return args
 
@@ -55,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
   from megabyte_jax.generation.compression import BATCH, WINDOW, compress, decompress, read, what_bits_are_for
 
   entropy_coding.constriction()  # missing? then say so at once
-  with open(args.file, "rb") as file:
+  with inputs.waiting_is_said(args.file) as waiting, open(args.file, "rb") as file:
+    waiting.cancel()  # it opens when somebody writes
     data = file.read()
   with _naming(args.file):
     header = read(data)[0] if args.decompress else None

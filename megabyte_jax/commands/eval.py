@@ -18,7 +18,7 @@ from megabyte_jax.commands import arguments as flags
 from megabyte_jax.commands import scripts
 from megabyte_jax.errors import ConfigError
 from megabyte_jax.evaluation.windows import METHODS
-from megabyte_jax.files import outputs
+from megabyte_jax.files import inputs, outputs
 from megabyte_jax.files.object_stores import is_remote
 from megabyte_jax.parallel import distributed
 
@@ -61,6 +61,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
   if args.per_byte_out:
     if is_remote(args.per_byte_out):
       raise ConfigError(f"--per-byte-out={args.per_byte_out} is not on this machine's disks; name a file there")
+    inputs.check_not_replaced("--per-byte-out", args.per_byte_out, args.data)
     outputs.check_output_file("--per-byte-out", args.per_byte_out)
   if args.words and args.max_bytes:
     raise ConfigError("--words and --max-bytes exclude each other: the words are those of the whole text")

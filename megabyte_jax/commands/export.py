@@ -32,6 +32,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
   args = parser.parse_args(arguments)
   require(args.max_file_size > 0, f"--max-file-size is {args.max_file_size}; it must be positive")
   outputs.check_output_folder("FOLDER", args.folder)
+  outputs.check_folder_name("FOLDER", args.folder)
+  outputs.check_new_folder("FOLDER", args.folder)
   return args
 
 

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from megabyte_jax.commands import arguments as flags
 from megabyte_jax.commands import command_line
 from megabyte_jax.display.progress import Progress, duration, human
-from megabyte_jax.errors import require
-from megabyte_jax.files import outputs
+from megabyte_jax.errors import DataError, require
+from megabyte_jax.files import inputs, outputs
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -63,7 +63,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     what = "is a folder" if os.path.isdir(args.prompt_file) else "does not exist"
     found = os.path.exists(args.prompt_file) and not os.path.isdir(args.prompt_file)  # a file, or a pipe
     require(found, f"--prompt-file={args.prompt_file} {what}; name one file")
+    inputs.check_readable(args.prompt_file, DataError)
   if args.output:
+    inputs.check_not_replaced("--output", args.output, args.prompt_file)
     outputs.check_output_file("--output", args.output)
   return args
 

@@ -23,7 +23,7 @@ from megabyte_jax.commands import command_line
 from megabyte_jax.config import DataConfig
 from megabyte_jax.config.parsing import dataclass_from_mapping
 from megabyte_jax.errors import require
-from megabyte_jax.files.outputs import check_output_file, check_output_folder
+from megabyte_jax.files.outputs import check_folder_name, check_output_file, check_output_folder
 
 _SPLITS = ("train", "validation", "test", "train_weights", "documents")  # of no meaning here
 _SUBWORDS = ("tokenizer", "tokenizer_sha256")  # texts are packed as bytes: any tokenizer then cuts them
@@ -72,10 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
   command = given.pop("command")
   try:
     if command == "pack":
+      from megabyte_jax.data.folders import inside_source
       from megabyte_jax.data.packing.pack import pack
 
       spec, folder = given.pop("source"), given.pop("folder")
+      check_folder_name("FOLDER", folder)
       check_output_folder("FOLDER", folder)
+      inside = inside_source(folder, spec)
+      require(not inside, f"FOLDER={folder} lies within the source {inside}, which it would change; take another place")
       require(given["form"] != "subwords", "texts are packed as bytes, which any tokenizer cuts; leave out --form")
       pack(spec, folder, dataclass_from_mapping(DataConfig, given, "option"))
     elif command == "verify":

@@ -9,6 +9,7 @@ import inspect
 import os
 import pathlib
 import re
+import stat
 import sys
 import traceback
 import types
@@ -110,7 +111,13 @@ def _module(flag: str, path: str) -> types.ModuleType:
   file = pathlib.Path(expanded(path))
   if not file.exists() and not file.is_absolute() and shipped(path).exists():
     file = shipped(path)
+  if file.suffix == ".json":
+    raise FlagError(
+      f"{flag}: {path!r} is no Python; a run's config.json is continued by the command that began the run"
+    )
   try:
+    if stat.S_IFMT(file.stat().st_mode) in (stat.S_IFCHR, stat.S_IFBLK, stat.S_IFSOCK):
+      raise FlagError(f"{flag}: {path!r} is a device; name a config file")
     code = compile(file.read_bytes(), str(file), "exec")
   except OSError as error:
     near = did_you_mean(path, glob.glob(os.path.join(os.path.dirname(path), "*.py"))) if os.path.dirname(path) else ""
@@ -161,7 +168,7 @@ class _ErrorsOf:
       raise FlagError(f"{self._flag}: {error.filename}, line {error.lineno}: {error.msg}") from error
     if isinstance(error, (TypeError, ValueError, OSError)):
       lines = [frame.lineno for frame in traceback.extract_tb(trace) if frame.filename == self._path]
-      where = f" ({self._path}, line {lines[-1]})" if lines else ""
+      where = f" ({self._path}{f', line {lines[-1]}' if lines else ''})"
       raise FlagError(" ".join(str(error).split()) + where) from error
 
 

@@ -13,8 +13,12 @@ from collections.abc import Sequence
 from etils import epath
 
 from megabyte_jax.data.file_handles import BUDGET
+from megabyte_jax.data.source_names import split_field, split_list
 from megabyte_jax.errors import DataError
 from megabyte_jax.files import object_stores
+
+_DEEPEST = 200  # folders within folders
+_MOST_VISITS = 100  # of one folder, through links
 
 
 def find_files(spec: str, suffixes: Sequence[str] = (), wanted: str = "") -> tuple[list[str], list[str]]:
@@ -31,7 +35,7 @@ def find_files(spec: str, suffixes: Sequence[str] = (), wanted: str = "") -> tup
       the files that are left out.
 
   Raises:
-    DataError: there are no such files, or a folder cannot be listed.
+    DataError: there are no such files, a folder cannot be listed, holds packed data, or is nested too deeply.
   """
   is_remote = object_stores.is_remote(spec)
   if any(c in spec for c in "*?[") and not os.path.exists(spec):
@@ -42,9 +46,12 @@ def find_files(spec: str, suffixes: Sequence[str] = (), wanted: str = "") -> tup
     if not path.exists():
       raise DataError(f"{spec} does not exist; name a file, a folder, a glob, sample:NAME or tfds:NAME:SPLIT")
     if not path.is_dir():
+      if spec.endswith("/") and not is_remote:
+        raise DataError(f"{spec} is a file; leave out the / behind it")
       return [spec], [path.name]
     base = spec
     everything = (_walk_remote if is_remote else _walk)(spec)
+    _refuse_packed(spec, everything)
     paths = [p for p in everything if _wanted(os.path.basename(p), suffixes)]
     if not paths:
       raise DataError(_nothing_in(spec, suffixes, everything))
@@ -57,6 +64,39 @@ def find_files(spec: str, suffixes: Sequence[str] = (), wanted: str = "") -> tup
     raise DataError(f"no file matches {spec}; name a file, a folder or another glob")
   paths.sort()
   return paths, [p[len(base) :].lstrip("/") for p in paths]
+
+
+def inside_source(path: str, spec: str) -> str:
+  """Returns the name, of those in a list of sources, of a local folder or `**/*` in which `path` lies; '' for none.
+
+  What is written into such a place would become data: it changes them, and is read as if it were text. A place that is
+  hidden within the folder is left out there and may be written to.
+  """
+  if object_stores.is_remote(path):
+    return ""
+  place = os.path.realpath(path)
+  for name in split_list(spec) if spec else ():
+    folder, _ = split_field(name)
+    if "**" in folder and folder.rstrip("/").endswith("*") and not os.path.exists(folder):  # of all kinds of files
+      folder = _fixed_part(folder) or "."
+    if not os.path.isdir(folder):
+      continue
+    inner = os.path.relpath(place, os.path.realpath(folder)).split(os.sep)
+    if inner[0] != os.pardir and not (inner != ["."] and any(part.startswith(".") for part in inner)):
+      return name
+  return ""
+
+
+def _refuse_packed(folder: str, paths: Sequence[str]) -> None:
+  """Raises DataError where a packed folder lies below the folder of these files: its parts are no documents."""
+  there = set(paths)
+  for path in paths:
+    inner, name = os.path.split(path)
+    if name == "data.bin" and any(f"{inner}/{other}" in there for other in ("ends", "ends.npy")):
+      raise DataError(
+        f"{folder} has the packed folder {inner} in it, whose files are no documents; move it elsewhere, or name "
+        "sources one by one, separated by commas"
+      )
 
 
 def _nothing_in(folder: str, suffixes: Sequence[str], others: Sequence[str]) -> str:
@@ -91,21 +131,35 @@ def _wanted(name: str, suffixes: Sequence[str]) -> bool:
   return not name.startswith(".") and (not suffixes or name.lower().endswith(tuple(suffixes)))
 
 
-def _walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> list[str]:
-  """All files below a local folder, whose own folders are known by device and number: `above`."""
+def _walk(folder: str, above: tuple[tuple[int, int], ...] = (), visits: Counter | None = None) -> list[str]:
+  """All files below a local folder, whose own folders are known by device and number: `above`.
+
+  `visits` counts how often each folder was read: links to links of links can lead to one in millions of ways.
+  """
+  visits = Counter() if visits is None else visits
   try:
     here = os.stat(folder)
     entries = BUDGET.with_room(lambda: sorted(os.scandir(folder), key=lambda entry: entry.name))
   except OSError as error:
     raise DataError(f"folder {folder} cannot be listed ({error.strerror or error}); make it readable") from error
   above = (*above, (here.st_dev, here.st_ino))
-  found = []
+  visits[above[-1]] += 1
+  if len(above) > _DEEPEST:
+    raise DataError(f"folder {folder[:200]}... is nested more than {_DEEPEST} folders deep; name one further down")
+  if visits[above[-1]] > _MOST_VISITS:
+    raise DataError(f"links lead to folder {folder} in more than {_MOST_VISITS} ways; remove them, or name it alone")
+  found, strange = [], 0
   for entry in entries:
     place = _folder_at(entry)
     if place is None:
-      found += [entry.path] if _is_file(entry.path) else []
+      if _is_file(entry.path):
+        found.append(entry.path)
+      elif not entry.name.startswith("."):
+        strange += 1
     elif not entry.name.startswith(".") and place not in above:  # a link back to where we come from has nothing new
-      found += _walk(entry.path, above)
+      found += _walk(entry.path, above, visits)
+  if strange:
+    _warn_once(f"{folder}: {strange:,} entries are left out, as they are no files but pipes, sockets or devices")
   return found
 
 

@@ -85,8 +85,8 @@ def _open_one(spec: str, data: DataConfig, skip_empty: bool = False) -> Source:
   if scheme := object_stores.unknown_scheme(spec):
     raise DataError(f"{spec}: no data can be read from {scheme}; copy them to a disk or a bucket (gs://)")
   if spec.startswith("sample:"):
-    path = os.path.join(SAMPLE_FOLDER, *spec.removeprefix("sample:").split("/"))
-    if not os.path.exists(path):
+    path = os.path.normpath(os.path.join(SAMPLE_FOLDER, spec.removeprefix("sample:").strip("/")))
+    if not path.startswith(SAMPLE_FOLDER + os.sep) or not os.path.exists(path):
       known = sorted(os.path.relpath(root, SAMPLE_FOLDER) for root, dirs, _ in os.walk(SAMPLE_FOLDER) if not dirs)
       raise ConfigError(f"no sample data {spec!r}; there are {', '.join('sample:' + name for name in known)}")
     return _open_files(path, data, skip_empty)

@@ -11,6 +11,7 @@ import numpy as np
 from megabyte_jax.data.fingerprints import combine_fingerprints, hash_values
 from megabyte_jax.data.sources import check_range
 from megabyte_jax.errors import DataError
+from megabyte_jax.files.inputs import check_readable, waiting_is_said
 
 _MOST = 1 << 30  # bytes
 _BLOCK = 1 << 20
@@ -31,11 +32,8 @@ def open_pipe(path: str) -> Pipe:
   Raises:
     DataError: it is a terminal, a socket or another device; it holds nothing, or more than a gigabyte.
   """
+  check_readable(path, DataError)
   status = os.stat(path)
-  if not stat.S_ISFIFO(status.st_mode):
-    kinds = {stat.S_IFCHR: "a terminal or a device", stat.S_IFBLK: "a block device", stat.S_IFSOCK: "a socket"}
-    what = kinds.get(stat.S_IFMT(status.st_mode), "no file")
-    raise DataError(f"{path} is {what}; name a file, a folder or a pipe")
   return _read_once(path, status.st_dev, status.st_ino)
 
 
@@ -59,8 +57,9 @@ class Pipe:
 def _read_once(path: str, device: int, inode: int) -> Pipe:
   blocks, length = [], 0
   try:
-    with open(path, "rb", buffering=0) as file:
+    with waiting_is_said(path) as waiting, open(path, "rb", buffering=0) as file:
       while block := file.read(_BLOCK):
+        waiting.cancel()
         blocks.append(block)
         length += len(block)
         if length > _MOST:

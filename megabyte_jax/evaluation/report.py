@@ -134,11 +134,11 @@ def results_table(
 
 
 def what_next(workdir: str, picture: str, form: str) -> str:
-  """Commands to try after training on data of a form (config.data.form)."""
+  """Commands to try after training on data of a form (config.data.form); `picture`: the loss curve's path, or ''."""
   prompt = '--prompt="It is a truth" --bytes=400'
   what = {"image": "--output=sampled.png", "audio": "--output=sampled.wav"}.get(form, prompt)
   lines = [
-    f"loss curve: {picture}",
+    *([f"loss curve: {picture}"] if picture else []),
     "try next:",
     f"  python eval.py --workdir={shlex.quote(workdir)} --data=YOUR_FILE_OR_FOLDER",
     f"  python -m megabyte_jax generate --workdir={shlex.quote(workdir)} {what} --temperature=0.7",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import tempfile
 
 from megabyte_jax.errors import require
@@ -12,6 +13,8 @@ from megabyte_jax.files.atomic_file import final_path, is_written_into
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
+_NAMES = re.compile(r"(pretrained|sample|tfds|hf):(?!//)")
+_NO_CURRENT_FOLDER = "the current folder was removed; change to one that is there"
 
 
 def check_output_file(name: str, path: str) -> None:
@@ -44,8 +47,33 @@ def check_output_folder(name: str, path: str) -> None:
   Raises:
     ConfigError: they cannot; names what to do.
   """
+  require(bool(path), f"{name} is empty; name a folder")
+  scheme = object_stores.unknown_scheme(path)
+  require(not scheme, f"{name}={path}: nothing can be written to {scheme}; name a folder or a bucket (gs://)")
+  problem = ""
   if not object_stores.is_remote(path):
-    _try_to_write(name, path, os.path.abspath(path))
+    try:
+      _try_to_write(name, path, os.path.abspath(final_path(path)))
+    except FileNotFoundError:  # of os.getcwd
+      problem = f"{name}={path}: {_NO_CURRENT_FOLDER}"
+  require(not problem, problem)
+
+
+def check_folder_name(name: str, path: str) -> None:
+  """Raises ConfigError where the name of a new folder would be read as that of something else: `sample:x`, say."""
+  kind = _NAMES.match(path)
+  require(not kind, f"{name}={path} would be read as a name of the kind {kind and kind[0]}NAME; write ./{path}")
+
+
+def check_new_folder(name: str, path: str) -> None:
+  """Checks that a folder can be made where the argument `name` says: nothing is there, or an empty folder.
+
+  Raises:
+    ConfigError: something is there.
+  """
+  if not object_stores.is_remote(path):
+    place = final_path(path)
+    require(not os.path.isdir(place) or not os.listdir(place), f"{name}={path} is not empty; name a new folder")
 
 
 def _try_to_write(name: str, path: str, folder: str) -> None:
@@ -68,6 +96,8 @@ def in_words(error: Exception) -> str:
   if not isinstance(error, OSError) or error.strerror is None:
     return str(error)
   path = error.filename2 or error.filename
+  if not path and error.errno == errno.ENOENT:  # of os.getcwd
+    return _NO_CURRENT_FOLDER
   if path and error.errno == errno.ENOENT:
     return f"{path} does not exist"
   said = f"{path}: {error.strerror}" if path else error.strerror

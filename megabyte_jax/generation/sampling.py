@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import numbers
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from megabyte_jax.config import ModelConfig
 from megabyte_jax.config.model import check_bytes, token_dtype
-from megabyte_jax.errors import require
+from megabyte_jax.errors import ConfigError, require
 from megabyte_jax.evaluation import windows
 from megabyte_jax.models.build import Model, for_windows, in_compute_dtype
 from megabyte_jax.parallel.activation_layout import lay_out, mesh_axes
@@ -45,9 +47,25 @@ class Sampling:
   top_p: float = 1.0
 
   def __post_init__(self):
+    for name in ("temperature", "top_p"):
+      value = getattr(self, name)
+      require(isinstance(value, numbers.Real), f"{name} is {value!r}; it must be a number")
+    object.__setattr__(self, "top_k", whole_number("top_k", self.top_k))
     require(self.temperature >= 0, f"temperature is {self.temperature}; it must not be negative")
     require(self.top_k >= 0, f"top_k is {self.top_k}; it must not be negative")
     require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be in (0, 1]")
+
+
+def whole_number(name: str, value: Any) -> int:
+  """Returns an integer of any type, NumPy's and JAX's among them, as Python's own, which does not overflow.
+
+  Raises:
+    ConfigError: it is no whole number; names it as `name`.
+  """
+  try:
+    return operator.index(value)
+  except TypeError as error:
+    raise ConfigError(f"{name} is {value!r}; it must be a whole number") from error
 
 
 def pick_byte(logits_V: jax.Array, noise_V: jax.Array, sampling: Sampling) -> jax.Array:
@@ -219,6 +237,9 @@ def generate(
       "the model reads subwords; give the prompt as an array of tokens and `stop` as a function of tokens, or take "
       "generate_text of generation/subword_text.py",
     )
+  num_bytes, seed = whole_number("the number of bytes to generate", num_bytes), whole_number("the seed", seed)
+  num_samples = whole_number("the number of samples", num_samples)
+  require(num_bytes < 2**31, f"the number of bytes to generate is {num_bytes}; it must be at most {2**31 - 1}")
   require(num_bytes >= 0, f"the number of bytes to generate is {num_bytes}; it must not be negative")
   require(num_samples >= 1, f"the number of samples is {num_samples}; it must be at least 1")
   require(0 <= seed < 1 << 32, f"the seed is {seed}; it must be at least 0 and below {1 << 32:,}")

@@ -117,7 +117,7 @@ def end(code: int, *, at_once: bool = False) -> NoReturn:
 
 
 def outlive_readers() -> None:
-  """Loses from now on what is printed where nobody reads it any more, instead of ending the process.
+  """Loses from now on what is printed where nobody reads it any more, or no room is, instead of ending the process.
 
   A run must not end with the terminal or `tee` that showed it, and one process of several must not end alone: all the
   others would.
@@ -129,7 +129,7 @@ def outlive_readers() -> None:
 
 
 class LastingOutput:
-  """A stream whose reader may go away: what is written from then on is lost."""
+  """A stream whose reader may go away, its terminal be closed or its disk fill up: what is written then is lost."""
 
   def __init__(self, stream: TextIO):
     self._stream = stream
@@ -138,7 +138,7 @@ class LastingOutput:
     """As the stream's own."""
     try:
       return self._stream.write(text)
-    except BrokenPipeError:
+    except OSError:
       self._lose()
       return len(text)
 
@@ -146,7 +146,7 @@ class LastingOutput:
     """As the stream's own."""
     try:
       self._stream.flush()
-    except BrokenPipeError:
+    except OSError:
       self._lose()
 
   def _lose(self) -> None:

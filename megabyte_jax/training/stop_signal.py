@@ -1,7 +1,8 @@
-"""Decides what SIGTERM and Ctrl-C do to a training run: the step at hand is saved, and the run ends."""
+"""Decides what SIGTERM, Ctrl-C and SIGHUP do to a training run: the step at hand is saved, and the run ends."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -16,7 +17,9 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-  """Hears SIGTERM (what schedulers send) and Ctrl-C; a second Ctrl-C stops at once.
+  """Hears SIGTERM (what schedulers send), Ctrl-C and SIGHUP; a second Ctrl-C stops at once.
+
+  SIGHUP comes with the end of a terminal or an ssh connection. Where it is ignored already (`nohup`), it stays so.
 
   `requested` turns True when a signal came. With several processes it never does: there JAX hears SIGTERM, and all
   agree on a step (`Checkpoints.preempted`). Outside the main thread, where Python allows no signal handlers, nothing
@@ -27,6 +30,8 @@ class StopSignal:
     self.requested, self._finished = False, ""
     self._alone = jax.process_count() == 1
     heard = [signal.SIGTERM, signal.SIGINT] if self._alone else [signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+      heard.append(signal.SIGHUP)
     if threading.current_thread() is not threading.main_thread():
       heard = []
     self._before = {number: signal.signal(number, self._on_signal) for number in heard}
@@ -50,7 +55,7 @@ class StopSignal:
       self._end()
 
   def _end(self) -> None:
-    os.write(2, self._finished.encode())  # print may not be called here
+    _say(self._finished)
     distributed.end(0, at_once=True)  # an exception may be lost in a callback, or crash what is compiling
 
   def _on_signal(self, number, frame):
@@ -59,5 +64,11 @@ class StopSignal:
     self.requested = self._alone
     if not self._alone:
       signal.raise_signal(signal.SIGTERM)
-    os.write(2, b"\nstopping soon (Ctrl-C: at once, without saving)\n")
+    _say("\nstopping soon (Ctrl-C: at once, without saving)\n")
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _say(text: str) -> None:
+  """Writes to standard error, if anything still shows it; print may not be called in a signal's handler."""
+  with contextlib.suppress(OSError):
+    os.write(2, text.encode())

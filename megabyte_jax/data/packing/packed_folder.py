@@ -11,6 +11,7 @@ continues it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -50,7 +51,7 @@ def settings_of(data: DataConfig) -> dict[str, Any]:
 def is_packed(path: epath.PathLike) -> bool:
   """Returns True if a folder holds packed data. Raises DataError for an incomplete one: its files are no documents."""
   folder = epath.Path(path)
-  if (folder / MANIFEST).exists() and not str(path).rstrip("/").endswith(PART):
+  if (folder / MANIFEST).exists() and not str(path).rstrip("/").endswith(PART) and _is_ours(folder):
     return True
   if (folder / "data.bin").exists() and any((folder / name).exists() for name in ("ends", "ends.npy")):
     raise DataError(
@@ -58,6 +59,15 @@ def is_packed(path: epath.PathLike) -> bool:
       "command that packs it once more"
     )
   return False
+
+
+def _is_ours(folder: epath.Path) -> bool:
+  """Returns False where a folder merely has a manifest.json, as those of many programs have."""
+  if any((folder / name).exists() for name in ("data.bin", "ends.npy")):
+    return True
+  with contextlib.suppress(OSError):
+    return b"megabyte_jax packed" in (folder / MANIFEST).read_bytes()
+  return True  # said when it is read
 
 
 class Packed:

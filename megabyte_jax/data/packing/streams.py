@@ -13,7 +13,7 @@ from megabyte_jax.data.packing import archives, packed_folder
 from megabyte_jax.data.packing.archives import BadItem
 from megabyte_jax.data.records import hugging_face
 from megabyte_jax.data.records.contents import ERRORS, decompressing, is_compressed, stem
-from megabyte_jax.data.records.file_types import kind_of
+from megabyte_jax.data.records.file_types import kind_of, unread
 from megabyte_jax.data.records.lines import BadRecord, bad_line, lines_of, text_of
 from megabyte_jax.data.records.parquet import Parquet
 from megabyte_jax.data.records.store import RecordTexts
@@ -116,6 +116,8 @@ def _file_documents(
     return _records(path, name, stream.field or "text", data.skip_bad, on_place)
   if kind == "parquet":
     return _rows(RecordTexts(Parquet([path], [name], stream.field or "text", data, path)))
+  if kind == "unread":
+    raise unread(path)
   if kind == "archive" or is_compressed(name):
     found = archives.documents(path, skip_bad=data.skip_bad, on_place=on_place)
     if len(stream.paths) == 1:

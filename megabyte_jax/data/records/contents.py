@@ -42,12 +42,12 @@ def is_compressed(name: str) -> bool:
 
 def stem(name: str) -> str:
   """Returns a name without the ending of its compression."""
-  return os.path.splitext(name)[0] if is_compressed(name) else name
+  return name[: name.rindex(".")] or name if is_compressed(name) else name
 
 
 def decompressing(file: IO[bytes], path: str) -> IO[bytes]:
   """Returns a file of what the compressed `file` holds; `path` tells how it is compressed. See `ERRORS`."""
-  return _OPENERS[os.path.splitext(path)[1].lower()](file)
+  return next(opener for ending, opener in _OPENERS.items() if path.lower().endswith(ending))(file)
 
 
 def decompressed(
@@ -101,7 +101,10 @@ def _copy_of(path: str, data: DataConfig, skip_empty: bool) -> tuple[str, str] |
     raise
   except OSError as error:
     what = f"there is no room for a copy of {path} in" if error.errno in NO_ROOM else f"{path}: no copy can be kept in"
-    raise DataError(f"{what} {folder} ({error.strerror}); set config.data.cache_dir, or pack the data") from error
+    raise DataError(
+      f"{what} {folder} ({error.strerror}); set config.data.cache_dir, or XDG_CACHE_HOME in the environment, or pack "
+      "the data"
+    ) from error
   if not length and not (data.skip_bad or skip_empty):
     raise DataError(f"{path} holds nothing; remove it, or skip such files with {SKIP_HINT}")
   return (copy, path) if length else None

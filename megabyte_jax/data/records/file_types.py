@@ -21,17 +21,20 @@ from megabyte_jax.errors import ConfigError, DataError, require
 _LINES = (".jsonl", ".ndjson")
 _PARQUET = (".parquet",)
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".tzst")  # .tar.gz and the like are .tar, compressed
+_UNREAD = (".lzma", ".lz", ".lz4", ".br", ".z", ".7z", ".rar")  # compressed in ways that nothing here reads
 RECORDS = (*_LINES, *_PARQUET)
 
 
 def kind_of(name: str, as_records: bool = False) -> str:
-  """Returns what a file of this name holds: bytes | lines | parquet | archive, compressed or not.
+  """Returns what a file of this name holds: bytes | lines | parquet | archive, compressed or not, or unread.
 
   Args:
     as_records: a field was named, so that .json is JSON Lines, too, as compressed .json always is.
   """
   lower = name.lower()
   inside = stem(lower)
+  if lower.endswith(_UNREAD) or (is_compressed(inside) and inside != lower):
+    return "unread"
   if inside.endswith(_ARCHIVES) or lower.endswith(_ARCHIVES):
     return "archive"
   if inside.endswith(_LINES) or (inside.endswith(".json") and (as_records or inside != lower)):
@@ -109,11 +112,23 @@ def _notice_utf16(files: Source) -> None:
       return
 
 
+def unread(path: str) -> DataError:
+  """Returns the error about a file whose kind of compression is not read, or that is compressed twice."""
+  how = "twice" if is_compressed(path) else "in a way that is not read"
+  return DataError(
+    f"{path} is compressed {how}; decompress it first, take its bytes as they are with {RAW_HINT}, or leave such files "
+    f"out with {SKIP_HINT}"
+  )
+
+
 def _check_archives(paths: Sequence[str], kinds: Sequence[str], data: DataConfig, spec: str) -> int:
   """Returns how many archives are left out. Raises DataError where there is one, and skip_bad is False."""
   archives = [path for path, kind in zip(paths, kinds, strict=True) if kind == "archive"]
-  if not archives or data.skip_bad:
-    return len(archives)
+  others = [path for path, kind in zip(paths, kinds, strict=True) if kind == "unread"]
+  if data.skip_bad or not archives + others:
+    return len(archives + others)
+  if not archives:
+    raise unread(others[0])
   raise DataError(
     f"{archives[0]} is an archive; pack the files that it holds, and name that folder:\n"
     f"  {pack_command(spec if paths == [spec] else archives[0], data)}\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -136,10 +137,15 @@ class Parquet(TableColumn):
       with open_file(path) as file:
         opened = self._module.ParquetFile(file)
         schema, metadata = opened.schema_arrow, opened.metadata
+        twice = sorted(name for name, count in Counter(schema.names).items() if count > 1)
+        if self._field in twice or (not self._field and twice):
+          raise ConfigError(f"{path} has several columns called {(self._field or twice[0])!r}; rename all but one")
         types = {name: schema.field(name).type for name in schema.names}
         rows = np.array([metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)], np.int64)
         if len(rows) and (rows.min() < 0 or rows.sum() != metadata.num_rows):
           raise ValueError("its row groups do not add up")
+    except ConfigError:
+      raise
     except Exception as error:  # see _values
       raise DataError(f"{path} is not a whole Parquet file ({_said(error)}); get it anew") from error
     self._field = choose_field(path, types, self._field, self._form)
