@@ -315,3 +315,13 @@ def test_a_half_written_checkpoint_is_named_and_removed(tmp_path, capfd):
   assert re.search(r"warning: .*/2\.orbax-checkpoint-tmp was left half-written", capfd.readouterr().err)
   assert not half.exists()
   assert json.loads((tmp_path / "checkpoints/2/files.json").read_text())
+
+
+def test_a_renamed_checkpoint_is_refused(tmp_path):
+  save_steps(tmp_path, 4, 5)
+  (tmp_path / "checkpoints" / "5").rename(tmp_path / "checkpoints" / "1000")
+  with Checkpoints(tmp_path) as checkpoints:
+    for step in (None, 1000):
+      with pytest.raises(CheckpointError, match=r"checkpoints/1000 holds step 5; give it this name back, or move it"):
+        checkpoints.meta(step)
+    assert checkpoints.meta(4)["step"] == 4

@@ -13,7 +13,7 @@ from run_commands import MESH, assert_bitwise_equal
 from safetensors.numpy import load_file
 
 from megabyte_jax.checkpoints import checksums, exported, saved_config
-from megabyte_jax.checkpoints.exported import export_model, is_exported, read_exported
+from megabyte_jax.checkpoints.exported import INDEX_FILE, export_model, is_exported, read_exported
 from megabyte_jax.checkpoints.init_from import parameters_from
 from megabyte_jax.checkpoints.saved_config import load_config
 from megabyte_jax.checkpoints.trained_model import load
@@ -141,6 +141,9 @@ def test_a_shipped_model_is_found_by_its_name(tmp_path, monkeypatch):
   assert_bitwise_equal(parameters, parameters_from("pretrained:tiny", parameters_of(config, seed=5), config, one))
   with pytest.raises(CheckpointError, match="pretrained:large: there is no such model; this package holds pretrained:"):
     load("pretrained:large")
+  for name in ("../" + tmp_path.name + "/tiny", "tiny/", "tiny/../tiny", "", "."):  # no way out of the package
+    with pytest.raises(CheckpointError, match="there is no such model"):
+      load(f"pretrained:{name}")
   with pytest.raises(CheckpointError, match="exported model of step 7 alone; leave out --step=8"):
     load("pretrained:tiny", step=8)
 
@@ -185,3 +188,14 @@ def test_a_shipped_model_cannot_be_trained_in():
 
   with pytest.raises(ConfigError, match=r"--workdir=pretrained:books cannot be trained in; give it to --init_from"):
     train.main(["--workdir=pretrained:books"])
+
+
+def test_an_export_through_a_link_fills_the_folder_that_it_leads_to(tmp_path):
+  config = config_of("two_levels")
+  (tmp_path / "empty").mkdir()
+  for name, target in (("link", "empty"), ("other", "new")):
+    (tmp_path / name).symlink_to(tmp_path / target)
+    export_model(str(tmp_path / name), config, parameters_of(config), step=7)
+    assert (tmp_path / name).is_symlink() and (tmp_path / target / INDEX_FILE).exists()
+    with pytest.raises(ConfigError, match="is not empty; name a new folder"):
+      export_model(str(tmp_path / name), config, parameters_of(config), step=7)

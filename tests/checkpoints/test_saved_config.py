@@ -115,3 +115,9 @@ def test_validation_data_count_by_their_contents_not_by_where_they_lie():
     check_same_run(meta, CONFIG.to_dict(), "t1", "v2")
   with pytest.raises(CheckpointError, match=r"data\.validation: "):
     check_same_run(meta | {"validation_fingerprint": ""}, moved.to_dict(), "t1", "v1")
+
+
+@pytest.mark.parametrize("workdir", ["http://host/run", "file:///run", "ftp://run"])
+def test_no_run_is_read_from_elsewhere(workdir):
+  with pytest.raises(CheckpointError, match=r"no run can be read from \w+://; name a folder or a bucket"):
+    load_config(workdir)

@@ -1,13 +1,17 @@
 """Folders in which links, pipes, packed data or the run itself lie, and names that lead out of where they belong."""
 
+import dataclasses
 import logging
 import os
 import threading
+import time
 
 import numpy as np
 import pytest
+from tiny_config import get_config
 
-from megabyte_jax.config import DataConfig
+import train
+from megabyte_jax.config import Config, DataConfig
 from megabyte_jax.data.folders import find_files, inside_source
 from megabyte_jax.data.open_data import open_path
 from megabyte_jax.data.packing.pack import pack
@@ -83,6 +87,15 @@ def test_places_that_would_become_data(tmp_path):
   assert not inside_source(f"{tmp_path}s", str(tmp_path))
 
 
+def test_no_run_lies_in_its_own_data(tmp_path):
+  (tmp_path / "a.txt").write_bytes(b"text" * 99)
+  config = Config.from_dict(get_config())
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=str(tmp_path)))
+  with pytest.raises(ConfigError, match=r"--workdir=.* lies within the data .*, and would change them"):
+    train.train(config, f"{tmp_path}/runs/mine")
+  assert os.listdir(tmp_path) == ["a.txt"]
+
+
 def test_a_pipe_that_nobody_writes_into_is_said(tmp_path, caplog, monkeypatch):
   path = str(tmp_path / "pipe")
   os.mkfifo(path)
@@ -90,7 +103,7 @@ def test_a_pipe_that_nobody_writes_into_is_said(tmp_path, caplog, monkeypatch):
 
   def write():
     while "waiting for somebody to write into it" not in caplog.text:
-      pass
+      time.sleep(0.01)
     with open(path, "wb") as file:
       file.write(b"text")
 

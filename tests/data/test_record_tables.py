@@ -209,3 +209,10 @@ def test_hugging_face_images(tmp_path, data):
   config = dataclasses.replace(data, form="image", image_size=16)
   source = open_path(f"hf:{tmp_path}/saved", config)
   assert read_all(source) == image_files(tmp_path, encoded, config)
+
+
+def test_two_columns_of_one_name(tmp_path, data):
+  parquet.write_table(arrow.table([["a"], ["b"], ["c"]], names=["text", "text", "other"]), tmp_path / "a.parquet")
+  with pytest.raises(ConfigError, match=r"a\.parquet has several columns called 'text'; rename all but one"):
+    open_path(f"{tmp_path}/a.parquet", data)
+  assert read_all(open_path(f"{tmp_path}/a.parquet#other", data)) == [b"c"]

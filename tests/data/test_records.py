@@ -14,6 +14,7 @@ from record_files import as_bytes, json_lines, read_all, write_parquet
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data.batches import batches
 from megabyte_jax.data.open_data import open_path
+from megabyte_jax.data.packing.pack import pack
 from megabyte_jax.data.records import cache, contents, lines
 from megabyte_jax.errors import ConfigError, DataError
 
@@ -267,3 +268,23 @@ def test_the_cache_folder(tmp_path, monkeypatch):
   monkeypatch.delenv("XDG_CACHE_HOME")
   assert cache.cache_folder("") == os.path.expanduser("~/.cache/megabyte_jax")
   assert cache.cache_folder("~/x") == os.path.expanduser("~/x")
+
+
+@pytest.mark.parametrize("name", ["a.lzma", "a.txt.7z", "a.lz4", "a.Z", "a.txt.gz.gz", "a.jsonl.xz.zst"])
+def test_compression_that_is_not_read_is_no_text(tmp_path, data, name):
+  (tmp_path / name).write_bytes(b"noise")
+  (tmp_path / "b.txt.gz").write_bytes(COMPRESS[".gz"](b"text"))
+  how = "twice" if name.count(".") == 3 else "in a way that is not read"
+  for spec in (tmp_path, tmp_path / name):
+    with pytest.raises(DataError, match=rf"{name} is compressed {how}; decompress it first"):
+      open_path(str(spec), data)
+  source = open_path(str(tmp_path), dataclasses.replace(data, skip_bad=True))
+  assert read_all(source) == [b"text"] and source.skipped == 1
+  with pytest.raises(DataError, match=f"is compressed {how}"):
+    pack(str(tmp_path), str(tmp_path.parent / f"{tmp_path.name}-packed"), data)
+  assert read_all(open_path(str(tmp_path / name), dataclasses.replace(data, raw=True))) == [b"noise"]
+
+
+def test_a_name_that_is_an_ending_alone(tmp_path, data):
+  (tmp_path / ".gz").write_bytes(COMPRESS[".gz"](b"text"))
+  assert read_all(open_path(f"{tmp_path}/.gz", data)) == [b"text"]

@@ -16,7 +16,7 @@ from flax import nnx
 from megabyte_jax.config import Config, Level, MegabyteConfig, MeshConfig, PerceiverARConfig
 from megabyte_jax.errors import ConfigError
 from megabyte_jax.generation import sampling as sampling_module
-from megabyte_jax.generation.sampling import generate
+from megabyte_jax.generation.sampling import Sampling, generate
 from megabyte_jax.models.build import abstract_model, in_compute_dtype, make_model, parameter_info
 from megabyte_jax.parallel.sharding import make_mesh, shard_abstract
 from megabyte_jax.planning.lowering import lower
@@ -174,6 +174,18 @@ def test_what_a_model_cannot_read_or_say_is_one_error():
   for seed in (-1, 1 << 32):
     with pytest.raises(ConfigError, match=rf"seed is {seed}; it must be at least 0 and below"):
       generate(model, seed=seed)
+  for options, message in (
+    ({"num_bytes": 4.0}, "the number of bytes to generate is 4.0; it must be a whole number"),
+    ({"num_bytes": 10**20}, "it must be at most 2147483647"),
+    ({"seed": 1.5}, "the seed is 1.5; it must be a whole number"),
+    ({"num_samples": "2"}, "the number of samples is '2'; it must be a whole number"),
+  ):
+    with pytest.raises(ConfigError, match=message):
+      generate(model, **options)
+  for options in ({"top_k": 1.5}, {"temperature": "1"}, {"top_p": None}):
+    with pytest.raises(ConfigError, match=r"it must be a (whole )?number"):
+      Sampling(**options)
+  assert Sampling(top_k=np.int64(3)) == Sampling(top_k=3)
   broken = jax.tree.map(lambda a: a * jnp.nan, variants.parameters(name))
   with pytest.raises(FloatingPointError, match="not finite"):
     generate(nnx.merge(abstract_model(variants.VARIANTS[name])[0], broken), b"\3", 4)

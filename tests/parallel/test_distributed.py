@@ -229,6 +229,13 @@ def test_output_outlives_its_reader():
     assert lasting.fileno() == writing
 
 
+def test_output_outlives_a_full_disk():
+  with open("/dev/full", "w", buffering=1) as stream:
+    lasting = distributed.LastingOutput(stream)
+    print("lost", file=lasting, flush=True)
+    print("lost, too", file=lasting, flush=True)
+
+
 def test_arguments(monkeypatch):
   given = []
   monkeypatch.setattr(distributed, "start", lambda *place: given.append(place))

@@ -136,7 +136,8 @@ def test_progress_lines_and_evaluations_are_those_of_one_run(folder, config, tmp
     (15, False),
   ]
   handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-  for step, number in ((7, signal.SIGTERM), (13, signal.SIGINT)):  # a progress line is half done, an evaluation due
+  # A terminal is lost; then a progress line is half done, and an evaluation due.
+  for step, number in ((4, signal.SIGHUP), (7, signal.SIGTERM), (13, signal.SIGINT)):
     train_with_a_signal(config, tmp_path / "stopped", step, number)
     assert f"stopped at step {step}, which is saved" in capsys.readouterr().out
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
@@ -249,7 +250,7 @@ def test_the_same_command_resumes_fine_tuning(config, tmp_path, capsys):
     train.train(config, str(tuned), init_from="x")
 
 
-def test_training_in_a_thread_hears_no_signals(config, tmp_path):
+def test_training_in_a_thread_hears_no_signals(config, tmp_path, capsys):
   """Python allows handlers in the main thread alone, whose signals are then the program's own."""
   model = dataclasses.replace(config.model, levels=config.model.levels[:1])  # quicker to compile
   config = dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, validation=""), num_steps=2)
@@ -259,6 +260,10 @@ def test_training_in_a_thread_hears_no_signals(config, tmp_path):
     running.result()
   assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
   assert saved_state(tmp_path / "run")[0] == 2
+  (tmp_path / "run" / "metrics.jsonl").write_text("")
+  train.train(config, str(tmp_path / "run"))  # a finished run does not fail for want of a picture
+  said = capsys.readouterr()
+  assert "no loss curve" in said.err and "try next" in said.out
 
 
 def test_a_run_that_meets_a_bad_image_goes_on_as_it_is_advised(config, tmp_path, capsys):

@@ -140,7 +140,7 @@ class Parquet(TableColumn):
         twice = sorted(name for name, count in Counter(schema.names).items() if count > 1)
         if self._field in twice or (not self._field and twice):
           raise ConfigError(f"{path} has several columns called {(self._field or twice[0])!r}; rename all but one")
-        types = {name: schema.field(name).type for name in schema.names}
+        types = {name: schema.field(name).type for name in schema.names if name not in twice}
         rows = np.array([metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)], np.int64)
         if len(rows) and (rows.min() < 0 or rows.sum() != metadata.num_rows):
           raise ValueError("its row groups do not add up")
