@@ -147,3 +147,9 @@ def bin_middles(positions: dict[str, Any]) -> list[float]:
   """Returns the middle of each bin of the context, in bytes."""
   width = positions["context_bin_width"]
   return [width * (i + 0.5) for i in range(len(positions["context"]))]
+
+
+def training_seconds(workdir: pathlib.Path) -> float:
+  """Returns the seconds that the run has taken so far, compilation included."""
+  lines = (json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines())
+  return [line["seconds"] for line in lines if "seconds" in line][-1]

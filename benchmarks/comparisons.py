@@ -38,11 +38,11 @@ import sys
 
 import comparison_files
 import jax
+from comparison_arguments import parse_arguments
 from comparison_rows import COMPARISONS, Comparison
 
 from megabyte_jax.checkpoints.checkpoints import Checkpoints
 from megabyte_jax.commands import command_line
-from megabyte_jax.commands.arguments import Parser
 from megabyte_jax.config import Config, overrides
 from megabyte_jax.data.open_data import open_source
 from megabyte_jax.display.progress import human
@@ -220,7 +220,7 @@ def complete(run: Run, comparison: Comparison, args: argparse.Namespace) -> tupl
       done[method] = run.evaluate(workdir, "--split=test", f"--method={method}", *words, *limit)
       done[method]["positions"] = json.loads((workdir / "eval_positions.json").read_text())
     where = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "date": f"{datetime.date.today()}"}
-    where |= {"training_seconds": training_seconds(workdir), "learning_rate": rate}
+    where |= {"training_seconds": comparison_files.training_seconds(workdir), "learning_rate": rate}
     return comparison_files.row_record(workdir, done) | where
 
   kept = run.file.get_or_make("run", whole_run)
@@ -232,12 +232,6 @@ def complete(run: Run, comparison: Comparison, args: argparse.Namespace) -> tupl
   methods = {method: found["bpb"] for method, found in kept["results"].items()}
   result |= {name: kept[name] for name in ("training_seconds", "device", "jax", "date")} | {"methods": methods}
   return result | kept["results"][kept["method"]], kept
-
-
-def training_seconds(workdir: pathlib.Path) -> float:
-  """Returns the seconds that the run has taken so far, compilation included."""
-  lines = (json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines())
-  return [line["seconds"] for line in lines if "seconds" in line][-1]
 
 
 def fits(config: Config, method: str) -> bool:
@@ -263,49 +257,6 @@ def schedule(config: Config, rate: float, steps: int) -> tuple[str, ...]:
   )
 
 
-def count(text: str) -> int:
-  """Parses a whole number, also one such as 1e8."""
-  return int(float(text))
-
-
-def numbers(text: str) -> list[float]:
-  """Parses numbers separated by commas."""
-  return [float(number) for number in text.split(",")]
-
-
-def parse_arguments() -> argparse.Namespace:
-  """Parses the flags that the head of this file describes."""
-  parser = Parser("python benchmarks/comparisons.py", description=__doc__)
-  parser.add_argument("comparison", choices=list(COMPARISONS))
-  parser.add_argument("--data", default="corpora", help="the folder that benchmarks/corpora/build.py made")
-  parser.add_argument("--workdir", default="runs/comparisons")
-  parser.add_argument("--output", default="", help="results are written here; default: WORKDIR/COMPARISON/results.json")
-  parser.add_argument("--train-bytes", type=count, default=2**27, help="of every row, such as 1e8")
-  parser.add_argument("--rates", type=numbers, default="1,3,6", help="times the paper's learning rate")
-  parser.add_argument("--like", default="", help="match and choose nothing: take it from this folder of rows' files")
-  parser.add_argument("--trial-share", type=float, default=0.2, help="of the bytes, for each learning rate")
-  parser.add_argument("--trial-bytes", type=count, default=2**20, help="of the validation split, to compare rates on")
-  parser.add_argument("--test-bytes", type=count, default=0, help="score only the first so many of the test split")
-  parser.add_argument("--rows", default="", help="some of the rows, by a regular expression; default: all")
-  parser.add_argument("--flags", default="", help="more flags of train.py for all rows, separated by spaces")
-  parser.add_argument("--match", default="time", choices=["time", "flops", "none"], help="what rows are made equal in")
-  parser.add_argument("--match-rounds", type=int, default=10, help="how often each candidate is timed, one second each")
-  parser.add_argument("--dry-run", action="store_true", help="show what would be trained, matched by FLOPs, and end")
-  parser.add_argument("--match-only", action="store_true", help="end when rows are matched, before any is trained")
-  parser.add_argument("--compiled", default="", help="folder of compiled programs; default: WORKDIR/compiled")
-  parser.add_argument("--config-file", default=str(ROOT / "configs/small.py"), help="what makes configs of rows")
-  args = parser.parse_args()
-  folder = pathlib.Path(args.workdir).resolve() / args.comparison
-  args.output = pathlib.Path(args.output or folder / "results.json")
-  if args.output.suffix != ".json":
-    parser.error(
-      f"--output={args.output} must end in .json: files of the rows go into a folder of the same name without it"
-    )
-  args.data = pathlib.Path(args.data).resolve() / COMPARISONS[args.comparison].data
-  args.config_file = pathlib.Path(args.config_file).resolve()
-  return args
-
-
 def begin(comparison: Comparison, args: argparse.Namespace) -> list[Run]:
   """Returns the wanted rows, with what is known of them."""
   flags = [*comparison.flags, *args.flags.split()]
@@ -329,7 +280,7 @@ def begin(comparison: Comparison, args: argparse.Namespace) -> list[Run]:
 
 
 def main() -> None:
-  args = parse_arguments()
+  args = parse_arguments(__doc__, ROOT)
   comparison = COMPARISONS[args.comparison]
   compiled = args.compiled or pathlib.Path(args.workdir).resolve() / "compiled"
   jax.config.update("jax_compilation_cache_dir", str(compiled))
