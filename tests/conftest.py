@@ -4,6 +4,7 @@ import atexit
 import importlib.metadata
 import os
 import shutil
+import signal
 import tempfile
 
 # A tiny model spends its time in the compiler, not in the run; without these a program compiles in half the time.
@@ -57,6 +58,14 @@ def saved_whole():
   from orbax.checkpoint import type_handlers  # noqa: PLC0415  (the process that shares out the tests needs none)
 
   type_handlers.get_type_handler(jax.Array)._min_slice_bytes_for_replica_parallel = 2**20
+
+
+@pytest.fixture
+def hangups():
+  """Has SIGHUP do what it does by default: under nohup it is ignored, and a run leaves it so."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  yield
+  signal.signal(signal.SIGHUP, before)
 
 
 # The files that take longest, longest first, so that no process is left alone with one of them at the end.

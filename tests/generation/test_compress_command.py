@@ -12,7 +12,7 @@ from compressed_files import repacked, text_bytes
 from run_commands import evaluate_command, finish, start, write_data
 
 import train
-from megabyte_jax.checkpoints import trained_model
+from megabyte_jax.checkpoints import saved_config, trained_model
 from megabyte_jax.commands import compress
 from megabyte_jax.config import Config, DataConfig, EvalConfig
 from megabyte_jax.errors import ConfigError, DataError
@@ -88,6 +88,9 @@ def test_the_command_says_what_it_stores(workdir, monkeypatch, capsys, tmp_path)
 @pytest.mark.skipif(not pathlib.Path("/dev/stdout").exists(), reason="standard output has no name here")
 def test_standard_output_gets_the_file_alone(model, monkeypatch, capfdbinary, tmp_path):
   monkeypatch.setattr(trained_model, "load", lambda workdir, step: (model, None, 3))
+  monkeypatch.setattr(
+    saved_config, "load_config", lambda workdir: Config(model=model.config, batch_size=1, num_steps=3)
+  )
   (tmp_path / "text").write_bytes(b"some text")
   compress.main([str(tmp_path / "text"), "/dev/stdout", "--workdir=run"])
   out, err = capfdbinary.readouterr()

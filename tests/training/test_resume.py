@@ -124,7 +124,7 @@ def train_with_a_signal(config, workdir, step, number=signal.SIGTERM, **options)
     train.train(config, str(workdir), **options)
 
 
-def test_progress_lines_and_evaluations_are_those_of_one_run(folder, config, tmp_path, capsys):
+def test_progress_lines_and_evaluations_are_those_of_one_run(folder, config, tmp_path, capsys, hangups):
   train.train(config, str(tmp_path / "whole"))
   lines = metric_lines(tmp_path / "whole")
   assert [(line["step"], "loss" in line) for line in lines] == [
