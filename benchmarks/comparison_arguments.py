@@ -9,6 +9,8 @@ from comparison_rows import COMPARISONS
 
 from megabyte_jax.commands.arguments import Parser
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
 
 def count(text: str) -> int:
   """Parses a whole number, also one such as 1e8."""
@@ -20,8 +22,8 @@ def numbers(text: str) -> list[float]:
   return [float(number) for number in text.split(",")]
 
 
-def parse_arguments(description: str | None, root: pathlib.Path) -> argparse.Namespace:
-  """Parses the command line; `description` is for --help, `root` the repository."""
+def parse_arguments(description: str | None) -> argparse.Namespace:
+  """Parses the command line; `description` is for --help."""
   parser = Parser("python benchmarks/comparisons.py", description=description)
   parser.add_argument("comparison", choices=list(COMPARISONS))
   parser.add_argument("--data", default="corpora", help="the folder that benchmarks/corpora/build.py made")
@@ -40,7 +42,7 @@ def parse_arguments(description: str | None, root: pathlib.Path) -> argparse.Nam
   parser.add_argument("--dry-run", action="store_true", help="show what would be trained, matched by FLOPs, and end")
   parser.add_argument("--match-only", action="store_true", help="end when rows are matched, before any is trained")
   parser.add_argument("--compiled", default="", help="folder of compiled programs; default: WORKDIR/compiled")
-  parser.add_argument("--config-file", default=str(root / "configs/small.py"), help="what makes configs of rows")
+  parser.add_argument("--config-file", default=str(ROOT / "configs/small.py"), help="what makes configs of rows")
   args = parser.parse_args()
   folder = pathlib.Path(args.workdir).resolve() / args.comparison
   args.output = pathlib.Path(args.output or folder / "results.json")

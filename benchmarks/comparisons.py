@@ -38,7 +38,7 @@ import sys
 
 import comparison_files
 import jax
-from comparison_arguments import parse_arguments
+from comparison_arguments import ROOT, parse_arguments
 from comparison_rows import COMPARISONS, Comparison
 
 from megabyte_jax.checkpoints.checkpoints import Checkpoints
@@ -52,11 +52,10 @@ from megabyte_jax.files.atomic_file import replacing
 from megabyte_jax.models import flops
 from megabyte_jax.planning import matching
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import eval as evaluation  # noqa: E402
-import train  # noqa: E402
+import eval as evaluation
+import train
 
 # Arguments that decide a row's results, together with its config.
 DECISIVE = ("train_bytes", "trial_share", "trial_bytes", "test_bytes", "match")
@@ -280,7 +279,7 @@ def begin(comparison: Comparison, args: argparse.Namespace) -> list[Run]:
 
 
 def main() -> None:
-  args = parse_arguments(__doc__, ROOT)
+  args = parse_arguments(__doc__)
   comparison = COMPARISONS[args.comparison]
   compiled = args.compiled or pathlib.Path(args.workdir).resolve() / "compiled"
   jax.config.update("jax_compilation_cache_dir", str(compiled))
