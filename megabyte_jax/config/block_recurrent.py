@@ -8,14 +8,14 @@ from typing import Literal, Self
 from megabyte_jax.config.counts import attention_width, block_weights, norm_parameters
 from megabyte_jax.config.levels import Level
 from megabyte_jax.config.model import Attention, ModelConfig
+from megabyte_jax.config.one_level import OneLevel
 from megabyte_jax.errors import require
 
 BUCKETS = 32  # of T5's relative positions
-_OF_LEVEL = ("width", "num_layers", "num_heads", "head_dim", "ff_width")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockRecurrentConfig(ModelConfig):
+class BlockRecurrentConfig(OneLevel, ModelConfig):
   """Describes a Transformer with a sliding window, some of whose layers also carry state vectors over the windows.
 
   Attributes:
@@ -54,29 +54,10 @@ class BlockRecurrentConfig(ModelConfig):
     """True: a memory goes from segment to segment."""
     return True
 
-  def level_key(self, i: int) -> str:
-    """Returns `model`: the only level's sizes are the model's own."""
-    return "model"
-
-  @property
-  def level(self) -> Level:
-    """All layers, described as a level of single tokens."""
-    return Level(patch_size=1, **{name: getattr(self, name) for name in _OF_LEVEL})
-
-  @property
-  def levels(self) -> tuple[Level, ...]:
-    """The one level."""
-    return (self.level,)
-
   @property
   def level_names(self) -> tuple[str, ...]:
     """The layers over tokens, as the cells work on states."""
     return ("tokens",)
-
-  @property
-  def spans(self) -> tuple[int, ...]:
-    """The segment."""
-    return (self.context,)
 
   @property
   def cells(self) -> tuple[int, ...]:
@@ -88,11 +69,11 @@ class BlockRecurrentConfig(ModelConfig):
 
     Where there are too few layers for the recurrent ones, these move to the same shares of the depth.
     """
-    [level] = levels
-    layers, now = self.recurrent_layers, level.num_layers
+    sizes = self.sizes_of(levels)
+    layers, now = self.recurrent_layers, sizes["num_layers"]
     if not all(-now <= i < now for i in layers):
       layers = tuple(dict.fromkeys(i * now // self.num_layers for i in self.cells))
-    return dataclasses.replace(self, recurrent_layers=layers, **{name: getattr(level, name) for name in _OF_LEVEL})
+    return dataclasses.replace(self, recurrent_layers=layers, **sizes)
 
   # --- Counts. Queries, keys and values have no biases. ---
 

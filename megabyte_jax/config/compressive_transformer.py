@@ -6,20 +6,20 @@ import dataclasses
 from typing import Literal, Self
 
 from megabyte_jax.config.counts import attention_width
-from megabyte_jax.config.levels import BlockOptions, Level
+from megabyte_jax.config.levels import BlockOptions
 from megabyte_jax.config.model import Attention, ModelConfig
+from megabyte_jax.config.one_level import OneLevel
 from megabyte_jax.config.transformer_xl import TransformerXLConfig
 from megabyte_jax.errors import require
 
 Compression = Literal["convolution", "dilated_convolution", "mean", "max", "most_used"]
 
 DILATED_TAPS = 3  # of the dilated convolution, which the paper does not describe
-_OF_LEVEL = ("width", "num_layers", "num_heads", "head_dim", "ff_width")
-_SHARED = (*_OF_LEVEL, "norm_place", "untie", "clamp_length", "scaled_embeddings", "context", "vocab_size")
+_SHARED = (*OneLevel.level_fields, "norm_place", "untie", "clamp_length", "scaled_embeddings", "context", "vocab_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CompressiveTransformerConfig(ModelConfig):
+class CompressiveTransformerConfig(OneLevel, ModelConfig):
   """Describes a Transformer-XL whose oldest memories are compressed instead of forgotten.
 
   Attributes:
@@ -86,35 +86,6 @@ class CompressiveTransformerConfig(ModelConfig):
   def is_learned(self) -> bool:
     """True if the compression has parameters, which the attention-reconstruction loss trains."""
     return self.compression in ("convolution", "dilated_convolution")
-
-  def level_key(self, i: int) -> str:
-    """Returns `model`: the only level's sizes are the model's own."""
-    return "model"
-
-  @property
-  def level(self) -> Level:
-    """The layers, described as a level of single tokens."""
-    return Level(patch_size=1, **{name: getattr(self, name) for name in _OF_LEVEL})
-
-  @property
-  def levels(self) -> tuple[Level, ...]:
-    """The one level."""
-    return (self.level,)
-
-  @property
-  def level_names(self) -> tuple[str, ...]:
-    """The layers."""
-    return ("layers",)
-
-  @property
-  def spans(self) -> tuple[int, ...]:
-    """The segment."""
-    return (self.context,)
-
-  def with_levels(self, levels: tuple[Level, ...]) -> Self:
-    """Returns the same model with other sizes of its only level."""
-    [level] = levels
-    return dataclasses.replace(self, **{name: getattr(level, name) for name in _OF_LEVEL})
 
   def parameter_count(self) -> int:
     """Returns the number of trainable parameters: those of the Transformer-XL and of each layer's compression."""

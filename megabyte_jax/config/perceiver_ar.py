@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 from megabyte_jax.config.counts import (
   attention_width,
@@ -11,15 +11,13 @@ from megabyte_jax.config.counts import (
   block_weights,
   norm_parameters,
 )
-from megabyte_jax.config.levels import Level
 from megabyte_jax.config.model import Attention, CrossAttention, ModelConfig
+from megabyte_jax.config.one_level import OneLevel
 from megabyte_jax.errors import require
-
-_OF_LEVEL = ("width", "num_layers", "num_heads", "head_dim", "ff_width", "rotary")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PerceiverARConfig(ModelConfig):
+class PerceiverARConfig(OneLevel, ModelConfig):
   """Describes the PerceiverAR baseline (appendix C of the paper); see models/perceiver_ar.py.
 
   Attributes:
@@ -31,6 +29,7 @@ class PerceiverARConfig(ModelConfig):
   """
 
   largest_vocab: ClassVar[int] = 1 << 20
+  level_fields: ClassVar[tuple[str, ...]] = (*OneLevel.level_fields, "rotary")
 
   family: Literal["perceiver_ar"] = "perceiver_ar"
   latents: int
@@ -45,20 +44,6 @@ class PerceiverARConfig(ModelConfig):
   def display_name(self) -> str:
     """PerceiverAR."""
     return "PerceiverAR"
-
-  def level_key(self, i: int) -> str:
-    """Returns `model`: the only level's sizes are the model's own."""
-    return "model"
-
-  @property
-  def level(self) -> Level:
-    """The self-attention layers over the latents, described as a level of single bytes."""
-    return Level(patch_size=1, **{name: getattr(self, name) for name in _OF_LEVEL})
-
-  @property
-  def levels(self) -> tuple[Level, ...]:
-    """The one level."""
-    return (self.level,)
 
   @property
   def level_names(self) -> tuple[str, ...]:
@@ -84,11 +69,6 @@ class PerceiverARConfig(ModelConfig):
   def cross_attention(self) -> CrossAttention:
     """The layer from the latents to the whole input."""
     return CrossAttention(self.latents, self.context - self.latents / 2, self.num_heads, self.width)
-
-  def with_levels(self, levels: tuple[Level, ...]) -> Self:
-    """Returns the same model with other sizes of its only level."""
-    [level] = levels
-    return dataclasses.replace(self, **{name: getattr(level, name) for name in _OF_LEVEL})
 
   def parameter_count(self) -> int:
     """Returns the number of trainable parameters."""

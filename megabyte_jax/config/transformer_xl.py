@@ -11,15 +11,13 @@ from megabyte_jax.config.counts import (
   relative_block_parameters,
   relative_block_weights,
 )
-from megabyte_jax.config.levels import Level
 from megabyte_jax.config.model import Attention, ModelConfig
+from megabyte_jax.config.one_level import OneLevel
 from megabyte_jax.errors import require
-
-_OF_LEVEL = ("width", "num_layers", "num_heads", "head_dim", "ff_width")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerXLConfig(ModelConfig):
+class TransformerXLConfig(OneLevel, ModelConfig):
   """Describes a Transformer over segments that remembers the segments before; see models/transformer_xl.py.
 
   Defaults are the original's: post-norm, ReLU, embeddings times the root of the width, matrices of deviation 0.02.
@@ -68,35 +66,6 @@ class TransformerXLConfig(ModelConfig):
   def for_evaluation(self) -> Self:
     """The model with the memory that evaluation has."""
     return dataclasses.replace(self, memory_length=self.evaluation_memory_length or self.memory_length)
-
-  def level_key(self, i: int) -> str:
-    """Returns `model`: the only level's sizes are the model's own."""
-    return "model"
-
-  @property
-  def level(self) -> Level:
-    """The layers, described as a level of single tokens."""
-    return Level(patch_size=1, **{name: getattr(self, name) for name in _OF_LEVEL})
-
-  @property
-  def levels(self) -> tuple[Level, ...]:
-    """The one level."""
-    return (self.level,)
-
-  @property
-  def level_names(self) -> tuple[str, ...]:
-    """The layers."""
-    return ("layers",)
-
-  @property
-  def spans(self) -> tuple[int, ...]:
-    """The segment."""
-    return (self.context,)
-
-  def with_levels(self, levels: tuple[Level, ...]) -> Self:
-    """Returns the same model with other sizes of its only level."""
-    [level] = levels
-    return dataclasses.replace(self, **{name: getattr(level, name) for name in _OF_LEVEL})
 
   def parameter_count(self) -> int:
     """Returns the number of trainable parameters."""

@@ -59,7 +59,8 @@ def in_segments(model, x_BT):
 @functools.cache
 def compiled(name, **changes):
   """The jitted `in_segments` of a model; x_BT has 16 rows, so that all tests share one compilation."""
-  run = jax.jit(lambda x_BT: in_segments(model(name, **changes), x_BT))
+  one = model(name, **changes)  # made outside of the trace: its parameters are kept for other tests
+  run = jax.jit(lambda x_BT: in_segments(one, x_BT))
   return lambda x_BT: jax.tree.map(lambda a: a[: len(x_BT)], run(np.resize(x_BT, (16, x_BT.shape[1]))))
 
 
