@@ -46,6 +46,7 @@ from megabyte_jax.evaluation.positions import write_positions
 from megabyte_jax.files import outputs
 from megabyte_jax.files.atomic_file import replacing
 from megabyte_jax.parallel import distributed
+from megabyte_jax.parallel.compilation_cache import keep_compiled_programs
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> str:
     The last line that it prints, one JSON object; '' in all but one of several processes.
   """
   distributed.start_from_arguments(args)
+  keep_compiled_programs()
   config = with_options(load_config(args.workdir), args)
   mesh = evaluation_mesh(config.mesh)
   if args.data:

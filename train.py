@@ -43,6 +43,7 @@ from megabyte_jax.files.folder_lock import locked
 from megabyte_jax.generation.final_samples import print_sample, write_samples
 from megabyte_jax.models.flops import flops_per_byte, predicted_bytes
 from megabyte_jax.parallel import distributed
+from megabyte_jax.parallel.compilation_cache import keep_compiled_programs
 from megabyte_jax.parallel.sharding import batch_sharding, check_mesh, make_mesh
 from megabyte_jax.training.resume import resume_or_start
 from megabyte_jax.training.saving import is_due, save
@@ -207,6 +208,7 @@ def run(args: argparse.Namespace) -> None:
   require(not is_shipped(args.workdir), f"--workdir={args.workdir} cannot be trained in; give it to --init_from")
   outputs.check_output_folder("--workdir", args.workdir)
   distributed.start_from_arguments(args)
+  keep_compiled_programs()
   train(config, args.workdir, args.init_from)
 
 

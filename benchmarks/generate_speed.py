@@ -45,6 +45,7 @@ from megabyte_jax.files.atomic_file import replacing
 from megabyte_jax.models.build import initial_parameters, make_model
 from megabyte_jax.models.parameters import compute_dtype
 from megabyte_jax.paper.printed_numbers import TABLES
+from megabyte_jax.parallel.compilation_cache import keep_compiled_programs
 
 PEER = "MEGABYTE-pytorch"
 ROWS = {"Transformer": "table9:transformer", "MEGABYTE": "table9:megabyte"}  # of the paper's table
@@ -247,6 +248,7 @@ def main() -> None:
   args = parser.parse_args()
   if args.output and args.size != "full":
     parser.error("--output is for the models of the paper's table: --size=full")
+  keep_compiled_programs()
   size = SIZES[args.size]
   batches = [int(b) for b in args.batches.split(",")] if args.batches else list(size.batches)
   if args.peer_only:

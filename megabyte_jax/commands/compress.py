@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   from megabyte_jax.files.atomic_file import is_standard_output, replacing
   from megabyte_jax.generation import entropy_coding
   from megabyte_jax.generation.compression import BATCH, WINDOW, compress, decompress, read, what_bits_are_for
+  from megabyte_jax.parallel.compilation_cache import keep_compiled_programs
 
   entropy_coding.constriction()  # missing? then say so at once
   with inputs.waiting_is_said(args.file) as waiting, open(args.file, "rb") as file:
@@ -66,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if header is None or header.coding:  # what is stored needs no model
       form = load_config(args.workdir).data.form
       require(form != "subwords", f"{args.workdir} is a model of subwords; compress with one that reads bytes")
+      keep_compiled_programs()
       model, _, step = load(args.workdir, args.step)
       print(f"step {step} of {args.workdir}", file=sys.stderr)
     with Progress("decompressing" if args.decompress else "compressing", total=length, compiles=True) as progress:

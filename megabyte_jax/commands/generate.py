@@ -82,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   from megabyte_jax.generation.media_files import Prompt
   from megabyte_jax.generation.sampling import Sampling, generate
   from megabyte_jax.generation.subword_text import generate_text
+  from megabyte_jax.parallel.compilation_cache import keep_compiled_programs
   from megabyte_jax.parallel.sharding import make_mesh, parse_mesh
 
   sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
@@ -96,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   require(not args.stop or data.form in ("bytes", "subwords"), "--stop is for models of text")
   tokenizer = load_tokenizer(data.tokenizer, data.tokenizer_sha256) if data.form == "subwords" else None
   mesh = make_mesh(parse_mesh(args.mesh, data=1)) if args.mesh else None
+  keep_compiled_programs()
   model, _, step = load(args.workdir, args.step, mesh)
   print(f"step {step} of {args.workdir}", file=sys.stderr)
   given = len(tokenizer.encode(prompt.kept.tobytes())) if tokenizer else prompt.kept.size

@@ -22,6 +22,7 @@ from etils import epath
 from megabyte_jax.errors import DataError
 from megabyte_jax.files.atomic_file import replacing
 from megabyte_jax.files.object_stores import is_remote
+from megabyte_jax.files.user_cache import user_cache_folder
 
 if TYPE_CHECKING:
   from _typeshed import ReadableBuffer as Buffer
@@ -33,8 +34,7 @@ def cache_folder(cache_dir: str) -> str:
   """Returns the folder that `config.data.cache_dir` names, or the default where it is empty."""
   if cache_dir:
     return os.path.expanduser(cache_dir)
-  base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  return os.path.join(base, "megabyte_jax")
+  return user_cache_folder()
 
 
 def identity(path: str) -> dict[str, Any]:
