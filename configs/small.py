@@ -1,5 +1,8 @@
 """Any row of the paper's tables at about an eighth of its compute per byte, for one GPU and a hundred megabytes.
 
+It shows in minutes that a row works, but not which model is better: the rule puts MEGABYTE at a disadvantage
+(docs/results.md, half-size comparisons). configs/recipe.py is the better start for a model of your own.
+
   python train.py --config=configs/small.py:table2:books_megabyte --workdir=runs/small/books_megabyte \
     --config.data.train=corpora/books/train --config.data.validation=corpora/books/validation
 
@@ -9,8 +12,8 @@ One rule for every row:
   extensions and inference method stay.
 - All rows of a data set predict equally many bytes a step, so that they are updated equally often: 32,768, whole
   images that come closest to it, or 524,288 bytes of sound. A batch of many windows is worked through in parts of at
-  most 65,536 bytes. So MEGABYTE has one image of 256 pixels a step where the paper takes 16, which costs it much
-  (docs/results.md); `--config.batch_size=16 --config.accumulate=4` gives it 16.
+  most 65,536 bytes. So MEGABYTE has one image of 256 pixels a step where the paper takes 16, which costs it much;
+  `--config.batch_size=16 --config.accumulate=4` gives it 16.
 - 134 million bytes in all, a twenty-fifth of the steps to warm up. The learning rate is the paper's for the full size:
   try others.
 - Three things help a short run to leave its first plateau, where a byte is predicted from the one before it; otherwise

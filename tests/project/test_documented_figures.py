@@ -10,7 +10,6 @@ import pytest
 
 from megabyte_jax.paper.rows_by_name import ROOT
 
-DATA = ("books", "images")
 MODELS = ("megabyte", "transformer", "windowed_transformer", "perceiver_ar")
 IMAGE_MODELS = ("megabyte", "transformer", "perceiver_ar")
 README, RESULTS, COMPARED = (
@@ -20,10 +19,6 @@ README, RESULTS, COMPARED = (
 
 def result(name):
   return json.loads((ROOT / f"docs/results/{name}.json").read_text())
-
-
-def short(rate):
-  return f"{rate:.1e}".replace(".0e", "e").replace("e-0", "e-")
 
 
 def numbers(text):
@@ -76,115 +71,66 @@ def test_generation():
       assert f" {one['share_of_floor']:.1%} " in RESULTS
 
 
-def bpb_of(*names):
-  """{model: bits per byte} of the rows of these comparisons."""
-  rows = [row for name in names for row in result(name)["rows"]]
-  return {re.search("|".join(MODELS), row["row"])[0]: row["bpb"] for row in rows}
-
-
-def test_small_scale_in_short():
+def test_half_size_comparisons():
   lines = {
     "books, 120 MB": ["books"],
+    "the same, another seed": ["books_seed1"],
     "the same, modern recipe": ["modern_models"],
+    "LaTeX, 60 MB": ["latex"],
     "code, 40 MB": ["code"],
     "audio, 200 MB": ["audio"],
-    "Image256, 400 MB, 2,035 steps of one image": ["image256"],
-    "Image256, 1.6 GB, 2,035 steps of 4 images, other tiles": [f"image256_four/{m}" for m in MODELS[:2]],
-    "Image256, 2.5 GB, 800 steps of 16 images, these tiles": [f"image256_sixteen/{m}" for m in IMAGE_MODELS],
+    "Image640, 1 GB": ["image640"],
+    "Image64 at a quarter of the size, 200 MB": ["image64_quarter"],
+    "Image256, 400 MB, one photograph a step": ["image256"],
+    "Image256, 2.5 GB, sixteen photographs a step": [f"image256_sixteen_{model}" for model in IMAGE_MODELS],
   }
+  runs = result("half_size")
   for line, names in lines.items():
-    bpb = bpb_of(*names)
-    shown = " ".join(f"{bpb[model]:.3f} |" if model in bpb else "|" for model in MODELS)
-    assert f"| {line} | {shown}" in COMPARED
-  books, modern = bpb_of("books"), bpb_of("modern_models")
-  figures = [f"{bpb[model]:.3f}" for bpb in (books, modern) for model in MODELS[:2]]
-  assert_shows(README, "(docs/comparisons.md#megabyte-and-its-baselines-at-small-scale)", *figures)
+    found = [one for name in names for one in runs[name]["models"]]
+    bpb = {re.search("|".join(MODELS), one["row"])[0]: one["methods"]["basic"] for one in found}
+    assert row(RESULTS, line) == [f"{bpb[model]:.3f}" if model in bpb else "" for model in MODELS], line
+  (windows,) = runs["image256_windows"]["models"]
+  whole = next(one for one in runs["image256"]["models"] if "megabyte" in one["row"])
+  figures = [f"{one['methods']['basic']:.3f}" for one in (windows, whole)]
+  assert_shows(RESULTS, "**One photograph a step.**", *figures)
 
 
-def test_books_at_small_scale():
-  for row in result("books")["rows"]:
-    shown = " | ".join(f"{value:.3f}" for value in row["methods"].values())
-    assert f" | {shown} | " in RESULTS, row["row"]
-
-
-def test_images_at_small_scale():
-  for name in ("image256", "image640", "scans", "image64", "image64_quarter"):
-    for row in result(name)["rows"]:
-      assert f" | {row['bpb']:.3f} | {row['training_seconds'] / 60:.1f} |" in RESULTS, row["row"]
-  ours = bpb_of("image256")["megabyte"]
-  windows, other_seed = (result(f"image256_windows{seed}")["rows"][0]["bpb"] for seed in ("", "_seed1"))
-  figures = [f"{bpb:.3f}" for bpb in (windows, ours, other_seed)]
-  assert_shows(RESULTS, "(results/image256_windows_seed1.json)", *figures)
-  assert_shows(RESULTS, "*How many photographs*", *figures)
-
-
-def test_sixteen_photographs_a_step():
-  for model in IMAGE_MODELS:
-    (row,) = result(f"image256_sixteen/{model}")["rows"]
-    curve = result(f"image256_sixteen/{model}/table5.image256_{model}")["run"]["curve"]
-    last = [bpb for step, bpb in curve if step > 700]
-    shown = f"{sum(last) / len(last):.3f} | {row['bpb']:.3f} | {row['training_seconds'] / 60:.1f} |"
-    assert f"% | {shown}" in RESULTS, model
-
-
-def test_audio_and_more_text_at_small_scale():
-  for row in result("audio")["rows"]:
-    assert f" | {row['bpb']:.3f} | {row['training_seconds'] / 60:.1f} | " in RESULTS, row["row"]
-  (code,) = result("code300")["rows"]
-  minutes = f"{code['training_seconds'] / 60:.1f}"
-  assert_shows(RESULTS, "(results/code300.json)", f"{code['bpb']:.3f}", "9155", minutes)
-  code, latex = (bpb_of(f"{name}_rate3")["megabyte"] for name in ("code", "latex"))
-  assert_shows(RESULTS, "(results/code_rate3.json)", f"{code:.3f}", f"{latex:.3f}")
-  trials = result("image64_rates/table5.image64_megabyte")
-  paper, half = (trials[f"trial of {factor} times the paper's learning rate"]["bpb"] for factor in ("1", "0.5"))
-  mark = "(results/image64_rates/table5.image64_megabyte.json)"
-  assert_shows(RESULTS, mark, f"{paper:.3f}", "3e-4", f"{half:.3f}", "1.5e-4")
-
-
-def test_the_other_comparisons_at_small_scale():
-  rows = {
-    (name, row["row"].partition(":")[2]): row["bpb"]
-    for name in ("latex", "code", "ablations", "shares", "patch_sizes", "books_seed1")
-    for row in result(name)["rows"]
+def test_parts_of_the_model_and_of_the_recipe_at_half_size():
+  runs = result("half_size")
+  bpb = {
+    (name, one["row"].partition(":")[2]): f"{one['methods']['basic']:.3f}"
+    for name in ("modern_books", "modern_images", "ablations")
+    for one in runs[name]["models"]
   }
-  for name, row in (("latex", "arxiv"), ("code", "code")):
-    shown = " | ".join(f"{rows[name, f'{row}_{model}']:.3f}" for model in MODELS)
-    assert f" | {shown} |" in RESULTS
-  for (name, row), bpb in rows.items():
-    if name == "ablations":
-      assert re.search(rf"\| \d+% \| [\d.e-]+ \| {bpb:.3f} \| [\d.]+ \|", RESULTS), row
-  orders = {
-    "shares": ("global350m_local290m", "global760m_local262m", "global1300m_local218m"),
-    "patch_sizes": ("patch48", "patch192", "patch768"),
-    "books_seed1": [f"books_{model}" for model in MODELS],
-  }
-  for name, order in orders.items():
-    assert_shows(RESULTS, f"(results/{name}.json)", *(f"{rows[name, row]:.3f}" for row in order))
-  four = [result(f"image256_four/{model}")["rows"][0] for model in MODELS[:2]]
-  figures = [(f"{found['bpb']:.3f}", f"{found['training_seconds'] / 60:.1f}") for found in four]
-  assert_shows(RESULTS, "(results/image256_four)", *figures[0], *figures[1])
+  books, images = (
+    [bpb[f"modern_{of}", f"{row}_megabyte+modern{muon}"] for muon in ("-muon", "")]
+    for of, row in (("books", "books"), ("images", "image256"))
+  )
+  parts = [bpb["ablations", f"arxiv_{part}"] for part in ("megabyte", "without_local", "without_global")]
+  assert_shows(RESULTS, "Table 10, both models", *books, *images, *parts)
 
 
-def test_the_modern_recipe():
-  books, images = ({row["row"].partition("megabyte")[2]: row for row in result(f"modern_{of}")["rows"]} for of in DATA)
-  figures = [f"{rows[change]['bpb']:.3f}" for rows in (books, images) for change in ("+modern", "")]
-  assert_shows(COMPARED, "(results.md#the-modern-recipe)", *figures)
-  for change in books:
-    shown = (
-      f"{(row['matched'] or {'cost': 1})['cost']:.2f} | {row['bytes_trained'] / 1e6:.0f} MB | "
-      f"{short(row['learning_rate'])} | {row['bpb']:.3f}"
-      for row in (books[change], images[change])
-    )
-    assert f" | {' | '.join(shown)} |" in RESULTS, change
+def test_every_run_at_half_size_says_where_it_comes_from():
+  for name, run in result("half_size").items():
+    assert run["command"].startswith("python benchmarks/comparisons.py "), name
+    for one in run["models"]:
+      assert one["device"].startswith("NVIDIA H") and one["jax"] and one["date"], (name, one["row"])
 
 
-def test_models_with_the_modern_recipe():
-  paper = {row["row"]: row["bpb"] for row in result("books")["rows"]}
-  for row in result("modern_models")["rows"]:
-    before = paper[row["row"].removesuffix("+modern")]
-    rate = short(row["learning_rate"]) + (" (the highest)" if row["best_rate_is_the_last_tried"] else "")
-    shown = f"{rate} | {row['bpb']:.3f} | {before:.3f} | {row['training_seconds'] / 60:.1f}"
-    assert f" | {shown} |" in RESULTS, row["row"]
+def sections(text):
+  """{heading: its lines} of the sections of a document."""
+  parts = re.split(r"^## ", text, flags=re.M)[1:]
+  return {part.partition("\n")[0]: part.splitlines() for part in parts}
+
+
+def test_results_can_be_found():
+  """A summary and all sections in the contents at the head; none is longer than two screens."""
+  head, found = RESULTS.partition("\n## ")[0], sections(RESULTS)
+  assert len(found) > 10 and len(head.splitlines()) <= 45
+  linked = re.findall(r"\(#([\w-]+)\)", head)
+  assert sorted(linked) == sorted(re.sub(r"[^\w\- ]", "", name.lower()).replace(" ", "-") for name in found)
+  long = {name: len(lines) for name, lines in found.items() if len(lines) > 90}
+  assert not long, f"divide these sections of docs/results.md, of more than 90 lines: {long}"
 
 
 def test_several_gpus():
