@@ -4,10 +4,12 @@
     --output=docs/results/table3.json
 
 The models are the rows of configs/paper/table3.py at a smaller size by the rule of configs/small.py: `table3:NAME@2`,
-with the recipe of --changes. Each gets as many steps as --flops operations pay for, counted as SpaceByte counts them:
-six for each multiplication and addition of a weight, attention as if nothing were masked. A tokenizer is trained on the
-training text unless --tokenizer names one. `python -m megabyte_jax tables 3` shows the results beside the paper's. A
-system that is in the file already is left out, so that the same command goes on after an interruption.
+with the recipe of --changes; --config NAME=FILE:ARGUMENT takes another config for a system. Each gets as many steps as
+--flops operations pay for, counted as SpaceByte counts them: six for each multiplication and addition of a weight,
+attention as if nothing were masked. A tokenizer is trained on the training text unless --tokenizer names one.
+`python -m megabyte_jax tables 3` shows the results beside the paper's. A system that is in the file already is left
+out, so that the same command goes on after an interruption. Inference is basic and, where the row has another method,
+by that one too, whose figures are the entry's own.
 
 --set changes fields of all configs, or with NAME: before them of one; values are JSON.
 """
@@ -48,7 +50,8 @@ def make_config(name: str, arguments: argparse.Namespace, tokenizer: str) -> Con
   """Returns the config of a system, with as many steps as the budget pays for."""
   own_norm = name == "block_recurrent" and arguments.changes in ("+modern", "+scaled")  # of queries and keys
   row = f"{_SMALL}:table3:{name}@{arguments.divisor}{arguments.changes}{'-qk_norm' if own_norm else ''}"
-  values = Config.from_dict(overrides.load("NAME", row, [])).to_dict()
+  given = dict(spec.split("=", 1) for spec in arguments.configs)
+  values = Config.from_dict(overrides.load("NAME", given.get(name, row), [])).to_dict()
   subwords = values["data"]["form"] == "subwords"
   values["data"].update(train=arguments.train, validation=arguments.validation, test="")
   if subwords:
@@ -73,12 +76,19 @@ def make_config(name: str, arguments: argparse.Namespace, tokenizer: str) -> Con
   )
 
 
+def evaluate(workdir: pathlib.Path, method: str) -> dict[str, Any]:
+  """Returns what eval.py says of a trained system by an inference method."""
+  flags = [f"--workdir={workdir}", f"--method={method}", "--words=count", "--no-compressors"]
+  with contextlib.redirect_stdout(io.StringIO()):
+    return json.loads(eval_script.run(eval_command.parse_arguments(flags)))
+
+
 def run(name: str, config: Config, workdir: pathlib.Path, flops: float) -> dict[str, Any]:
   """Trains and evaluates one system and returns its entry in the results."""
   train.train(config, str(workdir))
-  with contextlib.redirect_stdout(io.StringIO()):
-    line = eval_script.run(eval_command.parse_arguments([f"--workdir={workdir}", "--words=count", "--no-compressors"]))
-  scored = json.loads(line)
+  methods = list(dict.fromkeys(("basic", config.eval.method)))
+  by_method = {method: evaluate(workdir, method) for method in methods}
+  scored = by_method[config.eval.method]
   lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
   speeds = [one["bytes_per_second"] for one in lines if one.get("bytes_per_second")]
   device = jax.devices()[0].device_kind
@@ -86,6 +96,7 @@ def run(name: str, config: Config, workdir: pathlib.Path, flops: float) -> dict[
   return {
     "row": f"table3:{name}",
     **{key: scored[key] for key in ("bpb", "word_perplexity", "bytes", "words", "method", "cost", "split")},
+    "bpb_by_method": {method: found["bpb"] for method, found in by_method.items()},
     "bytes_per_token": scored["bytes"] / scored.get("tokens", scored["bytes"]),
     "bytes_per_second": statistics.median(speeds[1:] or speeds) if speeds else None,  # the first may compile
     "train_bpb": next(one["bpb"] for one in reversed(lines) if "bpb" in one),
@@ -110,6 +121,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--systems", nargs="+", choices=names, default=names)
   parser.add_argument("--divisor", type=int, default=2, help="of widths and layers, as in configs/small.py")
   parser.add_argument("--changes", default="+modern", help="a recipe, as in configs/small.py; '' has none")
+  parser.add_argument("--config", dest="configs", nargs="+", default=[], metavar="NAME=FILE:ARGUMENT")
   parser.add_argument("--tokenizer", default="", help="of the subword systems")
   parser.add_argument("--pieces", type=int, default=32_000, help="of a new tokenizer")
   parser.add_argument("--set", dest="changes_of_fields", nargs="+", default=[], metavar="[NAME:]KEY=VALUE")
