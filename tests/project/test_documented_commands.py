@@ -23,7 +23,7 @@ DOCUMENTS = (
   "CONTRIBUTING.md",
   "launch/README.md",
   "benchmarks/README.md",
-  *(f"docs/{n}.md" for n in ("comparisons", "data", "running", "scaling")),
+  *(f"docs/{n}.md" for n in ("comparisons", "data", "from_python", "running", "scaling")),
   *(f"docs/{n}.md" for n in ("start_with_your_texts", "reproduce_a_row", "plan_a_pod")),
 )
 COMMAND = re.compile(r"(?:\w+=\S+ )*(?:python|pytest|pip|ruff|mypy|\.ci/)\b.*")
@@ -267,12 +267,12 @@ def said(tmp_path_factory):
   write_corpora(folder / "corpora")
   images = pathlib.Path("megabyte_jax/data/sample/images/train")
   (folder / "runs/photos/china.jpg").write_bytes((ROOT / images / "china.jpg").read_bytes())
-  [program] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+  program = re.search(r"```python\n(.*?)```", (ROOT / "docs/from_python.md").read_text(), re.S)[1]
   program = program.replace("8192", "64").replace("runs/", f"{folder}/runs/")
-  (folder / "readme.py").write_text(program)
+  (folder / "from_python.py").write_text(program)
   names = {command: str(number) for number, command in enumerate(RUN_HERE)}
   commands = {names[command]: small(command, more, folder) for command, more in RUN_HERE.items()}
-  commands["python"] = [str(folder / "readme.py")]
+  commands["python"] = [str(folder / "from_python.py")]
   done = run_each(commands, folder / "outputs")
   return {command: done[name] for command, name in names.items()} | {"folder": folder, "python": done["python"]}
 
@@ -283,7 +283,7 @@ def test_it_runs(said, command):
   assert code == 0, output
 
 
-def test_the_program_of_the_readme(said):
+def test_the_program_of_from_python(said):
   code, output = said["python"]
   assert code == 0, output
   bits, sample = output.splitlines()
