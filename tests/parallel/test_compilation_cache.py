@@ -37,7 +37,7 @@ def test_a_second_start_finds_the_programs_of_the_first(no_folder, capsys):
   hits = []
   assert keep_compiled_programs() == str(no_folder)
   assert capsys.readouterr().err == (
-    f"compiled programs are kept in {no_folder} (JAX_ENABLE_COMPILATION_CACHE=false: they are not)\n"
+    f"compiled programs are kept in {no_folder} (JAX_ENABLE_COMPILATION_CACHE=false switches this off)\n"
   )
   assert stat.S_IMODE(no_folder.stat().st_mode) == 0o700
   jax.monitoring.register_event_listener(lambda name, **_: hits.append(name) if name.endswith("/cache_hits") else None)

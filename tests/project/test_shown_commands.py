@@ -35,7 +35,7 @@ def head(path):
 
 def shown():
   """{command: the file that shows it}; a comment after two spaces is no part of it, nor are brackets."""
-  texts = {name: (ROOT / name).read_text() for name in ("docs/results.md", "docs/design.md")}
+  texts = {name: (ROOT / name).read_text() for name in ("docs/results.md", "docs/design.md", "docs/plan_a_pod.md")}
   heads = [path for folder in ("launch", "configs", "benchmarks") for path in (ROOT / folder).glob("**/*")]
   texts |= {str(p.relative_to(ROOT)): head(p) for p in heads if p.suffix in (".py", ".sh", ".sbatch", ".yaml")}
   found = {}
