@@ -45,6 +45,7 @@ from megabyte_jax.evaluation.nats_of_each_byte import PerByte
 from megabyte_jax.evaluation.positions import write_positions
 from megabyte_jax.files import outputs
 from megabyte_jax.files.atomic_file import replacing
+from megabyte_jax.models.build import in_eight_bits
 from megabyte_jax.parallel import distributed
 from megabyte_jax.parallel.compilation_cache import keep_compiled_programs
 
@@ -79,11 +80,15 @@ def run(args: argparse.Namespace) -> str:
   if config.data.image_tiles and config.data.form == "image":
     print(f"images are scaled to {config.data.image_tiles} pixels and cut into tiles; --image-tiles=0 takes them whole")
 
-  result = score(config, args, nnx.to_pure_dict(nnx.state(model)), source, mesh)
+  parameters = nnx.to_pure_dict(nnx.state(model))
+  if args.weights:
+    parameters = in_eight_bits(config.model, parameters)
+  result = score(config, args, parameters, source, mesh)
   more = {"step": step, "data": args.data or getattr(config.data, args.split), "workdir": args.workdir}
   if config.data.form == "subwords":
     more["tokenizer_sha256"] = config.data.tokenizer_sha256
   more |= {} if args.data else {"split": args.split}
+  more |= {"weights": args.weights} if args.weights else {}
   more |= {name: value for name, value in (("skipped", source.skipped), ("stride", args.stride)) if value}
   if words:
     per_word = perplexity.word_perplexity(result.nats, words)
@@ -165,7 +170,7 @@ def keep(
   if is_shipped(args.workdir):
     return
   names = ["eval.json"]
-  if not (args.data or args.max_bytes):
+  if not (args.data or args.max_bytes or args.weights):
     names.append(f"eval_{args.split}_{result.method}{f'_stride{args.stride}' if args.stride else ''}.json")
   try:
     write_positions(args.workdir, result, config.data.unit)

@@ -28,6 +28,7 @@ from megabyte_jax.checkpoints.processes_agree import check_shared, from_first_pr
 from megabyte_jax.config import CheckpointConfig
 from megabyte_jax.errors import CheckpointError, UserError
 from megabyte_jax.files.outputs import NO_ROOM
+from megabyte_jax.models.layers.quantised import require_floats
 
 _ITEMS = ("params", "opt_state", "meta")
 _WITHOUT_OPTIMIZER = ("params", "meta")
@@ -138,9 +139,11 @@ class Checkpoints:
 
     Raises:
       CheckpointError: opened for reading only, or `meta` is nothing that JSON can hold.
+      ConfigError: weights are in 8 bits.
     """
     if self._read_only:
       raise CheckpointError(f"{self.folder} was opened for reading only; save() needs read_only=False")
+    require_floats(params, "a checkpoint")
     if step in self._manager.all_steps():
       return
     meta = {**meta, "step": int(step), "format": FORMAT}

@@ -27,6 +27,7 @@ from megabyte_jax.errors import CheckpointError, ConfigError, require
 from megabyte_jax.files.atomic_file import final_path
 from megabyte_jax.files.json_files import read_json
 from megabyte_jax.files.outputs import check_new_folder
+from megabyte_jax.models.layers.quantised import require_floats
 
 INDEX_FILE = "model.safetensors.index.json"
 FORMAT = 1  # raised when older code could no longer read what this code writes
@@ -53,12 +54,13 @@ def export_model(
     max_file_bytes: tensors are spread over files of at most so many bytes.
 
   Raises:
-    ConfigError: the folder, or the one that a link leads to, holds something, or one tensor is larger than a file
-      may be.
+    ConfigError: the folder, or the one that a link leads to, holds something, one tensor is larger than a file may
+      be, or weights are in 8 bits.
   """
   from safetensors.numpy import save_file  # noqa: PLC0415 - only exports need it
 
   require(dtype in DTYPES, f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+  require_floats(parameters, "an exported model")
   check_new_folder("the folder", folder)
   folder = final_path(folder)
   tensors = {name: np.asarray(array, jnp.dtype(dtype)) for name, array in _unstacked(parameters).items()}

@@ -48,6 +48,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     "--per-byte-out", type=flags.path, default="", metavar="FILE.npy", help="write each byte's nats, float32"
   )
   parser.add_argument(
+    "--weights", default="", choices=["", "int8"], help="int8: what `generate --weights=int8` costs in bits per byte"
+  )
+  parser.add_argument(
     "--words", default="", metavar="N|count|pg19|pg19-SPLIT", help="word-level perplexity over so many words"
   )
   parser.add_argument(

@@ -49,6 +49,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     help="write samples, prompt included, here instead of to standard output; {} numbers them: .png of an image model "
     "(without {} a grid), .wav of an audio model, else raw bytes",
   )
+  parser.add_argument(
+    "--weights", default="", choices=["", "int8"], help="int8: matrices in 8 bits, half the memory to read for a byte"
+  )
   parser.add_argument("--mesh", default="", help="spread the model over all devices, such as fsdp=4,tensor=2")
   args = parser.parse_args(arguments)
   require(not (args.prompt and args.prompt_file), "give --prompt or --prompt-file, not both")
@@ -118,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   def on_text(new: bytes) -> None:
     on_bytes(np.frombuffer(new, np.uint8))
 
-  options = dict(num_samples=args.num_samples, sampling=sampling, seed=args.seed)
+  options = dict(num_samples=args.num_samples, sampling=sampling, seed=args.seed, weights=args.weights)
   text = prompt.kept.tobytes()
   stop = stop_bytes(args.stop) or None
   try:

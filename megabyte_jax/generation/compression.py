@@ -30,6 +30,7 @@ from megabyte_jax.errors import ConfigError, DataError, require
 from megabyte_jax.files.json_files import parse_json
 from megabyte_jax.generation import entropy_coding
 from megabyte_jax.models.build import Model, for_windows
+from megabyte_jax.models.layers.quantised import require_floats
 from megabyte_jax.models.parameters import compute_dtype
 
 FORMAT = 1  # raised when older code could no longer read what this code writes
@@ -107,9 +108,10 @@ def compress(
     on_bytes: called with the number of bytes done since the last call.
 
   Raises:
-    ConfigError: the model does not know all of the bytes.
+    ConfigError: the model does not know all of the bytes, or its weights are in 8 bits.
     FloatingPointError: the model's probabilities are not finite.
   """
+  require_floats(nnx.state(model), "compression")
   require(batch >= 1, f"the number of windows side by side is {batch}; it must be at least 1")
   require(window >= 1, f"the window has {window} bytes; it must have at least 1")
   data = np.frombuffer(text, np.uint8)

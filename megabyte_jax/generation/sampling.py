@@ -24,6 +24,7 @@ from megabyte_jax.config.model import check_bytes, token_dtype
 from megabyte_jax.errors import ConfigError, require
 from megabyte_jax.evaluation import windows
 from megabyte_jax.models.build import Model, for_windows, in_compute_dtype
+from megabyte_jax.models.layers.quantised import check_weights
 from megabyte_jax.parallel.activation_layout import lay_out, mesh_axes
 from megabyte_jax.parallel.backend import platform
 from megabyte_jax.parallel.sharding import check_mesh
@@ -208,6 +209,7 @@ def generate(
   seed: int = 0,
   stop: Stop | None = None,
   on_bytes: Callable[[np.ndarray], None] | None = None,
+  weights: str = "",
 ) -> Generated:
   """Continues `prompt`, `num_samples` times; on the mesh where the parameters lie.
 
@@ -219,6 +221,8 @@ def generate(
     stop: ends a sample early: bytes, which are its last then, or a function of a sample's bytes so far, prompt
       excluded, that returns how many of them to keep, or None to go on; a model of subwords takes a function of tokens.
     on_bytes: called with new bytes, uint8 [samples, m], as they come.
+    weights: "int8" decodes with matrices in 8 bits, prompt included, of which half as many bytes are read
+      (models/layers/quantised.py); the model itself stays as it is.
 
   Raises:
     ConfigError: a number or type makes no sense, the model does not know a byte of the prompt or does not fit its mesh.
@@ -244,6 +248,7 @@ def generate(
   require(num_samples >= 1, f"the number of samples is {num_samples}; it must be at least 1")
   require(0 <= seed < 1 << 32, f"the seed is {seed}; it must be at least 0 and below {1 << 32:,}")
   require(stop != b"", "the bytes to stop at are empty")
+  check_weights(weights)
   if platform() == "cpu" and not _mesh_of(nnx.state(model)):  # each step reads the whole cache there
     model = for_windows(model, max(_PROMPT_BYTES, 1 << max(len(prompt) + num_bytes - 1, 0).bit_length()))
   graph, parameters = nnx.split(model)
@@ -262,7 +267,7 @@ def generate(
   nats = np.zeros((rows, total), np.float32)
   ends = np.full(num_samples, total)
   with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-    parameters = in_compute_dtype(config, parameters, rows)
+    parameters = in_compute_dtype(config, parameters, rows, weights)
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(rows))
     while done < ends.max():
       state = None  # the next one needs the memory

@@ -24,6 +24,7 @@ from megabyte_jax.models.block_recurrent import BlockRecurrent
 from megabyte_jax.models.compressive_transformer import CompressiveTransformer
 from megabyte_jax.models.family import Model
 from megabyte_jax.models.kernels import cached_attention
+from megabyte_jax.models.layers.quantised import check_weights, quantise
 from megabyte_jax.models.layers.stack import each_in_one_kernel, unstacked
 from megabyte_jax.models.megabyte import Megabyte
 from megabyte_jax.models.parameters import compute_dtype, declared
@@ -105,8 +106,10 @@ def initial_parameters(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
   return nnx.to_pure_dict(nnx.split(make_model(config, nnx.Rngs(key)))[1])
 
 
-def in_compute_dtype(config: ModelConfig, parameters: nnx.State, rows: int) -> nnx.State:
+def in_compute_dtype(config: ModelConfig, parameters: nnx.State, rows: int, weights: str = "") -> nnx.State:
   """Returns parameters as every step of decoding `rows` rows uses them, cast once; those of norms stay float32.
+
+  With weights="int8" matrices are in 8 bits (models/layers/quantised.py).
 
   What is cast here, a step would cast itself before using it. For kernels they also lie as these read them, and
   layers that no single kernel takes together (decoding_step.py) become arrays of their own.
@@ -114,37 +117,56 @@ def in_compute_dtype(config: ModelConfig, parameters: nnx.State, rows: int) -> n
   sharding = jax.tree.leaves(parameters)[0].sharding
   kernels = cached_attention.wanted(config, compute_dtype(config)) and len(sharding.device_set) == 1
   if not kernels or config.recurrent or any(cached_attention.obstacle(level, config) for level in config.levels):
-    return cast_for_decoding(config, parameters)
-  return _prepare(config, sharding, each_in_one_kernel(config, rows))(parameters)
+    return cast_for_decoding(config, parameters, weights)
+  return _prepare(config, sharding, each_in_one_kernel(config, rows), weights)(parameters)
 
 
 @functools.cache
-def _prepare(config: ModelConfig, sharding: jax.sharding.Sharding, stacked: bool) -> Callable[[nnx.State], nnx.State]:
+def _prepare(
+  config: ModelConfig, sharding: jax.sharding.Sharding, stacked: bool, weights: str
+) -> Callable[[nnx.State], nnx.State]:
   """Returns the jitted `prepared_for_decoding` on one device."""
-  prepare = functools.partial(prepared_for_decoding, config, stacked=stacked)
+  prepare = functools.partial(prepared_for_decoding, config, stacked=stacked, weights=weights)
   shapes = jax.eval_shape(lambda: prepare(nnx.split(make_model(config, nnx.Rngs(0)))[1]))
   layouts = decoding_layouts(config, shapes, stacked=stacked)
   return jax.jit(prepare, out_shardings=jax.tree.map(lambda layout: Format(layout, sharding), layouts))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def cast_for_decoding(config: ModelConfig, parameters: Any) -> Any:
-  """Returns the parameters in the compute dtype, but for those of norms."""
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def cast_for_decoding(config: ModelConfig, parameters: Any, weights: str = "") -> Any:
+  """Returns the parameters in the compute dtype, but for those of norms; matrices in 8 bits where weights="int8"."""
+  check_weights(weights)
   dtype = compute_dtype(config)
 
   def cast(parameter, info):
+    if weights == "int8" and info.kind == "matrix":
+      return _in_eight_bits(parameter, info)
     return parameter if info.kind == "norm" else jax.tree.map(lambda a: a.astype(dtype), parameter)
 
   return map_with_info(cast, parameters, parameter_info(config))
 
 
-def prepared_for_decoding(config: ModelConfig, parameters: nnx.State, *, stacked: bool) -> nnx.State:
+@functools.partial(jax.jit, static_argnums=0)
+def in_eight_bits(config: ModelConfig, parameters: Any) -> Any:
+  """Returns the parameters with matrices in 8 bits (models/layers/quantised.py), the others as they are."""
+
+  def change(parameter, info):
+    return _in_eight_bits(parameter, info) if info.kind == "matrix" else parameter
+
+  return map_with_info(change, parameters, parameter_info(config))
+
+
+def _in_eight_bits(parameter: Any, info: ParameterInfo) -> Any:
+  return jax.tree.map(lambda a: quantise(a, info.input_places), parameter)
+
+
+def prepared_for_decoding(config: ModelConfig, parameters: nnx.State, *, stacked: bool, weights: str = "") -> nnx.State:
   """Returns `cast_for_decoding`; unless they stay stacked, each layer's parameters become an array of their own."""
 
   def unstack(parameter, info):
     return unstacked(parameter) if "layers" in info.axes and not stacked else parameter
 
-  return map_with_info(unstack, cast_for_decoding(config, parameters), parameter_info(config))
+  return map_with_info(unstack, cast_for_decoding(config, parameters, weights), parameter_info(config))
 
 
 def decoding_layouts(config: ModelConfig, shapes: nnx.State, *, stacked: bool) -> nnx.State:
@@ -155,6 +177,6 @@ def decoding_layouts(config: ModelConfig, shapes: nnx.State, *, stacked: bool) -
     order = list(range(len(axes)))
     if "layers" in info.axes and info.kind == "matrix":
       order = sorted(order, key=lambda i: axes[i] in info.inputs)  # stable: the others keep their order
-    return jax.tree.map(lambda _: Layout(tuple(order)), parameter)
+    return jax.tree.map(lambda a: Layout(tuple(order if a.ndim == len(axes) else range(a.ndim))), parameter)
 
   return map_with_info(layout, shapes, parameter_info(config))

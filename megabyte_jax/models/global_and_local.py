@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 
 from megabyte_jax.config import Level, MegabyteConfig
+from megabyte_jax.models.layers.quantised import product
 from megabyte_jax.models.layers.stack import Stack
 from megabyte_jax.models.parameters import make_parameter
 from megabyte_jax.models.patch_embedder import PatchEmbedder
@@ -35,7 +36,7 @@ class LevelModel(nnx.Module):
     """Adds to slot j of each span slice j of the parent's output for that span, times w_i (eq. 4)."""
     B, N, M, _ = slots_BNMD.shape
     slices_BNMs = parent_BNE.reshape(B, N, M, self.from_parent.shape[0])
-    return slots_BNMD + slices_BNMs @ self.from_parent.astype(slots_BNMD.dtype)
+    return slots_BNMD + product(slices_BNMs.astype(slots_BNMD.dtype), self.from_parent)
 
   def __call__(self, x_BT: jax.Array, parent_BNE: jax.Array | None, **options: Any) -> tuple[jax.Array, Any]:
     """Eqs. (1)-(3) for the first level, (4)-(5) for the others.

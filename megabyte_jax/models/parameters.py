@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from megabyte_jax.config import BlockOptions, Level
+from megabyte_jax.models.layers.quantised import Linear
 from megabyte_jax.parallel.parameter_info import EMBEDDINGS, Kind, ParameterInfo
 
 Sizes = Mapping[str, int]  # logical axis -> its size, in the order of the array's axes
@@ -79,11 +80,11 @@ def make_scale(sizes: Sizes) -> nnx.Param:
 
 def make_linear(
   sizes_in: Sizes, sizes_out: Sizes, options: BlockOptions, rngs: nnx.Rngs, *, scale: float = 1.0
-) -> nnx.LinearGeneral:
+) -> Linear:
   """Makes a matrix product over the last axes; `scale` shrinks the paper's initial weights."""
   info = ParameterInfo("matrix", (*sizes_in, *sizes_out), tuple(sizes_in), math.prod(sizes_in.values()))
   added = ParameterInfo("bias", tuple("channels" if axis == "width" else axis for axis in sizes_out))
-  return nnx.LinearGeneral(
+  return Linear(
     tuple(sizes_in.values()),
     tuple(sizes_out.values()),
     axis=tuple(range(-len(sizes_in), 0)),

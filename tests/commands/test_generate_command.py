@@ -18,6 +18,7 @@ from megabyte_jax.commands import generate as command
 from megabyte_jax.config import Config, DataConfig, Level, MegabyteConfig
 from megabyte_jax.data.media import image_scaling
 from megabyte_jax.errors import ConfigError, DataError
+from megabyte_jax.generation import sampling
 
 SIZE = 8 * 8 * 3
 LEVELS = (
@@ -98,6 +99,19 @@ def test_samples_as_text_and_as_bytes(text_run, monkeypatch, capsysbinary, tmp_p
   )
   assert (tmp_path / "x.png").read_bytes()[:3] == b"abc"
   assert (tmp_path / "x.png").stat().st_size == 12  # a model of text makes no pictures
+
+
+@pytest.mark.parametrize("flags,expected", [([], ""), (["--weights=int8"], "int8")])
+def test_weights_are_those_asked_for(flags, expected, text_run, monkeypatch, capsysbinary):
+  given = []
+
+  def generate(model, prompt, num_bytes, **options):
+    given.append(options["weights"])
+    return sampling.Generated(np.zeros((1, 1), np.uint8), np.zeros((1, 1), np.float32), np.ones(1, np.int64))
+
+  monkeypatch.setattr(sampling, "generate", generate)
+  run(monkeypatch, f"--workdir={text_run}", "--bytes=1", "--num-samples=1", *flags)
+  assert given == [expected]
 
 
 class Terminal(io.TextIOWrapper):

@@ -57,6 +57,18 @@ def workdir(folder):
   return folder / "run"
 
 
+def test_weights_in_eight_bits_are_scored_and_said(workdir):
+  """The figure moves a little, and the file that tables are made of stays that of the weights as trained."""
+  kept = workdir / "eval_validation_basic.json"
+  before = kept.read_text() if kept.exists() else None
+  flags = [f"--workdir={workdir}", "--method=basic", "--no-compressors", "--max-bytes=200"]
+  made, as_trained = (json.loads(command.main([*flags, *more])) for more in (["--weights=int8"], []))
+  assert made.pop("weights") == "int8" and "weights" not in as_trained
+  assert 0 < abs(made["nats"] - as_trained["nats"]) < 0.01 * as_trained["nats"]
+  command.main([f"--workdir={workdir}", "--method=basic", "--no-compressors", "--weights=int8"])
+  assert (kept.read_text() if kept.exists() else None) == before
+
+
 def test_the_command_itself(workdir):
   output, code = finish(start("eval.py", "--workdir", workdir, "--method=sliding"))
   assert code == 0, output

@@ -21,7 +21,7 @@ from megabyte_jax.models.kernels.cached_attention import LOWEST, SMALLEST, softm
 from megabyte_jax.parallel.backend import triton
 
 _PIECE = 1 << 13  # weights that a program asks for at once
-_IN_FLIGHT = 1 << 15  # weights asked for and not yet there
+_IN_FLIGHT = 1 << 16  # bytes of weights asked for and not yet there
 _CHUNK = 2048  # inputs of a piece, at most
 _SLOTS = 128  # of a cache that a program has in registers at once
 _SHORT = 16  # slots of a cache, up to which every program does the attention of all heads by itself
@@ -80,12 +80,12 @@ class Phases:
     for first in range(0, own, columns):
       begin = pl.program_id(0) * own + first
       wanted += [(i, begin // half, slice(None), pl.ds(begin % half, columns)) for i in range(3)]
-    biases = self.biases(refs, "qkv", layer, wanted)
+    added = self.added(refs, "qkv", layer, wanted)
     at, slot = refs["places"][1], refs["places"][2]
     inputs = self.normed(refs, "attention", "x", layer)
     products = self.products(refs["qkv_LD"], layer, wanted, self.level.width, wait, inputs)
-    for (i, head, both, where), y_2C, bias_2C in zip(wanted, products, biases, strict=True):
-      y_2C = (y_2C + bias_2C).astype(refs["q"].dtype)
+    for (i, head, both, where), y_2C, (scale_2C, bias_2C) in zip(wanted, products, added, strict=True):
+      y_2C = (y_2C * scale_2C + bias_2C).astype(refs["q"].dtype)
       if self.level.rotary and i < 2:
         y_2C = rotated(y_2C.astype(jnp.float32), slot, where.start, half).astype(y_2C.dtype)
       to = refs["q"].at[head, both, where] if i == 0 else refs["qkv"[i]].at[layer, at, head, both, where]
@@ -144,9 +144,9 @@ class Phases:
     hidden = self.options.hidden(self.level)
     places = self.places(hidden, self.level.width)
     wanted = [(pl.ds(half * hidden + place.start, place.size),) for place in places for half in range(2)]
-    biases = self.biases(refs, "ff_in", layer, wanted)
+    added = self.added(refs, "ff_in", layer, wanted)
     products = self.products(refs["ff_in_LFD"], layer, wanted, self.level.width, wait, inputs)
-    sums = [y_C + bias_C for y_C, bias_C in zip(products, biases, strict=True)]
+    sums = [y_C * scale_C + bias_C for y_C, (scale_C, bias_C) in zip(products, added, strict=True)]
     for place, gate_C, up_C in zip(places, sums[::2], sums[1::2], strict=True):
       refs["hidden"][place] = (jax.nn.silu(gate_C) * up_C).astype(refs["hidden"].dtype)
 
@@ -230,22 +230,26 @@ class Phases:
     activation: Callable[[jax.Array], jax.Array] | None = None,
     added: str = "",
   ) -> None:
-    """Writes refs[added] + activation(made @ weight + bias) to refs[to]."""
+    """Writes refs[added] + activation(made @ weight * scale + bias) to refs[to]."""
     places = self.places(refs[weight].shape[1], inputs)
     wanted = [(place,) for place in places]
-    biases = self.biases(refs, name, layer, wanted)
+    scales_and_biases = self.added(refs, name, layer, wanted)
     # A program's own columns of the residual stream have long been there.
     residual = [fresh(refs[added], place) if added else 0.0 for place in places]
     products = self.products(refs[weight], layer, wanted, inputs, wait, made)
-    for place, y_C, bias_C, residual_C in zip(places, products, biases, residual, strict=True):
-      y_C = y_C + bias_C
+    for place, y_C, (scale_C, bias_C), residual_C in zip(places, products, scales_and_biases, residual, strict=True):
+      y_C = y_C * scale_C + bias_C
       y_C = y_C if activation is None else activation(y_C)
       refs[to][place] = (y_C + residual_C).astype(refs[to].dtype)
 
-  def biases(self, refs: Refs, name: str, layer: jax.Array, wanted: list[Place]) -> list[Any]:
-    """Returns the biases of the wanted places, float32, or zeros."""
-    bias = refs.get(f"{name}_bias")
-    return [0.0 if bias is None else bias[layer, *place].astype(jnp.float32) for place in wanted]
+  def added(self, refs: Refs, name: str, layer: jax.Array, wanted: list[Place]) -> list[tuple[Any, Any]]:
+    """Returns scale and bias of the wanted places, float32; 1 for weights that are not in 8 bits, 0 without bias."""
+
+    def read(ref, place, default):
+      return default if ref is None else ref[layer, *place].astype(jnp.float32)
+
+    scale, bias = refs.get(f"{name}_scale"), refs.get(f"{name}_bias")
+    return [(read(scale, place, 1.0), read(bias, place, 0.0)) for place in wanted]
 
   def products(
     self, weight: Any, layer: jax.Array, wanted: list[Place], inputs: int, wait: Wait, made: Inputs
@@ -259,7 +263,7 @@ class Phases:
       return weight[layer, *place, chunks[c]]
 
     asked = [ask(*pieces[0])]
-    ahead = max(1, _IN_FLIGHT // math.prod(asked[0].shape))
+    ahead = max(1, _IN_FLIGHT // (math.prod(asked[0].shape) * asked[0].dtype.itemsize))
     asked += [ask(*piece) for piece in pieces[1:ahead]]
     wait()
     x = made()

@@ -44,13 +44,14 @@ Arrays = dict[str, Any]  # or their shapes, by name
 
 
 class Weights(NamedTuple):
-  """Holds a stack's parameters, of all layers; no bias or shift is None.
+  """Holds a stack's parameters, of all layers; no bias, shift or scale of weights in 8 bits is None.
 
   Attributes:
     qkv_LD: [L, 3, H, 2, K / 2, D]; the two halves of a head, which rotary positions mix.
     out_LDE, ff_in_LFD, ff_out_LDF: weights, [L, outputs, inputs]; of a gated feed-forward layer [L, 2 F, D].
     qkv_bias: [L, 3, H, 2, K / 2]; the other biases: [L, outputs].
     attention_scale_LD, attention_shift_LD, ff_scale_LD, ff_shift_LD: of the norms, float32.
+    qkv_scale, out_scale, ff_in_scale, ff_out_scale: of weights in 8 bits (layers/quantised.py), shaped as the biases.
   """
 
   qkv_LD: jax.Array
@@ -65,6 +66,10 @@ class Weights(NamedTuple):
   attention_shift_LD: jax.Array | None
   ff_scale_LD: jax.Array
   ff_shift_LD: jax.Array | None
+  qkv_scale: jax.Array | None = None
+  out_scale: jax.Array | None = None
+  ff_in_scale: jax.Array | None = None
+  ff_out_scale: jax.Array | None = None
 
 
 def programs() -> int:
@@ -115,7 +120,7 @@ def step(
   phases = Phases(level, options, epsilon, S, programs())
   places_3 = jnp.stack([first, at, slot]).astype(jnp.int32)
   given = {name: a for name, a in weights._asdict().items() if a is not None} | {"places": places_3}
-  dtype = weights.out_LDE.dtype
+  dtype = k_LSHK.dtype
   changed = {
     "x": x_D.astype(jnp.float32),
     "k": k_LSHK.reshape(L, S, H, 2, K // 2),

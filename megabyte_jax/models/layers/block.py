@@ -17,6 +17,7 @@ from megabyte_jax.models.kernels import cached_attention
 from megabyte_jax.models.layers import attention as attention_lib
 from megabyte_jax.models.layers.attention import Past
 from megabyte_jax.models.layers.dropout import dropout
+from megabyte_jax.models.layers.quantised import Linear, Quantised, beside
 from megabyte_jax.models.parameters import make_head_norm, make_linear, make_norm
 from megabyte_jax.parallel.backend import platform, row_major
 
@@ -36,7 +37,7 @@ def normalised(norm: nnx.LayerNorm | nnx.RMSNorm, x: jax.Array) -> jax.Array:
   return (y if bias is None else y + bias[...]).astype(norm.dtype)
 
 
-def make_ff_in(level: Level, options: BlockOptions, rngs: nnx.Rngs) -> nnx.LinearGeneral:
+def make_ff_in(level: Level, options: BlockOptions, rngs: nnx.Rngs) -> Linear:
   """Makes the feed-forward layer's first product: D to F, or to 2, F if it is gated."""
   halves = {"halves": 2} if options.gated else {}
   return make_linear({"width": level.width}, halves | {"hidden": options.hidden(level)}, options, rngs)
@@ -78,13 +79,13 @@ def rotate(x_BNMHK: jax.Array, slots_M: jax.Array) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNMHK.dtype)
 
 
-def products_apart(linear: nnx.LinearGeneral, x_BNMD: jax.Array) -> tuple[jax.Array, ...]:
+def products_apart(linear: Linear, x_BNMD: jax.Array) -> tuple[jax.Array, ...]:
   """Computes linear(x), [B, N, M, C, H, K], as C arrays: queries, keys and values, or the latter two.
 
   On a GPU these are C products: slices of one would be copied for its attention kernels.
   """
   D, C, H, K = linear.kernel.shape
-  if platform() != "gpu":
+  if platform() != "gpu" or isinstance(linear.kernel.get_value(), Quantised):
     y_BNMCHK = checkpoint_name(linear(x_BNMD), "qkv")
     return tuple(y_BNMCHK[:, :, :, i] for i in range(C))
   kernel_DCF, x_BNMD = (a.astype(linear.dtype) for a in (linear.kernel.reshape(D, C, H * K), x_BNMD))
@@ -95,12 +96,19 @@ def products_apart(linear: nnx.LinearGeneral, x_BNMD: jax.Array) -> tuple[jax.Ar
   return tuple(checkpoint_name(product.reshape(*product.shape[:-1], H, K), "qkv") for product in products)
 
 
-def product_with_transposed(linear: nnx.LinearGeneral, x: jax.Array) -> jax.Array:
+def product_with_transposed(linear: Linear, x: jax.Array) -> jax.Array:
   """Computes linear(x), whose weights lie with their input axes last: XLA alone would transpose them in memory."""
-  kernel, axes = linear.kernel[...], len(linear.in_features)
-  weight = kernel.transpose(*range(axes, kernel.ndim), *range(axes))
+  kernel, axes = linear.kernel.get_value(), len(linear.in_features)
+  weight = kernel.values if isinstance(kernel, Quantised) else kernel
+  weight = weight.transpose(*range(axes, weight.ndim), *range(axes))
   weight_FD = row_major(weight.reshape(-1, math.prod(linear.in_features)))
-  y_RF = jnp.einsum("RD,FD->RF", x.reshape(-1, weight_FD.shape[1]).astype(weight_FD.dtype), weight_FD)
+  x_RD = x.reshape(-1, weight_FD.shape[1])
+  if isinstance(kernel, Quantised):
+    x_RD, weight_FD = beside(x_RD.astype(linear.dtype), weight_FD)
+    y_RF = jnp.einsum("RD,FD->RF", x_RD, weight_FD.astype(x_RD.dtype), preferred_element_type=jnp.float32)
+    y_RF = (y_RF * kernel.scale.reshape(-1)).astype(x_RD.dtype)
+  else:
+    y_RF = jnp.einsum("RD,FD->RF", x_RD.astype(weight_FD.dtype), weight_FD)
   y_RF = y_RF if linear.bias is None else y_RF + linear.bias[...].reshape(-1)
   return y_RF.reshape(*x.shape[: x.ndim - axes], *linear.out_features)
 

@@ -17,6 +17,7 @@ from megabyte_jax.config import Level, ModelConfig
 from megabyte_jax.models.kernels import cached_attention, decoding_step
 from megabyte_jax.models.layers.attention import Past
 from megabyte_jax.models.layers.block import Block, normalised, rotate
+from megabyte_jax.models.layers.quantised import Linear, Quantised
 from megabyte_jax.models.parameters import compute_dtype, make_norm, with_layers
 from megabyte_jax.parallel.backend import platform, row_major
 from megabyte_jax.parallel.parameter_info import is_variable
@@ -132,11 +133,11 @@ class Stack(nnx.Module):
 
   def _in_one_kernel(self, rows: int) -> bool:
     """Whether a step is one kernel: `in_compute_dtype` (build.py) has left the layers stacked for it."""
-    parameter = self.blocks.qkv.kernel.get_value()
+    parameter, dtype = self.blocks.qkv.kernel.get_value(), compute_dtype(self.options)
     return (
       not isinstance(parameter, tuple)
-      and parameter.dtype == compute_dtype(self.options)
-      and cached_attention.wanted(self.options, parameter.dtype)
+      and (isinstance(parameter, Quantised) or parameter.dtype == dtype)
+      and cached_attention.wanted(self.options, dtype)
       and each_in_one_kernel(self.options, rows)
     )
 
@@ -164,7 +165,8 @@ def stack_weights(stack: Stack) -> decoding_step.Weights:
   """Returns the stacked parameters as decoding_step.py takes them: no copies where they lie as build.py puts them."""
   blocks, level = stack.blocks, stack.level
   (heads, width), L, D = level.heads, level.num_layers, level.width
-  qkv_LD3HK, out_LHKD = blocks.qkv.kernel[...], blocks.attention_out.kernel[...]
+  (qkv_LD3HK, qkv_scale), (out_LHKD, out_scale) = _parts(blocks.qkv), _parts(blocks.attention_out)
+  (ff_in, ff_in_scale), (ff_out_LFD, ff_out_scale) = _parts(blocks.ff_in), _parts(blocks.ff_out)
   bias = blocks.qkv.bias is not None
   shift = getattr(blocks.attention_norm, "bias", None) is not None
   return decoding_step.Weights(
@@ -172,15 +174,25 @@ def stack_weights(stack: Stack) -> decoding_step.Weights:
     blocks.qkv.bias[...].reshape(L, 3, heads, 2, width // 2) if bias else None,
     out_LHKD.transpose(0, 3, 1, 2).reshape(L, D, heads * width),
     blocks.attention_out.bias[...] if bias else None,
-    blocks.ff_in.kernel[...].reshape(L, D, -1).transpose(0, 2, 1),
+    ff_in.reshape(L, D, -1).transpose(0, 2, 1),
     blocks.ff_in.bias[...].reshape(L, -1) if bias else None,
-    blocks.ff_out.kernel[...].transpose(0, 2, 1),
+    ff_out_LFD.transpose(0, 2, 1),
     blocks.ff_out.bias[...] if bias else None,
     blocks.attention_norm.scale[...],
     blocks.attention_norm.bias[...] if shift else None,
     blocks.ff_norm.scale[...],
     blocks.ff_norm.bias[...] if shift else None,
+    None if qkv_scale is None else qkv_scale.reshape(L, 3, heads, 2, width // 2),
+    out_scale,
+    None if ff_in_scale is None else ff_in_scale.reshape(L, -1),
+    ff_out_scale,
   )
+
+
+def _parts(linear: Linear) -> tuple[jax.Array, jax.Array | None]:
+  """The weights of a stack's product, and their scales where they are in 8 bits."""
+  kernel = linear.kernel.get_value()
+  return (kernel.values, kernel.scale) if isinstance(kernel, Quantised) else (kernel, None)
 
 
 # The layers' parameters as a tuple of arrays instead of a stacked one: no step has to cut its layer's out of a stack.
@@ -188,7 +200,9 @@ def stack_weights(stack: Stack) -> decoding_step.Weights:
 
 def unstacked(parameter: nnx.Variable) -> nnx.Variable:
   """Makes a parameter of stacked blocks a tuple of the blocks' own."""
-  return parameter.replace(tuple(parameter[...]))
+  value = parameter.get_value()
+  layers = len(jax.tree.leaves(value)[0])
+  return parameter.replace(tuple(jax.tree.map(lambda a, i=i: a[i], value) for i in range(layers)))
 
 
 def is_unstacked(layers: nnx.State) -> bool:
@@ -205,7 +219,7 @@ def stacked(layers: nnx.State) -> nnx.State:
   """Stacks the parameters of blocks along a first axis of layers, whatever their form."""
   if not is_unstacked(layers):
     return layers
-  return _map_variables(lambda a: a.replace(jnp.stack(a.get_value())), layers)
+  return _map_variables(lambda a: a.replace(jax.tree.map(lambda *each: jnp.stack(each), *a.get_value())), layers)
 
 
 def _variables(layers):
