@@ -3,6 +3,8 @@
 JAX_PLATFORMS=cuda python -m pytest tests/models/test_accelerator.py
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,8 +36,7 @@ MODELS = {
 
 
 def with_options(config, **options):
-  fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
-  return type(config)(**{**fields, "dropout": 0.0, "init_std": 0.03, **options})
+  return dataclasses.replace(config, **{"dropout": 0.0, "init_std": 0.03, **options})
 
 
 def loss_and_gradient(config, x_BT, start_B=None):
