@@ -1,6 +1,7 @@
 """Times generation: MEGABYTE against a byte-level Transformer, each against the memory that it must read.
 
   python benchmarks/generate_speed.py                         one GPU or TPU, full size
+  python benchmarks/generate_speed.py --weights=int8          and again with matrices in 8 bits (generate --weights)
   python benchmarks/generate_speed.py --size=tiny             a smoke test on a CPU
 
 Full size: MEGABYTE of 24 x 2048 and 15 x 1024 (P = 8, 8,192 bytes, 1.4B parameters) and a Transformer of 24 x 1024
@@ -12,8 +13,9 @@ it. Single bytes at --peer-places places spread evenly over the context are enou
 Columns: bytes/s of all samples together; seconds for 8,192 bytes of each sample; the share of the floor; bytes/s
 against the Transformer, and against MEGABYTE-pytorch, of the same batch. The floor is the time in which the parameters
 and the filled part of the caches can be read once for every step that uses them, in the dtype of the computation, at
-the bandwidth of a copy that is measured in the same run. What fits into a cache of the chip, as all of the tiny size
-does, can be faster than that. Last come lines of JSON. --output=docs/results/NAME.json also writes what
+the bandwidth of a copy that is measured in the same run; of matrices in 8 bits one byte a weight and four a scale.
+Rows of such matrices are compared with a Transformer of the same format. What fits into a cache of the chip, as all of
+the tiny size does, can be faster than that. Last come lines of JSON. --output=docs/results/NAME.json also writes what
 `python -m megabyte_jax tables 9` shows.
 """
 
@@ -22,12 +24,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # what is left is told at its true size
@@ -42,7 +45,7 @@ from megabyte_jax import Level, MegabyteConfig, generate
 from megabyte_jax.commands.arguments import Parser
 from megabyte_jax.evaluation import windows
 from megabyte_jax.files.atomic_file import replacing
-from megabyte_jax.models.build import initial_parameters, make_model
+from megabyte_jax.models.build import cast_for_decoding, initial_parameters, make_model
 from megabyte_jax.models.parameters import compute_dtype
 from megabyte_jax.paper.printed_numbers import TABLES
 from megabyte_jax.parallel.compilation_cache import keep_compiled_programs
@@ -77,33 +80,34 @@ SIZES = {
 }
 
 
-def bytes_read(config: MegabyteConfig, batch: int, generated: int) -> int:
+def bytes_read(config: MegabyteConfig, batch: int, generated: int, weights: str = "") -> int:
   """Counts bytes of parameters and filled caches that `batch` samples of `generated` bytes read, without a prompt."""
   width = compute_dtype(config).itemsize
-  shapes = jax.eval_shape(lambda: initial_parameters(config, jax.random.key(0)))
+  parameters = jax.eval_shape(lambda: cast_for_decoding(config, initial_parameters(config, jax.random.key(0)), weights))
   total = 0
   for i, (level, span) in enumerate(zip(config.levels, config.spans, strict=True)):
     last = i == len(config.levels) - 1
     names = ["decoder"] + ["from_parent"] * (i > 0)
-    used = jax.tree.leaves([shapes["levels"][i][name] for name in names])
-    parameters = sum(leaf.size for leaf in used) + last * config.vocab_size * level.byte_width  # the output's table
+    used = jax.tree.leaves([parameters["levels"][i][name] for name in names])
+    of_step = sum(leaf.size * leaf.dtype.itemsize for leaf in used)
+    of_step += last * width * config.vocab_size * level.byte_width  # the output's table
     entry = 2 * level.num_layers * level.heads[0] * level.heads[1]  # keys and values of a slot
     for position in range(0, generated, level.patch_size):
       slots = (position - windows.window_start(position, config)) % span // level.patch_size
-      total += width * (parameters + batch * slots * entry)
+      total += of_step + width * batch * slots * entry
   return total
 
 
-def seconds_to_generate(config: MegabyteConfig, made, batch: int, generated: int) -> float:
+def seconds_to_generate(config: MegabyteConfig, made, batch: int, generated: int, weights: str) -> float:
   """Times the better of two calls, or one that takes long, after short ones that compile."""
   for prompt in (b"", bytes(config.context))[
     : 1 + (generated > config.context)
   ]:  # after the second the window has moved
-    generate(made, prompt, 1, num_samples=batch)
+    generate(made, prompt, 1, num_samples=batch, weights=weights)
 
   def once() -> float:
     start = time.perf_counter()
-    generate(made, b"", generated, num_samples=batch)
+    generate(made, b"", generated, num_samples=batch, weights=weights)
     return time.perf_counter() - start
 
   first = once()
@@ -122,11 +126,19 @@ def speeds(name: str, batch: int, generated: int, seconds: float) -> dict:
 
 
 def measure(
-  size: Size, generated: int, batches: list[int], peer: list[dict], keep: Callable[[list[dict]], None]
+  size: Size,
+  generated: int,
+  batches: list[int],
+  peer: list[dict],
+  keep: Callable[[list[dict]], None],
+  formats: Sequence[str] = ("",),
 ) -> list[dict]:
-  """Measures one row for each model and batch, beside the peer's; a batch that memory cannot hold has an error.
+  """Measures one row for each model, batch and format of weights, beside the peer's.
+
+  A batch that memory cannot hold has an error.
 
   Args:
+    formats: of weights, as `generate` takes them.
     keep: called with all rows so far, so that a run that is cut off leaves what it measured.
   """
   bandwidth = copy_bandwidth(size.copy_bytes)
@@ -137,16 +149,16 @@ def measure(
     print_row(row, rows)
   for name, config in (("Transformer", size.transformer), ("MEGABYTE", size.megabyte)):
     made = make_model(config, nnx.Rngs(0))
-    for batch in batches:
+    for batch, weights in itertools.product(batches, formats):
       try:
-        seconds = seconds_to_generate(config, made, batch, generated)
+        seconds = seconds_to_generate(config, made, batch, generated, weights)
         row = speeds(name, batch, generated, seconds)
-        row["share_of_floor"] = bytes_read(config, batch, generated) / bandwidth / seconds
+        row["share_of_floor"] = bytes_read(config, batch, generated, weights) / bandwidth / seconds
       except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
           raise
         row = {"model": name, "batch": batch, "error": "out of memory"}
-      rows.append(row | device)
+      rows.append(row | ({"weights": weights} if weights else {}) | device)
       print_row(rows[-1], rows)
       keep(rows)
     del made
@@ -155,21 +167,27 @@ def measure(
 
 def print_row(row: dict, rows: list[dict]) -> None:
   """Prints a row, and notes in it how much faster it is than the others of its batch that are there."""
-  begin = f"{row['model']:<16} batch {row['batch']:>4}"
+  weights = row.get("weights", "")
+  begin = f"{row['model']:<16} {weights:<4} batch {row['batch']:>4}"
   if "error" in row:
     print(f"{begin}   {row['error']}", flush=True)
     return
   speed, ups = row["bytes_per_second"], []
   for other, key in (("Transformer", "speed_up"), (PEER, "speed_up_on_peer")):
-    same = (r for r in rows if (r["model"], r["batch"]) == (other, row["batch"]) and "error" not in r)
+    alike = other, row["batch"], weights if other != PEER else ""
+    same = (r for r in rows if (r["model"], r["batch"], r.get("weights", "")) == alike and "error" not in r)
     base = next(same, None)
     if base and row["model"] != other:
       row[key] = speed / base["bytes_per_second"]
     ups.append(f"{row[key]:,.2f}x {other}" if key in row else "")
+  plain = (r for r in rows if (r["model"], r["batch"]) == (row["model"], row["batch"]) and "weights" not in r)
+  if weights and (base := next(plain, None)) and "error" not in base:
+    row["speed_up_by_weights"] = speed / base["bytes_per_second"]
+    ups.append(f"{row['speed_up_by_weights']:,.2f}x without")
   floor = f"{100 * row['share_of_floor']:.1f}% of floor" if "share_of_floor" in row else ""
   print(
     f"{begin} {speed:>12,.1f} bytes/s {row['seconds_per_8192_bytes']:>9,.2f} s/8,192 {floor:>15} "
-    f"{ups[0]:>18} {ups[1]:>24}",
+    f"{ups[0]:>18} {' '.join(ups[1:]):>24}",
     flush=True,
   )
 
@@ -182,7 +200,7 @@ def paper_speed_up() -> float:
 
 def results(rows: list[dict], generated: int, run: dict) -> dict:
   """Makes a results file: for the paper's rows those of batch 1 (megabyte_jax/paper/measured.py), and all else."""
-  ours = [r for r in rows if r["model"] in ROWS and r["batch"] == 1 and "error" not in r]
+  ours = [r for r in rows if r["model"] in ROWS and r["batch"] == 1 and not r.keys() & {"error", "weights"}]
   note = "untrained, without cross-patch attention, one sample, {generated:,} bytes, {device}, {versions}, {date}"
   return {
     **run,
@@ -242,6 +260,7 @@ def main() -> None:
   parser.add_argument("--size", default="full", choices=list(SIZES))
   parser.add_argument("--bytes", type=int, default=0, help="a sample; default: 8,192, tiny 256")
   parser.add_argument("--batches", default="", help="such as 1,8; default: 1,8,64,256, tiny 1,8")
+  parser.add_argument("--weights", default="", choices=["", "int8"], help="int8: timed beside the compute dtype")
   parser.add_argument("--peer-places", type=int, default=8, help="where MEGABYTE-pytorch is timed")
   parser.add_argument("--output", default="", help="a results file, JSON; of the full size only")
   parser.add_argument("--peer-only", action="store_true", help=argparse.SUPPRESS)
@@ -268,10 +287,11 @@ def main() -> None:
       with replacing(args.output) as path:
         path.write_text(json.dumps(results(rows, generated, run), indent=2) + "\n")
 
-  rows = measure(size, generated, batches, peer, keep)
+  rows = measure(size, generated, batches, peer, keep, ["", args.weights] if args.weights else [""])
   for row in rows:
-    if row["model"] == "MEGABYTE" and "speed_up" in row and row["batch"] == 1:
-      print(f"MEGABYTE / Transformer at batch 1: {row['speed_up']:.2f}x; the paper's Table 9: {paper_speed_up():.2f}x")
+    if row["model"] == "MEGABYTE" and "speed_up" in row:
+      place = " ".join(filter(None, [f"at batch {row['batch']}", row.get("weights", "")]))
+      print(f"MEGABYTE / Transformer {place}: {row['speed_up']:.2f}x; the paper's Table 9: {paper_speed_up():.2f}x")
   for row in rows:
     print(json.dumps(row | run))
 

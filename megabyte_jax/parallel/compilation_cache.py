@@ -52,7 +52,8 @@ def keep_compiled_programs() -> str:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _QUICK_SECONDS)
   if "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:  # what timing chose goes with the program, not apart
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-  print(f"compiled programs are kept in {folder} (JAX_ENABLE_COMPILATION_CACHE=false switches this off)", file=sys.stderr)
+  switch = "JAX_ENABLE_COMPILATION_CACHE=false switches this off"
+  print(f"compiled programs are kept in {folder} ({switch})", file=sys.stderr)
   return str(folder)
 
 

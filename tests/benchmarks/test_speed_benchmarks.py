@@ -7,12 +7,14 @@ import subprocess
 import sys
 import types
 
+import jax
 import pytest
 from run_commands import ROOT, environment
 
 from megabyte_jax.config import Config, Level, MegabyteConfig
-from megabyte_jax.models import flops
+from megabyte_jax.models import build, flops
 from megabyte_jax.paper import measured, tables
+from megabyte_jax.parallel.parameter_info import parameter_name
 
 RUN = {"date": "2026-11-24T00:00:00+00:00", "command": "generate_speed.py"}
 
@@ -41,6 +43,39 @@ def test_a_results_file_fills_table_9(monkeypatch, tmp_path, capsys):
   assert ours.source == "speed.json" and all(part in ours.note for part in ("4,096 bytes", "H200", "2026-11-24"))
   assert "speed.json" in tables.render(["9"], "text", list(found.values()))
   assert speed.paper_speed_up() == pytest.approx(132 / 93)
+
+
+def test_weights_in_eight_bits_are_timed_beside_the_others(monkeypatch, capsys):
+  """Each against a Transformer of its own format, and against what it must read itself."""
+  speed, asked = module(monkeypatch, "generate_speed"), []
+
+  def seconds(config, made, batch, generated, weights):
+    asked.append((len(config.levels), batch, weights))
+    return {(1, ""): 8.0, (1, "int8"): 4.0, (2, ""): 6.0, (2, "int8"): 2.0}[len(config.levels), weights]
+
+  monkeypatch.setattr(speed, "seconds_to_generate", seconds)
+  monkeypatch.setattr(speed, "copy_bandwidth", lambda size: 1e6)
+  monkeypatch.setattr(speed, "make_model", lambda *_: None)
+  size = speed.SIZES["tiny"]
+  rows = speed.measure(size, 64, [1, 8], [], lambda rows: None, ["", "int8"])
+  assert asked == [(levels, batch, weights) for levels in (1, 2) for batch in (1, 8) for weights in ("", "int8")]
+  found = {(row["model"], row["batch"], row.get("weights", "")): row for row in rows}
+  assert found["MEGABYTE", 8, "int8"]["speed_up"] == 2.0 and found["MEGABYTE", 8, ""]["speed_up"] == 8 / 6
+  assert found["MEGABYTE", 1, "int8"]["speed_up_by_weights"] == 3.0
+  assert "3.00x without" in capsys.readouterr().out
+  for config, row in ((size.transformer, "Transformer"), (size.megabyte, "MEGABYTE")):
+    shapes = build.abstract_model(config)[1]
+    steps, fewer = {1: 64, 8: 8}, 0
+    for i, level in enumerate(config.levels):
+      of_level = jax.tree_util.tree_map_with_path(lambda path, a: (parameter_name(path), a), shapes["levels"][i])
+      for name, a in jax.tree.leaves(of_level, is_leaf=lambda node: isinstance(node, tuple)):
+        info = build.parameter_info(config)[f"levels.{i}.{name}"]
+        if info.kind == "matrix":  # float32 on a CPU: three bytes less a weight, and four for each output
+          fewer += steps[level.patch_size] * (3 * a.size - 4 * a.size // info.fan_in)
+    both = (found[row, 1, weights] for weights in ("", "int8"))
+    of_format = [entry["share_of_floor"] * entry["seconds_per_8192_bytes"] for entry in both]
+    assert (of_format[0] - of_format[1]) * 1e6 * 64 / 8192 == pytest.approx(fewer)
+  assert {entry["seconds_to_generate"] for entry in speed.results(rows, 64, RUN)["rows"]} == {8 * 128.0, 6 * 128.0}
 
 
 def test_a_peer_that_fails_costs_its_rows_and_no_more(monkeypatch, capsys):
@@ -151,7 +186,7 @@ def test_kernels_are_sorted_and_named(monkeypatch):
 @pytest.mark.parametrize("name", ["generate_speed", "train_speed", "long_sequences"])
 def test_the_smallest_size_runs_on_a_cpu(name, tmp_path):
   small = {
-    "generate_speed": ["--size=tiny", "--bytes=128"],
+    "generate_speed": ["--size=tiny", "--bytes=128", "--weights=int8"],
     "train_speed": ["--cases=tiny", "--limit_seconds=0.2"],
     "long_sequences": ["--size=tiny", f"--output={tmp_path / 'long'}"],
   }

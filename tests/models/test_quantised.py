@@ -199,7 +199,7 @@ def test_weights_in_eight_bits_lie_as_kernels_read_them():
       config, nnx.split(build.make_model(config, nnx.Rngs(0)))[1], stacked=False, weights="int8"
     )
   )
-  layouts = build.decoding_layouts(config, shapes, stacked=False)
+  layouts: Any = build.decoding_layouts(config, shapes, stacked=False)
   layout = layouts["levels"][0]["decoder"]["blocks"]["qkv"]["kernel"].get_value()[1]  # of the second layer
   assert layout.values.major_to_minor == (1, 2, 3, 0) and layout.scale.major_to_minor == (0, 1, 2)
 
