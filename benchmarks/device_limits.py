@@ -53,9 +53,16 @@ def copy_bandwidth(size: int = 1 << 30) -> float:
 
 
 def least_seconds(config: Config, ceiling: float, bandwidth: float) -> float:
-  """Computes the roofline of a training step on one device: its products at `ceiling`, then its other memory traffic.
+  """Computes the roofline of a training step on one device: its products at `ceiling`, then its other traffic."""
+  model = config.model
+  products = flops.flops_per_byte(model, training=True) * config.batch_size * flops.predicted_bytes(model)
+  return products / ceiling + traffic_of_step(config) / bandwidth
 
-  The traffic is what cannot be fused into products: of each block the norms and the attention, forward and backward,
+
+def traffic_of_step(config: Config) -> float:
+  """Counts the bytes that a training step moves beside its products.
+
+  They are what cannot be fused into products: of each block the norms and the attention, forward and backward,
   and the derivative of the activation; the logits; the optimizer and the casts of the weights. Residuals, biases and
   the activation itself cost nothing here, nor does anything that is computed again.
   """
@@ -69,8 +76,7 @@ def least_seconds(config: Config, ceiling: float, bandwidth: float) -> float:
   traffic = config.batch_size * (blocks + 3 * 4 * model.vocab_size * predicted)  # logits: float32, three times
   # Value, gradient and moments read and written in float32; read, written in bfloat16.
   traffic += parameters * (8 * (2 + config.optimizer.moments) + 6)
-  products = flops.flops_per_byte(model, training=True) * config.batch_size * flops.predicted_bytes(model)
-  return products / ceiling + traffic / bandwidth
+  return traffic
 
 
 def _block_traffic(model: ModelConfig, level: Level) -> int:

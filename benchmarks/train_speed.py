@@ -5,7 +5,10 @@
   python benchmarks/train_speed.py --cases=text24 --kernels=10        and the ten largest kernels of its device trace
   python benchmarks/train_speed.py --cases=tiny --limit_seconds=0.2   a smoke test on a CPU
 
-A case is a name of CASES, then options of the model or of the config after colons (`text24:remat=full:batch_size=32`).
+  python benchmarks/train_speed.py --cases=tiers                      small models by the modern recipe (tiers.py)
+
+A case is a name of `cases` or of tiers.py, then options of the config, the model or the optimizer after colons
+(`text24:remat=full:batch_size=32`, `1e18_megabyte8:name=adamw`).
 Each runs in a process of its own, which after it measures the ceiling (8192^3 bfloat16 matrix products, sustained) and
 the bandwidth of copies, so that every share is of the same clocks. Steps are those of train.py, AdamW included, on
 random bytes.
@@ -13,7 +16,9 @@ random bytes.
 Columns: bytes/s; the model's own FLOP/s (causal count, no recomputation); their share of the ceiling; the share of the
 roofline (matrix products at the ceiling and then all other memory traffic at the copy bandwidth, not overlapped:
 device_limits.least_seconds); peak memory; seconds to compile; the loss in bits per byte after the last step: a model
-whose activations are not finite runs faster, and does not count.
+whose activations are not finite runs faster, and does not count. Small models have two more: the share of the roofline
+whose products run at the rates measured at their own sizes (tiers.py), and the share of a step that Muon takes, by how
+much a step of AdamW, timed after it in the same process, is shorter.
 
 Where they are installed, other packages' models of the same widths, depths and heads are timed beside text24 and text14
 (peers.py): MEGABYTE-pytorch as shipped, compiled, and compiled with the fused attention kernels it bars; mblm compiled
@@ -38,6 +43,7 @@ import time
 
 import own_process
 import peers
+import tiers
 
 from megabyte_jax.commands.arguments import Parser
 
@@ -60,6 +66,8 @@ COLUMNS = {  # and how their numbers are shown
   "GiB": "{:.1f}",
   "compile s": "{:.0f}",
   "bits/byte": "{:.3f}",
+  "by width": "{:.1%}",
+  "Muon": "{:.1%}",
 }
 
 
@@ -93,10 +101,10 @@ def config_of(case: str):
   from megabyte_jax.config import Config  # noqa: PLC0415
 
   name, *options = case.split(":")
-  plain = cases()[name].to_config_dict()
+  plain = (tiers.tier_config(name) if name in tiers.KNOWN else cases()[name]).to_config_dict()
   for option in options:
     key, _, value = option.partition("=")
-    place = plain if key in plain else plain["model"]
+    place = next(part for part in (plain, plain["model"], plain["optimizer"]) if key in part)
     place[key] = type(place[key])(json.loads(value) if not isinstance(place[key], str) else value)
   return Config.from_dict(plain)
 
@@ -112,13 +120,18 @@ def measure(case: str, seconds: float, limit_seconds: float, kernels: int) -> di
   from megabyte_jax.planning.step_time import TimedStep  # noqa: PLC0415
 
   config = config_of(case)
+
+  def timed(step: TimedStep) -> tuple[float, float]:
+    """Seconds of a step, alone and among many."""
+    one = min(step.seconds(1) for _ in range(2))
+    step.seconds(max(1, round(seconds / 2 / one)))  # the clocks settle
+    steps = max(1, round(seconds / one))
+    return one, step.seconds(steps) / steps
+
   begin = time.perf_counter()
   step = TimedStep(config)
   first = time.perf_counter() - begin
-  one = min(step.seconds(1) for _ in range(2))
-  step.seconds(max(1, round(seconds / 2 / one)))  # the clocks settle
-  steps = max(1, round(seconds / one))
-  taken = step.seconds(steps) / steps
+  one, taken = timed(step)
   peak = hardware.memory_in_use(jax.devices())
   bits = step.nats / step.bytes / math.log(2)
   per_step, step_bytes = flops.flops_per_byte(config.model, training=True) * step.bytes, step.bytes
@@ -129,6 +142,10 @@ def measure(case: str, seconds: float, limit_seconds: float, kernels: int) -> di
         step.seconds(2)
       largest = summary(kernel_times(folder, times=2), kernels)
   del step
+  is_small, muon = case.partition(":")[0] in tiers.KNOWN, None
+  if is_small and config.optimizer.name == "muon":
+    adamw = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name="adamw"))
+    muon = 1 - timed(TimedStep(adamw))[1] / taken
   ceiling = matmul_flops(limit_seconds, 8192 if limit_seconds > 1 else 512)
   bandwidth = copy_bandwidth(1 << 30 if limit_seconds > 1 else 1 << 24)
   return {
@@ -145,6 +162,8 @@ def measure(case: str, seconds: float, limit_seconds: float, kernels: int) -> di
     "GiB": peak / 2**30 if peak else None,
     "compile s": first - one,
     "bits/byte": bits,
+    "by width": tiers.least_seconds_by_width(config, ceiling, bandwidth) / taken if is_small else None,
+    "Muon": muon,
     "kernels": largest,
   }
 
@@ -241,7 +260,7 @@ def show(row: dict) -> None:
 
 def cells(row: dict, columns: dict[str, str], width: int) -> str:
   """Formats the numbers of a row by the columns' formats, right-aligned; - where one was not measured."""
-  values = (form.format(row[name]) if row[name] is not None else "-" for name, form in columns.items())
+  values = (form.format(row[name]) if row.get(name) is not None else "-" for name, form in columns.items())
   return " ".join(f"{value:>{width}}" for value in values)
 
 
@@ -295,7 +314,8 @@ def main() -> None:
       row = measure_peer(args.peer, *numbers) if args.peer else measure(*numbers, args.kernels)
     print(json.dumps(row))
     return
-  wanted = [(case, "") for case in args.cases.split(",") if case]
+  given = [name for case in args.cases.split(",") for name in (tiers.CASES if case == "tiers" else [case])]
+  wanted = [(case, "") for case in given if case]
   beside = [case for case, _ in wanted if case in PEER_CASES] if args.peers is None else args.peers.split(",")
   installed = {package: peers.installed(package) for package in peers.PACKAGES}
   wanted += [(case, how) for case in beside if case for how, package in PEERS.items() if installed[package]]

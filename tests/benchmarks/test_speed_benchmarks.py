@@ -1,6 +1,7 @@
 """benchmarks/generate_speed.py and train_speed.py: what they time and say, and that a failure costs a row alone."""
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -161,6 +162,38 @@ def test_a_smoke_test_starts_no_peer(monkeypatch, capsys):
   assert wanted(monkeypatch, capsys, "--cases=text14,tiny", "--peers=")[0] == ["text14", "tiny"]
 
 
+def test_tiers_are_timed_by_name(monkeypatch, capsys):
+  timed, speed = wanted(monkeypatch, capsys, "--cases=tiers,tiny")
+  assert timed == [*speed.tiers.CASES, "tiny"] and {"1e17_megabyte8", "1e18_perceiver_ar"} < set(timed)
+  config = speed.config_of("1e17_megabyte4:name=adamw:batch_size=2:remat=full")
+  assert (config.optimizer.name, config.batch_size, config.model.remat) == ("adamw", 2, "full")
+  assert speed.config_of("1e17_megabyte4").optimizer.name == "muon"
+
+
+def test_products_of_a_step_are_all_that_are_counted(monkeypatch):
+  """Of every tier's models, but for those of attention."""
+  tiers = module(monkeypatch, "tiers")
+  for case in tiers.CASES:
+    config = dataclasses.replace(tiers.tier_config(case), accumulate=2)
+    parts = flops.flops_breakdown(config.model)
+    a_byte = 3 * sum(number for name, number in parts.items() if not name.endswith("attention"))
+    per_step = a_byte * config.batch_size * flops.predicted_bytes(config.model)
+    assert tiers.operations(tiers.products_of_step(config)) == pytest.approx(per_step, rel=1e-9), case
+    assert 0.8e5 < config.batch_size * flops.predicted_bytes(config.model) <= 2**18
+
+
+def test_what_a_device_allows_at_the_widths_of_a_model(monkeypatch):
+  """A step is bounded by its own products' times; on a CPU these are timed, too."""
+  tiers, limits = module(monkeypatch, "tiers"), module(monkeypatch, "device_limits")
+  config = tiers.tier_config("1e17_transformer")
+  assert 0 < tiers.product_seconds(tiers.Product(8, 16, 4), seconds=0.001) < 10
+  monkeypatch.setattr(tiers, "product_seconds", lambda product, seconds: product.inputs * 1e-6)
+  found = tiers.least_seconds_by_width(config, 1e12, 1e12)
+  counted = sum(times * product.inputs * 1e-6 for product, times in tiers.products_of_step(config).items())
+  attention = flops.flops_breakdown(config.model)["levels[0].attention"] * 3 * 2**18
+  assert found == pytest.approx(counted + (attention + limits.traffic_of_step(config)) / 1e12)
+
+
 def test_the_roofline_of_a_step(monkeypatch):
   """By hand: one level of one block, of width 8 with 32 hidden units, over 16 bytes in 4 slots; two rows."""
   limits = module(monkeypatch, "device_limits")
@@ -187,7 +220,7 @@ def test_kernels_are_sorted_and_named(monkeypatch):
 def test_the_smallest_size_runs_on_a_cpu(name, tmp_path):
   small = {
     "generate_speed": ["--size=tiny", "--bytes=128", "--weights=int8"],
-    "train_speed": ["--cases=tiny", "--limit_seconds=0.2"],
+    "train_speed": ["--cases=tiny,tiny_tier:batch_size=1:context=64", "--limit_seconds=0.2", "--seconds=0.5"],
     "long_sequences": ["--size=tiny", f"--output={tmp_path / 'long'}"],
   }
   command = [sys.executable, f"benchmarks/{name}.py", *small[name]]
