@@ -114,7 +114,8 @@ def draw_parameters(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
   def draw(path, leaf):
     name = path[-1].key
     spread = {"table": 0.7, "positions": 0.5, "pad": 0.7, "bias": 0.3, "scale": 0.3}.get(name, 0.35)
-    return jnp.asarray((name == "scale") + spread * rng.standard_normal(leaf.shape), jnp.float32)
+    values = (name == "scale") + spread * rng.standard_normal(leaf.shape)
+    return jnp.asarray(values.astype(np.float32))  # NumPy's cast: JAX would compile one for each shape
 
   return jax.tree_util.tree_map_with_path(draw, abstract_model(config)[1])
 

@@ -2,15 +2,18 @@
 
 from megabyte_jax.config import CheckpointConfig, Config, DataConfig, Level, MegabyteConfig, OptimizerConfig
 
+LEVELS = (
+  Level(patch_size=4, width=32, num_layers=1, num_heads=4),
+  Level(patch_size=1, width=16, num_layers=1, num_heads=4),
+)
 
-def get_config():
+
+def get_config(levels="2"):
+  """With `levels` 1 the global level alone, which is quicker to compile."""
   return Config(
     model=MegabyteConfig(
       context=32,
-      levels=(
-        Level(patch_size=4, width=32, num_layers=1, num_heads=4),
-        Level(patch_size=1, width=16, num_layers=1, num_heads=4),
-      ),
+      levels=LEVELS[: int(levels)],
       init_std=0.02,
     ),
     data=DataConfig(train="sample:text/train", validation=""),

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from megabyte_jax.config import Config
+from megabyte_jax.config import Config, ModelConfig
 from megabyte_jax.config.model import check_bytes, token_dtype
 from megabyte_jax.data.batches import rows_of_this_process
 from megabyte_jax.data.read_ahead import read_ahead
@@ -28,8 +28,9 @@ from megabyte_jax.errors import require
 from megabyte_jax.evaluation import windows
 from megabyte_jax.evaluation.lanes import Row, one_after_the_other, side_by_side
 from megabyte_jax.evaluation.windows import Window
-from megabyte_jax.models.build import empty_memory, trained_model
+from megabyte_jax.models.build import Family, empty_memory, family_of, trained_model
 from megabyte_jax.models.loss import bits_per_byte, byte_nats, segment_nats
+from megabyte_jax.parallel.backend import platform
 from megabyte_jax.parallel.sharding import batch_sharding
 
 
@@ -79,20 +80,25 @@ class Evaluation:
 def make_eval_step(config: Config) -> jax.stages.Wrapped:
   """Makes the jitted (parameters, x_BT, length_B, start_B) -> nats_BT (`byte_nats`); `start_B` is PerceiverAR's.
 
-  Of a recurrent model it is (parameters, memory, x_BT, length_B, fresh_B) -> (nats_BT, memory).
+  Of a recurrent model it is (parameters, memory, x_BT, length_B, fresh_B) -> (nats_BT, memory). The latest are kept:
+  a model that is evaluated again in this process is not compiled again.
   """
+  return _eval_step(config.model, platform(), family_of(config.model))
 
+
+@functools.lru_cache(maxsize=8)
+def _eval_step(config: ModelConfig, device: str, family: Family) -> jax.stages.Wrapped:
   @jax.jit
   def eval_step(parameters, x_BT, length_B, start_B=None):
-    return byte_nats(trained_model(config.model, parameters), x_BT, length_B=length_B, start_B=start_B)[0]
+    return byte_nats(trained_model(config, parameters), x_BT, length_B=length_B, start_B=start_B)[0]
 
   @functools.partial(jax.jit, donate_argnums=1)
   def next_segment(parameters, memory, x_BT, length_B, fresh_B):
-    model = trained_model(config.model, parameters)
+    model = trained_model(config, parameters)
     nats_BT, _, memory, _ = segment_nats(model, memory, x_BT, fresh_B=fresh_B, length_B=length_B)
     return nats_BT, memory
 
-  return next_segment if config.model.recurrent else eval_step
+  return next_segment if config.recurrent else eval_step
 
 
 def evaluate(

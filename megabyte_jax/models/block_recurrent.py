@@ -26,7 +26,7 @@ from megabyte_jax.models.layers.recurrent_cell import Cell, TokenLayer
 from megabyte_jax.models.layers.stack import rematerialised
 from megabyte_jax.models.layers.token_embedder import TokenEmbedder
 from megabyte_jax.models.layers.unit_attention import attend, bias_by_distance, in_windows
-from megabyte_jax.models.parameters import compute_dtype, make_norm, with_layers
+from megabyte_jax.models.parameters import compute_dtype, make_layers, make_norm
 from megabyte_jax.models.patch_embedder import check_input
 from megabyte_jax.models.recurrent import Recurrent
 from megabyte_jax.parallel.activation_layout import BATCH, lay_out
@@ -85,14 +85,7 @@ class BlockRecurrent(Recurrent):
   def __init__(self, config: BlockRecurrentConfig, rngs: nnx.Rngs):
     self.config = config
     self.embedder = TokenEmbedder(config.vocab_size, config.width, config, rngs)
-
-    @nnx.split_rngs(splits=config.num_layers)
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def make_layers(rngs):
-      return TokenLayer(config, rngs)
-
-    self.blocks = make_layers(rngs)
-    with_layers(self.blocks)
+    self.blocks = make_layers(lambda rngs: TokenLayer(config, rngs), config.num_layers, rngs)
     self.cells = nnx.List([Cell(config, rngs) for _ in config.cells])
     self.norm = make_norm(config.width, config, rngs)
 

@@ -27,13 +27,14 @@ from megabyte_jax.models.kernels import cached_attention
 from megabyte_jax.models.layers.quantised import check_weights, quantise
 from megabyte_jax.models.layers.stack import each_in_one_kernel, unstacked
 from megabyte_jax.models.megabyte import Megabyte
-from megabyte_jax.models.parameters import compute_dtype, declared
+from megabyte_jax.models.parameters import Keys, as_rngs, compute_dtype, declared
 from megabyte_jax.models.perceiver_ar import PerceiverAR
 from megabyte_jax.models.transformer_xl import TransformerXL
 from megabyte_jax.parallel.parameter_info import ParameterInfo, is_variable, map_with_info, parameter_name
 
 # The model of each family's config; every other room asks the config (config/model.py) or the model (family.py).
-FAMILIES: dict[type[ModelConfig], Callable[[Any, nnx.Rngs], Model]] = {
+Family = Callable[[Any, nnx.Rngs], Model]
+FAMILIES: dict[type[ModelConfig], Family] = {
   MegabyteConfig: Megabyte,
   PerceiverARConfig: PerceiverAR,
   TransformerXLConfig: TransformerXL,
@@ -42,9 +43,24 @@ FAMILIES: dict[type[ModelConfig], Callable[[Any, nnx.Rngs], Model]] = {
 }
 
 
+def family_of(config: ModelConfig) -> Family:
+  """Returns what makes models of this config; what is kept for a config is kept for its family, too."""
+  return FAMILIES[type(config)]
+
+
 def make_model(config: ModelConfig, rngs: nnx.Rngs) -> Model:
   """Makes a model with freshly drawn parameters."""
-  return FAMILIES[type(config)](config, rngs)
+  graph, _, keys = _abstract(config, family_of(config))
+  stream = rngs.params
+  first = stream.count[...]
+  stream.count[...] = first + keys  # who uses `rngs` again is given other keys
+  return nnx.merge(graph, _draw(config, family_of(config))(stream.key[...], first))
+
+
+@functools.lru_cache(maxsize=64)
+def _draw(config: ModelConfig, family: Family) -> Callable[[jax.Array, jax.Array], nnx.State]:
+  """Returns one program for all parameters: drawn one by one, each shape is compiled by itself."""
+  return jax.jit(lambda key, first: nnx.split(family(config, as_rngs(Keys(key, first))))[1])
 
 
 def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
@@ -52,18 +68,30 @@ def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
 
   `nnx.merge(graph, parameters)` with real parameters is the model again.
   """
-  graph, state = nnx.split(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0))))
+  graph, state, _ = _abstract(config, family_of(config))
   return graph, nnx.to_pure_dict(state)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
+def _abstract(config: ModelConfig, family: Family) -> tuple[nnx.GraphDef, nnx.State, int]:
+  """Returns the graph, the shapes, and how many random keys the parameters take."""
+  keys = Keys(None)
+  graph, state = nnx.split(nnx.eval_shape(lambda: family(config, as_rngs(keys))))
+  return graph, state, int(keys.given)
+
+
 def parameter_info(config: ModelConfig) -> Mapping[str, ParameterInfo]:
   """Returns what every parameter declares, by its name in `abstract_model`: kind, logical axes, fan-in, level.
 
   Raises:
     TypeError: a parameter declares nothing, or another number of axes than it has.
   """
-  _, state = nnx.split(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0))))
+  return _parameter_info(config, family_of(config))
+
+
+@functools.cache
+def _parameter_info(config: ModelConfig, family: Family) -> Mapping[str, ParameterInfo]:
+  _, state, _ = _abstract(config, family)
   infos = {}
   for path, parameter in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_variable):
     name = parameter_name(path)
@@ -103,7 +131,7 @@ def for_windows(model: Model, length: int) -> Model:
 
 def initial_parameters(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
   """Draws parameters as nested dicts; the same for the same key on any mesh, but for roundings."""
-  return nnx.to_pure_dict(nnx.split(make_model(config, nnx.Rngs(key)))[1])
+  return nnx.to_pure_dict(nnx.split(family_of(config)(config, as_rngs(Keys(key))))[1])
 
 
 def in_compute_dtype(config: ModelConfig, parameters: nnx.State, rows: int, weights: str = "") -> nnx.State:
@@ -127,7 +155,7 @@ def _prepare(
 ) -> Callable[[nnx.State], nnx.State]:
   """Returns the jitted `prepared_for_decoding` on one device."""
   prepare = functools.partial(prepared_for_decoding, config, stacked=stacked, weights=weights)
-  shapes = jax.eval_shape(lambda: prepare(nnx.split(make_model(config, nnx.Rngs(0)))[1]))
+  shapes = jax.eval_shape(prepare, _abstract(config, family_of(config))[1])
   layouts = decoding_layouts(config, shapes, stacked=stacked)
   return jax.jit(prepare, out_shardings=jax.tree.map(lambda layout: Format(layout, sharding), layouts))
 

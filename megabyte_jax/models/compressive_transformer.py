@@ -32,7 +32,7 @@ from megabyte_jax.models.layers.compression import LearnedCompression, compress_
 from megabyte_jax.models.layers.memory import emptied, filled_after, pushed
 from megabyte_jax.models.layers.relative_block import RelativeBlock, SlotsOfBlock
 from megabyte_jax.models.layers.stack import rematerialised
-from megabyte_jax.models.parameters import compute_dtype, with_layers
+from megabyte_jax.models.parameters import compute_dtype, make_layers
 from megabyte_jax.models.patch_embedder import check_input
 from megabyte_jax.models.recurrent import Recurrent
 
@@ -87,14 +87,7 @@ class CompressiveTransformer(Recurrent):
     self.transformer = transformer_xl.TransformerXL(config.transformer_xl, rngs)
     self.counts_use = config.compression == "most_used"
     if config.is_learned:
-
-      @nnx.split_rngs(splits=config.num_layers)
-      @nnx.vmap(in_axes=0, out_axes=0)
-      def make_compressions(rngs):
-        return LearnedCompression(config, rngs)
-
-      self.compressions = make_compressions(rngs)
-      with_layers(self.compressions)
+      self.compressions = make_layers(lambda rngs: LearnedCompression(config, rngs), config.num_layers, rngs)
 
   def empty_memory(self, batch: int) -> Memory:
     """Returns the memory before a document's first segment; see `Model.empty_memory`."""

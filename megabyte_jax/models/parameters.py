@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from megabyte_jax.config import BlockOptions, Level
@@ -19,6 +20,27 @@ from megabyte_jax.models.layers.quantised import Linear
 from megabyte_jax.parallel.parameter_info import EMBEDDINGS, Kind, ParameterInfo
 
 Sizes = Mapping[str, int]  # logical axis -> its size, in the order of the array's axes
+
+
+class Keys:
+  """Gives each parameter a random key of its own: the same keys as `nnx.Rngs(key)`.
+
+  That counts its keys in an array, which takes longer to trace than all of a model's parameters; this counts in Python.
+  Without a key every parameter is zeros or ones: for shapes.
+  """
+
+  def __init__(self, key: jax.Array | None, given: int | jax.Array = 0):
+    self.key, self.given = key, given
+
+  def params(self) -> jax.Array | None:
+    """Returns the next key."""
+    self.given += 1
+    return None if self.key is None else jax.random.fold_in(self.key, self.given - 1)
+
+
+def as_rngs(keys: Keys) -> nnx.Rngs:
+  """Returns the keys for layers of Flax, which ask their `rngs` for nothing but `params()`."""
+  return cast(nnx.Rngs, keys)
 
 
 def compute_dtype(options: BlockOptions) -> jnp.dtype:
@@ -46,7 +68,12 @@ def initial_values(options: BlockOptions, info: ParameterInfo, *, scale: float =
     deviation = info.fan_in**-0.5
   else:
     deviation = options.init_std * scale * (info.fan_in**-0.5 if balanced else 1.0)
-  return nnx.initializers.truncated_normal(stddev=deviation, lower=-2.0, upper=2.0)
+  return _or_zeros(nnx.initializers.truncated_normal(stddev=deviation, lower=-2.0, upper=2.0))
+
+
+def _or_zeros(draw: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """Returns an initializer that draws nothing without a key."""
+  return lambda key, shape, dtype: jnp.zeros(shape, dtype) if key is None else draw(key, shape, dtype)
 
 
 def make_parameter(
@@ -67,7 +94,7 @@ def make_parameter(
   info = ParameterInfo(kind, tuple(sizes), inputs, math.prod(sizes[axis] for axis in inputs))
   draw, shape = initial_values(options, info, balanced=balanced), tuple(sizes.values())
   if deviation is not None:
-    draw = nnx.initializers.normal(deviation)
+    draw = _or_zeros(nnx.initializers.normal(deviation))
   is_drawn = kind != "bias" or deviation is not None
   values = draw(rngs.params(), shape, jnp.float32) if is_drawn else jnp.zeros(shape, jnp.float32)
   return nnx.Param(values, info=info)
@@ -123,9 +150,13 @@ def _rms_norm(width: int, axis: str, options: BlockOptions, rngs: nnx.Rngs) -> n
   return nnx.RMSNorm(width, epsilon=1e-5, dtype=compute_dtype(options), scale_metadata=metadata, rngs=rngs)
 
 
-def with_layers(module: nnx.Module) -> None:
-  """Declares a first axis of layers for all parameters of a module that `nnx.vmap` has stacked."""
-  _change(module, lambda info: dataclasses.replace(info, axes=("layers", *info.axes)))
+def make_layers(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
+  """Makes `count` layers as one module, whose parameters have a first axis of layers and declare it."""
+  key = rngs.params()
+  keys = np.zeros(count) if key is None else jax.random.split(key, count)
+  layers = nnx.vmap(lambda layer: make(as_rngs(Keys(None if key is None else layer))))(keys)
+  _change(layers, lambda info: dataclasses.replace(info, axes=("layers", *info.axes)))
+  return layers
 
 
 def of_level(module: nnx.Module, level: int) -> None:

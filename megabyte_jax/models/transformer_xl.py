@@ -31,7 +31,7 @@ from megabyte_jax.models.layers.memory import emptied, filled_after, filled_slot
 from megabyte_jax.models.layers.relative_block import Offsets, RelativeBlock, SlotsOfBlock, make_offsets, sinusoids
 from megabyte_jax.models.layers.stack import rematerialised
 from megabyte_jax.models.layers.token_embedder import TokenEmbedder
-from megabyte_jax.models.parameters import compute_dtype, make_norm, with_layers
+from megabyte_jax.models.parameters import compute_dtype, make_layers, make_norm
 from megabyte_jax.models.patch_embedder import check_input
 from megabyte_jax.models.recurrent import Recurrent
 from megabyte_jax.parallel.activation_layout import BATCH, lay_out
@@ -68,14 +68,8 @@ class TransformerXL(Recurrent):
     self.config, level = config, config.level
     scale = config.width**0.5 if config.scaled_embeddings else 1.0
     self.embedder = TokenEmbedder(config.vocab_size, config.width, config, rngs, scale=scale)
-
-    @nnx.split_rngs(splits=config.num_layers)
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def make_blocks(rngs):
-      return RelativeBlock(level, config, rngs, pre_norm=config.norm_place == "pre", untie=config.untie)
-
-    self.blocks = make_blocks(rngs)
-    with_layers(self.blocks)
+    kind: dict[str, bool] = {"pre_norm": config.norm_place == "pre", "untie": config.untie}
+    self.blocks = make_layers(lambda rngs: RelativeBlock(level, config, rngs, **kind), config.num_layers, rngs)
     if not config.untie:
       self.u, self.v = make_offsets(level, config, rngs)
     if config.norm_place == "pre":

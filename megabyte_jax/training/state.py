@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +14,17 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from megabyte_jax.config import Config
-from megabyte_jax.models.build import abstract_model, empty_memory, initial_parameters, parameter_info
+from megabyte_jax.models.build import (
+  Family,
+  abstract_model,
+  empty_memory,
+  family_of,
+  initial_parameters,
+  parameter_info,
+)
 from megabyte_jax.models.loss import byte_nats, segment_nats, sum_of_nats
 from megabyte_jax.parallel.activation_layout import BATCH, lay_out
+from megabyte_jax.parallel.backend import platform
 from megabyte_jax.parallel.sharding import batch_sharding, check_mesh, constrain_state, shard_abstract
 from megabyte_jax.training.optimizer import make_optimizer
 
@@ -77,15 +87,26 @@ def _optimizer(config: Config) -> optax.GradientTransformation:
 
 def initial_state(config: Config, mesh: Mesh) -> TrainState:
   """Makes a fresh state shard by shard: no device ever holds more than its part. Equal on any mesh."""
-  abstract = abstract_state(config, mesh)
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  alike = dataclasses.replace(_compiled_for(config), num_steps=1, accumulate=1, seed=0)
+  return _make_initial_state(alike, mesh, family_of(config.model))(jax.random.key(config.seed))
+
+
+def _compiled_for(config: Config) -> Config:
+  """Returns the config without what changes no program: runs that are alike in the rest share theirs in a process."""
+  names = ("model", "optimizer", "num_steps", "batch_size", "accumulate", "seed")
+  return Config(**{name: getattr(config, name) for name in names})
+
+
+@functools.lru_cache(maxsize=8)
+def _make_initial_state(config: Config, mesh: Mesh, family: Family) -> jax.stages.Wrapped:
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
 
   def make(key):
     parameters = initial_parameters(config.model, key)
     opt_state = _optimizer(config).init(parameters)
     return TrainState(jnp.int32(0), parameters, opt_state, empty_memory(config.model, parameters, config.batch_size))
 
-  return jax.jit(make, out_shardings=shardings)(jax.random.key(config.seed))
+  return jax.jit(make, out_shardings=shardings)
 
 
 def make_train_step(config: Config, token_lengths: np.ndarray | None = None) -> jax.stages.Wrapped:
@@ -94,13 +115,21 @@ def make_train_step(config: Config, token_lengths: np.ndarray | None = None) -> 
   `length_B` is None where every row is full, `fresh_B` where the model is not recurrent. Metrics: nats (summed), bytes
   (counted), grad_norm, of recurrent models extra_loss (summed; see `Model.segment`); float32. The loss is nats plus
   extra_loss, per byte or token that counts. Dropout and the places of PerceiverAR's latents are functions of the seed
-  and the step.
+  and the step. The latest steps are kept: a run that goes on in the same process is not compiled again.
 
   Args:
     config: of the run.
     token_lengths: of subwords, the bytes of each; then `bytes` counts these, and `tokens` is a metric, too. Without it
       everything that is predicted counts as a byte.
   """
+  lengths = None if token_lengths is None else tuple(np.asarray(token_lengths).tolist())
+  return _train_step(_compiled_for(config), lengths, platform(), family_of(config.model))
+
+
+@functools.lru_cache(maxsize=8)
+def _train_step(
+  config: Config, token_lengths: tuple[int, ...] | None, device: str, family: Family
+) -> jax.stages.Wrapped:
   graph, _ = abstract_model(config.model)
   optimizer, infos = _optimizer(config), parameter_info(config.model)
   drops = config.model.dropout > 0 or config.model.attention_dropout > 0

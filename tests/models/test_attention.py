@@ -13,7 +13,7 @@ B, N, M, H, K = 2, 3, 8, 2, 4
 
 
 def draw(*shape, seed=0):
-  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape) * 1.5, jnp.float32)
+  return jnp.asarray((np.random.default_rng(seed).standard_normal(shape) * 1.5).astype(np.float32))
 
 
 def qkv(spans=N, slots=M):

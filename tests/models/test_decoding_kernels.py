@@ -15,7 +15,7 @@ from megabyte_jax.models.layers.stack import Cache, Stack, stack_weights
 
 
 def normal(seed, *shape, dtype=jnp.bfloat16):
-  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))  # here: compiles nothing
 
 
 def check(actual, expected, steps=1.5):

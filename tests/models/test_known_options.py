@@ -97,11 +97,11 @@ def plain_step(name):
   stack = Stack(level, dataclasses.replace(options, dropout=0.0), nnx.Rngs(0))
   rng = np.random.default_rng(0)
   graph, state = nnx.split(stack)
-  state = jax.tree.map(lambda a: jnp.asarray(rng.normal(1.0 if a.ndim < 3 else 0.0, 0.1, a.shape), jnp.float32), state)
+  state = jax.tree.map(lambda a: rng.normal(1.0 if a.ndim < 3 else 0.0, 0.1, a.shape).astype(np.float32), state)
   r = level.cross_patch
   shape = (level.num_layers, 2, 1, r + slots, *level.heads)
-  cache = Cache(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2)))
-  x = jnp.asarray(rng.normal(size=(2, 1, 1, level.width)), jnp.float32)
+  cache = Cache(*(jnp.asarray(rng.normal(size=shape).astype(np.float32)) for _ in range(2)))
+  x = jnp.asarray(rng.normal(size=(2, 1, 1, level.width)).astype(np.float32))
   arguments = jnp.int32(slots // 2), True
   expected = jax.jit(lambda state: nnx.merge(graph, state).step(x, cache, *arguments))(state)
   return graph, state, x, cache, arguments, expected

@@ -76,13 +76,19 @@ def test_balanced_parents_start_as_large_as_the_embeddings_that_they_are_added_t
   def ratios(parent_init):
     model = make_model(MegabyteConfig(context=64, levels=levels, init_std=0.04, parent_init=parent_init), nnx.Rngs(0))
     x_BT = jax.random.randint(jax.random.key(1), (4, 64), 0, 256)
-    found, parent = [], None
-    for i, level in enumerate(model.levels):
-      if parent is not None:
-        added = level.add_parent(jnp.zeros((4, 64 // level.span, level.slots_per_span, levels[i].width)), parent)
-        found.append(float(added.std() / level.embedder.embed(x_BT.reshape(4, -1, level.span)).std()))
-      parent = level(x_BT, parent)[0].reshape(4, -1, levels[i].width)
-    return found
+    graph, parameters = nnx.split(model)
+
+    @jax.jit
+    def measured(parameters, x_BT):
+      found, parent = [], None
+      for i, level in enumerate(nnx.merge(graph, parameters).levels):
+        if parent is not None:
+          added = level.add_parent(jnp.zeros((4, 64 // level.span, level.slots_per_span, levels[i].width)), parent)
+          found.append(added.std() / level.embedder.embed(x_BT.reshape(4, -1, level.span)).std())
+        parent = level(x_BT, parent)[0].reshape(4, -1, levels[i].width)
+      return found
+
+    return measured(parameters, x_BT)
 
   sizes = [256**0.5, 128**0.5]  # of a normed output's 2 x 128 and 128 numbers
   np.testing.assert_allclose(ratios("paper"), [size / 2**0.5 for size in sizes], rtol=0.1)  # table and positions
@@ -141,17 +147,20 @@ def test_embeddings_are_never_dropped(name):
   config, x_BT = variants.VARIANTS[name], variants.random_bytes(name, 2)
   graph, parameters = dropping(name, dropout=1 - 1e-9)
   dropped = jax.jit(lambda p, x: nnx.merge(graph, p)(x, dropout_key=jax.random.key(3)))(parameters, x_BT)
-  model = variants.model(name)
-  if variants.is_perceiver(config):
-    slots = model.embedder.slots(x_BT[:, None])[:, 0, -config.latents :]
-    expected = model.embedder.logits(model.decoder.norm(slots))
-  else:
+
+  @jax.jit
+  def of_embeddings(parameters, x_BT):
+    model = nnx.merge(graph, parameters)
+    if variants.is_perceiver(config):
+      slots = model.embedder.slots(x_BT[:, None])[:, 0, -config.latents :]
+      return model.embedder.logits(model.decoder.norm(slots))
     first, second = model.levels
     h_global = first.decoder.norm(first.embedder.slots(x_BT[:, None]))[:, 0]
     patches = x_BT.reshape(2, h_global.shape[1], -1)
     h_local = second.decoder.norm(second.add_parent(second.embedder.slots(patches), h_global))
-    expected = second.embedder.logits(h_local).reshape(2, config.context, -1)
-  np.testing.assert_allclose(dropped, expected, atol=1e-4)
+    return second.embedder.logits(h_local).reshape(2, config.context, -1)
+
+  np.testing.assert_allclose(dropped, of_embeddings(parameters, x_BT), atol=1e-4)
 
 
 def test_every_layer_draws_its_own_dropout(monkeypatch):
@@ -217,7 +226,8 @@ def test_remat_and_scan_change_neither_loss_nor_gradients():
 def test_remat_holds_for_perceiver_ars_cross_attention(capsys):
   """Its weights of 5 latents over 23 bytes are kept for the backward pass without it alone."""
   config = PerceiverARConfig(context=23, latents=5, width=8, num_layers=1, num_heads=2, dropout=0.0)
-  gradients, parameters = [], initial_parameters(config, jax.random.key(0))
+  parameters = jax.jit(lambda key: initial_parameters(config, key))(jax.random.key(0))
+  gradients = []
   for remat, is_kept in (("none", True), ("full", False)):
     graph, _ = abstract_model(dataclasses.replace(config, remat=remat))
 
@@ -281,7 +291,7 @@ def test_accumulation_equals_one_batch():
     config = Config(model=variants.VARIANTS[name], batch_size=8, accumulate=accumulate, num_steps=10)
     state = TrainState(jnp.int32(3), jax.tree.map(jnp.copy, variants.parameters(name)), None)
     optimizer = make_optimizer(config.optimizer, config.num_steps, parameter_info(config.model))
-    optimizer_state = optimizer.init(state.parameters)
+    optimizer_state = jax.jit(optimizer.init)(state.parameters)
     results.append(make_train_step(config)(state._replace(opt_state=optimizer_state), x_BT, length_B))
   (one, metrics), (parts, metrics_of_parts) = results
   assert int(metrics["bytes"]) == int(metrics_of_parts["bytes"]) == length_B.sum()

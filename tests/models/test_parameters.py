@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from megabyte_jax.checkpoints.arrays import flat_arrays
+from megabyte_jax.config import MegabyteConfig
 from megabyte_jax.models import build
 from megabyte_jax.models.build import abstract_model, parameter_info
 from megabyte_jax.parallel.parameter_info import ParameterInfo, map_with_info
@@ -51,16 +52,16 @@ def test_kinds_levels_and_fan_in():
   ],
 )
 def test_a_parameter_that_declares_nothing_is_an_error(monkeypatch, parameter, message):
-  make = build.make_model
+  family = build.FAMILIES[MegabyteConfig]
 
   def with_another(config, rngs):
-    model = make(config, rngs)
+    model = family(config, rngs)
     model.forgotten = parameter()
     return model
 
-  monkeypatch.setattr(build, "make_model", with_another)
+  monkeypatch.setitem(build.FAMILIES, MegabyteConfig, with_another)
   with pytest.raises(TypeError, match=message):
-    parameter_info.__wrapped__(variants.VARIANTS["transformer"])
+    parameter_info(variants.VARIANTS["transformer"])
 
 
 def test_infos_reach_parameters_moments_and_nothing_else():
@@ -70,3 +71,13 @@ def test_infos_reach_parameters_moments_and_nothing_else():
   kinds = map_with_info(lambda _, info: info and info.kind, (tree, moments), infos)
   assert kinds == ({"a": {"kernel": "matrix"}}, {"mu": {"a": {"kernel": "matrix"}}, "count": None, "kernel": None})
   assert jax.tree.structure(tree) == jax.tree.structure(map_with_info(lambda leaf, _: leaf, tree, infos))
+
+
+def test_a_model_draws_what_nnx_rngs_would_and_another_one_the_second_time():
+  config = variants.VARIANTS["transformer"]
+  rngs = nnx.Rngs(3)
+  made, again = (jax.tree.leaves(nnx.state(build.make_model(config, rngs))) for _ in range(2))
+  by_flax = jax.tree.leaves(nnx.state(build.family_of(config)(config, nnx.Rngs(3))))
+  for one, other, second in zip(made, by_flax, again, strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+    assert (one == second).all() == (len(np.unique(one)) == 1)  # biases and scales

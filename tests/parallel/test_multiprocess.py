@@ -35,7 +35,7 @@ def losses(workdir):
 
 def flags(folder, workdir):
   return [
-    "--config=tests/tiny_config.py",
+    "--config=tests/tiny_config.py:1",
     f"--config.data.validation={folder / 'validation.txt'}",
     "--config.mesh.fsdp=2",
     "--config.eval.every_steps=6",

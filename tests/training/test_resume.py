@@ -26,7 +26,7 @@ from megabyte_jax.data.open_data import open_source
 from megabyte_jax.errors import CheckpointError, ConfigError, DataError
 from megabyte_jax.training import stop_signal
 
-STEPS = 120  # more than the pipe of a halted reader holds, in progress lines
+STEPS = 90  # more than the pipe of a halted reader holds, in progress lines
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +40,10 @@ def folder(tmp_path_factory):
 def command(folder, workdir):
   return [
     "train.py",
-    "--config=tests/tiny_config.py",
+    "--config=tests/tiny_config.py:1",
     f"--config.data.train={folder / 'train.txt'}",
     f"--config.num_steps={STEPS}",
-    "--config.checkpoint.every_steps=7",
+    "--config.checkpoint.every_steps=10",
     f"--workdir={workdir}",
   ]
 
@@ -85,12 +85,12 @@ def test_sigterm_saves_and_the_same_command_goes_on(folder, uninterrupted):
 
 def test_after_kill_9(folder, uninterrupted):
   workdir = folder / "killed"
-  output, code = stop_at(start(*command(folder, workdir)), 15, signal.SIGKILL)
+  output, code = stop_at(start(*command(folder, workdir)), 22, signal.SIGKILL)
   assert code == -signal.SIGKILL, output
   output, code = finish(start(*command(folder, workdir)))
   assert code == 0, output
   done = int(re.search(r"steps   (\d+) of", output)[1])
-  assert 0 < done < STEPS and done % 7 == 0
+  assert 0 < done < STEPS and done % 10 == 0
   assert_same_run(workdir, uninterrupted)
 
 
@@ -253,13 +253,13 @@ def test_the_same_command_resumes_fine_tuning(config, tmp_path, capsys):
 def test_training_in_a_thread_hears_no_signals(config, tmp_path, capsys):
   """Python allows handlers in the main thread alone, whose signals are then the program's own."""
   model = dataclasses.replace(config.model, levels=config.model.levels[:1])  # quicker to compile
-  config = dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, validation=""), num_steps=2)
+  config = dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, validation=""), num_steps=3)
   handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
   with futures.ThreadPoolExecutor(1) as pool:
     running = pool.submit(train.train, config, str(tmp_path / "run"))
     running.result()
   assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
-  assert saved_state(tmp_path / "run")[0] == 2
+  assert saved_state(tmp_path / "run")[0] == 3
   (tmp_path / "run" / "metrics.jsonl").write_text("")
   train.train(config, str(tmp_path / "run"))  # a finished run does not fail for want of a picture
   said = capsys.readouterr()
@@ -345,6 +345,6 @@ def test_broken_numbers_end_the_run_with_the_last_good_checkpoint(config, tmp_pa
     return
   step, parameters, _ = saved_state(tmp_path / "run")
   assert step == 1
-  sane = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=5), num_steps=2)
+  sane = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=5), num_steps=3)
   train.train(sane, str(tmp_path / "next"), init_from=str(tmp_path / "run"))
-  assert saved_state(tmp_path / "next")[0] == 2
+  assert saved_state(tmp_path / "next")[0] == 3

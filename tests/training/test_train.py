@@ -27,11 +27,13 @@ from megabyte_jax.config import (
   EvalConfig,
   Level,
   MegabyteConfig,
+  OptimizerConfig,
   PerceiverARConfig,
 )
 from megabyte_jax.data.batches import batches
 from megabyte_jax.data.open_data import open_source
 from megabyte_jax.errors import CheckpointError, ConfigError
+from megabyte_jax.evaluation.evaluate import make_eval_step
 from megabyte_jax.parallel.sharding import batch_sharding
 from megabyte_jax.training.state import initial_state, make_train_step
 
@@ -90,6 +92,17 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
     results.append((values, state.opt_state))
   for one, other in zip(*map(jax.tree.leaves, results), strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_runs_that_are_alike_share_their_programs_and_others_do_not():
+  step, scoring = make_train_step(TINY), make_eval_step(TINY)
+  alike = dataclasses.replace(TINY, data=DataConfig(train="another"), log_every=7)
+  assert make_train_step(alike) is step and make_eval_step(alike) is scoring
+  model = dataclasses.replace(TINY.model, dropout=0.5)
+  for changes in ({"seed": 1}, {"num_steps": 99}, {"optimizer": OptimizerConfig(b1=0.5)}, {"model": model}):
+    assert make_train_step(dataclasses.replace(TINY, **changes)) is not step
+  assert make_eval_step(dataclasses.replace(TINY, model=model)) is not scoring
+  assert make_train_step(TINY, np.ones(256, np.int32)) is not step
 
 
 # -- Whole runs: the baselines, and what a run leaves behind --

@@ -18,7 +18,7 @@ from megabyte_jax.models.kernels import cached_attention, decoding_step
 from megabyte_jax.models.layers.attention import Past
 from megabyte_jax.models.layers.block import Block, normalised, rotate
 from megabyte_jax.models.layers.quantised import Linear, Quantised
-from megabyte_jax.models.parameters import compute_dtype, make_norm, with_layers
+from megabyte_jax.models.parameters import compute_dtype, make_layers, make_norm
 from megabyte_jax.parallel.backend import platform, row_major
 from megabyte_jax.parallel.parameter_info import is_variable
 
@@ -35,14 +35,7 @@ class Stack(nnx.Module):
 
   def __init__(self, level: Level, options: ModelConfig, rngs: nnx.Rngs):
     self.level, self.options = level, options
-
-    @nnx.split_rngs(splits=level.num_layers)
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def make_blocks(rngs):
-      return Block(level, options, rngs)
-
-    self.blocks = make_blocks(rngs)
-    with_layers(self.blocks)
+    self.blocks = make_layers(lambda rngs: Block(level, options, rngs), level.num_layers, rngs)
     self.norm = make_norm(level.width, options, rngs)
 
   def __call__(
