@@ -74,10 +74,10 @@ def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
 
 @functools.lru_cache(maxsize=256)
 def _abstract(config: ModelConfig, family: Family) -> tuple[nnx.GraphDef, nnx.State, int]:
-  """Returns the graph, the shapes, and how many random keys the parameters take."""
+  """Returns the graph, the shapes, which know nothing of a mesh, and how many random keys the parameters take."""
   keys = Keys(None)
   graph, state = nnx.split(nnx.eval_shape(lambda: family(config, as_rngs(keys))))
-  return graph, state, int(keys.given)
+  return graph, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state), int(keys.given)
 
 
 def parameter_info(config: ModelConfig) -> Mapping[str, ParameterInfo]:

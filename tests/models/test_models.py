@@ -68,9 +68,9 @@ def test_initial_parameters_are_a_cut_normal(family):
 
 def test_balanced_parents_start_as_large_as_the_embeddings_that_they_are_added_to():
   levels = (
-    Level(patch_size=8, width=1024, num_layers=1, num_heads=4),
-    Level(patch_size=2, width=256, num_layers=1, num_heads=4),
-    Level(patch_size=1, width=64, num_layers=1, num_heads=4),
+    Level(patch_size=8, width=512, num_layers=1, num_heads=4),
+    Level(patch_size=2, width=128, num_layers=1, num_heads=4),
+    Level(patch_size=1, width=32, num_layers=1, num_heads=4),
   )
 
   def ratios(parent_init):
@@ -90,7 +90,7 @@ def test_balanced_parents_start_as_large_as_the_embeddings_that_they_are_added_t
 
     return measured(parameters, x_BT)
 
-  sizes = [256**0.5, 128**0.5]  # of a normed output's 2 x 128 and 128 numbers
+  sizes = [128**0.5, 64**0.5]  # of a normed output's 2 x 64 and 64 numbers
   np.testing.assert_allclose(ratios("paper"), [size / 2**0.5 for size in sizes], rtol=0.1)  # table and positions
   np.testing.assert_allclose(ratios("balanced"), [1 / 2**0.5, 1 / 2**0.5], rtol=0.1)
 

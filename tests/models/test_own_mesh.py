@@ -99,3 +99,11 @@ def test_numbers_are_looked_at_for_smaller_vocabularies_too():
   graph, parameters = build(dataclasses.replace(MEGABYTE, vocab_size=100))
   with pytest.raises(ConfigError, match="knows only bytes below 100"):
     nnx.merge(graph, parameters)(jnp.full((1, 4), 100, jnp.uint8))
+
+
+def test_shapes_belong_to_no_mesh():
+  """They are kept, and serve under another mesh, too."""
+  config = dataclasses.replace(MEGABYTE, init_std=0.02)  # as no other test has it
+  with jax.set_mesh(mesh_of()):
+    shapes = abstract_model(config)[1]
+  assert {leaf.sharding for leaf in jax.tree.leaves(shapes)} == {None}
