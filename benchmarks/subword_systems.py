@@ -4,7 +4,7 @@
     --output=docs/results/table3.json
 
 The models are the rows of configs/paper/table3.py at a smaller size by the rule of configs/small.py: `table3:NAME@2`,
-with the recipe of --changes; --config NAME=FILE:ARGUMENT takes another config for a system. Each gets as many steps as
+with the recipe of --changes; --row NAME=FILE:ARGUMENT takes another config for a system. Each gets as many steps as
 --flops operations pay for, counted as SpaceByte counts them: six for each multiplication and addition of a weight,
 attention as if nothing were masked. A tokenizer is trained on the training text unless --tokenizer names one.
 `python -m megabyte_jax tables 3` shows the results beside the paper's. A system that is in the file already is left
@@ -121,7 +121,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--systems", nargs="+", choices=names, default=names)
   parser.add_argument("--divisor", type=int, default=2, help="of widths and layers, as in configs/small.py")
   parser.add_argument("--changes", default="+modern", help="a recipe, as in configs/small.py; '' has none")
-  parser.add_argument("--config", dest="configs", nargs="+", default=[], metavar="NAME=FILE:ARGUMENT")
+  parser.add_argument("--row", dest="configs", nargs="+", default=[], metavar="NAME=FILE:ARGUMENT")
   parser.add_argument("--tokenizer", default="", help="of the subword systems")
   parser.add_argument("--pieces", type=int, default=32_000, help="of a new tokenizer")
   parser.add_argument("--set", dest="changes_of_fields", nargs="+", default=[], metavar="[NAME:]KEY=VALUE")
