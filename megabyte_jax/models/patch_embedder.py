@@ -17,7 +17,7 @@ from megabyte_jax.config import BlockOptions, Level
 from megabyte_jax.config.model import check_bytes
 from megabyte_jax.errors import require
 from megabyte_jax.models.layers.attention import shift
-from megabyte_jax.models.layers.embedding_lookup import lookup
+from megabyte_jax.models.layers.embedding_lookup import lookup, product_with_table
 from megabyte_jax.models.parameters import compute_dtype, make_parameter
 
 
@@ -116,7 +116,7 @@ class PatchEmbedder(nnx.Module):
     """Computes eq. (6): the output of each byte, [..., d], times the byte table; float32 [..., V]."""
     if self.logit_scale != 1.0:
       h *= self.logit_scale
-    return jnp.einsum("...d,Vd->...V", h, self.table.astype(self.dtype), preferred_element_type=jnp.float32)
+    return product_with_table(h, self.table.astype(self.dtype))
 
   # Stepwise decoding: the convolutions remember the bytes before the patch at hand.
 

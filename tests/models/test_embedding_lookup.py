@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from megabyte_jax.models.layers.embedding_lookup import lookup
+from megabyte_jax.models.layers.embedding_lookup import lookup, product_with_table
 
 TABLE = jax.random.normal(jax.random.key(0), (256, 8))
 BYTES = jax.random.randint(jax.random.key(1), (4, 5, 7), 0, 256)
@@ -72,3 +72,40 @@ def test_gradients_within_shard_map_are_summed_over_devices(check):
   spread = jax.shard_map(total, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=check)
   equal(spread(TABLE, BYTES), plain(TABLE, BYTES), rtol=1e-4)
   equal(jax.grad(spread)(TABLE, BYTES), jax.grad(plain)(TABLE, BYTES))
+
+
+HIDDEN = jax.random.normal(jax.random.key(3), (4, 5, 8))
+
+
+def of_product(h, table):
+  return jnp.sum(jnp.sin(product_with_table(h, table)))
+
+
+def of_plain_product(h, table):
+  return jnp.sum(jnp.sin(jnp.einsum("...d,Vd->...V", h, table, precision="highest")))
+
+
+def test_the_product_with_the_table_is_differentiated_as_a_plain_one():
+  """Backwards, forwards, twice, and mapped over rows."""
+  at = (HIDDEN, TABLE)
+  equal(of_product(*at), of_plain_product(*at))
+  for made, expected in zip(*(jax.grad(f, (0, 1))(*at) for f in (of_product, of_plain_product)), strict=True):
+    equal(made, expected)
+  forward = (jax.jvp(f, at, (jnp.ones_like(HIDDEN), jnp.cos(TABLE)))[1] for f in (of_product, of_plain_product))
+  equal(*forward)
+  twice = (jax.grad(lambda h, f=f: jnp.sum(jax.grad(f)(h, TABLE) ** 2))(HIDDEN) for f in (of_product, of_plain_product))
+  equal(*twice)
+  mapped = (jax.vmap(jax.grad(f), in_axes=(0, None))(*at) for f in (of_product, of_plain_product))
+  equal(*mapped)
+
+
+def test_gradients_of_the_product_with_the_table_have_operands_of_the_compute_dtype():
+  """The logits are float32, and so is what comes back to them; the products of the gradients are not."""
+  h, table = (a.astype(jnp.bfloat16) for a in (HIDDEN, TABLE))
+  assert product_with_table(h, table).dtype == jnp.float32
+  program = jax.jit(jax.grad(of_product, (0, 1))).lower(h, table).as_text()
+  products = [line for line in program.splitlines() if "dot_general" in line]
+  assert len(products) == 3 and not [line for line in products if "f32>, tensor" in line]
+  made, exact = jax.grad(of_product, (0, 1))(h, table), jax.grad(of_product, (0, 1))(HIDDEN, TABLE)
+  for a, b in zip(made, exact, strict=True):
+    assert jnp.linalg.norm(a.astype(jnp.float32) - b) < 0.02 * jnp.linalg.norm(b)

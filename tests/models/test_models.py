@@ -16,6 +16,7 @@ from megabyte_jax.errors import ConfigError
 from megabyte_jax.models.build import abstract_model, initial_parameters, make_model, parameter_info
 from megabyte_jax.models.layers import block as block_module
 from megabyte_jax.models.layers import dropout
+from megabyte_jax.models.layers.block import activate
 from megabyte_jax.models.loss import byte_nats
 from megabyte_jax.training.optimizer import make_optimizer
 from megabyte_jax.training.state import TrainState, make_train_step
@@ -299,3 +300,15 @@ def test_accumulation_equals_one_batch():
     np.testing.assert_allclose(metrics_of_parts[key], metrics[key], rtol=1e-5)
   for (leaf_name, a), (_, b) in zip(named(one.opt_state[1][0].mu), named(parts.opt_state[1][0].mu), strict=True):
     np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max() + 1e-9, err_msg=leaf_name)
+
+
+def test_the_gradient_of_a_gated_layer_is_joined_not_padded():
+  """Padded halves would be written and added: more memory traffic in the widest arrays of a block."""
+  level = Level(patch_size=1, width=8, num_layers=1, num_heads=2)
+  options = MegabyteConfig(context=4, levels=(level,), activation="swiglu")
+  hidden = jax.random.normal(jax.random.key(0), (3, 2, 5))
+  gradient = jax.grad(lambda hidden: jnp.sum(activate(hidden, options)))
+  program = str(jax.make_jaxpr(gradient)(hidden))
+  assert "concatenate" in program and "pad" not in program
+  expected = jax.grad(lambda hidden: jnp.sum(jax.nn.silu(hidden[:, 0]) * hidden[:, 1]))(hidden)
+  np.testing.assert_allclose(gradient(hidden), expected, rtol=1e-6)

@@ -62,8 +62,15 @@ def activate(hidden: jax.Array, options: BlockOptions) -> jax.Array:
     return relu(hidden)
   hidden = checkpoint_name(hidden, "hidden")
   if options.gated:
-    return jax.nn.silu(hidden[..., 0, :]) * hidden[..., 1, :]
+    gate, up = parts_of(hidden, axis=hidden.ndim - 2)
+    return jax.nn.silu(gate) * up
   return getattr(jax.nn, options.activation)(hidden)
+
+
+def parts_of(x: jax.Array, axis: int) -> tuple[jax.Array, ...]:
+  """Returns x's parts along an axis, which their gradients are joined along; those of slices are padded and added."""
+  parts = jnp.split(x, x.shape[axis], axis=axis)
+  return tuple(jnp.squeeze(part, axis=axis) for part in parts)
 
 
 def rotate(x_BNMHK: jax.Array, slots_M: jax.Array) -> jax.Array:
@@ -87,7 +94,7 @@ def products_apart(linear: Linear, x_BNMD: jax.Array) -> tuple[jax.Array, ...]:
   D, C, H, K = linear.kernel.shape
   if platform() != "gpu" or isinstance(linear.kernel.get_value(), Quantised):
     y_BNMCHK = checkpoint_name(linear(x_BNMD), "qkv")
-    return tuple(y_BNMCHK[:, :, :, i] for i in range(C))
+    return parts_of(y_BNMCHK, axis=3)
   kernel_DCF, x_BNMD = (a.astype(linear.dtype) for a in (linear.kernel.reshape(D, C, H * K), x_BNMD))
   products = [x_BNMD @ kernel_DCF[:, i] for i in range(C)]
   if linear.bias is not None:

@@ -93,3 +93,19 @@ def _batch(arguments: tuple[Any, Any], dims: tuple[Any, Any], *, dtype: jnp.dtyp
 ad.defjvp(_rows, lambda table_Vd, _, bytes_, dtype: lookup(table_Vd, bytes_, dtype), None)
 ad.primitive_transposes[_rows] = _transpose
 batching.primitive_batchers[_rows] = _batch
+
+
+@jax.custom_jvp
+def product_with_table(h: jax.Array, table_Vd: jax.Array) -> jax.Array:
+  """Computes h [..., d] times each row of the table, float32 [..., V]; its gradients are products in h's dtype.
+
+  JAX's own would convert h and the table to float32 first, as the logits are.
+  """
+  return jnp.einsum("...d,Vd->...V", h, table_Vd, preferred_element_type=jnp.float32)
+
+
+@product_with_table.defjvp
+def _product_with_table_jvp(primals, tangents):
+  (h, table_Vd), (dh, dtable_Vd) = primals, tangents
+  change = jnp.einsum("...d,Vd->...V", dh, table_Vd) + jnp.einsum("...d,Vd->...V", h, dtable_Vd)
+  return product_with_table(h, table_Vd), change.astype(jnp.float32)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from megabyte_jax.config import BlockOptions
-from megabyte_jax.models.layers.embedding_lookup import lookup
+from megabyte_jax.models.layers.embedding_lookup import lookup, product_with_table
 from megabyte_jax.models.parameters import compute_dtype, make_parameter
 
 
@@ -37,4 +37,4 @@ class TokenEmbedder(nnx.Module):
     """Multiplies hidden states [..., D] with the table; float32 [..., V]."""
     if self.logit_scale != 1.0:
       h *= self.logit_scale
-    return jnp.einsum("...d,Vd->...V", h, self.table.astype(self.dtype), preferred_element_type=jnp.float32)
+    return product_with_table(h, self.table.astype(self.dtype))
