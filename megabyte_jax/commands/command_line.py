@@ -98,7 +98,7 @@ def printable(text: str) -> str:
 def _prepare_streams() -> None:
   """Makes standard streams that were closed (`>&-`) lead nowhere, so that no file of ours takes their place.
 
-  The others show names of files that are no UTF-8, too.
+  The others show names of files that are not UTF-8, too.
   """
   for number, name in enumerate(("stdin", "stdout", "stderr")):
     if getattr(sys, name) is None:

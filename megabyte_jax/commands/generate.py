@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   data = load_config(args.workdir).data
   if args.prompt_file:
     prompt = media_files.read_prompt(args.prompt_file, data, args.keep)
-  else:  # bytes that are no UTF-8 come through as they are
+  else:  # bytes that are not UTF-8 come through as they are
     x = np.frombuffer(args.prompt.encode("utf-8", "surrogateescape"), np.uint8)
     prompt = Prompt(x, x)
   num_bytes = media_files.default_bytes(data, prompt) if args.bytes is None else args.bytes

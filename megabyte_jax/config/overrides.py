@@ -87,7 +87,7 @@ def load(flag: str, reference: str, changes: Sequence[Override] = ()) -> ConfigD
     changes: applied in this order.
 
   Raises:
-    FlagError: there is no such file, row or key, the file is no Python or has no config, or a value has the wrong type.
+    FlagError: no such file, row or key exists, the file is not Python or has no config, or a value has the wrong type.
   """
   path, colon, row = reference.partition(":")
   config = _call(flag, reference, _module(flag, path), [row] if colon else [])
@@ -113,7 +113,7 @@ def _module(flag: str, path: str) -> types.ModuleType:
     file = shipped(path)
   if file.suffix == ".json":
     raise FlagError(
-      f"{flag}: {path!r} is no Python; a run's config.json is continued by the command that began the run"
+      f"{flag}: {path!r} is not Python; a run's config.json is continued by the command that began the run"
     )
   try:
     if stat.S_IFMT(file.stat().st_mode) in (stat.S_IFCHR, stat.S_IFBLK, stat.S_IFSOCK):

@@ -67,7 +67,7 @@ class Windows:
     latents: bytes at the end of a window that are predicted; 0 predicts all.
 
   Raises:
-    ConfigError: the context, or half the latents, is no multiple of the source's unit.
+    ConfigError: the context, or half the latents, is not a multiple of the source's unit.
     DataError: packed data hold fewer bytes than one window.
   """
 

@@ -45,7 +45,7 @@ class ConsecutiveSegments:
     rows: of a batch.
 
   Raises:
-    ConfigError: the context is no multiple of the source's unit.
+    ConfigError: the context is not a multiple of the source's unit.
     DataError: there are fewer segments than rows.
   """
 

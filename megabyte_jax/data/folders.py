@@ -57,7 +57,7 @@ def find_files(spec: str, suffixes: Sequence[str] = (), wanted: str = "") -> tup
       raise DataError(_nothing_in(spec, suffixes, everything))
     if wanted and (others := sorted({p for p in everything if _wanted(os.path.basename(p), ())}.difference(paths))):
       _warn_once(
-        f"{spec}: {len(others):,} of {len(others) + len(paths):,} files are left out, as they are no {wanted} "
+        f"{spec}: {len(others):,} of {len(others) + len(paths):,} files are left out, as they are not {wanted} "
         f"of a kind that is read: {_kinds(others)}"
       )
   if not paths:
@@ -88,13 +88,13 @@ def inside_source(path: str, spec: str) -> str:
 
 
 def _refuse_packed(folder: str, paths: Sequence[str]) -> None:
-  """Raises DataError where a packed folder lies below the folder of these files: its parts are no documents."""
+  """Raises DataError where a packed folder lies below the folder of these files: its parts are not documents."""
   there = set(paths)
   for path in paths:
     inner, name = os.path.split(path)
     if name == "data.bin" and any(f"{inner}/{other}" in there for other in ("ends", "ends.npy")):
       raise DataError(
-        f"{folder} has the packed folder {inner} in it, whose files are no documents; move it elsewhere, or name "
+        f"{folder} has the packed folder {inner} in it, whose files are not documents; move it elsewhere, or name "
         "sources one by one, separated by commas"
       )
 
@@ -159,7 +159,7 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...] = (), visits: Counter 
     elif not entry.name.startswith(".") and place not in above:  # a link back to where we come from has nothing new
       found += _walk(entry.path, above, visits)
   if strange:
-    _warn_once(f"{folder}: {strange:,} entries are left out, as they are no files but pipes, sockets or devices")
+    _warn_once(f"{folder}: {strange:,} entries are left out, as they are not files but pipes, sockets or devices")
   return found
 
 

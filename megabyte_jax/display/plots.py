@@ -255,7 +255,7 @@ def _records(text: str) -> list[dict[str, Any]]:
   """Returns the complete lines of a JSONL file, parsed; the last line may still be in the making.
 
   Raises:
-    PlotError: a line is no JSON; says which.
+    PlotError: a line is not JSON; says which.
   """
   records = []
   for number, line in enumerate(text.splitlines(keepends=True), 1):
@@ -263,7 +263,7 @@ def _records(text: str) -> list[dict[str, Any]]:
       try:
         records.append(json.loads(line))
       except (ValueError, RecursionError) as error:
-        raise PlotError(f"line {number} of the metrics is no JSON ({error}); remove it") from error
+        raise PlotError(f"line {number} of the metrics is not JSON ({error}); remove it") from error
   return records
 
 

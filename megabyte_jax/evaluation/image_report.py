@@ -49,7 +49,7 @@ class ImageSummary:
 
 
 def summarize_evaluation(data: DataConfig, source: Source, result: Evaluation) -> ImageSummary | None:
-  """Summarises an evaluation of `source`; returns None where the data are no images, or none was scored whole."""
+  """Summarises an evaluation of `source`; returns None where the data are not images, or none was scored whole."""
   if data.form != "image" or not (result.document_bytes == source.lengths).any():
     return None
   tiles = source.names if data.image_tiles else ()

@@ -23,7 +23,7 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
 
   A reader of a file sees the old one or the new one, never a part. The folder is made where it is missing; after an
   exception the temporary file is removed and `path` is as it was. A symbolic link stays: the file that it leads to is
-  replaced, and keeps its permissions. What exists and is no regular file (a device, a pipe, a descriptor of this
+  replaced, and keeps its permissions. What exists and is not a regular file (a device, a pipe, a descriptor of this
   process such as /dev/stdout) is never replaced: the bytes are written into it.
 
   Raises:
@@ -49,7 +49,7 @@ def final_path(path: str) -> str:
 
 
 def is_written_into(path: str) -> bool:
-  """Returns True where a local path exists and is no regular file, or is a descriptor of a process.
+  """Returns True where a local path exists and is not a regular file, or is a descriptor of a process.
 
   Raises:
     OSError: the path cannot be looked at, such as a link that leads to itself.

@@ -14,7 +14,7 @@ from megabyte_jax.files.object_stores import is_remote
 def locked(folder: str, otherwise: Exception) -> Iterator[None]:
   """Makes the folder if it is missing, and holds it; the lock ends with the process, however that ends.
 
-  On storage that is no local folder (gs://...), or whose file system has no locks, nothing is held.
+  On storage that is not a local folder (gs://...), or whose file system has no locks, nothing is held.
 
   Raises:
     otherwise: another process holds it.

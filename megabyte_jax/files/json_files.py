@@ -50,7 +50,7 @@ def parse_json(data: bytes, name: str, kind: type[UserError], remedy: str) -> di
     problem = f"is not JSON: {error}"
   else:
     if not isinstance(value, dict):
-      problem = f"is no JSON object but a {type(value).__name__}"
+      problem = f"is not a JSON object but a {type(value).__name__}"
     elif _is_deep(value):
       problem = "is not JSON as we write it: nested too deeply"
   if problem:
@@ -68,7 +68,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> Any:
-  raise ValueError(f"{name} is no number in JSON")
+  raise ValueError(f"{name} is not a number in JSON")
 
 
 def _is_deep(value: Any) -> bool:

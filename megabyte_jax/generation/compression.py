@@ -142,7 +142,7 @@ def decompress(model: Model | None, packed: bytes, *, on_bytes: Callable[[int], 
     on_bytes: called with the number of bytes done since the last call.
 
   Raises:
-    DataError: `packed` is no such file, cut short or altered, or the text did not come out as it was.
+    DataError: `packed` is not such a file, cut short or altered, or the text did not come out as it was.
     ConfigError: it was compressed with another model or under other circumstances.
   """
   header, code = read(packed)
@@ -195,7 +195,7 @@ def read(packed: bytes) -> tuple[Header, bytes]:
     DataError: it is none, cut short, altered or of another version, or its header says what cannot be.
   """
   if packed[: len(_MAGIC)] != _MAGIC:
-    raise DataError("this is no file that megabyte_jax.compress wrote")
+    raise DataError("this is not a file that megabyte_jax.compress wrote")
   body, digest = packed[:-_DIGEST], packed[-_DIGEST:]
   if _digest(body) != digest:
     raise DataError(f"the compressed file is cut short or altered; {_REMEDY}")

@@ -111,7 +111,7 @@ def decode(
   """Returns the text of `length` bytes that `encode` made `code` of, with the same arguments on the same device.
 
   Raises:
-    DataError: the code is no such text's. Not all that is wrong is found out; keep a checksum.
+    DataError: the code is not such a text's. Not all that is wrong is found out; keep a checksum.
   """
   parts, family = split(code, length, model.config, batch), _family()
   walk, text = _Walk(model, batch, length if adapt else 0), np.zeros(length, np.uint8)

@@ -45,7 +45,7 @@ def read_prompt(path: str, data: DataConfig, keep: float | None = None) -> Promp
 
   Raises:
     DataError: the file cannot be decoded.
-    ConfigError: `keep` is no share, or the file's name ends otherwise.
+    ConfigError: `keep` is not a share, or the file's name ends otherwise.
   """
   require(keep is None or 0 <= keep <= 1, f"the share to keep is {keep}; it must be between 0 and 1")
   unit, rate, name = 1, 0, path.lower()
@@ -90,7 +90,7 @@ def check_output(path: str, data: DataConfig, samples: int, prompt: Prompt, num_
     require(data.form in ("bytes", "subwords"), f"a model of {data.form} data has no text to print; give --output=FILE")
   elif is_picture(path, data):
     total, size = prompt.kept.size + num_bytes, image_bytes(data)
-    require(total == size, f"{total:,} bytes, prompt included, are no image; this model's images have {size:,}")
+    require(total == size, f"{total:,} bytes, prompt included, are not an image; this model's images have {size:,}")
   else:
     if not is_sound(path, data):
       endings, made = {"image": (image_decoding.SUFFIXES, "PNG"), "audio": (audio.SUFFIXES, "WAV")}.get(

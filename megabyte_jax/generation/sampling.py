@@ -61,7 +61,7 @@ def whole_number(name: str, value: Any) -> int:
   """Returns an integer of any type, NumPy's and JAX's among them, as Python's own, which does not overflow.
 
   Raises:
-    ConfigError: it is no whole number; names it as `name`.
+    ConfigError: it is not a whole number; names it as `name`.
   """
   try:
     return operator.index(value)

@@ -33,7 +33,7 @@ def byte_nats(
       Transformer, those at the latents for PerceiverAR.
 
   Raises:
-    ConfigError: x_BT is no batch of bytes of the model; within jit numbers are not looked at.
+    ConfigError: x_BT is not a batch of bytes of the model; within jit numbers are not looked at.
   """
   check_input(x_BT, model.config.context, model.config.vocab_size)
   return model.byte_nats(x_BT, length_B=length_B, start_B=start_B, dropout_key=dropout_key)

@@ -56,7 +56,7 @@ class Megabyte(Decoding, PatchGroups):
       Float32 logits [B, T, V]; those at t depend on x_<t alone.
 
     Raises:
-      ConfigError: x_BT is no batch of bytes, or T is longer than the context; see `check_input`.
+      ConfigError: x_BT is not a batch of bytes, or T is longer than the context; see `check_input`.
     """
     h_BKD = self.first_level(x_BT, dropout_key)
     return finer_levels(self.levels, self._padded(x_BT), h_BKD, dropout_key)[:, : x_BT.shape[1]]
@@ -83,7 +83,7 @@ class Megabyte(Decoding, PatchGroups):
     A partly filled last patch, or last span if there are several, is padded to a whole one.
 
     Raises:
-      ConfigError: x_BT is no batch of bytes, or T is longer than the context; see `check_input`.
+      ConfigError: x_BT is not a batch of bytes, or T is longer than the context; see `check_input`.
     """
     check_input(x_BT, self.config.context, self.config.vocab_size)
     h_BNMD, _ = self.levels[0](self._padded(x_BT), None, dropout_key=fold_level(dropout_key, 0))

@@ -153,7 +153,7 @@ def check_input(x_BT: jax.Array, context: int, vocab_size: int) -> None:
   """Checks what a model is given, as far as shapes and types tell; the numbers, too, where they are at hand.
 
   Raises:
-    ConfigError: x_BT is no batch of 1 to `context` integers below `vocab_size`, or lies on a mesh with Explicit axes.
+    ConfigError: x_BT is not a batch of 1 to `context` integers below `vocab_size`, or is on a mesh with Explicit axes.
   """
   require(hasattr(x_BT, "shape"), f"the input is of type {type(x_BT).__name__}; give an array [batch, bytes]")
   shape = x_BT.shape

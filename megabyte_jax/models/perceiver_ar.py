@@ -131,7 +131,7 @@ class PerceiverAR(Model):
       Float32 logits [B, min(N, T), V].
 
     Raises:
-      ConfigError: x_BT is no batch of bytes, or T is longer than the context; see `check_input`.
+      ConfigError: x_BT is not a batch of bytes, or T is longer than the context; see `check_input`.
     """
     h_BND, _ = self._run(x_BT, start_B, dropout_key, keep=lambda k, v: None)
     return self.embedder.logits(h_BND)

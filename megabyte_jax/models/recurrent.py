@@ -95,7 +95,7 @@ class Recurrent(Model):
     """Returns float32 logits [B, T, V] of a document's first segment; those at t depend on x_<t alone.
 
     Raises:
-      ConfigError: x_BT is no batch of tokens, or T is longer than the context; see `check_input`.
+      ConfigError: x_BT is not a batch of tokens, or T is longer than the context; see `check_input`.
     """
     check_input(x_BT, self.config.context, self.config.vocab_size)
     return self.segment(self.empty_memory(x_BT.shape[0]), x_BT, dropout_key=dropout_key)[0]

@@ -282,7 +282,7 @@ def _first_number(environment: Mapping[str, str], names: tuple[str, ...]) -> int
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:
   text = environment.get(name, "")
-  require(not text or text.isdigit(), f"{name}={text} in the environment is no number")
+  require(not text or text.isdigit(), f"{name}={text} in the environment is not a number")
   return int(text) if text else default
 
 

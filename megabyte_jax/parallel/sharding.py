@@ -68,7 +68,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return Mesh(hybrid, names, axis_types=types)
   try:
     return jax.make_mesh(shape, names, axis_types=types, devices=devices)
-  except NotImplementedError:  # an axis is no product of whole axes of the TPU's torus: cut one of them
+  except NotImplementedError:  # an axis is not a product of whole axes of the TPU's torus: cut one of them
     cut = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(cut, names, axis_types=types)
 
@@ -77,7 +77,7 @@ def parse_mesh(text: str, data: int = -1) -> MeshConfig:
   """Parses a mesh such as `fsdp=16,seq=4`. Axes left out are 1, `data` is `data`, or 1 if another axis is -1.
 
   Raises:
-    ConfigError: there is another axis, or something that is no size.
+    ConfigError: there is another axis, or something that is not a size.
   """
   sizes: dict[str, int] = {}
   for part in text.split(","):

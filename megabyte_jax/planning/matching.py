@@ -63,7 +63,7 @@ def solve(cost: Callable[[int], float], target: float, start: int) -> tuple[int,
     n, and every n tried with its cost.
   """
   tried: dict[int, float] = {}
-  below, above = 0, None  # the answer lies between or at them; 0 layers are no model
+  below, above = 0, None  # the answer lies between or at them; 0 layers are not a model
   n = start
   while True:
     tried[n] = cost(n)

@@ -37,5 +37,5 @@ def test_help_for_a_reader_that_is_gone(monkeypatch):
 @pytest.mark.parametrize("config", ["/dev/zero", "config.json"])
 def test_config_files_are_python(tmp_path, config):
   (tmp_path / "config.json").write_text('{"a": true}')
-  with pytest.raises(FlagError, match=r"is a device; name a config file|is no Python"):
+  with pytest.raises(FlagError, match=r"is a device; name a config file|is not Python"):
     overrides.load("--config", os.path.join(tmp_path, config))

@@ -67,7 +67,7 @@ CASES = {
   "override first": (["train.py", "--config.seed=1", TINY], 2, r"--config\.seed=1 in argv before a value for --config"),
   "positional": (["train.py", "configs/quickstart.py"], 2, r"unexpected configs/quickstart\.py; flags begin with --"),
   "no config file": (["train.py", "--config=nothing.py"], 2, r"No such file or directory: 'nothing\.py'$"),
-  "a config file that is no Python": (["train.py", "--config=README.md"], 2, r"--config: README\.md, line 3: "),
+  "a config file that is not Python": (["train.py", "--config=README.md"], 2, r"--config: README\.md, line 3: "),
   "a config file without a config": (
     ["train.py", "--config=megabyte_jax/config/run.py"],
     2,
@@ -78,7 +78,7 @@ CASES = {
     2,
     r"error: --candidate: No such file or directory: 'configs/no\.py'",
   ),
-  "matching: a config file that is no Python": (
+  "matching: a config file that is not Python": (
     ["-m", "megabyte_jax", "matching", "--candidate=README.md"],
     2,
     r"error: --candidate: README\.md, line 3: ",

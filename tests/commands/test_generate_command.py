@@ -283,7 +283,7 @@ def test_wrong_arguments_are_told_before_anything_is_generated(text_run, image_r
     (ConfigError, "names one file for 2 samples", text_run, "--num-samples=2", "--output=x"),
     (ConfigError, "names one file for 2 samples", audio_run, "--num-samples=2", "--output=x.wav"),
     (ConfigError, "no text to print", image_run),
-    (ConfigError, "100 bytes, prompt included, are no image", image_run, "--output=x.png", "--bytes=100"),
+    (ConfigError, "100 bytes, prompt included, are not an image", image_run, "--output=x.png", "--bytes=100"),
     (ConfigError, "--stop is for models of text", image_run, "--output=x.png", "--stop=a"),
     (
       DataError,

@@ -264,7 +264,7 @@ def test_samples_that_are_no_numbers_are_named_or_skipped(tmp_path, value):
   sf.write(tmp_path / "fine.wav", samples, 8000, subtype="FLOAT")
   samples[50] = value
   sf.write(tmp_path / "bad.wav", samples, 8000, subtype="FLOAT")
-  with pytest.raises(DataError, match=r"bad\.wav has samples that are no numbers"):
+  with pytest.raises(DataError, match=r"bad\.wav has samples that are not numbers"):
     all_of(open_path(str(tmp_path), DataConfig(form="audio")))
   assert open_path(str(tmp_path), DataConfig(form="audio", skip_bad=True)).names == ["fine.wav"]
 

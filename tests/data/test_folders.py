@@ -70,7 +70,7 @@ def test_links_to_themselves_are_named_or_skipped_and_counted(folder, form):
 def test_files_that_are_left_out_are_counted_by_their_endings(folder, caplog, tmp_path):
   for name in ("a.png", "b/x.heic", "b/y.HEIC", ".hidden", "._z.png"):
     (folder / name).write_bytes(b"-")
-  line = r".*/data: 4 of 5 files are left out, as they are no images of a kind that is read: 2 \.\w+, 2 \.\w+"
+  line = r".*/data: 4 of 5 files are left out, as they are not images of a kind that is read: 2 \.\w+, 2 \.\w+"
   open_path(str(folder), DataConfig(form="image"))
   open_path(str(folder), DataConfig(form="image"))
   [found] = caplog.messages  # once
@@ -80,7 +80,7 @@ def test_files_that_are_left_out_are_counted_by_their_endings(folder, caplog, tm
   (sound / "cover.mp4").write_bytes(b"-")
   open_path(str(sound), DataConfig(form="audio"))
   assert caplog.messages[1:] == [
-    f"{sound}: 1 of 2 files are left out, as they are no recordings of a kind that is read: 1 .mp4"
+    f"{sound}: 1 of 2 files are left out, as they are not recordings of a kind that is read: 1 .mp4"
   ]
 
 

@@ -46,7 +46,7 @@ def test_what_is_no_file_is_left_out_and_counted(tmp_path, caplog):
   os.mkfifo(tmp_path / "pipe")
   with caplog.at_level(logging.WARNING):
     assert find_files(str(tmp_path))[1] == ["a.txt"]
-  assert "1 entries are left out, as they are no files but pipes, sockets or devices" in caplog.text
+  assert "1 entries are left out, as they are not files but pipes, sockets or devices" in caplog.text
 
 
 def test_a_file_is_no_folder(tmp_path):
@@ -65,7 +65,7 @@ def test_packed_data_are_no_documents_of_the_folder_around_them(tmp_path):
   (tmp_path / "texts").mkdir()
   (tmp_path / "texts" / "a.txt").write_bytes(b"text")
   pack(str(tmp_path / "texts"), str(tmp_path / "packed"), DATA)
-  with pytest.raises(DataError, match=r"has the packed folder .*packed in it, whose files are no documents"):
+  with pytest.raises(DataError, match=r"has the packed folder .*packed in it, whose files are not documents"):
     open_path(str(tmp_path), DATA)
 
 

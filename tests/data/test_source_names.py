@@ -1,4 +1,4 @@
-"""Names of sources: commas, brackets, spaces, bytes that are no text, pipes; and what is noticed about files."""
+"""Names of sources: commas, brackets, spaces, bytes that are not text, pipes; and what is noticed about files."""
 
 import gzip
 import logging

@@ -145,7 +145,7 @@ def sentencepiece_model(**options):
 @pytest.mark.parametrize(
   ("file", "error", "message"),
   [
-    (lambda: b"no model", DataError, "T is no SentencePiece model; make one with"),
+    (lambda: b"no model", DataError, "T is not a SentencePiece model; make one with"),
     (lambda: sentencepiece_model(vocab_size=40), ConfigError, "T lacks pieces for single bytes"),
     (lambda: sentencepiece_model(vocab_size=300, byte_fallback=True), ConfigError, "T changes texts, such as"),
   ],

@@ -110,7 +110,7 @@ def test_what_cannot_be_opened_is_one_line(wandb, tmp_path, monkeypatch):
   with pytest.raises(ConfigError, match=r"tracker=wandb: no run can be opened \(RuntimeError: no account\)"):
     Tracker(tracked("wandb"), str(tmp_path))
   (tmp_path / "tracker.json").write_text("[]")
-  with pytest.raises(CheckpointError, match=r"tracker\.json is no JSON object .*; remove it"):
+  with pytest.raises(CheckpointError, match=r"tracker\.json is not a JSON object .*; remove it"):
     Tracker(tracked("wandb"), str(tmp_path))
   monkeypatch.setitem(sys.modules, "mlflow", None)
   with pytest.raises(ConfigError, match=r"needs mlflow, which is not installed: pip install -e \"\.\[mlflow\]\"$"):

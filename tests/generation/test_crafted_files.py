@@ -13,7 +13,7 @@ CRAFTED = {
   "empty": (b"", "is not JSON"),
   "not UTF-8": (b'{"format": "\xff"}', "is not UTF-8"),
   "nested deeply": (DEEP, "nested too deeply"),
-  "no object": (b"[1]", "is no JSON object"),
+  "no object": (b"[1]", "is not a JSON object"),
   "no format": (b"{}", "another version"),
   "nothing else": (b'{"format":1}', "header.length is missing"),
   "a coding that is none": (b'{"format":1,"length":0,"digest":"","coding":3}', "header.coding must be a group of keys"),
@@ -26,10 +26,10 @@ def test_an_altered_or_short_file_is_refused(model):
   for place in range(len(packed)):
     altered = bytearray(packed)
     altered[place] ^= 1
-    with pytest.raises(DataError, match="altered" if place >= 8 else "no file that megabyte_jax"):
+    with pytest.raises(DataError, match="altered" if place >= 8 else "not a file that megabyte_jax"):
       compression.read(bytes(altered))
   for length in range(len(packed)):
-    with pytest.raises(DataError, match=r"altered|no file that megabyte_jax"):
+    with pytest.raises(DataError, match=r"altered|not a file that megabyte_jax"):
       compression.read(packed[:length])
   with pytest.raises(DataError, match="altered"):
     compression.read(packed + b"\0")

@@ -221,5 +221,5 @@ def test_weights_in_eight_bits_are_refused_where_they_would_last(tmp_path):
     pytest.raises(ConfigError, match=r"a checkpoint takes the weights as they were trained"),
   ):
     checkpoints.save(1, parameters, {}, {})
-  with pytest.raises(ConfigError, match=r"weights='int4' is no format of weights; take int8"):
+  with pytest.raises(ConfigError, match=r"weights='int4' is not a format of weights; take int8"):
     generate(nnx.merge(graph, model_variants.draw_parameters(config)), b"", 1, weights="int4")

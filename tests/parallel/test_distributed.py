@@ -159,7 +159,7 @@ def test_flags_go_before_the_environment_and_the_environment_fills_in():
     ({"JAX_NUM_PROCESSES": "2"}, (), "several processes need --coordinator"),
     ({}, ("h:1", 2), "needs --num_processes and --process_id"),
     ({}, ("h:1", 2, 2), "process_id is 2 of 2"),
-    ({"JAX_NUM_PROCESSES": "two"}, ("h:1",), "JAX_NUM_PROCESSES=two in the environment is no number"),
+    ({"JAX_NUM_PROCESSES": "two"}, ("h:1",), "JAX_NUM_PROCESSES=two in the environment is not a number"),
   ],
 )
 def test_what_does_not_fit_together_is_an_error(environment, arguments, message):

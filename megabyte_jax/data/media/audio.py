@@ -97,7 +97,7 @@ class AudioFiles:
 
   Args:
     paths, names: where the files are and what they are called.
-    records: holds the encoded recordings where they are no files of their own; `paths` is then for errors alone.
+    records: holds the encoded recordings where they are not files of their own; `paths` is then for errors alone.
     data: sample_rate, encoding and skip_bad; with the latter every file is decoded once at the start, and unreadable
       ones are left out and counted in `skipped`.
 
@@ -232,7 +232,7 @@ def decode(path: str, data: bytes | None = None) -> tuple[np.ndarray, int]:
   if kind == "FLAC" and (width := flac_files.WIDTHS.get(subtype)) and not flac_files.has_checksum(data, samples, width):
     raise DataError(f"{path} is damaged: its samples do not have the checksum in its head")
   if exact == "float32" and not np.isfinite(samples).all():
-    raise DataError(f"{path} has samples that are no numbers; remove it or write it anew")
+    raise DataError(f"{path} has samples that are not numbers; remove it or write it anew")
   if exact == "int16" and channels == 1:
     return samples[:, 0], head.rate
   scale = {"int16": 1 / 32768, "int32": 1 / 2147483648, "float32": 1.0}[exact]

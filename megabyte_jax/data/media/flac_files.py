@@ -35,7 +35,7 @@ def with_length(data: bytes) -> bytes:
   """Returns the file with the number of its samples put into its head; its last frame tells that number.
 
   Raises:
-    ValueError: the end of the file is no whole frame.
+    ValueError: the end of the file is not a whole frame.
   """
   samples = _samples_before_the_end(data)
   length = (samples | (data[21] >> 4) << 36).to_bytes(5, "big")

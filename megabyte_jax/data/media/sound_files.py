@@ -36,7 +36,7 @@ def chunk_problem(file: IO[bytes]) -> str:
   samples is not read. A size that stands for an unknown one means all bytes up to the end.
 
   Returns:
-    What is wrong; empty if nothing is, or it is no such file.
+    What is wrong; empty if nothing is, or it is not such a file.
   """
   total = file.seek(0, os.SEEK_END)
   file.seek(0)

@@ -67,7 +67,7 @@ def documents(
 
   Raises:
     DataError: the archive is damaged or cut short; or, without `skip_bad`, a file in it is empty.
-    BadItem: while blocks are read: that file is damaged, which is no hindrance to the next.
+    BadItem: while blocks are read: that file is damaged, which is not a hindrance to the next.
   """
   name = path
   try:
@@ -160,7 +160,7 @@ def _tar_members(path: str, file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, 
 def _extracted(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
   file = archive.extractfile(member)
   if file is None:
-    raise ValueError(f"{member.name} is no regular file")
+    raise ValueError(f"{member.name} is not a regular file")
   return file
 
 

@@ -49,7 +49,7 @@ def settings_of(data: DataConfig) -> dict[str, Any]:
 
 
 def is_packed(path: epath.PathLike) -> bool:
-  """Returns True if a folder holds packed data. Raises DataError for an incomplete one: its files are no documents."""
+  """Returns True if a folder holds packed data. Raises DataError for an incomplete one: its files are not documents."""
   folder = epath.Path(path)
   if (folder / MANIFEST).exists() and not str(path).rstrip("/").endswith(PART) and _is_ours(folder):
     return True

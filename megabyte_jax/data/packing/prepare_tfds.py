@@ -108,7 +108,7 @@ def _convert_shard(old: epath.Path, new: epath.Path, count: int, progress: Progr
       ) from error
     if written != count:
       raise DataError(f"{old} holds {written:,} records, and the data set's description says {count:,}")
-    reader = array_record_module.ArrayRecordReader(str(temporary))  # a full disk is no error to the writer
+    reader = array_record_module.ArrayRecordReader(str(temporary))  # a full disk is not an error to the writer
     whole = reader.ok() and reader.num_records() == count
     reader.close()
     if not whole:

@@ -147,7 +147,7 @@ def open_encoded(path: str, field: str, data: DataConfig, spec: str, suffixes: S
   """
   if os.path.isfile(path) and not path.lower().endswith(_PARQUET):
     if field:
-      raise ConfigError(f"{spec} names a field, but {path} is no Parquet file")
+      raise ConfigError(f"{spec} names a field, but {path} is not a Parquet file")
     return None
   try:
     paths, names = find_files(path, (*suffixes, *_PARQUET))

@@ -21,7 +21,7 @@ from megabyte_jax.display.progress import Progress
 from megabyte_jax.errors import DataError
 
 _BLOCK = 1 << 22  # bytes read at once
-_LONGEST = 1 << 30  # bytes of a line; a file that has longer ones is no JSON Lines
+_LONGEST = 1 << 30  # bytes of a line; a file that has longer ones is not JSON Lines
 _SHOWN = 1 << 27  # bytes of a file from which on its indexing is shown
 
 

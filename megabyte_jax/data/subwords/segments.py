@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 LONGEST = 4096  # bytes of a segment; longer lines are cut before a space where they have one
 _SEGMENT = re.compile(rb"[\r\n]*[^\r\n]*")
-_APART = re.compile("[\u2581\udc80-\udcff]+")  # SentencePiece's own mark of a space, and bytes that are no UTF-8
+_APART = re.compile("[\u2581\udc80-\udcff]+")  # SentencePiece's own mark of a space, and bytes that are not UTF-8
 
 
 def segments(blocks: Iterable[bytes]) -> Iterator[bytes]:
@@ -53,7 +53,7 @@ def _end_of(text: bytes, place: int) -> int:
 def runs(segment: bytes) -> Iterator[tuple[str, bool]]:
   """Yields (text, whether SentencePiece is to cut it) of the parts of a segment; the other parts are single bytes.
 
-  Bytes that are no UTF-8 are surrogate escapes in the text, as Python has them.
+  Bytes that are not UTF-8 are surrogate escapes in the text, as Python has them.
   """
   text, done = segment.decode("utf-8", "surrogateescape"), 0
   for found in _APART.finditer(text):

@@ -45,7 +45,7 @@ class Tokenizer:
     """Reads the contents of a SentencePiece model; `path` is its name in errors.
 
     Raises:
-      DataError: sentencepiece is not installed, or this is no model of it.
+      DataError: sentencepiece is not installed, or this is not a model of it.
       ConfigError: the tokenizer is not lossless: it lacks byte pieces, or changes texts.
     """
     self.path, self.sha256 = path, hashlib.sha256(file).hexdigest()
@@ -54,9 +54,9 @@ class Tokenizer:
       self._model = package.SentencePieceProcessor(model_proto=file)
       self.size = self._model.vocab_size()
     except (RuntimeError, ValueError, OSError) as error:
-      raise DataError(f"{path} is no SentencePiece model; {_MAKE_ONE}") from error
+      raise DataError(f"{path} is not a SentencePiece model; {_MAKE_ONE}") from error
     if not self.size:
-      raise DataError(f"{path} is no SentencePiece model; {_MAKE_ONE}")
+      raise DataError(f"{path} is not a SentencePiece model; {_MAKE_ONE}")
     self.dtype = np.dtype(np.uint16 if self.size <= 1 << 16 else np.uint32)
     self.pieces = [self._bytes_of(i) for i in range(self.size)]
     self.lengths = np.array([len(piece) for piece in self.pieces], np.int32)
@@ -117,7 +117,7 @@ def load_tokenizer(path: str, sha256: str = "") -> Tokenizer:
     sha256: what the file's checksum must be; '' takes any.
 
   Raises:
-    DataError: the file cannot be read, is no model, or sentencepiece is not installed.
+    DataError: the file cannot be read, is not a model, or sentencepiece is not installed.
     ConfigError: the file has another checksum, or the tokenizer is not lossless.
   """
   file = read_whole(path)

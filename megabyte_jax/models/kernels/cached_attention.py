@@ -37,7 +37,7 @@ def obstacle(level: Level, options: BlockOptions) -> str:
   """Returns why a step cannot go layer by layer with this kernel, or '' if it can."""
   _, head_width = level.heads
   if head_width < 16 or head_width & (head_width - 1):
-    return f"heads of {head_width} are no power of two from 16 on"
+    return f"heads of {head_width} are not a power of two from 16 on"
   return LAYER_BY_LAYER.obstacle(level, options)
 
 

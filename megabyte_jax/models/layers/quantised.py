@@ -110,4 +110,4 @@ def require_floats(parameters: Any, what: str) -> None:
 
 def check_weights(name: str) -> None:
   """Raises ConfigError for a format of weights that is not known."""
-  require(name in WEIGHTS, f"weights={name!r} is no format of weights; take int8, or '' for the compute dtype")
+  require(name in WEIGHTS, f"weights={name!r} is not a format of weights; take int8, or '' for the compute dtype")

@@ -66,7 +66,7 @@ def bucket_of(distance: np.ndarray) -> np.ndarray:
 
 
 def bias_by_distance(table_bH: jax.Array, distances: int) -> jax.Array:
-  """Returns the bias [H, D] of distances 0 .. D - 1, by a product with one-hot rows, whose gradient is no scatter."""
+  """Returns the bias [H, D] of distances 0 .. D - 1, by a product with one-hot rows: its gradient is no scatter."""
   one_hot_Db = bucket_of(np.arange(distances))[:, None] == np.arange(BUCKETS)
   return jnp.einsum("Db,bH->HD", one_hot_Db.astype(np.float32), table_bH, precision=jax.lax.Precision.HIGHEST)
 
@@ -75,7 +75,7 @@ def in_windows(bias_HD: jax.Array) -> jax.Array:
   """Lays the bias of distances 0 .. M - 1 out for a window of M queries and the 2 M keys of it and the one before.
 
   Query i and key j are M + i - j apart: each row is the one above, a place later. So the rows are pieces of one vector
-  of length 3 M, repeated, which are one place shorter than it is. Where that is no distance, the bias is 0.
+  of length 3 M, repeated, which are one place shorter than it is. Where that is not a distance, the bias is 0.
   """
   H, M = bias_HD.shape
   vector_H = jnp.pad(bias_HD[:, ::-1], ((0, 0), (1, 2 * M - 1)))  # of row 0: distance M - 1 is at place 1
