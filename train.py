@@ -24,6 +24,7 @@ if __name__ == "__main__":  # before the imports below: --help and mistakes are 
 import jax
 
 from megabyte_jax.checkpoints.checkpoints import Checkpoints
+from megabyte_jax.checkpoints.same_folder import SameFolder
 from megabyte_jax.checkpoints.saved_config import is_shipped, save_config
 from megabyte_jax.config import Config
 from megabyte_jax.data.batches import draw_batches, open_windows
@@ -94,6 +95,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
     start = resume_or_start(config, mesh, checkpoints, source, validation, init_from)
     state = start.state
     save_config(workdir, config)
+    folder = closing.enter_context(SameFolder(workdir, config))
     print(report.describe_run(config, mesh, source, start.step), flush=True)
     tracker = ending.enter_context(Tracker(config, workdir))
     metrics = closing.enter_context(
@@ -135,6 +137,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
                 **scoring,
               )
           except Interrupted:
+            folder.check()
             save(checkpoints, done, state, start.identity | step_metrics.so_far())
             return say_stopped(checkpoints, done)
           metrics.write(done, {"validation_bpb": result.bpb})
@@ -151,6 +154,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
         saving = is_due(step, config, checkpoints) or stopping
         step_metrics.read(leave=0 if saving else 1)  # nothing is saved that is not known to be finite
         if saving:
+          folder.check()
           save(checkpoints, step, state, start.identity | step_metrics.so_far())
         if stopping and step < config.num_steps:
           return say_stopped(checkpoints, step)

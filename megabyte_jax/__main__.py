@@ -15,8 +15,9 @@ def describe() -> str:
   """Returns the usage and one line for each command: the first one of its module."""
   lines = ["usage: megabyte_jax COMMAND ...", "", "MEGABYTE in JAX; COMMAND --help tells more.", ""]
   for name in COMMANDS:
-    text = importlib.import_module(f"megabyte_jax.commands.{name}").__doc__ or ""
-    lines.append(f"  {name:<10}{text.splitlines()[0]}")
+    text = importlib.import_module(f"megabyte_jax.commands.{name}").__doc__ or ""  # none under python -OO
+    first, _, _ = text.partition("\n")
+    lines.append(f"  {name:<10}{first}")
   return "\n".join(lines)
 
 

@@ -259,6 +259,7 @@ class Checkpoints:
       steps = self._manager.all_steps()
       if not from_first_process(step in steps):
         raise CheckpointError(f"no checkpoint of step {step} in {self.folder}; there are {_list(steps)}")
+      step = next((one for one in steps if one == step), step)  # 8 where it is 8.0
       if not from_first_process(jax.process_index() > 0 or self._is_whole(step, items)):
         raise CheckpointError(f"the checkpoint {self.folder / str(step)} is damaged; take another step")
     meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta

@@ -104,6 +104,8 @@ def load_config(workdir: epath.PathLike) -> Config:
   """
   if scheme := unknown_scheme(os.fspath(workdir)):
     raise CheckpointError(f"{workdir}: no run can be read from {scheme}; name a folder or a bucket (gs://)")
+  if not os.fspath(workdir):
+    raise CheckpointError("the name of the work directory is empty; give the --workdir of a train.py run")
   path = epath.Path(shipped_folder(workdir)) / CONFIG_FILE
   if not path.exists():
     raise CheckpointError(f"{workdir} holds no run: {path} does not exist; give the --workdir of a train.py run")
@@ -192,7 +194,7 @@ def check_saved_config(workdir: epath.PathLike, config: Config, meta: Mapping[st
   """Checks that the config in `workdir` is that of a checkpoint, whose own copy has a checksum.
 
   Fields of the model that change no array's shape, such as the activation, would give other predictions; so would
-  data that become other bytes.
+  data that become other bytes. Where the seed or the optimizer differs, the checkpoint is that of another run.
 
   Args:
     workdir: the run's folder.
@@ -205,14 +207,15 @@ def check_saved_config(workdir: epath.PathLike, config: Config, meta: Mapping[st
   differences = {
     key: values
     for key, values in all_differences(meta.get("config") or config.to_dict(), config.to_dict()).items()
-    if (key.startswith("model.") and key not in _FREE) or key.removeprefix("data.") in _MAKES_BYTES
+    if (key.startswith(("model.", "optimizer.")) and key not in _FREE)
+    or key.removeprefix("data.") in (*_MAKES_BYTES, "seed")
   }
   if differences:
     shown = [f"{key}: {show_value(was)} -> {show_value(now)}" for key, (was, now) in sorted(differences.items())]
     raise CheckpointError(
       f"{epath.Path(workdir) / CONFIG_FILE} differs from the config that the checkpoint of step {meta['step']} was "
       f"trained with (checkpoint -> file): {', '.join(shown)}; restore the file, or start train.py again there, which "
-      "writes it anew"
+      "writes it anew; a checkpoint of another run belongs elsewhere"
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn
 from megabyte_jax.config import overrides
 from megabyte_jax.config.parsing import did_you_mean, wrong_type
 from megabyte_jax.errors import FlagError
+from megabyte_jax.files.inputs import waiting_is_said
 
 _TYPES = {"int": int, "float": float}
 path = overrides.expanded  # the type of every flag that names a path: `~` is the home folder, also after `=`
@@ -84,7 +85,8 @@ class Parser(argparse.ArgumentParser):
 
   def _load(self, name: str, file: str, changes: Sequence[overrides.Override]) -> Any:
     try:
-      return overrides.load(f"--{name}", file, changes)
+      with waiting_is_said(path(file.partition(":")[0])):
+        return overrides.load(f"--{name}", file, changes)
     except FlagError as error:
       self._refuse(str(error))
 

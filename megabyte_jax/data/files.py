@@ -144,7 +144,17 @@ def _length(path: str) -> tuple[int, str]:
     return 0, f"cannot be read ({error.strerror or error})"
   if length and not is_remote(path) and not os.access(path, os.R_OK):
     return 0, "cannot be read (permission denied)"
+  if not length and not is_remote(path) and _holds_bytes(path):
+    return 0, "has no size, though it holds bytes, as files of /proc do: copy it, and name the copy"
   return length, "" if length else _EMPTY
+
+
+def _holds_bytes(path: str) -> bool:
+  try:
+    with open(path, "rb") as file:
+      return bool(file.read(1))
+  except OSError:
+    return False
 
 
 def _size(path: str) -> int:

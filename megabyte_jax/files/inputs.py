@@ -27,14 +27,25 @@ def check_readable(path: str, kind: type[UserError]) -> None:
 
 @contextlib.contextmanager
 def waiting_is_said(path: str, seconds: float = _PATIENCE) -> Iterator[threading.Timer]:
-  """Says after some seconds that nothing comes through a pipe; yields the timer, to be cancelled when it does."""
+  """Says after some seconds that nothing comes through a pipe; yields the timer, to be cancelled when it does.
+
+  Of a path that names no pipe nothing is said.
+  """
   timer = threading.Timer(seconds, logging.warning, ("%s is a pipe: waiting for somebody to write into it", path))
   timer.daemon = True
-  timer.start()
+  if _is_pipe(path):
+    timer.start()
   try:
     yield timer
   finally:
     timer.cancel()
+
+
+def _is_pipe(path: str) -> bool:
+  try:
+    return stat.S_ISFIFO(os.stat(path).st_mode)
+  except (OSError, ValueError):
+    return False
 
 
 def check_not_replaced(name: str, output: str, inputs: str) -> None:

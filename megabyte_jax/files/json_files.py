@@ -8,6 +8,8 @@ from typing import Any
 from etils import epath
 
 from megabyte_jax.errors import UserError
+from megabyte_jax.files.inputs import check_readable, waiting_is_said
+from megabyte_jax.files.object_stores import is_remote
 
 _DEPTH = 64  # of nested objects and lists; no file of ours comes near
 
@@ -25,7 +27,12 @@ def read_json(path: epath.PathLike, kind: type[UserError], remedy: str) -> dict[
     OSError: the file cannot be read; FileNotFoundError where there is none.
   """
   path = epath.Path(path)
-  return parse_json(path.read_bytes(), str(path), kind, remedy)
+  if is_remote(path):
+    return parse_json(path.read_bytes(), str(path), kind, remedy)
+  check_readable(str(path), kind)
+  with waiting_is_said(str(path)):
+    data = path.read_bytes()
+  return parse_json(data, str(path), kind, remedy)
 
 
 def parse_json(data: bytes, name: str, kind: type[UserError], remedy: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from megabyte_jax.files import object_stores
 from megabyte_jax.files.atomic_file import final_path, is_written_into
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.ELOOP)
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
 _NAMES = re.compile(r"(pretrained|sample|tfds|hf):(?!//)")
 _NO_CURRENT_FOLDER = "the current folder was removed; change to one that is there"
@@ -105,6 +106,8 @@ def in_words(error: Exception) -> str:
     return f"{said}; make room there, or name another place"
   if error.errno in _FORBIDDEN:
     return f"{said}; change its permissions, or name another place"
+  if path and error.errno in _IN_THE_WAY:
+    return f"{said}; move what is in the way elsewhere, or name another place"
   if error.errno == errno.EROFS:
     return f"{said}; name another place"
   return f"{said}; name a file" if error.errno == errno.EISDIR else said

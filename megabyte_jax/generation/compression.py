@@ -38,6 +38,7 @@ BATCH = 64  # windows side by side; more make no file smaller
 WINDOW = 2048  # bytes; longer ones make few files smaller, and each byte takes longer
 _MAGIC = b"MBJAX\0\r\n"  # the line end shows that a transfer as text has changed the file
 _REMEDY = "get a whole copy of it, or compress the original again"
+_WORD = 80  # letters of a field that a message shows
 _DIGEST = 16  # bytes of SHA-256, over the whole file before it
 
 
@@ -162,7 +163,8 @@ def decompress(model: Model | None, packed: bytes, *, on_bytes: Callable[[int], 
     short = for_windows(model, coding.window)
     text = entropy_coding.decode(short, code, header.length, coding.batch, on_bytes, adapt=coding.adapt).tobytes()
   if len(text) != header.length or _digest(text).hex() != header.digest:
-    raise DataError("what came out is not what was compressed: this machine computes other probabilities")
+    why = "this machine computes other probabilities" if header.coding else f"the file is altered; {_REMEDY}"
+    raise DataError(f"what came out is not what was compressed: {why}")
   return text
 
 
@@ -219,7 +221,7 @@ def _digest(data: bytes) -> bytes:
 
 
 def _word(value: Any) -> str:
-  return "none" if value == "" else str(value)
+  return "none" if value == "" else " ".join(str(value).split())[:_WORD]
 
 
 def _circumstances(model: Model) -> dict[str, Any]:

@@ -74,5 +74,7 @@ def segment_nats(
 
 
 def bits_per_byte(nats: Any, count: Any) -> Any:
-  """Returns bits per byte from the summed nats of `count` bytes: numbers, or arrays of equal shape."""
+  """Returns bits per byte from the summed nats of `count` bytes: numbers, or arrays of equal shape; nan of 0 bytes."""
+  if isinstance(count, (int, float)) and not count:
+    return math.nan
   return nats / count / math.log(2)

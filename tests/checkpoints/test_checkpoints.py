@@ -202,6 +202,8 @@ def test_missing_checkpoints(tmp_path):
     pytest.raises(CheckpointError, match=r"no checkpoint of step 5 .* steps 4"),
   ):
     checkpoints.meta(5)
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.meta(4.0)["step"] == 4
 
 
 @pytest.mark.parametrize("other", [0, 99, "1", None])

@@ -3,7 +3,13 @@ import json
 
 import pytest
 
-from megabyte_jax.checkpoints.saved_config import changed_keys, check_same_run, load_config, save_config
+from megabyte_jax.checkpoints.saved_config import (
+  changed_keys,
+  check_same_run,
+  check_saved_config,
+  load_config,
+  save_config,
+)
 from megabyte_jax.config import Config, DataConfig, Level, MegabyteConfig, MeshConfig, OptimizerConfig
 from megabyte_jax.errors import CheckpointError
 
@@ -121,3 +127,11 @@ def test_validation_data_count_by_their_contents_not_by_where_they_lie():
 def test_no_run_is_read_from_elsewhere(workdir):
   with pytest.raises(CheckpointError, match=r"no run can be read from \w+://; name a folder or a bucket"):
     load_config(workdir)
+
+
+def test_a_checkpoint_that_another_run_left_is_told_by_its_seed_and_optimizer(tmp_path):
+  meta = {"step": 4, "config": saved_by_json(CONFIG)}
+  check_saved_config(tmp_path, make_config(num_steps=99), meta)
+  other = make_config(seed=2, optimizer=OptimizerConfig(learning_rate=1.0))
+  with pytest.raises(CheckpointError, match=r"optimizer\.learning_rate: .*, seed: 0 -> 2; .* of another run"):
+    check_saved_config(tmp_path, other, meta)

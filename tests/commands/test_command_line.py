@@ -1,15 +1,20 @@
 """What commands print: nothing that drives a terminal, and no traceback where nobody reads it."""
 
+import importlib
 import io
+import logging
 import os
 import sys
+import threading
+import time
 
 import pytest
 
 from megabyte_jax import __main__ as main_module
-from megabyte_jax.commands import command_line
+from megabyte_jax.commands import arguments, command_line
 from megabyte_jax.config import overrides
 from megabyte_jax.errors import DataError, FlagError
+from megabyte_jax.files import inputs
 
 
 def test_names_of_files_do_not_drive_the_terminal(monkeypatch, capsys):
@@ -32,6 +37,34 @@ def test_help_for_a_reader_that_is_gone(monkeypatch):
     with pytest.raises(SystemExit) as ended:
       main_module.main()
     assert ended.value.code == 0
+
+
+def test_help_without_docstrings_as_under_python_OO(monkeypatch):
+  module = importlib.import_module("megabyte_jax.commands.eval")
+  first = module.__doc__.partition("\n")[0]
+  assert f"  eval      {first}\n" in main_module.describe()
+  monkeypatch.setattr(module, "__doc__", None)
+  assert "  eval      \n" in main_module.describe()
+
+
+def test_a_config_from_a_pipe_that_nobody_writes_into_is_said(tmp_path, caplog, monkeypatch):
+  path = tmp_path / "pipe"
+  os.mkfifo(path)
+  monkeypatch.setattr(inputs.waiting_is_said.__wrapped__, "__defaults__", (0.05,))
+
+  def write():
+    while "waiting for somebody to write into it" not in caplog.text:
+      time.sleep(0.01)
+    path.write_text("def get_config():\n  return {'a': 3}\n")
+
+  writer = threading.Thread(target=write, daemon=True)
+  parser = arguments.Parser("train")
+  parser.add_config("config", "a file")
+  with caplog.at_level(logging.WARNING):
+    writer.start()
+    found = parser.parse_args([f"--config={path}"])
+    writer.join()
+  assert found.config.a == 3
 
 
 @pytest.mark.parametrize("config", ["/dev/zero", "config.json"])

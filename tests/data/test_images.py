@@ -298,3 +298,23 @@ def test_pictures_are_written(tmp_path):
   grid = pictures.image_grid([[image, image], [image]], gap=1)
   assert grid.shape == (67, 67, 3) and (grid[34:66, 34:] == 255).all()
   np.testing.assert_array_equal(grid[34:66, 1:33], image)
+
+
+def test_a_thin_image_is_not_scaled_to_more_pixels_than_allowed(tmp_path):
+  for name, shape in {"a.png": (32, 32), "thin.png": (1, 400)}.items():
+    (tmp_path / name).write_bytes(encode(random_image(*shape)))
+  data = DataConfig(form="image", image_size=32, image_tiles=32, max_pixels=400 * 32 * 32 - 1)
+  with pytest.raises(DataError, match=r"thin\.png is too large: .*12,800 x 32 pixels, more than .*fewer image_tiles"):
+    open_path(str(tmp_path), data)
+  source = open_path(str(tmp_path), dataclasses.replace(data, skip_bad=True))
+  assert source.names == ["a.png[0,0]"] and source.skipped == 1
+  assert len(open_path(str(tmp_path), dataclasses.replace(data, max_pixels=400 * 32 * 32)).names) == 401
+
+
+def test_an_image_without_its_palette_is_not_taken_for_a_grey_one():
+  data = encode(np.zeros((4, 4), np.uint8), mode="P")
+  image_decoding.open_image(data, "x")
+  place = data.index(b"PLTE") - 4
+  stop = place + 12 + int.from_bytes(data[place : place + 4], "big")
+  with pytest.raises(DataError, match="its palette is missing"):
+    image_decoding.open_image(data[:place] + data[stop:], "x")

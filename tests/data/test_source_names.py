@@ -120,3 +120,10 @@ def test_a_file_written_to_while_it_is_read_is_said_once(tmp_path, caplog):
 def test_compressed_bytes_through_a_pipe_are_what_comes(tmp_path):
   data = gzip.compress(b"text")
   assert read_all(open_path(through_pipe(tmp_path, "x", data), PLAIN)) == [data]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="a file of Linux")
+def test_a_file_without_a_size_is_not_called_empty():
+  for raw in (False, True):
+    with pytest.raises(DataError, match=r"/proc/self/status has no size, though it holds bytes, .*: copy it, and name"):
+      open_path("/proc/self/status", DataConfig(raw=raw))

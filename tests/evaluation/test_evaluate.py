@@ -13,6 +13,7 @@ from megabyte_jax.errors import ConfigError
 from megabyte_jax.evaluation import windows
 from megabyte_jax.evaluation.evaluate import evaluate, make_eval_step
 from megabyte_jax.evaluation.nats_of_each_byte import FirstBytes
+from megabyte_jax.models.loss import bits_per_byte
 from megabyte_jax.parallel.sharding import make_mesh
 
 ONE = make_mesh(MeshConfig(data=1), jax.devices()[:1])
@@ -215,3 +216,7 @@ def test_batch_size_and_devices_do_not_change_the_result():
     assert other.nats == pytest.approx(results[0].nats, rel=1e-6)
     np.testing.assert_array_equal(other.document_bytes, results[0].document_bytes)
     np.testing.assert_allclose(other.context_nats, results[0].context_nats, rtol=1e-5)
+
+
+def test_bits_per_byte_of_nothing_are_no_number():
+  assert math.isnan(bits_per_byte(0, 0)) and math.isnan(bits_per_byte(0.0, 0.0))

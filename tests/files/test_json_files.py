@@ -55,3 +55,9 @@ def test_every_changed_byte_is_read_or_one_line():
         assert isinstance(parse_json(data, "f", DataError, "do this"), dict)
       except DataError as error:
         assert "\n" not in str(error)
+
+
+def test_a_device_is_not_read(tmp_path):
+  (tmp_path / "a.json").symlink_to("/dev/zero")
+  with pytest.raises(CheckpointError, match=r"a\.json is a terminal or a device"):
+    read_json(tmp_path / "a.json", CheckpointError, "do this")

@@ -59,6 +59,9 @@ def test_a_folder_of_the_kernel(check):
     check("--output", "/proc/result")
 
 
+_ELSEWHERE = "move what is in the way elsewhere, or name another place"
+
+
 def test_errors_of_the_file_system_in_words():
   def words(number, *files):
     return in_words(OSError(number, os.strerror(number), *files))
@@ -68,7 +71,8 @@ def test_errors_of_the_file_system_in_words():
   assert words(errno.EROFS, "a") == "a: Read-only file system; name another place"
   assert words(errno.ENOSPC) == "No space left on device; make room there, or name another place"
   assert words(errno.EISDIR, "a") == "a: Is a directory; name a file"
-  assert words(errno.EEXIST, "a", None, "b") == "b: File exists"
+  assert words(errno.EEXIST, "a", None, "b") == f"b: File exists; {_ELSEWHERE}"
+  assert words(errno.ENOTDIR, "a") == f"a: Not a directory; {_ELSEWHERE}"
   assert in_words(OSError("what a library says")) == "what a library says"
   assert in_words(ValueError("another error")) == "another error"
 

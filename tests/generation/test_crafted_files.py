@@ -93,3 +93,19 @@ def test_every_byte_of_the_header_may_be_wrong(model):
         refused += 1
         assert "\n" not in str(error)
   assert refused > 3 * len(header)  # else it is the step, or a 9 already
+
+
+def test_what_a_crafted_file_says_of_stored_bytes_and_versions_is_one_short_line(model):
+  packed = compression.compress(model, text_bytes()[:30])
+  header = header_of(packed).replace(b'"length":30', b'"length":29')
+  assert compression.read(packed)[0].coding is None
+  with pytest.raises(DataError, match="not what was compressed: the file is altered; get a whole copy"):
+    compression.decompress(None, with_header(packed, header))
+
+
+@pytest.mark.usefixtures("always_coded")
+def test_a_field_of_many_lines_is_shown_in_one(model):
+  packed = repacked(compression.compress(model, text_bytes()[:30]), jax="9\n" * 1000)
+  with pytest.raises(ConfigError, match=r"another jax 9 9 9") as error:
+    compression.decompress(model, packed)
+  assert "\n" not in str(error.value) and len(str(error.value)) < 300

@@ -31,6 +31,7 @@ SUFFIXES = (".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", "
 _MU = 255.0
 _MOST_LONGER = 64  # times as many samples after resampling: a head that says 1 Hz would fill the memory
 _KINDS = "WAV, FLAC, OGG, Opus, MP3, AIFF, AU or CAF"
+_REMEDY = f"write it anew, remove it, or skip such files with {SKIP_HINT}; a run that has begun can only skip them"
 _AT_ONCE = 1 << 20  # samples decoded at once: a head may promise more than there are
 
 
@@ -186,7 +187,7 @@ def read_head(path: str, data: bytes | None = None) -> Recording:
   try:
     with _opened(path, data) as file:
       if problem := chunk_problem(file):
-        raise DataError(f"{path} {problem}")
+        raise _bad(path, problem)
       file.seek(0)
       if flac_files.says_no_length(file.read(26)):
         file.seek(0)
@@ -196,10 +197,14 @@ def read_head(path: str, data: bytes | None = None) -> Recording:
   except DataError:
     raise
   except Exception as error:  # soundfile's own errors, OSError, and whatever the parsing of damaged heads raises
-    raise DataError(f"{path} is not a readable {_KINDS} file ({said(error)})") from error
+    raise _bad(path, f"is not a readable {_KINDS} file ({said(error)})") from error
   if not 0 < info.frames < 1 << 40 or not 0 < info.samplerate < 1 << 24:
-    raise DataError(f"{path} has {info.frames} samples at {info.samplerate} Hz by its head; remove it or write it anew")
+    raise _bad(path, f"has {info.frames} samples at {info.samplerate} Hz by its head")
   return Recording(info.frames, info.samplerate)
+
+
+def _bad(path: str, problem: str) -> DataError:
+  return DataError(f"{path} {problem}; {_REMEDY}")
 
 
 def _opened(path: str, data: bytes | None) -> IO[bytes]:
@@ -218,7 +223,7 @@ def decode(path: str, data: bytes | None = None) -> tuple[np.ndarray, int]:
   soundfile, head = _import("soundfile"), read_head(path, data)
   data = read_whole(path) if data is None else data
   if data.startswith(b"OggS") and (problem := ogg_problem(data)):
-    raise DataError(f"{path} {problem}")
+    raise _bad(path, problem)
   try:
     data = flac_files.with_length(data) if flac_files.says_no_length(data[:26]) else data
     with soundfile.SoundFile(io.BytesIO(data)) as file:
@@ -226,13 +231,13 @@ def decode(path: str, data: bytes | None = None) -> tuple[np.ndarray, int]:
       exact = "int16" if subtype == "PCM_16" else "int32" if subtype == "PCM_24" else "float32"
       samples = _read_all(file, exact, head.frames)
   except Exception as error:  # see read_head
-    raise DataError(f"{path} cannot be decoded ({said(error)})") from error
+    raise _bad(path, f"cannot be decoded ({said(error)})") from error
   if len(samples) != head.frames:
-    raise DataError(f"{path} is damaged or cut short: {len(samples):,} of {head.frames:,} samples can be decoded")
+    raise _bad(path, f"is damaged or cut short: {len(samples):,} of {head.frames:,} samples can be decoded")
   if kind == "FLAC" and (width := flac_files.WIDTHS.get(subtype)) and not flac_files.has_checksum(data, samples, width):
-    raise DataError(f"{path} is damaged: its samples do not have the checksum in its head")
+    raise _bad(path, "is damaged: its samples do not have the checksum in its head")
   if exact == "float32" and not np.isfinite(samples).all():
-    raise DataError(f"{path} has samples that are not numbers; remove it or write it anew")
+    raise _bad(path, "has samples that are not numbers")
   if exact == "int16" and channels == 1:
     return samples[:, 0], head.rate
   scale = {"int16": 1 / 32768, "int32": 1 / 2147483648, "float32": 1.0}[exact]

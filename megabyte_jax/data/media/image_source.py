@@ -140,6 +140,17 @@ class Images:
   def _size(self, i: int) -> tuple[int, int]:
     return image_decoding.read_size(self.encoded.load(i), self.encoded.place(i), _REMEDY, self.data.max_pixels)
 
+  def _scaled_size(self, i: int) -> tuple[int, int]:
+    """(width, height) of an image from which tiles are cut. Raises DataError where they are too many pixels."""
+    tiles, most = self.data.image_tiles, self.data.max_pixels
+    width, height = image_scaling.scaled_size(self._size(i), tiles)
+    if width * height > most:
+      raise DataError(
+        f"{self.encoded.place(i)} is too large: scaled by config.data.image_tiles={tiles} it has "
+        f"{width:,} x {height:,} pixels, more than config.data.max_pixels={most}; take fewer image_tiles, or {_REMEDY}"
+      )
+    return width, height
+
   def _good_images(self) -> list[int]:
     count = len(self.encoded.names)
     with ThreadPoolExecutor() as pool:
@@ -152,6 +163,8 @@ class Images:
   def _is_good(self, i: int) -> bool:
     try:
       self._open(i)
+      if self.data.image_tiles:
+        self._scaled_size(i)
     except DataError:
       return False
     return True
@@ -160,7 +173,7 @@ class Images:
     n = self.data.image_size
     numbers, names = [], []
     for i in good:
-      width, height = image_scaling.scaled_size(self._size(i), self.data.image_tiles)
+      width, height = self._scaled_size(i)
       for row, column in np.ndindex(height // n, width // n):
         numbers.append(i)
         self._places.append((row * n, column * n))

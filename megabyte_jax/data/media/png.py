@@ -13,13 +13,15 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _RGB8 = bytes((8, 2, 0, 0, 0))
 _PLAIN = frozenset((b"IHDR", b"IDAT", b"IEND", b"bKGD", b"cHRM", b"eXIf", b"gAMA", b"iCCP", b"pHYs", b"sRGB", b"tIME"))
 _SMALL = 1 << 20  # pixels
+_PALETTE = b"\x03"  # the type of colours of an image that has a palette
 
 
 def chunks_of(data: bytes) -> list[tuple[bytes, int, int]]:
   """Returns (kind, start, stop) of the contents of each chunk of a PNG file.
 
   Raises:
-    ValueError: a checksum is wrong or the end is missing; Pillow decodes pixels without looking at their checksums.
+    ValueError: a checksum is wrong, or the end or the palette is missing; Pillow decodes pixels without looking at
+      their checksums, and takes an image without its palette for a grey one.
   """
   place, kind, chunks = len(SIGNATURE), b"", []
   while kind != b"IEND":
@@ -30,6 +32,8 @@ def chunks_of(data: bytes) -> list[tuple[bytes, int, int]]:
       raise ValueError(f"wrong checksum or end of file in the chunk at byte {place}")
     chunks.append((kind, start, stop))
     place = stop + 4
+  if data[25:26] == _PALETTE and all(kind != b"PLTE" for kind, _, _ in chunks):
+    raise ValueError("its palette is missing")
   return chunks
 
 

@@ -57,7 +57,7 @@ def chunk_problem(file: IO[bytes]) -> str:
       size = long_size if size in _UNKNOWN and long_size is not None else size
       rest = total - place
       if size == 0 and rest > 0 and promised in (0, *_UNKNOWN):
-        return "does not say how long it is: what wrote it was stopped; write it anew"
+        return "does not say how long it is: what wrote it was stopped"
       if size in unknown:
         return "" if rest else "has no samples"
       return _cut(rest, size)

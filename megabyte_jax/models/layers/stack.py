@@ -86,7 +86,7 @@ class Stack(nnx.Module):
       slot: its number within the span.
       has_previous: whether a span lies before this one (used with cross-patch attention only).
     """
-    r, window = self.level.cross_patch, self.level.attention_window
+    slot, r, window = jnp.asarray(slot), self.level.cross_patch, self.level.attention_window  # a number without jit
     first = jnp.maximum(jnp.where(has_previous, 0, r), r + slot - window + 1 if window else 0)  # entry that is seen
     if self._in_one_kernel(x_B11D.shape[0]):
       x_D, *kv = decoding_step.step(
