@@ -300,7 +300,8 @@ def test_pictures_are_written(tmp_path):
   np.testing.assert_array_equal(grid[34:66, 1:33], image)
 
 
-def test_a_thin_image_is_not_scaled_to_more_pixels_than_allowed(tmp_path):
+def test_a_thin_image_is_not_scaled_to_more_pixels_than_allowed(tmp_path, monkeypatch):
+  monkeypatch.setattr(image_decoding, "MAX_PIXELS", 1000)
   for name, shape in {"a.png": (32, 32), "thin.png": (1, 400)}.items():
     (tmp_path / name).write_bytes(encode(random_image(*shape)))
   data = DataConfig(form="image", image_size=32, image_tiles=32, max_pixels=400 * 32 * 32 - 1)

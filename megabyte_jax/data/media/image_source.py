@@ -142,12 +142,12 @@ class Images:
 
   def _scaled_size(self, i: int) -> tuple[int, int]:
     """(width, height) of an image from which tiles are cut. Raises DataError where they are too many pixels."""
-    tiles, most = self.data.image_tiles, self.data.max_pixels
+    tiles, most = self.data.image_tiles, max(self.data.max_pixels, image_decoding.MAX_PIXELS)
     width, height = image_scaling.scaled_size(self._size(i), tiles)
     if width * height > most:
       raise DataError(
         f"{self.encoded.place(i)} is too large: scaled by config.data.image_tiles={tiles} it has "
-        f"{width:,} x {height:,} pixels, more than config.data.max_pixels={most}; take fewer image_tiles, or {_REMEDY}"
+        f"{width:,} x {height:,} pixels, more than {most}; take fewer image_tiles, raise config.data.max_pixels, or {_REMEDY}"
       )
     return width, height
 
