@@ -147,7 +147,8 @@ class Images:
     if width * height > most:
       raise DataError(
         f"{self.encoded.place(i)} is too large: scaled by config.data.image_tiles={tiles} it has "
-        f"{width:,} x {height:,} pixels, more than {most}; take fewer image_tiles, raise config.data.max_pixels, or {_REMEDY}"
+        f"{width:,} x {height:,} pixels, more than {most}; take fewer image_tiles, raise config.data.max_pixels, or "
+        f"{_REMEDY}"
       )
     return width, height
 
