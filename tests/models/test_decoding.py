@@ -112,9 +112,9 @@ def test_logits_of_single_bytes_are_those_of_the_full_forward_pass(name):
   config, x_BT, model = variants.VARIANTS[name], variants.random_bytes(name, 2, seed=9), variants.model(name)
   first = config.context - config.latents if variants.is_perceiver(config) else 0
   if variants.is_perceiver(config):
-    state = model.read_prompt(jnp.asarray(x_BT), first, first)
+    state = jax.jit(model.read_prompt, static_argnums=(1, 2))(jnp.asarray(x_BT), first, first)
   else:
-    state = model.start_bytes(2)
+    state = jax.jit(model.start_bytes, static_argnums=0)(2)
   step = jax.jit(model.decode_byte, static_argnums=2)
   expected = variants.logits(name, x_BT)
   for t in range(first, config.context):
@@ -169,12 +169,15 @@ def distribution(logits, sampling):
   return np.where(np.isin(np.arange(len(logits)), nucleus), p, 0) / p[nucleus].sum()
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def draws_of(logits_V, sampling, draws):
+  keys = jax.random.split(jax.random.key(0), draws)
+  return jax.vmap(lambda key: pick_byte(logits_V, gumbel_noise(key, 0, len(logits_V)), sampling))(keys)
+
+
 def draw(logits_V, sampling, draws):
   """`draws` bytes, each with noise of its own."""
-  logits_V = jnp.asarray(logits_V, jnp.float32)
-  keys = jax.random.split(jax.random.key(0), draws)
-  pick = lambda key: pick_byte(logits_V, gumbel_noise(key, 0, len(logits_V)), sampling)  # noqa: E731
-  return np.asarray(jax.jit(jax.vmap(pick))(keys))
+  return np.asarray(draws_of(np.asarray(logits_V, np.float32), sampling, draws))
 
 
 TIES = [3.0, 2.0, 2.0, 2.0, 1.0, 0.0]
