@@ -76,7 +76,7 @@ def test_all_layers_in_one_kernel_are_those_of_a_step(level, options, slots, at,
     context=4096, levels=(*coarse, level), dropout=0.0, init_std=0.2, compute_dtype="float32", **options
   )
   assert decoding_step.obstacle(level, config, 1) == ""
-  stack = Stack(level, config, nnx.Rngs(0))
+  stack = nnx.jit(lambda: Stack(level, config, nnx.Rngs(0)))()  # one program
   x, r = normal(0, 1, 1, 1, level.width, dtype=jnp.float32), level.cross_patch
   shape = (level.num_layers, 1, 1, slots, *level.heads)
   cache = Cache(*(normal(i, *shape, dtype=jnp.float32) for i in (1, 2)))

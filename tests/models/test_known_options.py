@@ -15,6 +15,7 @@ from megabyte_jax.config import BlockOptions, Level
 from megabyte_jax.models.kernels import cached_attention, decoding_step
 from megabyte_jax.models.kernels.known_options import ANY, IN_ONE_KERNEL, LAYER_BY_LAYER
 from megabyte_jax.models.layers.stack import Cache, Stack, unstacked
+from megabyte_jax.models.parameters import Keys, as_rngs
 from megabyte_jax.parallel.parameter_info import is_variable
 
 WAYS = {"in one kernel": IN_ONE_KERNEL, "layer by layer": LAYER_BY_LAYER}
@@ -94,7 +95,7 @@ CASES = cases()
 def plain_step(name):
   """A stack with every parameter drawn, and one plain step of two rows in the middle of a span, after another span."""
   level, options, slots = CASES[name]
-  stack = Stack(level, dataclasses.replace(options, dropout=0.0), nnx.Rngs(0))
+  stack = nnx.eval_shape(lambda: Stack(level, dataclasses.replace(options, dropout=0.0), as_rngs(Keys(None))))
   rng = np.random.default_rng(0)
   graph, state = nnx.split(stack)
   state = jax.tree.map(lambda a: rng.normal(1.0 if a.ndim < 3 else 0.0, 0.1, a.shape).astype(np.float32), state)
