@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from megabyte_jax.config.counts import attention_width, block_weights, norm_parameters
 from megabyte_jax.config.levels import Level
-from megabyte_jax.config.model import Attention, ModelConfig
+from megabyte_jax.config.model import Attention, MemoryTraffic, ModelConfig
 from megabyte_jax.config.one_level import OneLevel
 from megabyte_jax.errors import require
 
@@ -111,6 +111,19 @@ class BlockRecurrentConfig(OneLevel, ModelConfig):
       "cells.attention": 4 * cells * heads * (self.states + share * (self.states + 2 * self.window)),
       "head": 2 * self.vocab_size * self.width,
     }
+
+  @property
+  def memory_traffic(self) -> MemoryTraffic:
+    """Scores of two windows for a token, and of states; the remembered window's keys and values; and the states.
+
+    For each window the states (float32: twice) are read and written, and their keys, values and queries, too.
+    """
+    cells, heads, windows = len(self.cells), attention_width(self.level), self.context // self.window
+    of_tokens = self.context * (2 * self.window * self.num_layers + self.states * cells)
+    of_states = windows * self.states * (self.states + 2 * self.window) * cells
+    of_window = self.num_layers * 4 * self.window * heads
+    of_cells = cells * windows * self.states * (4 * self.width + 8 * heads)
+    return MemoryTraffic(self.num_heads * (of_tokens + of_states), of_window + of_cells)
 
   def __post_init__(self):
     self.check_sizes()

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from megabyte_jax.config.counts import attention_width
 from megabyte_jax.config.levels import BlockOptions
-from megabyte_jax.config.model import Attention, ModelConfig
+from megabyte_jax.config.model import Attention, MemoryTraffic, ModelConfig
 from megabyte_jax.config.one_level import OneLevel
 from megabyte_jax.config.transformer_xl import TransformerXLConfig
 from megabyte_jax.errors import require
@@ -113,6 +113,16 @@ class CompressiveTransformerConfig(OneLevel, ModelConfig):
     parts["compression.weights"] = 2 * self.num_layers * taps * self.width**2
     parts["compression.loss"] = self.num_layers * heads * (2 * self.width * (1 + 2 * slots) + 4 * slots * self.context)
     return parts
+
+  @property
+  def memory_traffic(self) -> MemoryTraffic:
+    """That of the Transformer-XL; and, where the compression is learned, what the reconstruction's loss compares."""
+    scores, numbers = self.transformer_xl.memory_traffic
+    if self.is_learned:
+      compared = self.context + self.context // self.compression_rate  # slots to compress, and compressed ones
+      scores += self.num_layers * self.num_heads * self.context * compared
+      numbers += self.num_layers * 4 * attention_width(self.level) * compared
+    return MemoryTraffic(scores, numbers)
 
   def __post_init__(self):
     self.check_sizes()

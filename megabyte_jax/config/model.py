@@ -39,6 +39,18 @@ class CrossAttention(NamedTuple):
   width: int
 
 
+class MemoryTraffic(NamedTuple):
+  """What a forward pass over one segment of a row has in HBM because of its attention to a memory, in all layers.
+
+  Attributes:
+    scores: float32 products of queries with keys or distances, each written once and read once.
+    numbers: bfloat16 numbers written or read: the memory itself, its keys and values, and what states need.
+  """
+
+  scores: float
+  numbers: float
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(BlockOptions, abc.ABC):
   """Describes a model of any family: its sizes, and how it reads, predicts, decodes and is spread over devices.
@@ -162,6 +174,11 @@ class ModelConfig(BlockOptions, abc.ABC):
   @property
   def cross_attention(self) -> CrossAttention | None:
     """A layer beside those of the levels, if there is one."""
+    return None
+
+  @property
+  def memory_traffic(self) -> MemoryTraffic | None:
+    """What attention to a memory across windows moves; None in families that have no such memory."""
     return None
 
   @abc.abstractmethod

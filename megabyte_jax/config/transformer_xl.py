@@ -11,7 +11,7 @@ from megabyte_jax.config.counts import (
   relative_block_parameters,
   relative_block_weights,
 )
-from megabyte_jax.config.model import Attention, ModelConfig
+from megabyte_jax.config.model import Attention, MemoryTraffic, ModelConfig
 from megabyte_jax.config.one_level import OneLevel
 from megabyte_jax.errors import require
 
@@ -91,6 +91,14 @@ class TransformerXLConfig(OneLevel, ModelConfig):
       "layers.attention": 6 * self.num_layers * keys * heads,
       "head": 2 * self.vocab_size * self.width,
     }
+
+  @property
+  def memory_traffic(self) -> MemoryTraffic:
+    """Scores of all slots, by content and by distance; and the memory, read and written, with its keys and values."""
+    slots, heads = self.context + self.memory_length, self.num_heads
+    scores = self.num_layers * 2 * heads * self.context * slots
+    of_slot = 2 * self.width + 4 * attention_width(self.level)  # keys and values are written, then read
+    return MemoryTraffic(scores, self.num_layers * self.memory_length * of_slot)
 
   def __post_init__(self):
     self.check_sizes()

@@ -110,6 +110,8 @@ def memory_traffic(config: Config, devices: int, tensor: int, step: str) -> floa
   per_row += 3 * 4 * model.vocab_size * model.predicted_bytes
   if cross := model.cross_attention:
     per_row += cross.queries * cross.keys * cross.heads * 2 * 4 + 4 * 2 * cross.width * model.context
+  if remembered := model.memory_traffic:
+    per_row += remembered.scores * 2 * 4 + remembered.numbers * 2
   return weights + optimizer + config.batch_size * per_row * count / devices
 
 
@@ -117,7 +119,7 @@ def _activations(model: ModelConfig, level: Level, slots: int, span: int) -> flo
   """Estimates the bytes that one forward pass of a level's blocks moves for one row."""
   per_slot = 2 * (_WIDTHS * level.width + (_GATED_HIDDENS if model.gated else _HIDDENS) * model.hidden(level))
   own = span // level.patch_size
-  fused = own == slots and own >= 128 and own % 128 == 0 and not model.recurrent  # splash
-  if not fused:  # logits are written and read, float32
+  fused = own == slots and own >= 128 and own % 128 == 0  # splash
+  if not fused and model.memory_traffic is None:  # logits are written and read, float32
     per_slot += 2 * 4 * level.num_heads * (own + level.cross_patch)
   return level.num_layers * slots * per_slot
