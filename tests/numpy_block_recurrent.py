@@ -105,7 +105,7 @@ def logits(tokens, parameters, config):
       y = out(heads, block["attention_out"]["kernel"])
       added.append(y + block["attention_out"]["bias"] if config.bias else y)
     if layer in config.cells:
-      cell = p["cells"][config.cells.index(layer)]
+      cell = at_layer(p["cells"], config.cells.index(layer))
       states = list(cell["first"])
       for start in range(0, T, W):
         parts = state_parts(states, cell, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Literal, Self
 
 from megabyte_jax.config.counts import attention_width, block_weights, norm_parameters
@@ -63,6 +64,31 @@ class BlockRecurrentConfig(OneLevel, ModelConfig):
   def cells(self) -> tuple[int, ...]:
     """Numbers of the recurrent layers, from 0, in their order."""
     return tuple(sorted(i % self.num_layers for i in self.recurrent_layers))
+
+  @property
+  def runs(self) -> tuple[tuple[int, int, int | None], ...]:
+    """(first layer, layer after the last, cell) of the layers in order: runs without a cell, or one layer with it."""
+    found: list[tuple[int, int, int | None]] = []
+    start = 0
+    for number, layer in enumerate(self.cells):
+      found += [(start, layer, None), (layer, layer + 1, number)]
+      start = layer + 1
+    found.append((start, self.num_layers, None))
+    return tuple(run for run in found if run[0] < run[1])
+
+  @property
+  def groups(self) -> tuple[tuple[int, int, int, int], ...]:
+    """(first layer, layers before each cell, first cell, cells) of the recurrent layers, grouped by equal distances.
+
+    The paper's 24 layers are twice nine layers and a recurrent one, and then four: what is equal is compiled once.
+    """
+    before = [layer - earlier - 1 for earlier, layer in zip((-1, *self.cells), self.cells, strict=False)]
+    found, first = [], 0
+    for run, group in itertools.groupby(before):
+      count = len(list(group))
+      found.append((self.cells[first] - run, run, first, count))
+      first += count
+    return tuple(found)
 
   def with_levels(self, levels: tuple[Level, ...]) -> Self:
     """Returns the same model with other sizes of its only level.

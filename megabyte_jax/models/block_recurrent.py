@@ -11,7 +11,7 @@ S states, H heads, K head width, R the 2 W tokens of a decoding cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -86,7 +86,7 @@ class BlockRecurrent(Recurrent):
     self.config = config
     self.embedder = TokenEmbedder(config.vocab_size, config.width, config, rngs)
     self.blocks = make_layers(lambda rngs: TokenLayer(config, rngs), config.num_layers, rngs)
-    self.cells = nnx.List([Cell(config, rngs) for _ in config.cells])
+    self.cells = make_layers(lambda rngs: Cell(config, rngs), len(config.cells), rngs)
     self.norm = make_norm(config.width, config, rngs)
 
   def empty_memory(self, batch: int) -> Memory:
@@ -111,10 +111,10 @@ class BlockRecurrent(Recurrent):
     memory = emptied(jax.lax.stop_gradient(memory), self.empty_memory(B), fresh_B)
     past, filled_B, states_BCSD = self._before(memory)
     x_BNWD = self._inputs(x_BT, memory.previous_B)
-    x_BNWD, kept, states_NBCSD = self._layers(x_BNWD, past, filled_B, states_BCSD, dropout_key)
+    x_BNWD, kept, states_BCSD = self._layers(x_BNWD, past, filled_B, states_BCSD, dropout_key)
     h_BTD = self.norm(x_BNWD).reshape(B, -1, x_BNWD.shape[-1])[:, :T]
     k_BLWHK, v_BLWHK = (a.swapaxes(0, 1) for a in kept)
-    after = Memory(x_BT[:, -1].astype(jnp.int32), filled_after(filled_B, T, W), k_BLWHK, v_BLWHK, states_NBCSD[-1])
+    after = Memory(x_BT[:, -1].astype(jnp.int32), filled_after(filled_B, T, W), k_BLWHK, v_BLWHK, states_BCSD)
     return h_BTD, after, jnp.float32(0)
 
   def output_logits(self, h: jax.Array) -> jax.Array:
@@ -132,35 +132,26 @@ class BlockRecurrent(Recurrent):
     """What a segment's first window sees: keys and values [L, B, W, H, K], how many are there, and states."""
     past = memory.k_BLWHK.swapaxes(0, 1), memory.v_BLWHK.swapaxes(0, 1)
     begins_B = memory.previous_B < 0
-    states_BCSD = jnp.where(begins_B[:, None, None, None], self._first_states(), memory.states_BCSD)
+    first_CSD = self.cells.first[...].astype(jnp.float32)
+    states_BCSD = jnp.where(begins_B[:, None, None, None], first_CSD, memory.states_BCSD)
     return past, memory.filled_B, states_BCSD
 
-  def _first_states(self) -> jax.Array:
-    """The learned first states of all cells, [C, S, D]."""
-    return jnp.stack([cell.first[...].astype(jnp.float32) for cell in self.cells])
+  def _cell(self, number: int) -> Cell:
+    """One of the cells."""
+    graph, stacked = nnx.split(self.cells)
+    return nnx.merge(graph, jax.tree.map(lambda a: a[number], stacked))
 
-  def _runs(self) -> Iterator[tuple[int, int, int | None]]:
-    """(first layer, layer after the last, cell) of the layers in order: runs without a cell, or one layer with it."""
-    start = 0
-    for number, layer in enumerate(self.config.cells):
-      if start < layer:
-        yield start, layer, None
-      yield layer, layer + 1, number
-      start = layer + 1
-    if start < self.config.num_layers:
-      yield start, self.config.num_layers, None
-
-  def _layers(self, x_BNWD, past_LBWHK, filled_B, states_BCSD, dropout_key, keep=_of_last_window):
+  def _layers(self, x_BNWD, past_LBWHK, filled_B, states_BCSD, dropout_key, keep=_of_last_window, window=-1):
     """Runs the layers over whole windows.
 
     Args:
       past_LBWHK: keys and values of the window before, of which the last `filled_B` tokens are there.
       states_BCSD: as the first window reads them.
       keep: what is kept of a layer's keys and values, [B, N, W, H, K] each.
+      window: number of the window that reads the states which are returned; those after the last window are -1.
 
     Returns:
-      The residual stream; what is kept, of all layers; and the states before each window and after the last,
-      [N + 1, B, C, S, D].
+      The residual stream; what is kept, of all layers; and the states [B, C, S, D].
     """
     config, W = self.config, self.config.window
     key_2W = np.arange(2 * W)
@@ -198,26 +189,42 @@ class BlockRecurrent(Recurrent):
       return x_BNWD, keep(own) if cell is None else (keep(own), states_NBSD)
 
     scans = config.scan_layers == "always" or (config.scan_layers == "auto" and platform() != "gpu")
-    kept, states = [], []
-    for start, stop, number in self._runs():
-      run = jax.tree.map(lambda a, start=start, stop=stop: a[start:stop], (stacked, past_LBWHK, keys_L3))
-      if number is None:
-        scanned = rematerialised(layer, config.remat, is_in_loop=scans)
-        x_BNWD, of_run = jax.lax.scan(scanned, x_BNWD, run, unroll=1 if scans else stop - start)
-        kept.append(of_run)
-        continue
-      cell_graph, of_cell = nnx.split(self.cells[number])
+    cell_graph, stacked_cells = nnx.split(self.cells)
+    of_layers = stacked, past_LBWHK, keys_L3
 
-      def recurrent(x_BNWD, one, of_cell, states_BSD, cell_graph=cell_graph):
-        return layer(x_BNWD, one, nnx.merge(cell_graph, of_cell), states_BSD)
+    def run_layers(x_BNWD, run, count):
+      one = rematerialised(layer, config.remat, is_in_loop=scans and count > 1)
+      return jax.lax.scan(one, x_BNWD, run, unroll=1 if scans else max(count, 1))
 
-      one = jax.tree.map(lambda a: a[0], run)
-      recurrent = rematerialised(recurrent, config.remat, is_in_loop=False)
-      x_BNWD, (of_layer, states_NBSD) = recurrent(x_BNWD, one, of_cell, states_BCSD[:, number])
-      kept.append(tuple(a[None] for a in of_layer))
-      states.append(states_NBSD)
-    kept_L = tuple(jnp.concatenate(parts) for parts in zip(*kept, strict=True))
-    return x_BNWD, kept_L, jnp.stack(states, axis=2)
+    def recurrent(x_BNWD, one, of_cell, states_BSD):
+      return layer(x_BNWD, one, nnx.merge(cell_graph, of_cell), states_BSD)
+
+    kept, states, end = [], [], 0
+    for start, before, first, count in config.groups:
+      end = start + count * (before + 1)
+      rematted = rematerialised(recurrent, config.remat, is_in_loop=scans and count > 1)
+
+      def group(x_BNWD, inputs, before=before, rematted=rematted):
+        run, one, of_cell, states_BSD = inputs
+        x_BNWD, of_run = run_layers(x_BNWD, run, before)
+        x_BNWD, (of_one, states_NBSD) = rematted(x_BNWD, one, of_cell, states_BSD)
+        joined = jax.tree.map(lambda many, last: jnp.concatenate([many, last[None]]), of_run, of_one)
+        return x_BNWD, (joined, jax.lax.dynamic_index_in_dim(states_NBSD, window, 0, keepdims=False))
+
+      def grouped(a, start=start, end=end, count=count, before=before):
+        return a[start:end].reshape(count, before + 1, *a.shape[1:])
+
+      both = jax.tree.map(grouped, of_layers)
+      run, one = jax.tree.map(lambda a: a[:, :-1], both), jax.tree.map(lambda a: a[:, -1], both)
+      of_cells = jax.tree.map(lambda a, first=first, count=count: a[first : first + count], stacked_cells)
+      inputs = run, one, of_cells, states_BCSD[:, first : first + count].swapaxes(0, 1)
+      x_BNWD, (of_group, states_CBSD) = jax.lax.scan(group, x_BNWD, inputs, unroll=1 if scans else count)
+      kept.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), of_group))
+      states.append(states_CBSD)
+    rest = jax.tree.map(lambda a: a[end:], of_layers)
+    x_BNWD, of_rest = run_layers(x_BNWD, rest, config.num_layers - end)
+    kept_L = tuple(jnp.concatenate(parts) for parts in zip(*kept, of_rest, strict=True))
+    return x_BNWD, kept_L, jnp.concatenate(states).swapaxes(0, 1)
 
   def _through_windows(self, cell, states_BSD, both_BN2WHK, there_BN12W):
     """The states before each window and after the last, [N + 1, B, S, D]; and the keys and values that each reads."""
@@ -244,8 +251,9 @@ class BlockRecurrent(Recurrent):
     W = self.config.window
     past, filled_B, states_BCSD = self._before(memory)
     x_BNWD = self._inputs(x_BT, memory.previous_B)
-    _, kept, states_NBCSD = self._layers(x_BNWD, past, filled_B, states_BCSD, None, keep=lambda own: own)
     number = position % self.config.context // W  # of the window in its segment
+    all_of_it = {"keep": tuple, "window": number}
+    _, kept, states_BCSD = self._layers(x_BNWD, past, filled_B, states_BCSD, None, **all_of_it)
     rings = []
     for own_LBNWHK, past_LBWHK in zip(kept, past, strict=True):
       L, B, N, _, H, K = own_LBNWHK.shape
@@ -253,13 +261,12 @@ class BlockRecurrent(Recurrent):
       last_LBRHK = jax.lax.dynamic_slice_in_dim(all_LBTHK, number * W, 2 * W, axis=2)
       first = position // W * W - W  # token of its first slot
       rings.append(jnp.roll(last_LBRHK, first % (2 * W), axis=2)[:, :, None])
-    states_BCSD = jax.lax.dynamic_index_in_dim(states_NBCSD, number, 0, keepdims=False)
     k_BCSHK, v_BCSHK = self._state_keys(states_BCSD)
     return Cache(rings[0], rings[1], states_BCSD, k_BCSHK, v_BCSHK)
 
   def _state_keys(self, states_BCSD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values of states, [B, C, S, H, K]."""
-    projected = [cell.project(states_BCSD[:, c]) for c, cell in enumerate(self.cells)]
+    projected = [self._cell(c).project(states_BCSD[:, c]) for c in range(states_BCSD.shape[1])]
     return jnp.concatenate([p.k for p in projected], axis=1), jnp.concatenate([p.v for p in projected], axis=1)
 
   def decode_token(self, cache: Cache, previous_B: jax.Array, position: jax.Array) -> tuple[Cache, jax.Array]:
@@ -286,12 +293,12 @@ class BlockRecurrent(Recurrent):
       from_states = 0.0
       if number is not None:
         of_states = (a[:, number, None] for a in (cache.k_BCSHK, cache.v_BCSHK))
-        from_states = self.cells[number].read(normed, *of_states)
+        from_states = self._cell(number).read(normed, *of_states)
       return block.finish(x_B11D, attended, from_states, (None, None)), tuple(own)
 
     before = (cache.k_LB1RHK, cache.v_LB1RHK)
     x_B11D, new = self.embedder(previous_B)[:, None, None], []
-    for start, stop, number in self._runs():
+    for start, stop, number in self.config.runs:
       run = jax.tree.map(lambda a, start=start, stop=stop: a[start:stop], (stacked, *before))
       if number is None:  # the scan reads the caches alone: what it wrote to would be copied once for every layer
         x_B11D, own = jax.lax.scan(layer, x_B11D, run)
@@ -314,7 +321,7 @@ class BlockRecurrent(Recurrent):
     """The states after a window whose last token is in the cache, and their keys and values."""
     states = []
     for c, layer in enumerate(self.config.cells):
-      states_BSD, cell = cache.states_BCSD[:, c], self.cells[c]
+      states_BSD, cell = cache.states_BCSD[:, c], self._cell(c)
       k, v = cache.k_LB1RHK[layer], cache.v_LB1RHK[layer]
       states.append(cell.next_states(states_BSD, cell.project(states_BSD), k, v, there_R[None]))
     states_BCSD = jnp.stack(states, axis=1)

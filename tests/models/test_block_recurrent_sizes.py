@@ -52,7 +52,7 @@ def test_first_values():
   sizes = {"context": 8, "window": 8, "states": 64, "width": 32, "num_layers": 1, "recurrent_layers": (0,)}
   tiny = BlockRecurrentConfig(num_heads=2, **sizes)
   made = jax.jit(lambda key: initial_parameters(tiny, key))(jax.random.key(0))
-  cell = made["cells"][0]
+  cell = jax.tree.map(lambda a: a[0], made["cells"])
   for values, deviation in ((cell["positions"], 1.0), (cell["first"], 0.1), (cell["gate"]["b_g"], 0.1)):
     assert float(jnp.std(values)) == pytest.approx(deviation, rel=0.3)
   assert (made["blocks"]["scale"] == 1).all() and (cell["cross_scale"] == 1).all()
