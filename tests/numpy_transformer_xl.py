@@ -1,4 +1,4 @@
-"""Transformer-XL once more, in slow float64 NumPy, written from arXiv 1901.02860, section 3.3.
+"""Transformer-XL once more, in slow float64 NumPy, written from arXiv 1901.02860.
 
 A document is one list of tokens; every slot's hidden state is computed once, in the segment that it belongs to. There
 is neither a batch nor a mask: what may not be seen is never looked at.

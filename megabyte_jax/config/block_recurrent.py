@@ -26,7 +26,7 @@ class BlockRecurrentConfig(OneLevel, ModelConfig):
     states: S, the state vectors of a recurrent layer.
     recurrent_layers: numbers of the recurrent layers; negative ones count from the end. The paper's 12 layers have
       their third from the end, its 24 layers have 9 and 19.
-    gate: fixed, eqs. (1)-(3) | lstm, eqs. (4)-(7).
+    gate: fixed (a learned constant) | lstm (an input and a forget gate); see layers/recurrent_cell.py.
     skip: leaves the feed-forward layer of the states out, the paper's best choice.
     width, num_layers, num_heads, head_dim, ff_width: as in `Level`.
   """
@@ -112,7 +112,7 @@ class BlockRecurrentConfig(OneLevel, ModelConfig):
     gates = 1 if self.gate == "fixed" else 3
 
     def gate(inputs):
-      return gates * self.width * (inputs + self.bias) + self.width * (self.gate == "fixed")  # b_g of eq. (2)
+      return gates * self.width * (inputs + self.bias) + self.width * (self.gate == "fixed")  # b_g
 
     cell = 2 * self.width * heads + 3 * self.num_heads  # the tokens' side; scales
     cell += norm + 2 * self.states * self.width + 4 * self.width * heads + gate(2 * heads)

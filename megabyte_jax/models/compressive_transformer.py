@@ -3,11 +3,11 @@
 A Transformer-XL whose layers' oldest remembered inputs are compressed instead of forgotten. In the lines of the paper's
 Algorithm 1, for layer i after a segment of n_s tokens, with memories m and cm whose oldest slots come first:
 
-  5  mem <- concat(cm_t, m_t)                 what the segment attends to, besides itself
-  8  old_mem <- m_t[:n_s]
-  9  new_cm <- f_c(old_mem)                   n_s / c slots
-  10 m_{t+1} <- concat(m_t, h)[-n_m:]
-  11 cm_{t+1} <- concat(cm_t, new_cm)[-n_cm:]
+  mem <- concat(cm_t, m_t)                 what the segment attends to, besides itself
+  old_mem <- m_t[:n_s]
+  new_cm <- f_c(old_mem)                   n_s / c slots
+  m_{t+1} <- concat(m_t, h)[-n_m:]
+  cm_{t+1} <- concat(cm_t, new_cm)[-n_cm:]
 
 Nothing is compressed until a document has filled the memory. f_c is trained by the attention-reconstruction loss alone,
 Algorithm 2: the segment's attention to new_cm shall give what its attention to old_mem gives, by content alone, and all
@@ -139,7 +139,7 @@ class CompressiveTransformer(Recurrent):
     return jnp.sum(use_BTS, axis=1) / self.config.context
 
   def _compressed(self, old_BLTD: jax.Array, use_BLT: jax.Array | None) -> jax.Array:
-    """Line 9: [B, L, J, D]."""
+    """new_cm, [B, L, J, D]."""
     if self.config.is_learned:
       graph, parameters = nnx.split(self.compressions)
       compress = jax.vmap(lambda of_layer, old_BTD: nnx.merge(graph, of_layer)(old_BTD), in_axes=(0, 1), out_axes=1)
@@ -148,7 +148,7 @@ class CompressiveTransformer(Recurrent):
     return jax.vmap(lambda old, use: compress_without_parameters(kind, old, use, rate), 1, 1)(old_BLTD, use_BLT)
 
   def _moved(self, memory: Memory, inputs_BLTD: jax.Array, use_BLS: jax.Array | None) -> Memory:
-    """Lines 8 to 11: the memory after a segment, given its layers' inputs, and the attention that all slots got."""
+    """The end of Algorithm 1: the memory after a segment, given its layers' inputs and the attention to all slots."""
     config, T = self.config, inputs_BLTD.shape[2]
     C, M = config.compressed_length, config.memory_length
     filled_B, compressed_BLCD = filled_after(memory.filled_B, T, M), memory.compressed_BLCD
@@ -254,7 +254,7 @@ class CompressiveTransformer(Recurrent):
 
 
 def _in_a_row(memory: Memory) -> transformer_xl.Memory:
-  """Line 5: both memories as one."""
+  """mem: both memories as one."""
   inputs_BLED = jnp.concatenate([memory.compressed_BLCD, memory.inputs_BLMD], axis=2)
   return transformer_xl.Memory(inputs_BLED, memory.filled_B, memory.previous_B)
 

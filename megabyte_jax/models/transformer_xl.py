@@ -1,4 +1,6 @@
-"""Defines Transformer-XL (Dai et al., 2019; arXiv 1901.02860, section 3), to be read beside its equations.
+"""Defines Transformer-XL (Dai et al., 2019; arXiv 1901.02860), to be read beside its equations.
+
+They are those of the section on relative positional encodings.
 
 For segment tau and layer n of N, with SG for a stopped gradient and [a o b] for slots a, then slots b:
 

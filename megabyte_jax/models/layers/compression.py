@@ -1,4 +1,4 @@
-"""Compresses the slots of one layer: the functions f_c of the Compressive Transformer (arXiv 1911.05507, section 3.1).
+"""Compresses the slots of one layer: the functions f_c of the Compressive Transformer (arXiv 1911.05507).
 
 Shapes: B batch, T slots to compress, c slots that become one, J = T / c, D width.
 """

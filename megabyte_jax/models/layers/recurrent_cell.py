@@ -73,7 +73,13 @@ class TokenLayer(nnx.Module):
 
 
 class Gate(nnx.Module):
-  """Replaces the residual connection of states: eqs. (1)-(3) if it is fixed, (4)-(7) if it is an LSTM's."""
+  """Replaces the residual connection of states: the paper's fixed gate, or its LSTM gate.
+
+  For states c and the gate's input h:
+
+    fixed   z = W h + b,         g = sigma(b_g),                               next states c g + z (1 - g)
+    lstm    z = tanh(W_z h + b_z), i = sigma(W_i h + b_i - 1), f = sigma(W_f h + b_f + 1),     c f + z i
+  """
 
   def __init__(self, inputs: Sizes, config: BlockRecurrentConfig, rngs: nnx.Rngs):
     self.kind = config.gate
@@ -86,10 +92,10 @@ class Gate(nnx.Module):
     """Returns the next states, float32, of states c and the gate's input h, [B, S] and the axes of `inputs`."""
     y = self.linear(h).astype(jnp.float32)
     if self.kind == "fixed":
-      g_D = jax.nn.sigmoid(self.b_g[...].astype(jnp.float32))  # eq. (2); z of eq. (1) is y
-      return c_BSD * g_D + y * (1 - g_D)  # eq. (3)
+      g_D = jax.nn.sigmoid(self.b_g[...].astype(jnp.float32))
+      return c_BSD * g_D + y * (1 - g_D)
     z, i, f = (y[:, :, part] for part in range(3))
-    return c_BSD * jax.nn.sigmoid(f + 1) + jnp.tanh(z) * jax.nn.sigmoid(i - 1)  # eqs. (4)-(7)
+    return c_BSD * jax.nn.sigmoid(f + 1) + jnp.tanh(z) * jax.nn.sigmoid(i - 1)
 
 
 class StateProjections(NamedTuple):

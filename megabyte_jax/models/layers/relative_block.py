@@ -1,4 +1,4 @@
-"""Attends with relative positions, as Transformer-XL does (arXiv 1901.02860, section 3.3), in a decoder block.
+"""Attends with relative positions, as Transformer-XL does (arXiv 1901.02860, on relative positional encodings).
 
 Shapes: B batch, T slots of a segment, E earlier slots, S = E + T, D width, H heads, K head width.
 """
