@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from megabyte_jax.config import Config
+from megabyte_jax.config import Config, DataConfig
 from megabyte_jax.models.build import (
   Family,
   abstract_model,
@@ -94,7 +94,9 @@ def initial_state(config: Config, mesh: Mesh) -> TrainState:
 def _compiled_for(config: Config) -> Config:
   """Returns the config without what changes no program: runs that are alike in the rest share theirs in a process."""
   names = ("model", "optimizer", "num_steps", "batch_size", "accumulate", "seed")
-  return Config(**{name: getattr(config, name) for name in names})
+  tokens = config.data.form == "subwords"  # without a tokenizer a vocabulary beyond bytes is refused
+  data = DataConfig(form="subwords", tokenizer=config.data.tokenizer) if tokens else DataConfig()
+  return Config(data=data, **{name: getattr(config, name) for name in names})
 
 
 @functools.lru_cache(maxsize=8)
