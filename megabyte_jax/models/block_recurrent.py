@@ -290,7 +290,7 @@ class BlockRecurrent(Recurrent):
       k, v = (put(earlier, a, slot, axis=2) for earlier, a in zip(cache_B1RHK, own, strict=True))
       bias_HR = jnp.take(bias_by_distance(block.relative[...], 2 * W), distance_R, axis=1)
       attended = attend(q, k, v, block.scale[...], bias_HMS=bias_HR[:, None], visible=visible_1R)
-      from_states = 0.0
+      from_states: jax.Array | float = 0.0
       if number is not None:
         of_states = (a[:, number, None] for a in (cache.k_BCSHK, cache.v_BCSHK))
         from_states = self._cell(number).read(normed, *of_states)
