@@ -20,8 +20,13 @@ def get_config():
         Level(patch_size=48, width=192, num_layers=1, num_heads=4, rotary=True),
         Level(patch_size=1, width=96, num_layers=1, num_heads=3, rotary=True, cross_patch=48),
       ),
+      norm="rmsnorm",
+      bias=False,
+      activation="swiglu",
+      qk_norm=True,
       dropout=0.0,
       init_std=0.04,
+      parent_init="balanced",
       scan_layers="never",
     ),
     data=DataConfig(
@@ -32,11 +37,11 @@ def get_config():
       image_tiles=512,
       scan_patch=48,
     ),
-    optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
+    optimizer=OptimizerConfig(name="muon", learning_rate=5e-3, warmup_steps=100),
     checkpoint=CheckpointConfig(every_steps=1000),
     mesh=MeshConfig(data=1, seq=-1),  # two windows a step; where there are several devices they share the patches
     batch_size=2,
-    num_steps=2000,
+    num_steps=1700,
     log_every=100,
     sample_bytes=4 * 64 * 64 * 3,
   ).to_config_dict()
