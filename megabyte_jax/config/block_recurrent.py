@@ -140,7 +140,7 @@ class BlockRecurrentConfig(OneLevel, ModelConfig):
 
   @property
   def memory_traffic(self) -> MemoryTraffic:
-    """Scores of two windows for a token, and of states; the remembered window's keys and values; and the states.
+    """Counts scores of two windows for a token, and of states; the remembered window's keys and values; the states.
 
     For each window the states (float32: twice) are read and written, and their keys, values and queries, too.
     """

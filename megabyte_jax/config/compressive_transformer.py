@@ -116,7 +116,7 @@ class CompressiveTransformerConfig(OneLevel, ModelConfig):
 
   @property
   def memory_traffic(self) -> MemoryTraffic:
-    """That of the Transformer-XL; and, where the compression is learned, what the reconstruction's loss compares."""
+    """Counts the Transformer-XL's and, where the compression is learned, what the reconstruction's loss compares."""
     scores, numbers = self.transformer_xl.memory_traffic
     if self.is_learned:
       compared = self.context + self.context // self.compression_rate  # slots to compress, and compressed ones

@@ -40,7 +40,7 @@ class CrossAttention(NamedTuple):
 
 
 class MemoryTraffic(NamedTuple):
-  """What a forward pass over one segment of a row has in HBM because of its attention to a memory, in all layers.
+  """Counts what a forward pass over a row's segment has in HBM because of its attention to a memory, in all layers.
 
   Attributes:
     scores: float32 products of queries with keys or distances, each written once and read once.
@@ -178,7 +178,7 @@ class ModelConfig(BlockOptions, abc.ABC):
 
   @property
   def memory_traffic(self) -> MemoryTraffic | None:
-    """What attention to a memory across windows moves; None in families that have no such memory."""
+    """Counts what attention to a memory across windows moves; None in families that have no such memory."""
     return None
 
   @abc.abstractmethod
