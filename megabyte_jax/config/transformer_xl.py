@@ -94,7 +94,7 @@ class TransformerXLConfig(OneLevel, ModelConfig):
 
   @property
   def memory_traffic(self) -> MemoryTraffic:
-    """Counts scores of all slots, by content and by distance; and the memory, read and written, with its keys and values."""
+    """Counts scores of all slots, by content and by distance, and the memory with its keys and values."""
     slots, heads = self.context + self.memory_length, self.num_heads
     scores = self.num_layers * 2 * heads * self.context * slots
     of_slot = 2 * self.width + 4 * attention_width(self.level)  # keys and values are written, then read
