@@ -319,6 +319,6 @@ def test_flags_between_words_are_fields_of_the_config():
   for name in DOCUMENTS:
     for code in re.findall(r"`(--config\.[^`]+)`", (ROOT / name).read_text()):
       flags = [flag for flag in shlex.split(code) if "=" in flag and not flag.endswith(".")]
-      Config.from_dict(parse_arguments([f"--config={ROOT / 'configs/quickstart.py'}", *flags]).config)
+      Config.from_dict(parse_arguments([f"--config={ROOT / 'configs/recipe.py'}", *flags]).config)
       tried += len(flags)
   assert tried > 10
