@@ -12,6 +12,8 @@ import argparse
 import json
 import pathlib
 
+from megabyte_jax.display.plots import panels
+
 _SYSTEMS = {
   "megabyte": "MEGABYTE",
   "transformer": "Transformer",
@@ -42,26 +44,17 @@ def main() -> None:
   parser.add_argument("systems", type=pathlib.Path)
   parser.add_argument("picture")
   arguments = parser.parse_args()
-  import matplotlib as mpl  # noqa: PLC0415
-
-  mpl.use("Agg")
-  from matplotlib import pyplot as plt  # noqa: PLC0415
-
   systems = {row["row"].split(":")[1]: row for row in json.loads(arguments.systems.read_text())["rows"]}
-  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-  for name, label in _SYSTEMS.items():
-    if name in systems:
-      row = systems[name]
-      per_step = row["flops"] / row["config"]["num_steps"]
-      left.plot([step * per_step for step, _ in row["curve"]], [bits for _, bits in row["curve"]], label=label)
-  for name, points in tiers(arguments.rows, systems).items():
-    right.plot(*zip(*points, strict=True), "o-", label=_BYTE_MODELS[name])
-  left.set(ylim=(1.1, 2.2), xlabel="training FLOPs", ylabel="bits per byte of training")
-  right.set(xscale="log", xlabel="training FLOPs", ylabel="bits per byte of validation")
-  for axes in (left, right):
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-  figure.savefig(arguments.picture, dpi=120)
+  with panels(arguments.picture, 2) as (left, right):
+    for name, label in _SYSTEMS.items():
+      if name in systems:
+        row = systems[name]
+        per_step = row["flops"] / row["config"]["num_steps"]
+        left.plot([step * per_step for step, _ in row["curve"]], [bits for _, bits in row["curve"]], label=label)
+    for name, points in tiers(arguments.rows, systems).items():
+      right.plot(*zip(*points, strict=True), "o-", label=_BYTE_MODELS[name])
+    left.set(ylim=(1.1, 2.2), xlabel="training FLOPs", ylabel="bits per byte of training")
+    right.set(xscale="log", xlabel="training FLOPs", ylabel="bits per byte of validation")
 
 
 if __name__ == "__main__":

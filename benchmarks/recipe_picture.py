@@ -12,6 +12,8 @@ import argparse
 import json
 import pathlib
 
+from megabyte_jax.display.plots import panels
+
 _CURVES = {
   "kernel_scaled": "AdamW, +scaled",
   "kernel_modern": "Muon, +modern",
@@ -26,25 +28,16 @@ def main() -> None:
   parser.add_argument("rows", type=pathlib.Path)
   parser.add_argument("picture")
   arguments = parser.parse_args()
-  import matplotlib as mpl  # noqa: PLC0415
-
-  mpl.use("Agg")
-  from matplotlib import pyplot as plt  # noqa: PLC0415
-
-  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-  for name, label in _CURVES.items():
-    row = json.loads((arguments.rows / f"{name}.json").read_text())
-    per_step = row["train_bytes"] / row["curve"][-1][0] / 1e6
-    left.plot([step * per_step for step, *_ in row["curve"]], [bits for _, bits, *_ in row["curve"]], label=label)
-    if row["diagnoses"] and "half" in name:
-      found = row["diagnoses"]
-      right.plot([d["step"] * per_step for d in found], [d["first_level_bits"] for d in found], label=label)
-  left.set(ylim=(0.8, 3), xlabel="megabytes", ylabel="bits per byte of training")
-  right.set(xlabel="megabytes", ylabel="bits per byte worse with another text's first level")
-  for axes in (left, right):
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-  figure.savefig(arguments.picture, dpi=120)
+  with panels(arguments.picture, 2) as (left, right):
+    for name, label in _CURVES.items():
+      row = json.loads((arguments.rows / f"{name}.json").read_text())
+      per_step = row["train_bytes"] / row["curve"][-1][0] / 1e6
+      left.plot([step * per_step for step, *_ in row["curve"]], [bits for _, bits, *_ in row["curve"]], label=label)
+      if row["diagnoses"] and "half" in name:
+        found = row["diagnoses"]
+        right.plot([d["step"] * per_step for d in found], [d["first_level_bits"] for d in found], label=label)
+    left.set(ylim=(0.8, 3), xlabel="megabytes", ylabel="bits per byte of training")
+    right.set(xlabel="megabytes", ylabel="bits per byte worse with another text's first level")
 
 
 if __name__ == "__main__":

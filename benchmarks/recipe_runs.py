@@ -44,7 +44,7 @@ from megabyte_jax.parallel.sharding import batch_sharding, make_mesh
 from megabyte_jax.training.state import initial_state, make_train_step
 
 _CONFIGS = pathlib.Path(__file__).parents[1] / "configs" / "recipe.py"
-_LOG_EVERY = 50
+LOG_EVERY = 50  # steps between the points of a curve
 
 
 def named_config(name: str) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
       break
     if number and number == first:
       step_function = make_train_step(config)
-    if arguments.seconds and number == 6 * _LOG_EVERY:  # as many steps as the time is enough for
+    if arguments.seconds and number == 6 * LOG_EVERY:  # as many steps as the time is enough for
       each = (time.perf_counter() - measured_from) / (number - curve[0][0])
       more = round((arguments.seconds - (time.perf_counter() - began) - 60) / each)
       config = dataclasses.replace(config, num_steps=number + more)
@@ -149,7 +149,7 @@ def run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     state, metrics = step_function(state, batch.x_BT, None)
     waiting.append(metrics)
     done = number + 1
-    if done % _LOG_EVERY == 0 or done == config.num_steps:
+    if done % LOG_EVERY == 0 or done == config.num_steps:
       nats, count, norms = (np.array([float(m[k]) for m in waiting]) for k in ("nats", "bytes", "grad_norm"))
       waiting.clear()
       curve.append((done, round(float(bits_per_byte(nats.sum(), count.sum())), 5), round(float(norms.mean()), 5)))

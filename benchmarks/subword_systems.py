@@ -84,13 +84,15 @@ def evaluate(workdir: pathlib.Path, method: str) -> dict[str, Any]:
 
 
 def run(name: str, config: Config, workdir: pathlib.Path, flops: float) -> dict[str, Any]:
-  """Trains and evaluates one system and returns its entry in the results."""
+  """Trains and evaluates one system and returns its entry in the results; `curve` has (step, bits per byte)."""
   train.train(config, str(workdir))
   methods = list(dict.fromkeys(("basic", config.eval.method)))
   by_method = {method: evaluate(workdir, method) for method in methods}
   scored = by_method[config.eval.method]
   lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
   speeds = [one["bytes_per_second"] for one in lines if one.get("bytes_per_second")]
+  bits = [(one["step"], one["bpb"]) for one in lines if "bpb" in one]
+  curve = [point for point in bits if point[0] % recipe_runs.LOG_EVERY == 0 or point == bits[-1]]
   device = jax.devices()[0].device_kind
   size = human(parameter_count(config.model))
   return {
@@ -99,7 +101,8 @@ def run(name: str, config: Config, workdir: pathlib.Path, flops: float) -> dict[
     "bpb_by_method": {method: found["bpb"] for method, found in by_method.items()},
     "bytes_per_token": scored["bytes"] / scored.get("tokens", scored["bytes"]),
     "bytes_per_second": statistics.median(speeds[1:] or speeds) if speeds else None,  # the first may compile
-    "train_bpb": next(one["bpb"] for one in reversed(lines) if "bpb" in one),
+    "train_bpb": curve[-1][1],
+    "curve": curve,
     "trained_on": config.num_steps * config.batch_size * predicted_bytes(config.model),  # bytes or tokens
     "parameters": parameter_count(config.model),
     "flops": flops,
@@ -126,6 +129,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--pieces", type=int, default=32_000, help="of a new tokenizer")
   parser.add_argument("--set", dest="changes_of_fields", nargs="+", default=[], metavar="[NAME:]KEY=VALUE")
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--shared", action="store_true", help="note that another run shares the device")
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/table3_small"))
   parser.add_argument("--output", type=pathlib.Path, required=True)
   return parser.parse_args(given)
@@ -140,12 +144,13 @@ def main(given: Sequence[str] | None = None) -> None:
   forms = rows_of_file("table3")
   if any(forms[name].data.form == "subwords" for name in arguments.systems) and not pathlib.Path(tokenizer).exists():
     train_tokenizer([arguments.train], tokenizer, arguments.pieces, DataConfig())
-  results["command"] = " ".join(["python benchmarks/subword_systems.py", *(sys.argv[1:] if given is None else given)])
+  command = " ".join(["python benchmarks/subword_systems.py", *(sys.argv[1:] if given is None else given)])
   for name in arguments.systems:
     if f"table3:{name}" in done:
       continue
     config = make_config(name, arguments, tokenizer)
     entry = run(name, config, arguments.workdir / name, arguments.flops)
+    entry |= {"command": command, "shared_device": arguments.shared}
     results["rows"].append(entry)
     with replacing(arguments.output) as path:
       path.write_text(json.dumps(results, indent=1) + "\n")

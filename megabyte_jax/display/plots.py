@@ -236,17 +236,34 @@ def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> Non
 
 
 @contextlib.contextmanager
+def panels(out_png: epath.PathLike, count: int, width: float = 10.0) -> Iterator[list[Axes]]:
+  """Yields axes side by side; with legends, they are saved as `out_png` if the block ends without an error."""
+  with _figure(out_png, count, width) as row:
+    for axes in row:
+      axes.set_prop_cycle(color=_COLORS)
+    yield row
+    for axes in row:
+      axes.legend()
+
+
+@contextlib.contextmanager
 def _axes(out_png: epath.PathLike, title: str, xlabel: str, ylabel: str, width: float = 7.0) -> Iterator[Axes]:
   """Yields axes to draw on, saved as `out_png` if the block ends without an error."""
+  with _figure(out_png, 1, width) as [axes]:
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    yield axes
+
+
+@contextlib.contextmanager
+def _figure(out_png: epath.PathLike, count: int, width: float) -> Iterator[list[Axes]]:
+  """Yields axes side by side, saved as `out_png` if the block ends without an error."""
   import matplotlib as mpl  # noqa: PLC0415  (slow, and few commands draw)
   from matplotlib.figure import Figure  # noqa: PLC0415
   from matplotlib.layout_engine import ConstrainedLayoutEngine  # noqa: PLC0415
 
   with mpl.rc_context(_STYLE):
     figure = Figure(figsize=(width, 4.2), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
-    axes = figure.add_subplot()
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    yield axes
+    yield [figure.add_subplot(1, count, 1 + i) for i in range(count)]
     with replacing(out_png) as path, path.open("wb") as file:
       figure.savefig(file, format="png", dpi=150)
 

@@ -56,6 +56,9 @@ def test_figures_are_of_the_texts_bytes(results):
   assert entry["bytes"] == 1000 and entry["bytes_per_token"] > 1
   assert entry["word_perplexity"] == pytest.approx(math.exp(entry["bpb"] * 1000 * math.log(2) / entry["words"]))
   assert entry["bytes_per_second"] > 0
+  steps, bits = zip(*entry["curve"], strict=True)
+  assert steps[-1] == entry["config"]["num_steps"] and bits[-1] == entry["train_bpb"]
+  assert entry["command"].startswith("python benchmarks/subword_systems.py --train=") and not entry["shared_device"]
   config = Config.from_dict(entry["config"])
   assert config.model.vocab_size == PIECES
   assert entry["trained_on"] == config.num_steps * 8 * 32
