@@ -46,8 +46,8 @@ def gate(h, c, p, config):
   if config.gate == "fixed":
     g = sigmoid(p["b_g"])
     return c * g + y * (1 - g)
-  z, i, f = y
-  return c * sigmoid(f + 1) + np.tanh(z) * sigmoid(i - 1)
+  i, f = np.tensordot(h, p["gates"]["kernel"], axes=h.ndim) + p["b_if"]
+  return c * sigmoid(f + 1) + np.tanh(y) * sigmoid(i - 1)
 
 
 def state_parts(states, p, config):

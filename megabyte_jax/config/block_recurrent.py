@@ -112,7 +112,7 @@ class BlockRecurrentConfig(OneLevel, ModelConfig):
     gates = 1 if self.gate == "fixed" else 3
 
     def gate(inputs):
-      return gates * self.width * (inputs + self.bias) + self.width * (self.gate == "fixed")  # b_g
+      return self.width * (gates * inputs + self.bias + max(1, gates - 1))  # with b_g, or b_i and b_f
 
     cell = 2 * self.width * heads + 3 * self.num_heads  # the tokens' side; scales
     cell += norm + 2 * self.states * self.width + 4 * self.width * heads + gate(2 * heads)

@@ -286,7 +286,7 @@ def test_meshes_change_nothing_and_matrices_are_spread():
 
 
 def test_muons_matrices_of_an_lstms_gate():
-  """From both attentions' heads to the three parts of the gate, each a matrix of its own."""
-  info, shape = parameter_info(CONFIGS["lstm"])["cells.gate.linear.kernel"], (2, 2, 2, 6, 3, 8)
-  assert abstract_model(CONFIGS["lstm"])[1]["cells"]["gate"]["linear"]["kernel"].shape == shape
-  assert Matrices.of(shape, info) == ((0, 4), (1, 2, 3), (5,), 2 * 3, 2 * 2 * 6, 8)
+  """From both attentions' heads to the input and the forget gate, each a matrix of its own."""
+  info, shape = parameter_info(CONFIGS["lstm"])["cells.gate.gates.kernel"], (2, 2, 2, 6, 2, 8)
+  assert abstract_model(CONFIGS["lstm"])[1]["cells"]["gate"]["gates"]["kernel"].shape == shape
+  assert Matrices.of(shape, info) == ((0, 4), (1, 2, 3), (5,), 2 * 2, 2 * 2 * 6, 8)

@@ -58,6 +58,17 @@ def test_first_values():
   assert (made["blocks"]["scale"] == 1).all() and (cell["cross_scale"] == 1).all()
 
 
+def test_first_values_of_an_lstms_gates():
+  """Those of the authors' code: biases of N(0, 0.1), also without `bias`, and a tenth of the variance of matrices."""
+  tiny = BlockRecurrentConfig(
+    context=8, window=8, states=2, width=64, num_layers=1, num_heads=2, recurrent_layers=(0,), gate="lstm", bias=False
+  )
+  made = jax.jit(lambda key: initial_parameters(tiny, key))(jax.random.key(0))["cells"]["gate"]
+  for values, deviation in ((made["b_if"], 0.1), (made["gates"]["kernel"], 0.1**0.5 * tiny.init_std)):
+    assert float(jnp.std(values)) == pytest.approx(deviation, rel=0.2)
+  assert float(jnp.std(made["linear"]["kernel"])) == pytest.approx(tiny.init_std, rel=0.2)
+
+
 @pytest.mark.parametrize(
   ("options", "message"),
   [

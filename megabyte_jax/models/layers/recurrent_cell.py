@@ -79,14 +79,20 @@ class Gate(nnx.Module):
 
     fixed   z = W h + b,         g = sigma(b_g),                               next states c g + z (1 - g)
     lstm    z = tanh(W_z h + b_z), i = sigma(W_i h + b_i - 1), f = sigma(W_f h + b_f + 1),     c f + z i
+
+  As in the authors' code, b_g, b_i and b_f are drawn from N(0, 0.1) and are there without `bias`, too; W_i and W_f are
+  drawn with a tenth of the variance of W.
   """
 
   def __init__(self, inputs: Sizes, config: BlockRecurrentConfig, rngs: nnx.Rngs):
     self.kind = config.gate
-    parts = {} if self.kind == "fixed" else {"projections": 3}
-    self.linear = make_linear(inputs, parts | {"width": config.width}, config, rngs)
+    self.linear = make_linear(inputs, {"width": config.width}, config, rngs)  # W or W_z
     if self.kind == "fixed":
       self.b_g = make_parameter("bias", {"channels": config.width}, config, rngs, deviation=0.1)
+      return
+    unbiased, parts = dataclasses.replace(config, bias=False), {"projections": 2}
+    self.gates = make_linear(inputs, parts | {"width": config.width}, unbiased, rngs, scale=0.1**0.5)  # W_i and W_f
+    self.b_if = make_parameter("bias", parts | {"channels": config.width}, config, rngs, deviation=0.1)
 
   def __call__(self, h: jax.Array, c_BSD: jax.Array) -> jax.Array:
     """Returns the next states, float32, of states c and the gate's input h, [B, S] and the axes of `inputs`."""
@@ -94,8 +100,9 @@ class Gate(nnx.Module):
     if self.kind == "fixed":
       g_D = jax.nn.sigmoid(self.b_g[...].astype(jnp.float32))
       return c_BSD * g_D + y * (1 - g_D)
-    z, i, f = (y[:, :, part] for part in range(3))
-    return c_BSD * jax.nn.sigmoid(f + 1) + jnp.tanh(z) * jax.nn.sigmoid(i - 1)
+    gates = self.gates(h).astype(jnp.float32) + self.b_if[...].astype(jnp.float32)
+    i, f = gates[:, :, 0], gates[:, :, 1]
+    return c_BSD * jax.nn.sigmoid(f + 1) + jnp.tanh(y) * jax.nn.sigmoid(i - 1)
 
 
 class StateProjections(NamedTuple):
