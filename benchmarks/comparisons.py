@@ -243,7 +243,7 @@ def fits(config: Config, method: str) -> bool:
 
 
 def schedule(config: Config, rate: float, steps: int) -> tuple[str, ...]:
-  """Flags of train.py for another number of steps, with the config's share of them to warm up."""
+  """Returns the flags of train.py for another number of steps, with the config's share of them to warm up."""
   warmup = max(1, round(steps * config.optimizer.warmup_steps / config.num_steps))
   return (
     f"--config.optimizer.learning_rate={rate}",

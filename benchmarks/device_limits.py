@@ -13,7 +13,7 @@ from megabyte_jax.models import flops
 
 
 def matmul_flops(seconds: float = 4.0, size: int = 8192) -> float:
-  """FLOP/s of square bfloat16 matrix products, sustained: the second half of `seconds`, after clocks have settled."""
+  """Measures FLOP/s of square bfloat16 products, sustained: the second half of `seconds`, after clocks have settled."""
   a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16) / size**0.5
 
   @jax.jit

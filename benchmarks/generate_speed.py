@@ -100,9 +100,8 @@ def bytes_read(config: MegabyteConfig, batch: int, generated: int, weights: str 
 
 def seconds_to_generate(config: MegabyteConfig, made, batch: int, generated: int, weights: str) -> float:
   """Times the better of two calls, or one that takes long, after short ones that compile."""
-  for prompt in (b"", bytes(config.context))[
-    : 1 + (generated > config.context)
-  ]:  # after the second the window has moved
+  prompts = (b"", bytes(config.context))  # after the second the window has moved
+  for prompt in prompts[: 1 + (generated > config.context)]:
     generate(made, prompt, 1, num_samples=batch, weights=weights)
 
   def once() -> float:

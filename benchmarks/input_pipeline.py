@@ -85,7 +85,7 @@ def make_text(path: str, size: int = 1 << 28) -> None:
 
 
 def measure(case: Case, seconds: float) -> dict:
-  """MB/s after the first batches, and seconds from opening the source to the first batch of step 1,000,000."""
+  """Measures MB/s after the first batches, and seconds from opening the source to the first batch of step 1,000,000."""
   started = time.perf_counter()
   source = open_source(case.data, "train")
   stream = batches(source, batch_size=case.batch_size, context=case.context, seed=0, first_step=STEP)

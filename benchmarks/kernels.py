@@ -46,7 +46,7 @@ def _kind(name: str) -> str:
 
 
 def summary(kernels: list[tuple[str, str, float, int]], largest: int = 10) -> str:
-  """Lines for people: the share of each kind, and the largest kernels."""
+  """Returns lines for people: the share of each kind, and the largest kernels."""
   if not kernels:
     return "the trace has no kernels of a GPU"
   total = sum(ms for _, _, ms, _ in kernels)

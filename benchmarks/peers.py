@@ -22,7 +22,7 @@ def installed(package: str) -> bool:
 
 
 def megabyte_pytorch(config: MegabyteConfig) -> Any:
-  """MEGABYTE-pytorch's model, a torch module, for a config of two levels."""
+  """Builds MEGABYTE-pytorch's model, a torch module, for a config of two levels."""
   from MEGABYTE_pytorch import MEGABYTE  # noqa: PLC0415
   from MEGABYTE_pytorch.megabyte import Transformer  # noqa: PLC0415
 
@@ -49,7 +49,7 @@ def megabyte_pytorch(config: MegabyteConfig) -> Any:
 
 
 def mblm(config: MegabyteConfig) -> Any:
-  """mblm's model, a torch module whose call gives the loss; with rotary positions, as its authors train it."""
+  """Builds mblm's model, a torch module whose call gives the loss; with rotary positions, as its authors train it."""
   from mblm import MBLM, MBLMModelConfig, TransformerBlock  # noqa: PLC0415
 
   sizes = (config.context, *(level.patch_size for level in config.levels))

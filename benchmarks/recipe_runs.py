@@ -113,7 +113,7 @@ def make_diagnosis(config: Config):
 
 
 def run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
-  """Trains and evaluates; the contents of the row's file."""
+  """Trains and evaluates; returns the contents of the row's file."""
   began = time.perf_counter()
   mesh = make_mesh(config.mesh)
   source = open_source(config.data, "train")

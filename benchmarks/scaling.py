@@ -128,7 +128,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def stream(config, mesh, first_step: int):
-  """Batches of the project's own text, from step `first_step` to step `STEPS`."""
+  """Yields batches of the project's own text, from step `first_step` to step `STEPS`."""
   from megabyte_jax.config import DataConfig  # noqa: PLC0415
   from megabyte_jax.data.batches import batches  # noqa: PLC0415
   from megabyte_jax.data.open_data import open_source  # noqa: PLC0415
@@ -236,7 +236,7 @@ def show(found: dict) -> None:
 
 
 def count_gpus() -> int:
-  """As the driver tells, so that this process takes none of their memory."""
+  """Counts the GPUs as the driver tells them, so that this process takes none of their memory."""
   try:
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
   except FileNotFoundError:

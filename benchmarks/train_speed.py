@@ -72,7 +72,7 @@ COLUMNS = {  # and how their numbers are shown
 
 
 def cases() -> dict:
-  """Configs by name: the sizes of the speed targets, and those of Tables 2 and 5 (appendix A.2)."""
+  """Returns configs by name: the sizes of the speed targets, and those of Tables 2 and 5 (appendix A.2)."""
   from megabyte_jax.config import Config  # noqa: PLC0415
   from megabyte_jax.paper import rows  # noqa: PLC0415
 
@@ -170,7 +170,6 @@ def measure(case: str, seconds: float, limit_seconds: float, kernels: int) -> di
 
 def compile_only(case: str) -> dict:
   """Compiles the training step of one of our models for the cache on disk."""
-
   from megabyte_jax.parallel.sharding import make_mesh  # noqa: PLC0415
   from megabyte_jax.planning.lowering import lower  # noqa: PLC0415
 
@@ -275,7 +274,7 @@ def in_own_process(arguments: list[str], name: str, patience: float, *, prealloc
 
 
 def ahead(wanted: list[tuple[str, str]], at_once: int, patience: float) -> dict[tuple[str, str], float]:
-  """Compiles all cases for the caches on disk, `at_once` of ours beside two peers, which run; their seconds."""
+  """Compiles all cases for the caches on disk, `at_once` of ours beside two peers, which run; returns their seconds."""
 
   def once(which: tuple[str, str]) -> float | None:
     case, how = which

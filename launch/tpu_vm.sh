@@ -14,7 +14,7 @@
 #
 #   device  8 x TPU v5 lite (mesh: seq 8)
 #   model   megabyte, ... parameters, context 256 bytes, ...
-#   step   100/4500  loss ...  bpb ...  MB/s  ... (...% of peak)
+#   step   100/2800  loss ...  bpb ...  MB/s  ... (...% of peak)
 #
 # `device  1 x cpu` instead means that JAX has no TPU support (see below) or that another program holds the chips:
 # `sudo lsof -w /dev/accel* /dev/vfio/*` names it. Ctrl-C saves and stops; the same command resumes.

@@ -86,7 +86,7 @@ def latex(get: Get, work: pathlib.Path) -> Documents:
 
 
 def photos(get: Get, work: pathlib.Path) -> Documents:
-  """Photographs."""
+  """Yields photographs."""
 
   def found() -> Iterator[tuple[str, str, bytes]]:
     for package, patterns in pictures.PACKAGES.items():

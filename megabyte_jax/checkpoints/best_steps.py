@@ -49,7 +49,7 @@ class BestSteps:
     self._bpb = _read(self._path)
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-    """As Orbax's preservation policies: for each checkpoint, in order, whether it stays."""
+    """Tells for each checkpoint, in order, whether it stays, as Orbax asks its preservation policies."""
     stay = self.best([checkpoint.step for checkpoint in checkpoints], self._keep)
     return [checkpoint.step in stay for checkpoint in checkpoints]
 

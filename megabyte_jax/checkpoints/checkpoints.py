@@ -245,7 +245,7 @@ class Checkpoints:
     return self._read(step, _ITEMS, {"params": abstract_params, "opt_state": abstract_opt_state})
 
   def restore_params(self, abstract_params: Any, step: int | None = None) -> Restored:
-    """As `restore`, without reading the optimizer's state."""
+    """Reads the parameters as `restore` does, without the optimizer's state."""
     return self._read(step, _WITHOUT_OPTIMIZER, {"params": abstract_params})
 
   def _read(self, step: int | None, items: tuple[str, ...], abstract: dict[str, Any]) -> Restored:
@@ -300,7 +300,7 @@ class Checkpoints:
     return None
 
   def _is_whole(self, step: int, items: tuple[str, ...]) -> bool:
-    """Whether the files of `items` are as they were written; a warning on stderr says what is not."""
+    """Tells whether the files of `items` are as they were written; a warning on stderr says what is not."""
     if step in self._saved:
       return True
     if not (self.folder / str(step)).exists():

@@ -282,10 +282,10 @@ def _flat(values: Any, key: str = "") -> dict[str, Any]:
 
 
 def _plain(values: Any) -> Any:
-  """As JSON gives it back: tuples are lists, keys are strings."""
+  """Returns values as JSON gives them back: tuples are lists, keys are strings."""
   return json.loads(json.dumps(values))
 
 
 def show_value(value: Any) -> str:
-  """As JSON; `(absent)` where `all_differences` found none."""
+  """Renders a value as JSON; `(absent)` where `all_differences` found none."""
   return "(absent)" if value is _ABSENT else json.dumps(value)

@@ -21,8 +21,7 @@ from megabyte_jax.commands import arguments as flags
 from megabyte_jax.commands import command_line
 from megabyte_jax.errors import require
 from megabyte_jax.files.outputs import check_output_file
-
-FIGURE_3 = "figure3"
+from megabyte_jax.paper.printed_numbers import FIGURE_3, table_names
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -51,11 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
   args = parse_arguments(arguments)
   from megabyte_jax.models import flops
   from megabyte_jax.paper import measured
-  from megabyte_jax.paper.printed_numbers import REPEATED, TABLES
   from megabyte_jax.paper.rows_by_name import ROOT, all_rows
-  from megabyte_jax.paper.tables import RESULTS, _order, render
+  from megabyte_jax.paper.tables import RESULTS, render
 
-  names = args.names or sorted([*TABLES, *REPEATED], key=_order)
+  names = args.names or table_names()
   found = measured.from_results(RESULTS, ROOT)
   if args.runs:
     runs = measured.from_runs(pathlib.Path(args.runs), all_rows())

@@ -135,7 +135,7 @@ def _module(flag: str, path: str) -> types.ModuleType:
 
 
 def _call(flag: str, reference: str, module: types.ModuleType, row: list[str]) -> ConfigDict:
-  """What the module's get_config() returns."""
+  """Returns what the module's get_config() returns."""
   get_config = getattr(module, "get_config", None)
   if get_config is None:
     raise FlagError(
@@ -187,7 +187,7 @@ def _apply(config: ConfigDict, change: Override) -> None:
 
 
 def _item(holder: Any, part: int | str, change: Override) -> Any:
-  """What the holder has under a key or at an index."""
+  """Returns what the holder has under a key or at an index."""
   known = list(holder) if isinstance(holder, (ConfigDict, dict)) else []
   if isinstance(part, str) and part in known:
     return holder[part]

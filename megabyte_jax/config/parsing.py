@@ -1,4 +1,4 @@
-"""Dataclasses from nested mappings and back, with errors that name the key."""
+"""Makes dataclasses from nested mappings and back, with errors that name the key."""
 
 from __future__ import annotations
 

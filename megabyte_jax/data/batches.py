@@ -57,7 +57,7 @@ class Windows:
 
   With `latents` only the last so many bytes of a window are predicted (PerceiverAR). Windows then end every
   latents / 2 bytes and overlap; those of a whole document begin with the latents alone and grow to `context`, as they
-  do in evaluation (windows.py), so that an epoch predicts every byte about twice.
+  do in evaluation (evaluation/windows.py), so that an epoch predicts every byte about twice.
 
   Args:
     source: where the bytes are; one that is not joinable is always cut whole.
@@ -282,7 +282,7 @@ def _to_devices(
 
 
 def _rows_sharding(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-  """That of a [batch] array whose rows lie where those of the [batch, context] array do."""
+  """Returns the sharding of a [batch] array whose rows lie where those of the [batch, context] array do."""
   if isinstance(sharding, jax.sharding.NamedSharding):
     return sharding.update(spec=jax.sharding.PartitionSpec(*sharding.spec[:1]))
   if isinstance(sharding, jax.sharding.SingleDeviceSharding):

@@ -109,7 +109,8 @@ class MixedSegments:
         f"config.data.train_weights {tuple(weights)} leave a source without a row, for each row of a batch reads one "
         f"source; batch_size is {rows}, make it larger"
       )
-    self.parts = [ConsecutiveSegments(*each) for each in zip(sources, [context] * rows, seeds, shares, strict=False)]
+    of_sources = zip(sources, seeds, shares, strict=True)
+    self.parts = [ConsecutiveSegments(source, context, seed, share) for source, seed, share in of_sources]
     self.context, self.rows, self.slow = context, rows, any(part.slow for part in self.parts)
     self._part_of_row = np.repeat(np.arange(len(shares)), shares)
     self._first_row = np.cumsum([0, *shares[:-1]])

@@ -100,7 +100,7 @@ def _refuse_packed(folder: str, paths: Sequence[str]) -> None:
 
 
 def _nothing_in(folder: str, suffixes: Sequence[str], others: Sequence[str]) -> str:
-  """What is said of a folder without wanted files: what it has instead, and what to do."""
+  """Says of a folder without wanted files what it has instead, and what to do."""
   looked = f" (looked for {', '.join(suffixes)})" if suffixes else ""
   if not others:
     return f"no files in folder {folder}{looked}; name one that has some"
@@ -172,7 +172,7 @@ def _folder_at(entry: os.DirEntry[str]) -> tuple[int, int] | None:
 
 
 def _is_file(path: str) -> bool:
-  """Whether something is a file or a link to nothing (or to itself), and no socket, pipe or device."""
+  """Tells whether something is a file or a link to nothing (or to itself), and no socket, pipe or device."""
   try:
     return stat.S_ISREG(os.stat(path).st_mode)
   except OSError:
@@ -200,7 +200,7 @@ def _local_glob(base: str, pattern: str) -> list[str]:
 
 
 def _in_a_loop(path: str) -> bool:
-  """Whether the folders of a path are within themselves, by a link."""
+  """Tells whether the folders of a path are within themselves, by a link."""
   return _folder_in_a_loop(os.path.dirname(path))
 
 

@@ -55,6 +55,7 @@ class Pipe:
 
 @functools.lru_cache(maxsize=8)
 def _read_once(path: str, device: int, inode: int) -> Pipe:
+  """Reads a pipe to its end; another one that has got the same path differs in its device or inode."""
   blocks, length = [], 0
   try:
     with waiting_is_said(path) as waiting, open(path, "rb", buffering=0) as file:

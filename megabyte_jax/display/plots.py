@@ -236,9 +236,9 @@ def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> Non
 
 
 @contextlib.contextmanager
-def panels(out_png: epath.PathLike, count: int, width: float = 10.0) -> Iterator[list[Axes]]:
+def panels(out_png: epath.PathLike, count: int) -> Iterator[list[Axes]]:
   """Yields axes side by side; with legends, they are saved as `out_png` if the block ends without an error."""
-  with _figure(out_png, count, width) as row:
+  with _figure(out_png, count, 10.0) as row:
     for axes in row:
       axes.set_prop_cycle(color=_COLORS)
     yield row

@@ -134,7 +134,7 @@ def results_table(
 
 
 def what_next(workdir: str, picture: str, form: str) -> str:
-  """Commands to try after training on data of a form (config.data.form); `picture`: the loss curve's path, or ''."""
+  """Returns commands to try after training on data of a form (config.data.form); `picture`: the loss curve, or ''."""
   prompt = '--prompt="It is a truth" --bytes=400'
   what = {"image": "--output=sampled.png", "audio": "--output=sampled.wav"}.get(form, prompt)
   lines = [

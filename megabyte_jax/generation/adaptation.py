@@ -107,7 +107,7 @@ _MULTIPLIERS = np.array([pow(0x9E3779B1, i + 1, 1 << 62) | 1 for i in range(max(
 
 
 def _confidence(counts_RKS: np.ndarray) -> np.ndarray:
-  """How much is known of each context, 0 to 7: how often it was seen, and whether more than one byte followed."""
+  """Returns what is known of each context, 0 to 7: how often it was seen, and whether more than one byte followed."""
   total = counts_RKS.sum(axis=-1)
   often = np.where(total > 0, 1 + np.log2(np.maximum(total, 1)).astype(np.int64), 0)
   return np.minimum(often, 3) * 2 + ((counts_RKS > 0).sum(axis=-1) > 1)

@@ -1,6 +1,6 @@
 """Samples bytes with a cache per level: one step of the local model a byte, one of the global model a patch.
 
-When the context is full, its last half is read again and generation goes on (windows.py).
+When the context is full, its last half is read again and generation goes on (evaluation/windows.py).
 """
 
 from __future__ import annotations

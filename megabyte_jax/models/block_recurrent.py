@@ -129,7 +129,7 @@ class BlockRecurrent(Recurrent):
     return x_BTD.reshape(len(x_BT), -1, W, x_BTD.shape[-1])
 
   def _before(self, memory: Memory) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
-    """What a segment's first window sees: keys and values [L, B, W, H, K], how many are there, and states."""
+    """Returns what a segment's first window sees: keys and values [L, B, W, H, K], how many are there, and states."""
     past = memory.k_BLWHK.swapaxes(0, 1), memory.v_BLWHK.swapaxes(0, 1)
     begins_B = memory.previous_B < 0
     first_CSD = self.cells.first[...].astype(jnp.float32)

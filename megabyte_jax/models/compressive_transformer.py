@@ -230,7 +230,7 @@ class CompressiveTransformer(Recurrent):
     return after, self.output_logits(h_B1D)[:, 0]
 
   def _filled_after(self, segments: jax.Array) -> jax.Array:
-    """How many slots of both memories are filled after so many segments of a document."""
+    """Returns how many slots of both memories are filled after so many segments of a document."""
     config = self.config
     late = jnp.maximum(segments - config.memory_length // config.context, 0)
     compressed = jnp.minimum(late * (config.context // config.compression_rate), config.compressed_length)

@@ -39,7 +39,7 @@ class LevelModel(nnx.Module):
     return slots_BNMD + product(slices_BNMs.astype(slots_BNMD.dtype), self.from_parent)
 
   def __call__(self, x_BT: jax.Array, parent_BNE: jax.Array | None, **options: Any) -> tuple[jax.Array, Any]:
-    """Eqs. (1)-(3) for the first level, (4)-(5) for the others.
+    """Computes eqs. (1)-(3) for the first level, (4)-(5) for the others.
 
     Args:
       x_BT: whole spans of bytes, or the beginning of a single one.
@@ -70,7 +70,7 @@ def as_spans(h_BNMD: jax.Array) -> jax.Array:
 def finer_levels(
   levels: Sequence[LevelModel], x_BT: jax.Array, h_BNE: jax.Array, dropout_key: jax.Array | None
 ) -> jax.Array:
-  """Eqs. (4)-(6): logits [B, T, V] from the first level's output for each of the N = T / S_1 patches.
+  """Computes eqs. (4)-(6): logits [B, T, V] from the first level's output for each of the N = T / S_1 patches.
 
   Without cross-patch attention the patches need not be neighbours.
   """

@@ -78,7 +78,7 @@ class Megabyte(Decoding, PatchGroups):
     return jnp.where(scored_BT, nats_BT, 0.0), scored_BT
 
   def first_level(self, x_BT: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-    """Eqs. (1)-(3): the output of each patch of S_1 bytes given the patches before it, [B, K, D].
+    """Computes eqs. (1)-(3): the output of each patch of S_1 bytes given the patches before it, [B, K, D].
 
     A partly filled last patch, or last span if there are several, is padded to a whole one.
 

@@ -45,7 +45,7 @@ class CrossAttention(nnx.Module):
       self.q_norm, self.k_norm = make_head_norm(level, config, rngs), make_head_norm(level, config, rngs)
 
   def keys_values(self, context_B1TD: jax.Array, first_slot: jax.Array | int = 0) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of context slots `first_slot` .., each [B, 1, T, H, K]."""
+    """Computes keys and values of context slots `first_slot` .., each [B, 1, T, H, K]."""
     k, v = products_apart(self.key_value, self.context_norm(context_B1TD))
     if self.config.qk_norm:
       k = self.k_norm(k)
@@ -61,7 +61,7 @@ class CrossAttention(nnx.Module):
     first_slot_B: jax.Array,
     dropout_key: jax.Array | None = None,
   ) -> jax.Array:
-    """Latents attend to the keys and values of the context up to their own slots: `first_slot`, `first_slot` + 1, ...
+    """Lets latents attend to the context up to their own slots: `first_slot`, `first_slot` + 1, ...
 
     Args:
       first_slot_B: of each row, or one for all.
@@ -181,7 +181,7 @@ class PerceiverAR(Model):
     return h_B1ND[:, 0], (k, v, kept)
 
   # --- Decoding. Computed latents stay: only when all N are used does the caller read the text again with a later
-  # latent_start (windows.generation_window), so that every byte is predicted as in the evaluation. ---
+  # latent_start (evaluation/windows.py), so that every byte is predicted as in the evaluation. ---
 
   def read_prompt(self, x_BT: jax.Array, length: jax.Array, latent_start: jax.Array | int = 0) -> DecodeState:
     """Computes the state after the first `length` bytes of x, [B, context], all processed at once.

@@ -36,7 +36,7 @@ def receptive_field(config: ModelConfig) -> np.ndarray:
 
 
 def _compose(sees: np.ndarray, contains: np.ndarray) -> np.ndarray:
-  """What is contained in anything that is seen."""
+  """Returns what is contained in anything that is seen."""
   return (sees.astype(np.int32) @ contains.astype(np.int32)) > 0
 
 

@@ -151,7 +151,7 @@ class TransformerXL(Recurrent):
     return sinusoids(distances_S, config.width).astype(compute_dtype(config))
 
   def _sight(self, T: int) -> int:
-    """How many slots a slot sees at most, itself among them."""
+    """Returns how many slots a slot sees at most, itself among them."""
     return self.config.memory_length if self.config.same_length else self.config.memory_length + T
 
   def _offsets(self) -> Offsets | None:

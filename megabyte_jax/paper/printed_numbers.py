@@ -324,3 +324,9 @@ TABLES = {
 }
 
 REPEATED = {"6": "1", "7": "2", "8": "3"}
+FIGURE_3 = "figure3"  # rendered like a table, by a name of its own
+
+
+def table_names() -> list[str]:
+  """Returns the names of all tables in the paper's order, `audio` last."""
+  return sorted((*TABLES, *REPEATED), key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0))

@@ -10,12 +10,11 @@ from megabyte_jax.config import Config, ModelConfig
 from megabyte_jax.errors import require
 from megabyte_jax.models import flops
 from megabyte_jax.paper import measured
-from megabyte_jax.paper.printed_numbers import REPEATED, TABLES, Row
+from megabyte_jax.paper.printed_numbers import FIGURE_3, REPEATED, TABLES, Row, table_names
 from megabyte_jax.paper.rows_by_name import CONFIGS, ROOT, config_of, rows_of_file
 from megabyte_jax.paper.subword_rows import BYTES_PER_TOKEN
 
 RESULTS = ROOT / "docs" / "results"
-FIGURE_3 = "figure3"
 MODEL_COLUMNS = ["parameters, nominal", "true", "training MFLOPs/byte", "context"]
 
 
@@ -29,10 +28,8 @@ def describe(name: str, found: Sequence[measured.Measured] = ()) -> dict[str, An
   Raises:
     ConfigError: there is no such table.
   """
-  known = [*TABLES, *REPEATED]
-  require(
-    name in known, f"there is no table {name!r}; choose one of {', '.join(sorted(known, key=_order))}, {FIGURE_3}"
-  )
+  known = table_names()
+  require(name in known, f"there is no table {name!r}; choose one of {', '.join(known)}, {FIGURE_3}")
   table = TABLES[REPEATED.get(name, name)]
   note = f"Repeats Table {REPEATED[name]}. {table.note}".strip() if name in REPEATED else table.note
   found = [m for m in found if table.split in ("", m.split) or not m.split]
@@ -178,10 +175,6 @@ def as_markdown(table: dict[str, Any]) -> str:
 
 def _title(table: dict[str, Any]) -> str:
   return f"{'Fig. 3' if table['table'] == FIGURE_3 else 'Table ' + table['table']}. {table['title']}"
-
-
-def _order(name: str) -> tuple[int, str]:
-  return (int(name), "") if name.isdigit() else (99, name)
 
 
 def render(names: Sequence[str], form: str, found: Sequence[measured.Measured] = ()) -> str:

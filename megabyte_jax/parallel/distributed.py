@@ -135,7 +135,7 @@ class LastingOutput:
     self._stream = stream
 
   def write(self, text: str) -> int:
-    """As the stream's own."""
+    """Writes as the stream itself does."""
     try:
       return self._stream.write(text)
     except OSError:
@@ -143,7 +143,7 @@ class LastingOutput:
       return len(text)
 
   def flush(self) -> None:
-    """As the stream's own."""
+    """Flushes as the stream itself does."""
     try:
       self._stream.flush()
     except OSError:
@@ -239,7 +239,7 @@ def detected_place(environment: Mapping[str, str], timeout: float) -> Place | No
 
 
 def _shared_node_devices(environment: Mapping[str, str]) -> tuple[int, ...] | None:
-  """Which GPUs of its node a process of Slurm or Open MPI takes.
+  """Returns which GPUs of its node a process of Slurm or Open MPI takes.
 
   JAX gives process i of a node its GPU i. That is wrong where a process is alone on its node (it would leave the other
   GPUs idle) and where the scheduler shows each process its own GPU alone; then it takes all that it sees.
@@ -269,7 +269,7 @@ def _is_newer_open_mpi(environment: Mapping[str, str]) -> bool:
 
 
 def _on_tpu_vm(environment: Mapping[str, str]) -> bool:
-  """Whether JAX found TPU chips here, and may use them."""
+  """Tells whether JAX found TPU chips here, and may use them."""
   from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm  # noqa: PLC0415
 
   platforms = environment.get("JAX_PLATFORMS", "")

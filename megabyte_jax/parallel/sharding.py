@@ -93,7 +93,7 @@ def parse_mesh(text: str, data: int = -1) -> MeshConfig:
 
 
 def _sizes_that_fit(sizes: dict[str, int], count: int) -> str:
-  """Which size of one axis would make `sizes` fit `count` devices, for people."""
+  """Says which size of one axis would make `sizes` fit `count` devices."""
   fixed = math.prod(size for size in sizes.values() if size > 0)
   fits = []
   for name, size in sizes.items():

@@ -82,7 +82,7 @@ def resume_or_start(
 
 
 def _may_change_length(saved: Any, config: Config, step: int) -> bool:
-  """Whether the first `step` steps would have been the same ones had the run had the length that is asked for now."""
+  """Tells whether the first `step` steps would have been the same in a run of the length that is asked for now."""
   try:
     return step <= config.num_steps and same_rates(Config.from_dict(saved), config, step)
   except ConfigError:  # check_same_run says what has changed

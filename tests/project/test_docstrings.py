@@ -10,8 +10,10 @@ PACKAGE = pathlib.Path(megabyte_jax.__file__).parent
 ROOT = PACKAGE.parent
 OPENERS = {"How", "Of", "That", "What", "Where", "Whether", "Which"}  # no docstring begins with these
 NOUNS = {  # words in s that are no verbs, or verbs only elsewhere
-  *("Bits", "Bytes", "Days", "Devices", "Errors", "Forwards", "Images", "Layers", "Logits", "Models", "Parameters"),
-  *("Paths", "Positions", "Recordings", "Rows", "Seconds", "Steps", "This", "Tokens", "Units", "Windows", "Words"),
+  *("Always", "Archives", "Args", "As", "Batches", "Bits", "Bytes", "Commands", "Configs", "Dataclasses", "Days"),
+  *("Devices", "Documents", "Eqs", "Errors", "Flags", "Forwards", "Images", "Inputs", "Keys", "Latents", "Layers"),
+  *("Lines", "Logits", "Models", "Parameters", "Paths", "Photographs", "Positions", "Recordings", "Rows", "Seconds"),
+  *("Steps", "This", "Tokens", "Units", "Windows", "Words"),
 }
 
 

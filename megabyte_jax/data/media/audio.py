@@ -94,7 +94,7 @@ class Recording(NamedTuple):
 class AudioFiles:
   """One document per recording: its channels averaged, resampled by soxr ("HQ"), encoded as `data` says.
 
-  Every read needs the whole decoded recording, of which a gigabyte is kept: pack more than that (data/prepare.py).
+  Every read needs the whole decoded recording, of which a gigabyte is kept: pack more than that (`prepare pack`).
 
   Args:
     paths, names: where the files are and what they are called.

@@ -120,7 +120,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def _several(image: Image.Image) -> str:
-  """What several pictures in one file are; empty where there is one, or only one that counts."""
+  """Says what several pictures in one file are; empty where there is one, or only one that counts."""
   if image.format in ("JPEG", "MPO") or not getattr(image, "is_animated", False):
     return ""
   if image.format != "TIFF":
@@ -134,7 +134,7 @@ def _several(image: Image.Image) -> str:
 
 
 def _oddity(image: Image.Image, data: bytes) -> str:
-  """What keeps an image from being 8-bit RGB; empty if nothing does."""
+  """Says what keeps an image from being 8-bit RGB; empty if nothing does."""
   bits = _bits(image, data)
   if bits > 16 or image.mode == "F":
     return _WIDE

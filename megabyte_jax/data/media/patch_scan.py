@@ -48,7 +48,7 @@ def image_to_bytes(image_HWC: np.ndarray, scan: str, scan_patch: int = 3) -> np.
 
 @functools.lru_cache(maxsize=16)
 def _patch_scan(height: int, width: int, p: int) -> np.ndarray:
-  """Which byte of an image is the n-th of its patch scan. Looking this up is quicker than going there each time."""
+  """Returns which byte of an image is the n-th of its patch scan: a look-up is quicker than going there each time."""
   return np.arange(height * width * 3).reshape(height // p, p, width // p, p, 3).swapaxes(1, 2).reshape(-1)
 
 

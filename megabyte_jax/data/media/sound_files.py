@@ -12,7 +12,7 @@ _TAGS = (b"TAG", b"ID3", b"APETAGEX", b"3DI")  # begin what some programs append
 
 
 class _Layout(NamedTuple):
-  """How a kind of file consists of chunks: a name of four bytes and a size, then so many bytes."""
+  """Says how a kind of file consists of chunks: a name of four bytes and a size, then so many bytes."""
 
   head: int  # bytes before the first chunk
   order: Literal["big", "little"]

@@ -1,4 +1,4 @@
-"""Archives of text files, read from front to back: zip, tar (also gz, bz2, xz, zst) and single compressed files.
+"""Reads archives of text files from front to back: zip, tar (also gz, bz2, xz, zst) and single compressed files.
 
 Every regular file is read that is not hidden, a hard link as the file that it links to. Symbolic links are left out.
 """
@@ -6,8 +6,6 @@ Every regular file is read that is not hidden, a hard link as the file that it l
 from __future__ import annotations
 
 import functools
-import gzip
-import io
 import lzma
 import os
 import tarfile
@@ -17,17 +15,10 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Protocol
 
-from megabyte_jax.data.packing.decompression import Decompressed
-from megabyte_jax.data.packing.zstd import ZstdFile
+from megabyte_jax.data.records.contents import OPENERS
 from megabyte_jax.errors import DataError
 
 _TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
-_SINGLE: dict[str, Callable[[IO[bytes]], _Readable]] = {
-  ".gz": lambda file: gzip.GzipFile(fileobj=file),
-  ".bz2": lambda file: io.BufferedReader(Decompressed(file, "bz2"), _BLOCK),
-  ".xz": lambda file: io.BufferedReader(Decompressed(file, "xz"), _BLOCK),
-  ".zst": lambda file: io.BufferedReader(ZstdFile(file), _BLOCK),
-}
 _BLOCK = 1 << 22
 _SPOOL = 1 << 26  # bytes of files with hard links that are kept in memory, not in a temporary file
 _RECORD = 512  # bytes; a tar archive consists of such
@@ -42,6 +33,8 @@ _ERRORS = (
   ValueError,
 )
 
+Item = tuple[str, Iterator[bytes]] | None  # name and blocks of a document; None: left out, and counted
+
 
 class BadItem(DataError):
   """A file in an archive that cannot be read, while those after it can."""
@@ -49,19 +42,18 @@ class BadItem(DataError):
 
 def is_archive(spec: str) -> bool:
   """Returns True if a name ends like that of an archive and is a local file."""
-  return spec.lower().endswith((".zip", *_TAR, *_SINGLE)) and os.path.isfile(spec)
+  return spec.lower().endswith((".zip", *_TAR, *OPENERS)) and os.path.isfile(spec)
 
 
 def documents(
-  path: str, first: int = 0, skip_bad: bool = False, on_place: Callable[[int], None] = lambda place: None
-) -> Iterator[tuple[str, Iterator[bytes]] | None]:
-  """Yields (name, blocks of bytes) of an archive's files from number `first` on; None for an empty one to be skipped.
+  path: str, skip_bad: bool = False, on_place: Callable[[int], None] = lambda place: None
+) -> Iterator[Item]:
+  """Yields (name, blocks of bytes) of an archive's files; None for an empty one to be skipped.
 
   Hidden files are left out.
 
   Args:
     path: of the archive.
-    first: how many files were read before.
     skip_bad: take empty files for ones to be skipped.
     on_place: called now and then with the byte of the archive that has been reached.
 
@@ -72,12 +64,8 @@ def documents(
   name = path
   try:
     with open(path, "rb") as archive:
-      number = 0
       for name, size, opened in _members(path, archive):
         on_place(archive.tell())
-        number += 1
-        if number <= first:
-          continue
         if size == 0 and not skip_bad:
           raise DataError(f"{name} in {path} is empty; skip such files with --skip-bad")
         yield None if size == 0 else (name, _blocks(opened, name, path, lambda: on_place(archive.tell())))
@@ -110,7 +98,7 @@ def _members(path: str, file: IO[bytes]) -> Iterator[tuple[str, int, Opened]]:
         count += 1
   else:
     stem, suffix = os.path.splitext(os.path.basename(path))
-    stream = _SINGLE[suffix.lower()](file)
+    stream = OPENERS[suffix.lower()](file)
     yield stem, -1, lambda: stream
 
 
@@ -137,7 +125,7 @@ def _check_count(path: str, found: int) -> None:
 
 def _open_tar(path: str, file: IO[bytes]) -> _Readable:
   lower = path.lower()
-  return next((opener(file) for suffix, opener in _SINGLE.items() if lower.endswith((suffix, f".t{suffix[1:]}"))), file)
+  return next((opener(file) for suffix, opener in OPENERS.items() if lower.endswith((suffix, f".t{suffix[1:]}"))), file)
 
 
 def _tar_members(path: str, file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, Opened]]:
@@ -165,7 +153,7 @@ def _extracted(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
 
 
 class _Links:
-  """What the hard links of a tar archive lead to, found in two passes over it however many links there are.
+  """Finds what the hard links of a tar archive lead to, in two passes over it however many links there are.
 
   A link leads to the last file of that name before it, or to what a link of that name leads to.
   """
@@ -236,7 +224,7 @@ class _Watched:
     return block
 
   def put_back(self, block: bytes) -> None:
-    """The next read gives this block once more."""
+    """Makes the next read give this block once more."""
     self._again = block
 
   def check_end(self) -> None:

@@ -11,15 +11,18 @@ _BLOCK = 1 << 20
 
 
 class Decompressed(io.RawIOBase):
-  """The decompressed contents of a file of one or several streams.
+  """Reads what a file of one or several streams holds.
 
-  Raises, while it is read:
-    OSError, lzma.LZMAError: the data are damaged, or something else follows a stream.
-    EOFError: the last stream has no end.
+  Args:
+    file: the compressed file.
+    kind: bz2 | xz.
+
+  Raises:
+    OSError, lzma.LZMAError: while it is read: the data are damaged, or something else follows a stream.
+    EOFError: while it is read: the last stream has no end.
   """
 
   def __init__(self, file: IO[bytes], kind: str):
-    """Args: the compressed file; bz2 | xz."""
     self._file, self._kind = file, kind
     self._stream, self._compressed = self._new_stream(), b""
 
@@ -27,7 +30,7 @@ class Decompressed(io.RawIOBase):
     return bz2.BZ2Decompressor() if self._kind == "bz2" else lzma.LZMADecompressor(lzma.FORMAT_XZ)
 
   def readable(self) -> bool:
-    """Always."""
+    """Returns True."""
     return True
 
   def readinto(self, buffer: Any) -> int:

@@ -9,8 +9,9 @@ from megabyte_jax.config import DataConfig
 from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.open_data import open_path
 from megabyte_jax.data.packing import archives, packed_folder
+from megabyte_jax.data.packing.archives import Item
 from megabyte_jax.data.packing.pack_writer import PackWriter
-from megabyte_jax.data.packing.streams import Item, Stream, stream_of
+from megabyte_jax.data.packing.streams import Stream, stream_of
 from megabyte_jax.data.packing.streams import documents as stream_documents
 from megabyte_jax.data.read_ahead import read_ahead
 from megabyte_jax.data.source_names import split_list

@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 from etils import epath
 
-from megabyte_jax.data.packing.archives import BadItem
+from megabyte_jax.data.packing.archives import BadItem, Item
 from megabyte_jax.data.packing.packed_folder import FORMAT, MANIFEST, PART, read_manifest, sha256_of
 from megabyte_jax.display.progress import Progress
 from megabyte_jax.errors import DataError
@@ -24,8 +24,6 @@ _SAVE_EVERY = 1 << 26  # bytes between points from which a restart goes on
 _STATE = "state.json"
 # Key of the state, name, bytes of each that the state counts.
 _FILES = (("bytes", "data.bin", 1), ("documents", "ends", 8), ("names", "names.txt", 1))
-
-Item = tuple[str, Iterator[bytes]] | None
 
 
 class PackWriter:

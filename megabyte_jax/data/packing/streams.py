@@ -10,7 +10,7 @@ from megabyte_jax.data.files import fingerprint_files, open_file, sizes_of
 from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.folders import find_files
 from megabyte_jax.data.packing import archives, packed_folder
-from megabyte_jax.data.packing.archives import BadItem
+from megabyte_jax.data.packing.archives import BadItem, Item
 from megabyte_jax.data.records import hugging_face
 from megabyte_jax.data.records.contents import ERRORS, decompressing, is_compressed, stem
 from megabyte_jax.data.records.file_types import kind_of, unread
@@ -22,7 +22,6 @@ from megabyte_jax.data.sources import SKIP_HINT
 from megabyte_jax.errors import DataError
 
 _BLOCK = 1 << 22
-Item = tuple[str, Iterator[bytes]] | None  # None: left out, and counted
 
 
 class Stream(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +15,6 @@ _DEFAULTS = {"bytes": "text", "image": "image", "audio": "audio"}  # field by fo
 
 def import_arrow(name: str) -> Any:
   """Returns a module of pyarrow. Raises DataError with the command that installs it where it is missing."""
-  import importlib  # noqa: PLC0415
-
   try:
     return importlib.import_module(name)
   except ImportError as error:

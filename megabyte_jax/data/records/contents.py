@@ -25,13 +25,13 @@ from megabyte_jax.files.outputs import NO_ROOM
 _BLOCK = 1 << 20
 _SHOWN = 1 << 25  # compressed bytes from which on the work is shown
 MOST = 2 << 30  # compressed bytes of one source that are decompressed without being asked; several times that on disk
-_OPENERS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
+OPENERS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
   ".gz": lambda file: gzip.GzipFile(fileobj=file),  # type: ignore[dict-item,return-value]
   ".bz2": lambda file: io.BufferedReader(Decompressed(file, "bz2"), _BLOCK),
   ".xz": lambda file: io.BufferedReader(Decompressed(file, "xz"), _BLOCK),
   ".zst": lambda file: io.BufferedReader(ZstdFile(file), _BLOCK),
 }
-SUFFIXES = tuple(_OPENERS)
+SUFFIXES = tuple(OPENERS)
 ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)  # of damaged data
 
 
@@ -47,7 +47,7 @@ def stem(name: str) -> str:
 
 def decompressing(file: IO[bytes], path: str) -> IO[bytes]:
   """Returns a file of what the compressed `file` holds; `path` tells how it is compressed. See `ERRORS`."""
-  return next(opener for ending, opener in _OPENERS.items() if path.lower().endswith(ending))(file)
+  return next(opener for ending, opener in OPENERS.items() if path.lower().endswith(ending))(file)
 
 
 def decompressed(

@@ -22,7 +22,6 @@ _LINES = (".jsonl", ".ndjson")
 _PARQUET = (".parquet",)
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".tzst")  # .tar.gz and the like are .tar, compressed
 _UNREAD = (".lzma", ".lz", ".lz4", ".br", ".z", ".7z", ".rar")  # compressed in ways that nothing here reads
-RECORDS = (*_LINES, *_PARQUET)
 
 
 def kind_of(name: str, as_records: bool = False) -> str:

@@ -116,7 +116,7 @@ def _open(spec: str, name: str, split: str) -> Any:
 
 
 def _load(datasets: Any, name: str, split: str) -> Any:
-  """What load_dataset gives for NAME or NAME/CONFIG; the hub's own names may have one slash."""
+  """Returns what load_dataset gives for NAME or NAME/CONFIG; the hub's own names may have one slash."""
   base, _, config = name.rpartition("/")
   tries: list[tuple[str, str | None]] = [(name, None), *([(base, config)] if base and not os.path.isdir(name) else [])]
   if name.count("/") > 1 and not os.path.isdir(name):

@@ -68,9 +68,7 @@ class Parquet(TableColumn):
       raise DataError(f"none of {self.skipped:,} files of {spec} can be read: {failed}")
     self._groups = np.cumsum([len(rows) for rows in group_rows])  # row groups up to the end of each file
     self._group_ends = np.cumsum(np.concatenate(group_rows))  # rows up to the end of each row group, over all files
-    counts = [int(rows.sum()) for rows in group_rows]
-    self._rows = Numbered(self._names, counts)
-    self._file_starts = np.cumsum([0, *counts])
+    self._rows = Numbered(self._names, [int(rows.sum()) for rows in group_rows])
     if data.form == "bytes":
       self._choose_rows(np.concatenate(lengths), data.skip_bad)
     self._group = SharedCache(self._read_group, _KEPT, lambda values: values.nbytes)

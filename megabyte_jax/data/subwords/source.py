@@ -1,4 +1,4 @@
-"""Documents as subwords: tokenized once, into the cache folder, and read there at any place.
+"""Reads documents as subwords: tokenized once, into the cache folder, and read there at any place.
 
 An entry of the cache belongs to a text, by its fingerprint and the times when its files were changed, and to a
 tokenizer, by its checksum. It is a file of all tokens, two or four bytes each, and an index of where documents end.

@@ -208,7 +208,7 @@ class Phases:
   # --- Products. ---
 
   def chunk(self, inputs: int) -> int:
-    """Inputs that are taken at once."""
+    """Returns how many inputs are taken at once."""
     return min(power_of_two_in(inputs), _CHUNK)
 
   def places(self, outputs: int, inputs: int) -> list[Any]:

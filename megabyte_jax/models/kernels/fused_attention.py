@@ -224,7 +224,7 @@ def _spread_span(q_BNMHK: Shaped) -> str:
 
 
 def _uneven(q_BNMHK: Shaped) -> str:
-  """What the mesh that is set does not divide, or ''."""
+  """Says what the mesh that is set does not divide, or ''."""
   B, N, M, H, _ = q_BNMHK.shape
   mesh = _mesh()
   if not mesh:

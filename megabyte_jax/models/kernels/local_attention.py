@@ -110,7 +110,7 @@ def _product(a, b, contract_a, contract_b):
 
 
 def _probabilities(q, k, k_past, sees, M, r):
-  """Of a tile: for its own slots [tile, tile] and, with a past, for the earlier ones [tile, earlier]; float32."""
+  """Returns those of a tile, float32: [tile, tile] of its own slots and, with a past, [tile, earlier] of the others."""
   scale = q.shape[-1] ** -0.5
   lowest = float(jnp.finfo(jnp.float32).min)
 

@@ -58,7 +58,7 @@ def attention(
     window: a slot sees only itself and the `window - 1` slots before it; 0 sees all. `past.visible`
       is not narrowed by it.
     implementation: xla | cudnn | splash | auto. auto takes splash on a TPU and cudnn on a GPU where they can serve
-      and spans are long, and tiles of short spans on a GPU (tile_attention.py). One asked for by name must serve all
+      and spans are long, and tiles of short spans on a GPU (local_attention.py). One asked for by name must serve all
       whole contexts (N = 1); many spans and calls with a `past` take it where it can. Everything else is xla's.
     dropout, dropout_key: dropout on the attention probabilities; none without a key.
 

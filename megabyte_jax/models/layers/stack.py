@@ -125,7 +125,7 @@ class Stack(nnx.Module):
     return self.norm(x_B11D), _written(cache, new, r + slot)
 
   def _in_one_kernel(self, rows: int) -> bool:
-    """Whether a step is one kernel: `in_compute_dtype` (build.py) has left the layers stacked for it."""
+    """Tells whether a step is one kernel: `in_compute_dtype` (build.py) has left the layers stacked for it."""
     parameter, dtype = self.blocks.qkv.kernel.get_value(), compute_dtype(self.options)
     return (
       not isinstance(parameter, tuple)
