@@ -37,7 +37,7 @@ from megabyte_jax.config import Config
 from megabyte_jax.data.open_data import open_path, open_source
 from megabyte_jax.data.sources import Source
 from megabyte_jax.display import plots
-from megabyte_jax.errors import ConfigError, DataError, require
+from megabyte_jax.errors import ConfigError, DataError, in_one_line, require
 from megabyte_jax.evaluation import image_report, perplexity, report
 from megabyte_jax.evaluation.by_source import by_source
 from megabyte_jax.evaluation.evaluate import Evaluation
@@ -180,7 +180,7 @@ def keep(
       with replacing(os.path.join(args.workdir, name)) as path:
         path.write_text(line + "\n")
   except (OSError, plots.PlotError) as error:  # somebody else's run, perhaps; the result is worth more than its files
-    print(f"warning: not all is kept in {args.workdir}: {outputs.in_words(error)}", file=sys.stderr)
+    print(in_one_line(f"warning: not all is kept in {args.workdir}: {outputs.in_words(error)}"), file=sys.stderr)
 
 
 if __name__ == "__main__":

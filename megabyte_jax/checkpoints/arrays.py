@@ -63,9 +63,9 @@ def check_same_arrays(folder: epath.Path, wanted: Mapping[str, Mapping[str, jax.
   if lines:
     shown = lines[:10] + [f"  and {len(lines) - 10} more"] * (len(lines) > 10)
     raise CheckpointError(
-      f"{folder} does not fit this model and optimizer (saved -> needed):\n"
-      + "\n".join(shown)
-      + "\nuse the config of the run that saved it, or another --workdir"
+      f"{folder} does not fit this model and optimizer (saved -> needed):",
+      *shown,
+      "use the config of the run that saved it, or another --workdir",
     )
 
 

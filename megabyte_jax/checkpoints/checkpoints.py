@@ -26,7 +26,7 @@ from megabyte_jax.checkpoints.failed_saves import cannot_write, file_system_erro
 from megabyte_jax.checkpoints.format import FORMAT, check_format
 from megabyte_jax.checkpoints.processes_agree import check_shared, from_first_process
 from megabyte_jax.config import CheckpointConfig
-from megabyte_jax.errors import CheckpointError, UserError
+from megabyte_jax.errors import CheckpointError, UserError, in_one_line
 from megabyte_jax.files.outputs import NO_ROOM
 from megabyte_jax.models.layers.quantised import require_floats
 
@@ -346,4 +346,4 @@ def _list(steps: list[int]) -> str:
 
 
 def _warn(message: str) -> None:
-  print(f"warning: {message}", file=sys.stderr, flush=True)
+  print(f"warning: {in_one_line(message)}", file=sys.stderr, flush=True)

@@ -24,7 +24,7 @@ from megabyte_jax.checkpoints.checksums import find_damage, write_digests
 from megabyte_jax.checkpoints.saved_config import CONFIG_FILE, save_config, shipped_folder
 from megabyte_jax.config import Config
 from megabyte_jax.errors import CheckpointError, ConfigError, require
-from megabyte_jax.files.atomic_file import final_path
+from megabyte_jax.files.atomic_file import final_path, removed_at_the_end
 from megabyte_jax.files.json_files import read_json
 from megabyte_jax.files.outputs import check_new_folder
 from megabyte_jax.models.layers.quantised import require_floats
@@ -67,7 +67,7 @@ def export_model(
   files = _spread(tensors, max_file_bytes)
   os.makedirs(os.path.dirname(os.path.abspath(folder)), exist_ok=True)
   temporary = epath.Path(f"{folder.rstrip('/')}.{uuid.uuid4().hex[:12]}.tmp")
-  try:
+  with removed_at_the_end(temporary):
     temporary.mkdir()
     names = {f"model-{i:05d}-of-{len(files):05d}.safetensors": file for i, file in enumerate(files, start=1)}
     for name, file in names.items():
@@ -81,9 +81,6 @@ def export_model(
     if os.path.isdir(folder):
       os.rmdir(folder)
     temporary.rename(folder)
-  finally:
-    if temporary.exists():
-      temporary.rmtree()
 
 
 def read_exported(workdir: epath.PathLike, abstract_parameters: Any) -> tuple[Any, int]:

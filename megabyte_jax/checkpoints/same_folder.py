@@ -10,7 +10,7 @@ import jax
 
 from megabyte_jax.checkpoints.saved_config import CONFIG_FILE, save_config
 from megabyte_jax.config import Config
-from megabyte_jax.errors import CheckpointError
+from megabyte_jax.errors import CheckpointError, in_one_line
 from megabyte_jax.files.object_stores import is_remote
 
 
@@ -48,7 +48,7 @@ class SameFolder:
       text = (
         f"warning: {self._workdir} was moved or deleted while training; it is made anew, for what comes from now on"
       )
-      print(text, file=sys.stderr, flush=True)
+      print(in_one_line(text), file=sys.stderr, flush=True)
       save_config(self._workdir, self._config)
     elif self._read_config() != self._written:  # inodes alone do not tell on every file system
       raise CheckpointError(

@@ -177,10 +177,10 @@ def check_same_run(
   if differences:
     lines = [f"  {key}: {show_value(was)} -> {show_value(given)}" for key, (was, given) in sorted(differences.items())]
     raise CheckpointError(
-      f"the checkpoint at step {meta.get('step', '?')} belongs to another run (saved -> given):\n"
-      + "\n".join(lines)
-      + ("\n" + _LENGTH_HINT if "num_steps" in differences else "")
-      + "\ntake the saved values, or another --workdir (with --init_from=DIR, this one, to start from its parameters)"
+      f"the checkpoint at step {meta.get('step', '?')} belongs to another run (saved -> given):",
+      *lines,
+      *([_LENGTH_HINT] if "num_steps" in differences else []),
+      "take the saved values, or another --workdir (with --init_from=DIR, this one, to start from its parameters)",
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn
 
 from megabyte_jax.config import overrides
 from megabyte_jax.config.parsing import did_you_mean, wrong_type
-from megabyte_jax.errors import FlagError
+from megabyte_jax.errors import FlagError, in_one_line
 from megabyte_jax.files.inputs import waiting_is_said
 
 _TYPES = {"int": int, "float": float}
@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
   def _refuse(self, line: str) -> NoReturn:
     if in_notebook():  # where the end of the process would be a surprise
       raise FlagError(line)
-    self.exit(2, f"error: {line}\n")
+    self.exit(2, f"error: {in_one_line(line)}\n")
 
   def _split(self, arguments: Sequence[str]) -> tuple[list[str], dict[str, list[overrides.Override]]]:
     try:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
-import re
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, TypeVar
 
+from megabyte_jax.commands import stopping
 from megabyte_jax.commands.arguments import in_notebook
-from megabyte_jax.errors import CheckpointError, ConfigError, DataError, FlagError, PlotError
+from megabyte_jax.errors import UserError, in_one_line
 from megabyte_jax.files import object_stores, outputs
 from megabyte_jax.parallel import distributed
 
-USER_ERRORS = (ConfigError, CheckpointError, DataError, FlagError, FloatingPointError, OSError, PlotError)
+USER_ERRORS = (UserError, FloatingPointError, OSError)
 _T = TypeVar("_T")
 
 
@@ -53,9 +52,7 @@ def run(main: Callable[[], object], outlive_readers: bool = False) -> None:
     finally:
       sys.stdout, sys.stderr = streams
     return
-  sys.unraisablehook = _interrupt_again
-  if signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):
-    signal.signal(signal.SIGINT, _on_interrupt)
+  stopping.hear()
   _prepare_streams()
   if outlive_readers:
     distributed.outlive_readers()
@@ -72,12 +69,13 @@ def _errors_in_one_line(main: Callable[[], _T]) -> _T:
   except USER_ERRORS as error:
     _traceback_if_wanted()
     notes = (note for note in getattr(error, "__notes__", ()) if "removed its internal frames" not in note)
-    print(printable("\n".join([f"error: {outputs.in_words(error)}", *notes])), file=sys.stderr)
+    said = str(error) if isinstance(error, UserError) else in_one_line(outputs.in_words(error))
+    print("\n".join([f"error: {said}", *map(in_one_line, notes)]), file=sys.stderr)
     distributed.end(1)
   except ImportError as error:
     if not (line := object_stores.missing_package(error)):
       raise
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {in_one_line(line)}", file=sys.stderr)
     distributed.end(1)
   except (RuntimeError, AssertionError, MemoryError) as error:  # some of them are JAX's for devices that fail
     if not (line := _about_devices(error)):
@@ -86,13 +84,7 @@ def _errors_in_one_line(main: Callable[[], _T]) -> _T:
     print(f"error: {line}", file=sys.stderr)
     distributed.end(1)
   except KeyboardInterrupt:
-    print("interrupted", file=sys.stderr)
-    distributed.end(130, at_once=True)
-
-
-def printable(text: str) -> str:
-  r"""Returns a text with control characters but line ends and tabs as \xNN: names may hold a terminal's commands."""
-  return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+    stopping.end()
 
 
 def _prepare_streams() -> None:
@@ -111,17 +103,20 @@ def _prepare_streams() -> None:
     if isinstance(stream, io.TextIOWrapper):
       with contextlib.suppress(OSError):  # of a descriptor that is no longer open
         stream.reconfigure(errors="backslashreplace")
+  if not logging.root.handlers:
+    logging.root.addHandler(_Warnings())
 
 
-def _on_interrupt(number: int, frame: FrameType | None) -> None:
-  """Ctrl-C: KeyboardInterrupt, but while libraries are imported the end of the process, without a traceback."""
-  at = frame
-  while at is not None:
-    if at.f_code.co_filename.startswith("<frozen importlib"):
-      signal.signal(signal.SIGINT, signal.SIG_DFL)
-      signal.raise_signal(signal.SIGINT)
-    at = at.f_back
-  signal.default_int_handler(number, frame)
+class _Warnings(logging.Handler):
+  """Prints warnings as `logging.basicConfig` does, ours in one line each, whatever the names in them hold."""
+
+  def __init__(self) -> None:
+    super().__init__()
+    self.setFormatter(logging.Formatter(logging.BASIC_FORMAT))
+
+  def emit(self, record: logging.LogRecord) -> None:
+    text = self.format(record)
+    print(in_one_line(text) if record.name == "root" else text, file=sys.stderr, flush=True)
 
 
 def _setting(name: str) -> Any:
@@ -153,10 +148,3 @@ def _about_devices(error: Exception) -> str:
       f'(pip install -U "jax[cuda13]" or "jax[tpu]"), or leave JAX_PLATFORMS unset'
     )
   return ""
-
-
-def _interrupt_again(unraisable: Any) -> None:
-  """A Ctrl-C that fell into a callback of the garbage collector, JAX's for instance, where Python forgets it."""
-  if unraisable.exc_type is not KeyboardInterrupt:
-    return sys.__unraisablehook__(unraisable)
-  threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()

@@ -97,7 +97,7 @@ def _naming(path: str) -> Iterator[None]:
   try:
     yield
   except (ConfigError, DataError) as error:
-    raise type(error)(f"{path}: {error}") from error
+    raise type(error)(f"{path}: {error.args[0]}", *error.args[1:]) from error
 
 
 if __name__ == "__main__":

@@ -17,12 +17,11 @@ import dataclasses
 import json
 import os
 import pickle
-import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_args
 
 from megabyte_jax.commands import arguments as flags
-from megabyte_jax.commands import command_line
+from megabyte_jax.commands import command_line, stopping
 from megabyte_jax.config import Config
 from megabyte_jax.config.levels import Remat
 from megabyte_jax.display.progress import duration, human
@@ -163,12 +162,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     mesh=args.mesh,
   )
   devices = topology_devices(args.topology, args.slices)
-  signal.signal(signal.SIGINT, signal.SIG_DFL)  # compilers hold Python for minutes, and nothing is lost
-  if args.search:
-    sizes = (config.batch_size,) if args.batch_size else ()
-    plan, executable = search(config, args.topology, devices, args.step, tries=args.tries, batch_sizes=sizes)
-  else:
-    plan, executable = make_plan(config, args.topology, devices, args.step, quick=args.quick)
+  with stopping.at_once():  # compilers hold Python for minutes, and nothing is lost
+    if args.search:
+      sizes = (config.batch_size,) if args.batch_size else ()
+      plan, executable = search(config, args.topology, devices, args.step, tries=args.tries, batch_sizes=sizes)
+    else:
+      plan, executable = make_plan(config, args.topology, devices, args.step, quick=args.quick)
   print(to_json(plan) if args.json else describe(plan), flush=True)
   if args.save:
     require(executable is not None, f"--save={args.save}: nothing was written, for the step does not fit")

@@ -99,8 +99,8 @@ def find_builder(name: str, tfds_dir: str) -> Any:
       raise DataError(line) from error
     raise DataError(
       f"tfds:{name} is not in {where}, and TFDS's code that builds it needs TensorFlow or another package that is "
-      f"missing ({error}); where that is installed (pip install tensorflow), prepare it with\n"
-      f"  {prepare_command('build', name, tfds_dir)}"
+      f"missing ({error}); where that is installed (pip install tensorflow), prepare it with",
+      f"  {prepare_command('build', name, tfds_dir)}",
     ) from error
   except tfds.core.DatasetNotFoundError as error:
     hint = re.search(r"Did you mean[^?\n]*\?", str(error))
@@ -126,12 +126,14 @@ def _check_prepared(builder: Any, name: str, tfds_dir: str) -> None:
       root = tfds_dir or builder.data_dir_root
       manual = f" (its files must be fetched by hand first, into {root}/downloads/manual)"
     command = prepare_command("build", name, tfds_dir)
-    raise DataError(f"tfds:{name} is not in {folder}; prepare it with\n  {command}{manual}")
+    raise DataError(f"tfds:{name} is not in {folder}; prepare it with", f"  {command}{manual}")
   formats = {form.value for form in builder.info.available_file_formats()}
   if "array_record" not in formats:
     raise DataError(
       f"tfds:{name} in {folder} is stored as {', '.join(sorted(formats))}, which cannot be read at random; convert it "
-      f"with\n  {prepare_command('convert', name, tfds_dir)}\nwhich needs no TensorFlow and leaves the old files alone"
+      "with",
+      f"  {prepare_command('convert', name, tfds_dir)}",
+      "which needs no TensorFlow and leaves the old files alone",
     )
 
 

@@ -16,6 +16,8 @@ from etils import epath
 
 from megabyte_jax.files.object_stores import is_remote
 
+_temporaries: set[epath.Path] = set()  # of this process, now
+
 
 @contextlib.contextmanager
 def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
@@ -41,6 +43,31 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
     if error.errno is not None and (error.filename is None or _is_temporary(error.filename)):  # a full disk names none
       error.filename, error.filename2 = name, None
     raise
+
+
+def remove_temporaries() -> None:
+  """Removes what this process has half written, for its end where exceptions cannot do so."""
+  for path in tuple(_temporaries):
+    with contextlib.suppress(OSError):
+      _remove(path)
+
+
+@contextlib.contextmanager
+def removed_at_the_end(temporary: epath.Path) -> Iterator[None]:
+  """Removes a file or folder after the block, if it is still there; `remove_temporaries` does so before."""
+  _temporaries.add(temporary)
+  try:
+    yield
+  finally:
+    _remove(temporary)
+    _temporaries.discard(temporary)
+
+
+def _remove(path: epath.Path) -> None:
+  if path.is_dir():
+    path.rmtree()
+  elif path.exists():
+    path.unlink()
 
 
 def final_path(path: str) -> str:
@@ -88,24 +115,23 @@ def _is_temporary(path: object) -> bool:
 def _renamed(path: epath.Path) -> Iterator[epath.Path]:
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
-  try:
+  with removed_at_the_end(temporary):
     yield temporary
     if not is_remote(path) and os.path.exists(path):
       with contextlib.suppress(PermissionError):  # of another owner
         os.chmod(temporary, stat.S_IMODE(os.stat(path).st_mode))
     temporary.replace(path)
-  finally:
-    if temporary.exists():
-      temporary.unlink()
 
 
 def _copied(path: str) -> Iterator[epath.Path]:
   """Writes to a temporary file first: what is written need not be written in order, and only once it is whole."""
-  with tempfile.NamedTemporaryFile(suffix=".tmp") as temporary:
-    yield epath.Path(temporary.name)
-    descriptor = _descriptor(path)
-    if descriptor == 1:
+  descriptor, name = tempfile.mkstemp(suffix=".tmp")
+  os.close(descriptor)
+  with removed_at_the_end(epath.Path(name)):
+    yield epath.Path(name)
+    number = _descriptor(path)
+    if number == 1:
       sys.stdout.flush()
-    target = path if descriptor is None else os.dup(descriptor)
-    with open(temporary.name, "rb") as made, open(target, "wb") as file:
+    target = path if number is None else os.dup(number)
+    with open(name, "rb") as made, open(target, "wb") as file:
       shutil.copyfileobj(made, file)

@@ -25,7 +25,7 @@ from megabyte_jax.errors import ConfigError, require
 from megabyte_jax.evaluation import windows
 from megabyte_jax.models.build import Model, for_windows, in_compute_dtype
 from megabyte_jax.models.layers.quantised import check_weights
-from megabyte_jax.parallel.activation_layout import lay_out, mesh_axes
+from megabyte_jax.parallel.activation_layout import lay_out, mesh_axes, refuse_explicit_axes
 from megabyte_jax.parallel.backend import platform
 from megabyte_jax.parallel.sharding import check_mesh
 
@@ -252,6 +252,8 @@ def generate(
   if platform() == "cpu" and not _mesh_of(nnx.state(model)):  # each step reads the whole cache there
     model = for_windows(model, max(_PROMPT_BYTES, 1 << max(len(prompt) + num_bytes - 1, 0).bit_length()))
   graph, parameters = nnx.split(model)
+  for parameter in jax.tree.leaves(parameters):
+    refuse_explicit_axes(parameter, "the model's parameters lie")
   config, context = model.config, model.config.context
   S, size = config.patch_bytes, chunk_bytes(config)
   mesh = _mesh_of(parameters)

@@ -19,6 +19,7 @@ from megabyte_jax.errors import require
 from megabyte_jax.models.layers.attention import shift
 from megabyte_jax.models.layers.embedding_lookup import lookup, product_with_table
 from megabyte_jax.models.parameters import compute_dtype, make_parameter
+from megabyte_jax.parallel.activation_layout import refuse_explicit_axes
 
 
 class CausalConv(nnx.Module):
@@ -164,12 +165,7 @@ def check_input(x_BT: jax.Array, context: int, vocab_size: int) -> None:
   require(shape[0] >= 1, "the batch is empty; give at least one row")
   check_length(shape[1], context)
   require(jnp.issubdtype(x_BT.dtype, jnp.integer), f"the input has the type {x_BT.dtype}; bytes are integers")
-  spec = getattr(jax.typeof(x_BT).sharding, "spec", ())
-  require(
-    not any(spec or ()),
-    f"the input lies on Explicit axes of a mesh ({spec}); give the mesh Auto ones, as in jax.make_mesh(sizes, names, "
-    "axis_types=(jax.sharding.AxisType.Auto,) * len(names))",
-  )
+  refuse_explicit_axes(x_BT, "the input lies")
   if not isinstance(x_BT, jax.core.Tracer) and getattr(x_BT, "is_fully_addressable", True):
     check_bytes(np.asarray(x_BT), vocab_size)
 

@@ -8,6 +8,8 @@ import jax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from megabyte_jax.errors import require
+
 AXES = ("data", "fsdp", "seq", "tensor")
 BATCH = ("data", "fsdp")  # the axes that rows are spread over
 ACTIVATIONS = {
@@ -25,6 +27,21 @@ def mesh_axes() -> dict[str, int]:
   mesh = jax.sharding.get_abstract_mesh()
   kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
   return {name: size for name, size, kind in kinds if kind == AxisType.Auto}
+
+
+def refuse_explicit_axes(x: jax.Array, what: str) -> None:
+  """Raises ConfigError where an array is cut along Explicit axes of a mesh.
+
+  Args:
+    x: the array, traced or not.
+    what: the subject and verb of the message, such as "the input lies".
+  """
+  spec = getattr(jax.typeof(x).sharding, "spec", ())
+  require(
+    not any(spec or ()),
+    f"{what} on Explicit axes of a mesh ({spec}); give the mesh Auto ones, as in jax.make_mesh(sizes, names, "
+    "axis_types=(jax.sharding.AxisType.Auto,) * len(names))",
+  )
 
 
 def lay_out(x: jax.Array, spec: P) -> jax.Array:

@@ -30,7 +30,7 @@ class StopSignal:
     self.requested, self._finished = False, ""
     self._alone = jax.process_count() == 1
     heard = [signal.SIGTERM, signal.SIGINT] if self._alone else [signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
       heard.append(signal.SIGHUP)
     if threading.current_thread() is not threading.main_thread():
       heard = []

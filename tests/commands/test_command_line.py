@@ -1,5 +1,7 @@
 """What commands print: nothing that drives a terminal, and no traceback where nobody reads it."""
 
+import errno
+import functools
 import importlib
 import io
 import logging
@@ -13,19 +15,38 @@ import pytest
 from megabyte_jax import __main__ as main_module
 from megabyte_jax.commands import arguments, command_line
 from megabyte_jax.config import overrides
-from megabyte_jax.errors import DataError, FlagError
+from megabyte_jax.errors import ConfigError, DataError, FlagError
 from megabyte_jax.files import inputs
 
 
 def test_names_of_files_do_not_drive_the_terminal(monkeypatch, capsys):
   monkeypatch.setattr(command_line.distributed, "end", sys.exit)
 
-  def fails():
-    raise DataError("\x1b[2J\x9b31mred\ris empty\nremove it\t\u00e9")
+  def fails(error):
+    raise error
 
+  said = r"\x1b[2J\x9b31mred\ris empty\nremove it" + "\t\u00e9"
+  raw = "\x1b[2J\x9b31mred\ris empty\nremove it\t\u00e9"
+  refused = OSError(errno.ENOSPC, "No space left on device", raw)
+  refused.add_note(raw)
+  for error, shown in (
+    (DataError(raw), f"error: {said}\n"),
+    (ConfigError("pack it:", raw), f"error: pack it:\n{said}\n"),
+    (FloatingPointError(raw), f"error: {said}\n"),
+    (refused, f"error: {said}: No space left on device; make room there, or name another place\n{said}\n"),
+  ):
+    with pytest.raises(SystemExit):
+      command_line._errors_in_one_line(functools.partial(fails, error))
+    assert capsys.readouterr().err == shown
+
+
+def test_names_in_flags_and_warnings_are_one_line(monkeypatch, capsys, tmp_path):
   with pytest.raises(SystemExit):
-    command_line._errors_in_one_line(fails)
-  assert capsys.readouterr().err == "error: \\x1b[2J\\x9b31mred\\x0dis empty\nremove it\t\u00e9\n"
+    arguments.Parser("train").parse_args(["--a\nb=c"])
+  assert capsys.readouterr().err == r"error: unknown flag --a\nb (see train --help)" + "\n"
+  monkeypatch.setattr(logging.root, "handlers", [command_line._Warnings()])
+  logging.warning("%s is a pipe", "a\nb")
+  assert capsys.readouterr().err == r"WARNING:root:a\nb is a pipe" + "\n"
 
 
 def test_help_for_a_reader_that_is_gone(monkeypatch):

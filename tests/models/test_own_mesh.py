@@ -71,6 +71,14 @@ def test_explicit_axes_are_named():
   mesh = mesh_of(AxisType.Explicit)
   with jax.set_mesh(mesh), pytest.raises(ConfigError, match=r"Explicit axes of a mesh .*axis_types="):
     byte_nats(nnx.merge(graph, parameters), jax.device_put(X, NamedSharding(mesh, P("data"))))
+  cut = jax.tree.map(
+    lambda leaf: jax.device_put(leaf, NamedSharding(mesh, P(*[None] * (leaf.ndim - 1), "data"))), parameters
+  )
+  model = nnx.merge(graph, cut)
+  with pytest.raises(ConfigError, match="the model's parameters lie on Explicit axes"):
+    generate(model, b"abc", 4)
+  with jax.set_mesh(mesh), pytest.raises(ConfigError, match="the model's parameters lie on Explicit axes"):
+    model(X)
 
 
 @pytest.mark.parametrize("config", [MEGABYTE, PERCEIVER], ids=["megabyte", "perceiver_ar"])

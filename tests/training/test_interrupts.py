@@ -45,6 +45,51 @@ command_line.run(main)
   assert (result.returncode, result.stderr) == (130, "interrupted\n")
 
 
+HALF_WRITTEN = """
+import os, pathlib, signal, sys, time
+from megabyte_jax.commands import command_line, stopping
+from megabyte_jax.files.atomic_file import removed_at_the_end, replacing
+from etils import epath
+
+number, deaf = map(int, sys.argv[1:])
+signal.signal(number, signal.SIG_DFL)
+stopping._PATIENCE = 0.1
+
+def main():
+  with replacing("out") as path, removed_at_the_end(epath.Path("folder.tmp")) as _:
+    path.write_text("half")
+    os.mkdir("folder.tmp")
+    assert len(os.listdir()) == 2
+    while True:
+      try:
+        os.kill(os.getpid(), number)
+        time.sleep(20)
+      except KeyboardInterrupt:
+        if not deaf:
+          raise
+        time.sleep(20)  # as a library that compiles for minutes
+
+command_line.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+  ("number", "deaf", "code"),
+  [
+    (signal.SIGINT, False, 130),
+    (signal.SIGTERM, False, -signal.SIGTERM),
+    (signal.SIGHUP, False, -signal.SIGHUP),
+    (signal.SIGTERM, True, 128 + signal.SIGTERM),
+  ],
+)
+def test_what_is_half_written_is_removed(tmp_path, number, deaf, code):
+  command = [sys.executable, "-c", HALF_WRITTEN, str(int(number)), str(int(deaf))]
+  here = environment() | {"PYTHONPATH": str(ROOT)}
+  result = subprocess.run(command, cwd=tmp_path, env=here, capture_output=True, text=True, check=False)
+  assert (result.returncode, result.stderr) == (code, "interrupted\n" if code == 130 else "")
+  assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
   "command", [("train.py",), ("eval.py",), ("-m", "megabyte_jax", "tables"), ("-m", "megabyte_jax.tables")]
 )

@@ -68,8 +68,9 @@ def decompressed(
   total = sum(sizes_of(compressed))
   if total > MOST:
     raise DataError(
-      f"{spec} has {total:,} compressed bytes; pack what they hold first, and name that folder:\n"
-      f"  {pack_command(spec, data)}\nor take the compressed bytes as they are: {RAW_HINT}"
+      f"{spec} has {total:,} compressed bytes; pack what they hold first, and name that folder:",
+      f"  {pack_command(spec, data)}",
+      f"or take the compressed bytes as they are: {RAW_HINT}",
     )
   return [_copy_of(path, data, skip_empty) if is_compressed(path) else (path, path) for path in paths]
 

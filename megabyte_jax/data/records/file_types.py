@@ -129,9 +129,9 @@ def _check_archives(paths: Sequence[str], kinds: Sequence[str], data: DataConfig
   if not archives:
     raise unread(others[0])
   raise DataError(
-    f"{archives[0]} is an archive; pack the files that it holds, and name that folder:\n"
-    f"  {pack_command(spec if paths == [spec] else archives[0], data)}\n"
-    f"or take the archive's own bytes: {RAW_HINT}" + ("" if len(paths) == 1 else f", or leave it out: {SKIP_HINT}")
+    f"{archives[0]} is an archive; pack the files that it holds, and name that folder:",
+    f"  {pack_command(spec if paths == [spec] else archives[0], data)}",
+    f"or take the archive's own bytes: {RAW_HINT}" + ("" if len(paths) == 1 else f", or leave it out: {SKIP_HINT}"),
   )
 
 

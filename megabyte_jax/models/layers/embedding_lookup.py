@@ -16,11 +16,18 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from megabyte_jax.parallel.activation_layout import refuse_explicit_axes
+
 _ONE_HOT = 1 << 30  # numbers of one-hot vectors that may be in memory together: 2 GiB of bfloat16
 
 
 def lookup(table_Vd: jax.Array, bytes_: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """Returns the rows of a float32 table [V, d] that the bytes [...] name, as `dtype` [..., d]."""
+  """Returns the rows of a float32 table [V, d] that the bytes [...] name, as `dtype` [..., d].
+
+  Raises:
+    ConfigError: the table is cut along Explicit axes of a mesh.
+  """
+  refuse_explicit_axes(table_Vd, "the model's parameters lie")
   if spread := _varying(bytes_) - _varying(table_Vd):  # within shard_map: devices have bytes of their own
     table_Vd = jax.lax.pcast(table_Vd, tuple(spread), to="varying")  # so that gradients are summed over them
   return _rows.bind(table_Vd, bytes_, dtype=jnp.dtype(dtype))
