@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from megabyte_jax.commands import stopping
+from megabyte_jax.commands import stopping, strict_settings
 from megabyte_jax.commands.arguments import in_notebook
 from megabyte_jax.errors import UserError, in_one_line
 from megabyte_jax.files import object_stores, outputs
@@ -32,6 +32,7 @@ def read(parse_arguments: Callable[[], _T]) -> _T:
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
   _prepare_streams()
+  strict_settings.switch_off()
   return _errors_in_one_line(parse_arguments)
 
 
@@ -54,6 +55,7 @@ def run(main: Callable[[], object], outlive_readers: bool = False) -> None:
     return
   stopping.hear()
   _prepare_streams()
+  strict_settings.switch_off()
   if outlive_readers:
     distributed.outlive_readers()
   _errors_in_one_line(main)

@@ -6,10 +6,11 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 from run_commands import ROOT, environment, run_each
 
-from megabyte_jax.commands import command_line
+from megabyte_jax.commands import command_line, strict_settings
 from megabyte_jax.commands.arguments import Parser
 from megabyte_jax.config import MeshConfig
 from megabyte_jax.errors import ConfigError
@@ -61,6 +62,26 @@ def test_tracebacks_are_shown_when_they_are_wanted(monkeypatch, capsys):
     assert shown.endswith("error: the size is wrong\n")
     assert ('raise ConfigError("the size is wrong")' in shown) == (filtering == "off")
   jax.config.update("jax_traceback_filtering", before)
+
+
+def test_settings_that_no_model_can_run_under_are_switched_off(monkeypatch, capsys):
+  before = {name: jax.config.values[name] for name in ("jax_numpy_rank_promotion", "jax_transfer_guard")}
+  monkeypatch.setenv("JAX_NUMPY_RANK_PROMOTION", "raise")
+  monkeypatch.setenv("JAX_TRANSFER_GUARD", "disallow")
+  monkeypatch.setenv("JAX_TRANSFER_GUARD_HOST_TO_DEVICE", "allow")
+  try:
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_transfer_guard", "disallow")
+    strict_settings.switch_off()
+    jax.jit(lambda x: x + jax.numpy.ones(3))(np.ones((2, 3)))
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+  assert capsys.readouterr().err == (
+    "JAX_NUMPY_RANK_PROMOTION and JAX_TRANSFER_GUARD of the environment: not used here\n"
+  )
+  strict_settings.switch_off()  # also for the processes that this one starts
+  assert capsys.readouterr().err == ""
 
 
 def test_too_little_memory(monkeypatch, capsys):

@@ -251,6 +251,26 @@ def test_recordings_of_other_kinds_are_read_and_cut_ones_named(tmp_path, kind, s
     all_of(open_path(str(tmp_path), DataConfig(form="audio")))
 
 
+@pytest.mark.parametrize("kind", ["WAV", "RF64", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF"])
+def test_joined_recordings_are_named_and_not_read_in_part(kind):
+  """As `cat a.flac b.flac` joins them: decoders stop after the first."""
+  first, second = io.BytesIO(), io.BytesIO()
+  sf.write(first, tone(), 8000, format=kind)
+  sf.write(second, tone(0.2), 8000, format=kind)
+  assert len(audio.decode("a", first.getvalue())[0]) == 4000
+  with pytest.raises(DataError, match="a holds several recordings, one after another"):
+    audio.decode("a", first.getvalue() + second.getvalue())
+
+
+@pytest.mark.parametrize("start", [0, 8, 23])
+def test_samples_of_an_au_file_begin_after_its_head(start):
+  file = io.BytesIO()
+  sf.write(file, tone(), 8000, format="AU")
+  data = file.getvalue()
+  with pytest.raises(DataError, match=f"a says that its samples begin at byte {start}, within its head"):
+    audio.read_head("a", data[:4] + start.to_bytes(4, "big") + data[8:])
+
+
 def test_opus_is_read(tmp_path):
   sf.write(tmp_path / "a.opus", tone(rate=48000), 48000, format="OGG", subtype="OPUS")
   source = open_path(str(tmp_path), DataConfig(form="audio", sample_rate=8000))

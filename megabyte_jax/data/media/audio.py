@@ -21,7 +21,7 @@ from megabyte_jax.data.files import fingerprint_files, open_file, read_whole, si
 from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.media import flac_files
 from megabyte_jax.data.media.image_source import EncodedImages
-from megabyte_jax.data.media.sound_files import chunk_problem, ogg_problem
+from megabyte_jax.data.media.sound_files import JOINED, chunk_problem, is_joined_mp3, ogg_problem
 from megabyte_jax.data.shared_cache import DOCUMENT_BYTES, SharedCache, array_bytes
 from megabyte_jax.data.sources import SKIP_HINT, check_range, said
 from megabyte_jax.errors import DataError, require
@@ -232,6 +232,8 @@ def decode(path: str, data: bytes | None = None) -> tuple[np.ndarray, int]:
       samples = _read_all(file, exact, head.frames)
   except Exception as error:  # see read_head
     raise _bad(path, f"cannot be decoded ({said(error)})") from error
+  if (kind == "FLAC" and flac_files.is_joined(data)) or (kind == "MP3" and is_joined_mp3(data)):
+    raise _bad(path, JOINED)
   if len(samples) != head.frames:
     raise _bad(path, f"is damaged or cut short: {len(samples):,} of {head.frames:,} samples can be decoded")
   if kind == "FLAC" and (width := flac_files.WIDTHS.get(subtype)) and not flac_files.has_checksum(data, samples, width):

@@ -26,6 +26,16 @@ def has_checksum(data: bytes, samples: np.ndarray, width: int) -> bool:
   return hashlib.md5(raw.tobytes()).digest() == promised
 
 
+def is_joined(data: bytes) -> bool:
+  """Tells whether another FLAC file follows within a file, whose samples a decoder does not reach."""
+  at = data.find(b"fLaC") + 4
+  while at + 4 <= len(data):  # blocks before the frames may hold anything
+    last, at = data[at] & 0x80, at + 4 + int.from_bytes(data[at + 1 : at + 4], "big")
+    if last:
+      break
+  return any(data.find(b"fLaC" + kind + b"\0\0\x22", at) >= 0 for kind in (b"\0", b"\x80"))
+
+
 def says_no_length(head: bytes) -> bool:
   """Tells whether a file begins as FLAC does and has 0 samples in its head, which stand for an unknown number."""
   return head[:4] == b"fLaC" and len(head) >= 26 and not head[21] & 15 and not any(head[22:26])

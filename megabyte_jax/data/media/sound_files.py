@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import IO, Literal, NamedTuple
 
 # Sizes that stand for one that is elsewhere, or was not known when the head was written: in pipes, by ffmpeg and sox.
 _UNKNOWN = (0xFFFFFFFF, 0x7FFFF000)
 _FIRST, _LAST = 2, 4  # flags of an OGG page
 _TAGS = (b"TAG", b"ID3", b"APETAGEX", b"3DI")  # begin what some programs append
+
+_MP3_COUNT = re.compile(rb"(?:Xing|Info)\0\0\0[\x01-\x0f]")  # after a frame's head of 4 bytes and its side information
+
+JOINED = "holds several recordings, one after another, of which only the first would be read"
 
 
 class _Layout(NamedTuple):
@@ -43,7 +48,9 @@ def chunk_problem(file: IO[bytes]) -> str:
   head = file.read(12)
   if head[:4] == b".snd":
     start, size = int.from_bytes(head[4:8], "big"), int.from_bytes(head[8:12], "big")
-    return _cut(total - start, size) if size not in _UNKNOWN else ""
+    if start < 24:  # bytes of the head
+      return f"says that its samples begin at byte {start}, within its head"
+    return _samples_problem(file, head, start, total, size) if size not in _UNKNOWN else ""
   layout = _layout(head)
   if not layout:
     return ""
@@ -60,13 +67,28 @@ def chunk_problem(file: IO[bytes]) -> str:
         return "does not say how long it is: what wrote it was stopped"
       if size in unknown:
         return "" if rest else "has no samples"
-      return _cut(rest, size)
+      return _samples_problem(file, head, place, total, size)
     place = file.seek(min(place + size + (size % 2 if layout.even else 0), total))
   return "has no samples" if total > 12 else ""
 
 
-def _cut(rest: int, size: int) -> str:
-  return f"is cut short: {max(rest, 0):,} bytes of samples of {size:,}" if rest < size else ""
+def _samples_problem(file: IO[bytes], head: bytes, start: int, total: int, size: int) -> str:
+  """Finds what is wrong with samples that fill `size` of a file's `total` bytes, from `start` on."""
+  if total - start < size:
+    return f"is cut short: {max(total - start, 0):,} bytes of samples of {size:,}"
+  file.seek(start + size)
+  after = file.read(5)
+  return JOINED if head[:4] in (after[:4], after[1:]) else ""  # there may be a byte that makes the size even
+
+
+def is_joined_mp3(data: bytes) -> bool:
+  """Tells whether an MP3 file has two frames that count the frames of a recording: a decoder believes the first."""
+  counts, place = 0, -1
+  while counts < 2 and (found := _MP3_COUNT.search(data, place + 1)):
+    place = found.start()
+    heads = (data[place - 4 - side : place - 2 - side] for side in (32, 17, 9) if place >= 4 + side)
+    counts += any(head[0] == 0xFF and head[1] & 0xE6 == 0xE2 for head in heads)
+  return counts == 2
 
 
 def ogg_problem(data: bytes) -> str:
@@ -85,6 +107,8 @@ def ogg_problem(data: bytes) -> str:
       return ""
     if head[:4] != b"OggS" or len(sizes) < head[26] or stop > len(data):
       return f"is damaged or cut short at byte {place:,}"
+    if head[5] & _FIRST and ended:
+      return JOINED
     flags, stream, number = head[5], head[14:18], int.from_bytes(head[18:22], "little")
     if number != next_page.get(stream, 0 if flags & _FIRST else -1) or stream in ended:
       return f"lacks a page before byte {place:,}"
