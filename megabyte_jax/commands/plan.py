@@ -45,8 +45,7 @@ def describe(plan: Plan) -> str:
   config, model, unit = plan.config, plan.config.model, plan.config.data.unit
   counted = "B" if unit == "byte" else "tokens"
   axes = axes_text(plan.mesh)
-  forward = flops.flops_per_byte(model)
-  cost = forward * (flops.TRAINING_FACTOR if plan.step == "train" else 1)
+  cost = flops.flops_per_byte(model, training=plan.step == "train")
   size = [f"{config.batch_size} x {model.context:,} {unit}s", f"remat {model.remat}"]
   if config.accumulate > 1 and plan.step == "train":
     size.append(f"in {config.accumulate} parts")

@@ -115,6 +115,20 @@ class CompressiveTransformerConfig(OneLevel, ModelConfig):
     return parts
 
   @property
+  def stopped_flops(self) -> float:
+    """Counts the gradients of memories, and those of the reconstruction that do not lead to the compression.
+
+    A gradient reaches the keys, values and probabilities of compressed slots, these themselves, and the convolutions.
+    """
+    stopped = self.transformer_xl.stopped_flops
+    if not self.is_learned:
+      return stopped
+    parts, heads = self.flops_breakdown("causal"), attention_width(self.level)
+    of_loss = self.num_layers * heads * (4 * self.width + 6 * self.context) / self.compression_rate
+    first_taps = self._taps()[0] if len(self._taps()) > 1 else 1
+    return stopped + 2 * parts["compression.loss"] - of_loss + 2 * self.num_layers * first_taps * self.width**2
+
+  @property
   def memory_traffic(self) -> MemoryTraffic:
     """Counts the Transformer-XL's and, where the compression is learned, what the reconstruction's loss compares."""
     scores, numbers = self.transformer_xl.memory_traffic

@@ -189,6 +189,14 @@ class ModelConfig(BlockOptions, abc.ABC):
   def flops_breakdown(self, attention: Attention) -> dict[str, float]:
     """Returns the forward operations per predicted byte, by parts such as `levels[0].weights` and `head`."""
 
+  @property
+  def stopped_flops(self) -> float:
+    """Operations per predicted byte that a backward pass has not, as gradients stop before them.
+
+    Without them, training is three times the forward pass.
+    """
+    return 0.0
+
   # --- Other sizes of the same model. ---
 
   @abc.abstractmethod

@@ -93,6 +93,16 @@ class TransformerXLConfig(OneLevel, ModelConfig):
     }
 
   @property
+  def stopped_flops(self) -> float:
+    """Counts the gradients of the memory, which its keys and values would give; their matrices do get theirs.
+
+    In pre-norm blocks they are made: the norm before the keys, whose scale is trained, needs them.
+    """
+    if self.norm_place == "pre":
+      return 0.0
+    return 4 * self.num_layers * self.width * attention_width(self.level) * self.memory_length / self.context
+
+  @property
   def memory_traffic(self) -> MemoryTraffic:
     """Counts scores of all slots, by content and by distance, and the memory with its keys and values."""
     slots, heads = self.context + self.memory_length, self.num_heads

@@ -120,11 +120,11 @@ class CompressiveTransformer(Recurrent):
       x_BT, _in_a_row(memory), dropout_key, keep=lambda h, slots: jax.lax.stop_gradient((h, self._use(slots)))
     )
     inputs_BLTD, use_BLS = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), (inputs_LBTD, use_LBS))
-    loss = jnp.float32(0)
+    loss, new_BLJD = jnp.float32(0), None
     if x_BT.shape[1] == self.config.context and self.config.is_learned:
       counts_BT = counted(x_BT, length_B) & (memory.filled_B >= self.config.memory_length)[:, None]
-      loss = self._reconstruction_loss(inputs_BLTD, memory.inputs_BLMD[:, :, : x_BT.shape[1]], counts_BT)
-    after = self._moved(memory, inputs_BLTD, use_BLS)
+      loss, new_BLJD = self._reconstruction(inputs_BLTD, memory.inputs_BLMD[:, :, : x_BT.shape[1]], counts_BT)
+    after = self._moved(memory, inputs_BLTD, use_BLS, new_BLJD)
     return h_BTD, after._replace(previous_B=x_BT[:, -1].astype(jnp.int32)), loss
 
   def output_logits(self, h: jax.Array) -> jax.Array:
@@ -147,8 +147,14 @@ class CompressiveTransformer(Recurrent):
     kind, rate = self.config.compression, self.config.compression_rate
     return jax.vmap(lambda old, use: compress_without_parameters(kind, old, use, rate), 1, 1)(old_BLTD, use_BLT)
 
-  def _moved(self, memory: Memory, inputs_BLTD: jax.Array, use_BLS: jax.Array | None) -> Memory:
-    """The end of Algorithm 1: the memory after a segment, given its layers' inputs and the attention to all slots."""
+  def _moved(
+    self, memory: Memory, inputs_BLTD: jax.Array, use_BLS: jax.Array | None, new_BLJD: jax.Array | None = None
+  ) -> Memory:
+    """The end of Algorithm 1: the memory after a segment, given its layers' inputs and the attention to all slots.
+
+    Args:
+      new_BLJD: new_cm, where it is known.
+    """
     config, T = self.config, inputs_BLTD.shape[2]
     C, M = config.compressed_length, config.memory_length
     filled_B, compressed_BLCD = filled_after(memory.filled_B, T, M), memory.compressed_BLCD
@@ -158,19 +164,22 @@ class CompressiveTransformer(Recurrent):
       use_BLT, use_BLM = use_BLM[:, :, :T], pushed(use_BLM, use_BLS[:, :, C + M :], axis=2)
     if config.context == T:
       is_full_B = memory.filled_B >= M
-      new_BLJD = jax.lax.stop_gradient(self._compressed(memory.inputs_BLMD[:, :, :T], use_BLT))
-      longer = pushed(compressed_BLCD, new_BLJD, axis=2)
+      if new_BLJD is None:
+        new_BLJD = self._compressed(memory.inputs_BLMD[:, :, :T], use_BLT)
+      longer = pushed(compressed_BLCD, jax.lax.stop_gradient(new_BLJD), axis=2)
       compressed_BLCD = jnp.where(is_full_B[:, None, None, None], longer, compressed_BLCD)
       both_B = filled_after(memory.filled_B, T // config.compression_rate, C + M)
       filled_B = jnp.where(is_full_B, both_B, filled_B)
     inputs_BLMD = pushed(memory.inputs_BLMD, inputs_BLTD, axis=2)
     return Memory(compressed_BLCD, inputs_BLMD, use_BLM, filled_B, memory.previous_B)
 
-  def _reconstruction_loss(self, inputs_BLTD: jax.Array, old_BLTD: jax.Array, counts_BT: jax.Array) -> jax.Array:
+  def _reconstruction(
+    self, inputs_BLTD: jax.Array, old_BLTD: jax.Array, counts_BT: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
     """Algorithm 2: the squared difference of what tokens read from old slots and from compressed ones.
 
     Returns:
-      Its mean over the heads' widths, summed over the layers and over the tokens that count.
+      Its mean over the heads' widths, summed over the layers and over the tokens that count; and new_cm, [B, L, J, D].
     """
     graph, blocks = nnx.split(self.transformer.blocks)
     compression_graph, compressions = nnx.split(self.compressions)
@@ -179,9 +188,10 @@ class CompressiveTransformer(Recurrent):
       of_block, compression, h_BTD, old_BTD = of_layer
       block: RelativeBlock = nnx.merge(graph, of_block)
       q_BTHK, (k, v) = block.queries(h_BTD), block.keys_values(old_BTD)
-      new_k, new_v = block.keys_values(nnx.merge(compression_graph, compression)(old_BTD))
+      new_BJD = nnx.merge(compression_graph, compression)(old_BTD)
+      new_k, new_v = block.keys_values(new_BJD)
       error_BTHK = _by_content(q_BTHK, k, v) - _by_content(q_BTHK, new_k, new_v)
-      return total + jnp.sum(jnp.where(counts_BT, jnp.mean(error_BTHK**2, axis=(2, 3)), 0.0)), None
+      return total + jnp.sum(jnp.where(counts_BT, jnp.mean(error_BTHK**2, axis=(2, 3)), 0.0)), new_BJD
 
     layers = (
       jax.lax.stop_gradient(blocks),
@@ -189,7 +199,8 @@ class CompressiveTransformer(Recurrent):
       *(jnp.moveaxis(jax.lax.stop_gradient(a), 1, 0) for a in (inputs_BLTD, old_BLTD)),
     )
     layer = rematerialised(layer, "full" if self.config.remat == "full" else "none", is_in_loop=True)
-    return jax.lax.scan(layer, jnp.float32(0), layers)[0]
+    loss, new_LBJD = jax.lax.scan(layer, jnp.float32(0), layers)
+    return loss, jnp.moveaxis(new_LBJD, 0, 1)
 
   # --- Decoding: see Recurrent. ---
 

@@ -3,7 +3,8 @@
 The counts of a family are methods of its config (config/), those of a level are in config/counts.py.
 
 A multiplication and its addition are two operations; norms, activations, softmax and look-ups are not counted.
-Training is three times the forward pass (backward does each product twice); recomputation is not counted.
+Training is three times the forward pass (backward does each product twice) without what stopped gradients save
+(`ModelConfig.stopped_flops`: in recurrent families alone); recomputation is not counted.
 
 `attention` says which products of queries with keys, and of probabilities with values, count:
 
@@ -56,7 +57,7 @@ def predicted_bytes(config: ModelConfig) -> int:
 def flops_per_byte(
   config: ModelConfig, context: int | None = None, attention: Attention = "causal", *, training: bool = False
 ) -> float:
-  """Returns the operations per predicted byte, of the forward pass or of a training step (3x).
+  """Returns the operations per predicted byte, of the forward pass or of a training step.
 
   Args:
     context: length of the input in bytes; None takes the model's. PerceiverAR predicts its last
@@ -65,8 +66,8 @@ def flops_per_byte(
   Raises:
     ConfigError: the model cannot have this context.
   """
-  total = sum(flops_breakdown(config, context, attention).values())
-  return total * (TRAINING_FACTOR if training else 1)
+  forward = sum(flops_breakdown(config, context, attention).values())
+  return TRAINING_FACTOR * forward - _of_context(config, context).stopped_flops if training else forward
 
 
 def flops_breakdown(
@@ -74,9 +75,11 @@ def flops_breakdown(
 ) -> dict[str, float]:
   """Returns the parts of `flops_per_byte` (forward) by name, such as `levels[0].weights` and `head`."""
   require(attention in ("causal", "dense", "whole"), f"attention is {attention!r}; choose 'causal', 'dense' or 'whole'")
-  if context is not None:
-    config = dataclasses.replace(config, context=context)
-  return config.flops_breakdown(attention)
+  return _of_context(config, context).flops_breakdown(attention)
+
+
+def _of_context(config: ModelConfig, context: int | None) -> ModelConfig:
+  return config if context is None else dataclasses.replace(config, context=context)
 
 
 def nominal_parameters(level: Level) -> float | None:

@@ -88,12 +88,14 @@ def bounds(
   chip, per_chip = hardware.tpu_chip(device), hardware.devices_per_chip(device)
   predicted = config.batch_size * flops.predicted_bytes(config.model)
   forward = flops.flops_per_byte(config.model) * predicted / devices / peak
+  counted = flops.flops_per_byte(config.model, training=step == "train") * predicted / devices / peak
+  again = passes(config, step) - (flops.TRAINING_FACTOR if step == "train" else 1)
   traffic = memory_traffic(config, devices, tensor, step)
   return Bounds(
-    compute=forward * passes(config, step),
+    compute=counted + forward * again,
     memory=traffic / (chip.memory_rate / per_chip),
     links=wire_bytes / (2 * chip.link_rate),
-    model_compute=forward * (flops.TRAINING_FACTOR if step == "train" else 1),
+    model_compute=counted,
     network=network_bytes / (chip.network_rate / per_chip) if chip.network_rate else 0.0,
   )
 

@@ -306,8 +306,7 @@ def test_counts_are_the_models(name):
   found = count_products.operations(read_one, p, jax.ShapeDtypeStruct((1, T), jnp.int32))
   heads, keys = counted.num_heads * counted.level.heads[1], counted.memory_length + counted.compressed_length + T
   of_distances = 2 * counted.num_layers * keys * counted.width * heads  # all rows share them
-  compressed_twice = T * flops.flops_breakdown(counted).get("compression.weights", 0)  # in the loss, too
-  expected = T * flops.flops_per_byte(counted, attention="dense") + of_distances + compressed_twice
+  expected = T * flops.flops_per_byte(counted, attention="dense") + of_distances
   assert found == pytest.approx(expected, rel=1e-9)
 
 

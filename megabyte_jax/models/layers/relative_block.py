@@ -127,7 +127,9 @@ class RelativeBlock(nnx.Module):
     Returns:
       The residual stream after it; and the keys, values and use of all slots.
     """
-    q, (k, v) = self.queries(x_BTD), self.keys_values(jnp.concatenate([earlier_BED, x_BTD], axis=1))
+    q, own = self.queries(x_BTD), self.keys_values(x_BTD)
+    # The two apart, so that no gradient of a memory is made that nobody takes.
+    k, v = (jnp.concatenate(pair, axis=1) for pair in zip(self.keys_values(earlier_BED), own, strict=True))
     u_HK, v_HK = self._offsets(offsets, q.dtype)
     r_SHK = self.distance(R_SD)
     product = {"preferred_element_type": jnp.float32}
