@@ -34,7 +34,7 @@ from megabyte_jax.data.sources import Source
 from megabyte_jax.data.subwords.source import check_vocabulary, token_lengths, with_checksum
 from megabyte_jax.display import plots
 from megabyte_jax.display.metrics import Metrics
-from megabyte_jax.display.trackers import Tracker
+from megabyte_jax.display.trackers import Tracker, check_tracker
 from megabyte_jax.errors import CheckpointError, PlotError, require
 from megabyte_jax.evaluation import report, windows
 from megabyte_jax.evaluation.evaluate import evaluate, make_eval_step
@@ -75,6 +75,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
     inside = inside_source(workdir, getattr(config.data, split))
     require(not inside, f"--workdir={workdir} lies within the data {inside}, and would change them; take another place")
   windows.check_method(config.model, config.eval.method)
+  check_tracker(config.tracker)
   source = open_source(config.data, "train")
   check_vocabulary(source, config.model.vocab_size)
   validation = open_source(config.data, "validation") if config.data.validation else None

@@ -43,6 +43,12 @@ class _Sink(Protocol):
     ...
 
 
+def check_tracker(name: str) -> None:
+  """Raises ConfigError where the package of config.tracker is not installed; a run can say so before it begins."""
+  if name:
+    _import(name)
+
+
 class Tracker:
   """Passes numbers and pictures on; a context manager, and nothing at all where config.tracker is empty.
 

@@ -8,6 +8,7 @@ import pytest
 import tiny_config
 from fake_trackers import FakeMlflow, FakeWandb
 
+import train
 from megabyte_jax.config import Config
 from megabyte_jax.display.metrics import Metrics
 from megabyte_jax.display.trackers import Tracker
@@ -114,4 +115,5 @@ def test_what_cannot_be_opened_is_one_line(wandb, tmp_path, monkeypatch):
     Tracker(tracked("wandb"), str(tmp_path))
   monkeypatch.setitem(sys.modules, "mlflow", None)
   with pytest.raises(ConfigError, match=r"needs mlflow, which is not installed: pip install -e \"\.\[mlflow\]\"$"):
-    Tracker(tracked("mlflow"), str(tmp_path / "x"))
+    train.train(tracked("mlflow"), str(tmp_path / "x"))
+  assert not (tmp_path / "x").exists()  # said before anything is written
