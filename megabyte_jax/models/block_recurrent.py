@@ -21,13 +21,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from megabyte_jax.config import BlockRecurrentConfig
-from megabyte_jax.models.layers.memory import emptied, filled_after
+from megabyte_jax.models.layers.memory import filled_after
 from megabyte_jax.models.layers.recurrent_cell import Cell, TokenLayer
 from megabyte_jax.models.layers.stack import rematerialised
 from megabyte_jax.models.layers.token_embedder import TokenEmbedder
 from megabyte_jax.models.layers.unit_attention import attend, bias_by_distance, in_windows
 from megabyte_jax.models.parameters import compute_dtype, make_layers, make_norm
-from megabyte_jax.models.patch_embedder import check_input
 from megabyte_jax.models.recurrent import Recurrent
 from megabyte_jax.parallel.activation_layout import BATCH, lay_out
 from megabyte_jax.parallel.backend import platform
@@ -101,18 +100,15 @@ class BlockRecurrent(Recurrent):
     memory: Memory,
     x_BT: jax.Array,
     *,
-    fresh_B: jax.Array | None = None,
     length_B: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
   ) -> tuple[jax.Array, Memory, jax.Array]:
     """Reads the next segment of each row; see `Recurrent`. One that is not whole windows is its documents' last."""
-    check_input(x_BT, self.config.context, self.config.vocab_size)
-    (B, T), W = x_BT.shape, self.config.window
-    memory = emptied(jax.lax.stop_gradient(memory), self.empty_memory(B), fresh_B)
+    T, W = x_BT.shape[1], self.config.window
     past, filled_B, states_BCSD = self._before(memory)
     x_BNWD = self._inputs(x_BT, memory.previous_B)
     x_BNWD, kept, states_BCSD = self._layers(x_BNWD, past, filled_B, states_BCSD, dropout_key)
-    h_BTD = self.norm(x_BNWD).reshape(B, -1, x_BNWD.shape[-1])[:, :T]
+    h_BTD = self.norm(x_BNWD).reshape(len(x_BT), -1, x_BNWD.shape[-1])[:, :T]
     k_BLWHK, v_BLWHK = (a.swapaxes(0, 1) for a in kept)
     after = Memory(x_BT[:, -1].astype(jnp.int32), filled_after(filled_B, T, W), k_BLWHK, v_BLWHK, states_BCSD)
     return h_BTD, after, jnp.float32(0)

@@ -29,11 +29,10 @@ from megabyte_jax.config.compressive_transformer import CompressiveTransformerCo
 from megabyte_jax.models import transformer_xl
 from megabyte_jax.models.family import counted
 from megabyte_jax.models.layers.compression import LearnedCompression, compress_without_parameters
-from megabyte_jax.models.layers.memory import emptied, filled_after, pushed
+from megabyte_jax.models.layers.memory import filled_after, pushed
 from megabyte_jax.models.layers.relative_block import RelativeBlock, SlotsOfBlock
 from megabyte_jax.models.layers.stack import rematerialised
 from megabyte_jax.models.parameters import compute_dtype, make_layers
-from megabyte_jax.models.patch_embedder import check_input
 from megabyte_jax.models.recurrent import Recurrent
 
 
@@ -106,7 +105,6 @@ class CompressiveTransformer(Recurrent):
     memory: Memory,
     x_BT: jax.Array,
     *,
-    fresh_B: jax.Array | None = None,
     length_B: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
   ) -> tuple[jax.Array, Memory, jax.Array]:
@@ -114,8 +112,6 @@ class CompressiveTransformer(Recurrent):
 
     A segment shorter than the context is its document's last: nothing is compressed after it.
     """
-    check_input(x_BT, self.config.context, self.config.vocab_size)
-    memory = emptied(jax.lax.stop_gradient(memory), self.empty_memory(x_BT.shape[0]), fresh_B)
     h_BTD, (inputs_LBTD, use_LBS) = self.transformer.run_layers(
       x_BT, _in_a_row(memory), dropout_key, keep=lambda h, slots: jax.lax.stop_gradient((h, self._use(slots)))
     )

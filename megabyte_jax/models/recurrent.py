@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from megabyte_jax.models.family import Model, Pick, counted
 from megabyte_jax.models.layers.cross_entropy import nats_of_outputs
+from megabyte_jax.models.layers.memory import emptied
 from megabyte_jax.models.patch_embedder import check_input
 
 
@@ -41,20 +42,30 @@ class Recurrent(Model):
     memory: Any,
     x_BT: jax.Array,
     *,
-    fresh_B: jax.Array | None = None,
     length_B: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
   ) -> tuple[jax.Array, Any, jax.Array]:
-    """Returns what `Model.segment` does, with the last layer's normed outputs [B, T, D] instead of logits."""
+    """Returns what `Model.segment` does, with the last layer's normed outputs [B, T, D] instead of logits.
+
+    The memory is emptied already where a document begins, and is a constant; the tokens have been looked at.
+    """
     raise NotImplementedError
 
   def output_logits(self, h: jax.Array) -> jax.Array:
     """Returns the float32 logits [..., V] of such outputs [..., D]."""
     raise NotImplementedError
 
+  def _outputs(
+    self, memory: Any, x_BT: jax.Array, fresh_B: jax.Array | None = None, **options: Any
+  ) -> tuple[jax.Array, Any, jax.Array]:
+    """Looks at the tokens, empties memories where documents begin, and stops gradients before `segment_outputs`."""
+    check_input(x_BT, self.config.context, self.config.vocab_size)
+    memory = emptied(jax.lax.stop_gradient(memory), self.empty_memory(x_BT.shape[0]), fresh_B)
+    return self.segment_outputs(memory, x_BT, **options)
+
   def segment(self, memory: Any, x_BT: jax.Array, **options: Any) -> tuple[jax.Array, Any, jax.Array]:
     """Reads the next segment of each row; see `Model.segment`."""
-    h_BTD, memory, extra = self.segment_outputs(memory, x_BT, **options)
+    h_BTD, memory, extra = self._outputs(memory, x_BT, **options)
     return self.output_logits(h_BTD), memory, extra
 
   def segment_nats(
@@ -64,7 +75,7 @@ class Recurrent(Model):
 
     Logits of large vocabularies are never in memory together; see `nats_of_outputs`.
     """
-    h_BTD, memory, extra = self.segment_outputs(memory, x_BT, length_B=length_B, **options)
+    h_BTD, memory, extra = self._outputs(memory, x_BT, length_B=length_B, **options)
     scored_BT = counted(x_BT, length_B)
     nats_BT = nats_of_outputs(self.output_logits, h_BTD, x_BT, self.config.vocab_size)
     return jnp.where(scored_BT, nats_BT, 0.0), scored_BT, memory, extra

@@ -29,12 +29,11 @@ from jax.sharding import PartitionSpec as P
 
 from megabyte_jax.config import TransformerXLConfig
 from megabyte_jax.models.layers.dropout import dropout
-from megabyte_jax.models.layers.memory import emptied, filled_after, filled_slots, pushed
+from megabyte_jax.models.layers.memory import filled_after, filled_slots, pushed
 from megabyte_jax.models.layers.relative_block import Offsets, RelativeBlock, SlotsOfBlock, make_offsets, sinusoids
 from megabyte_jax.models.layers.stack import rematerialised
 from megabyte_jax.models.layers.token_embedder import TokenEmbedder
 from megabyte_jax.models.parameters import compute_dtype, make_layers, make_norm
-from megabyte_jax.models.patch_embedder import check_input
 from megabyte_jax.models.recurrent import Recurrent
 from megabyte_jax.parallel.activation_layout import BATCH, lay_out
 from megabyte_jax.parallel.backend import platform
@@ -89,14 +88,11 @@ class TransformerXL(Recurrent):
     memory: Memory,
     x_BT: jax.Array,
     *,
-    fresh_B: jax.Array | None = None,
     length_B: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
   ) -> tuple[jax.Array, Memory, jax.Array]:
     """Reads the next segment of each row; see `Recurrent`. There is no loss of its own."""
-    check_input(x_BT, self.config.context, self.config.vocab_size)
     T, M = x_BT.shape[1], memory.inputs_BLMD.shape[2]
-    memory = emptied(jax.lax.stop_gradient(memory), self.empty_memory(x_BT.shape[0]), fresh_B)
     h_BTD, inputs_LBTD = self.run_layers(x_BT, memory, dropout_key, keep=lambda h, slots: jax.lax.stop_gradient(h))
     inputs_BLMD = pushed(memory.inputs_BLMD, jnp.moveaxis(inputs_LBTD, 0, 1), axis=2)
     after = Memory(inputs_BLMD, filled_after(memory.filled_B, T, M), x_BT[:, -1].astype(jnp.int32))
