@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TextIO
 
 from megabyte_jax.errors import ConfigError, require
+from megabyte_jax.files.atomic_file import remove_temporaries
 from megabyte_jax.parallel.rendezvous import meet
 
 START_SECONDS = 300
@@ -113,6 +114,7 @@ def end(code: int, *, at_once: bool = False) -> NoReturn:
   with contextlib.suppress(OSError, RuntimeError):  # nobody reads any more, or a signal came in the middle of a line
     sys.stdout.flush()
     sys.stderr.flush()
+  remove_temporaries()  # no exception does so here
   os._exit(code)
 
 
@@ -173,6 +175,7 @@ def _end_at_second_interrupt() -> None:
     while interrupts < 2:
       interrupts += os.read(heard, 64).count(signal.SIGINT)
     os.write(2, b"interrupted\n")
+    remove_temporaries()
     os._exit(130)
 
   threading.Thread(target=listen, daemon=True).start()

@@ -49,10 +49,12 @@ HALF_WRITTEN = """
 import os, pathlib, signal, sys, time
 from megabyte_jax.commands import command_line, stopping
 from megabyte_jax.files.atomic_file import removed_at_the_end, replacing
+from megabyte_jax.parallel import distributed
 from etils import epath
 
 number, deaf = map(int, sys.argv[1:])
-signal.signal(number, signal.SIG_DFL)
+if number:
+  signal.signal(number, signal.SIG_DFL)
 stopping._PATIENCE = 0.1
 
 def main():
@@ -62,6 +64,8 @@ def main():
     assert len(os.listdir()) == 2
     while True:
       try:
+        if not number:
+          distributed.end(0, at_once=True)  # as the signals of a run whose last step is saved
         os.kill(os.getpid(), number)
         time.sleep(20)
       except KeyboardInterrupt:
@@ -80,6 +84,7 @@ command_line.run(main)
     (signal.SIGTERM, False, -signal.SIGTERM),
     (signal.SIGHUP, False, -signal.SIGHUP),
     (signal.SIGTERM, True, 128 + signal.SIGTERM),
+    (0, False, 0),
   ],
 )
 def test_what_is_half_written_is_removed(tmp_path, number, deaf, code):
