@@ -25,6 +25,7 @@ from megabyte_jax.data.file_handles import Handles, require_descriptor
 from megabyte_jax.data.files import fingerprint_files, sizes_of
 from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.media.image_source import Images
+from megabyte_jax.data.records.store import Numbered
 from megabyte_jax.data.shared_cache import SharedCache
 from megabyte_jax.data.sources import SKIP_HINT, Source, check_range
 from megabyte_jax.errors import ConfigError, DataError, require
@@ -178,7 +179,7 @@ class Records:
     self._shards = builder.info.splits[split].file_instructions
     self._ends = list(itertools.accumulate(shard.take for shard in self._shards))
     self._reader = Handles(functools.partial(_open_shard, self._shards))
-    self.names = _Numbered(spec, self._ends[-1])
+    self.names = Numbered([spec], [self._ends[-1]])
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -263,18 +264,3 @@ class Texts:
     """Reads bytes; see `Source`."""
     check_range(self, document, start, stop)
     return np.frombuffer(self._text(int(self._kept[document])), np.uint8)[start:stop].copy()
-
-
-class _Numbered(Sequence[str]):
-  """spec[0], spec[1], ... without a list of millions of strings."""
-
-  def __init__(self, spec: str, count: int):
-    self._spec, self._count = spec, count
-
-  def __len__(self) -> int:
-    return self._count
-
-  def __getitem__(self, i):
-    if not 0 <= i < self._count:
-      raise IndexError(i)
-    return f"{self._spec}[{i}]"
