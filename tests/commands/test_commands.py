@@ -27,6 +27,8 @@ def test_commands_are_listed_with_one_line_each(monkeypatch, capsys):
     "arguments",
     "command_line",
     "scripts",
+    "stopping",
+    "strict_settings",
   }
 
 

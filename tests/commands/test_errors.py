@@ -143,7 +143,7 @@ CASES = {
   "misspelt field": (
     ["train.py", "--config=FOLDER/misspelt.py"],
     2,
-    r"keyword argument 'widht' \(FOLDER/misspelt\.py, line 4\)$",
+    r"keyword argument 'widht'(\. Did you mean 'width'\?)? \(FOLDER/misspelt\.py, line 4\)$",  # from Python 3.13 on
   ),
   "impossible value": (["train.py", TINY, "--config.batch_size=0"], 1, r"batch_size is 0; it must be at least 1"),
   "mesh": (["train.py", TINY, "--config.mesh.data=3"], 1, r"does not fit 1 devices: the sizes must multiply to 1"),
