@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test, and programs compiled with little effort, asked for before JAX starts."""
 
 import atexit
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -19,6 +20,8 @@ _jaxlib = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:3]))
 _has_emitters_flag = _quick and _jaxlib <= (0, 11, 0)
 if _has_emitters_flag and not any(EMITTERS in flag for flag in _flags):
   _flags.append(f"--{EMITTERS}=false")
+if _quick:  # each program in one piece: threads that share its compilation would only take turns
+  _flags.append("--xla_cpu_parallel_codegen_split_count=1")
 if "cuda" in os.environ["JAX_PLATFORMS"]:  # of float32 products in full precision it would try out kernels for minutes
   _flags.append("--xla_gpu_enable_triton_gemm=false")
 os.environ["XLA_FLAGS"] = " ".join(_flags)
@@ -36,6 +39,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+gc.freeze()  # the modules stay; tracing makes many objects, and each look for garbage would go through them all
+gc.set_threshold(100_000, 20, 50)
 
 jax.config.update("jax_disable_most_optimizations", _quick)
 

@@ -32,9 +32,13 @@ def write_data(folder):
   return folder
 
 
+# How programs are compiled here, but not for how many devices: a command has one, as most people have.
+XLA_FLAGS = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
+
+
 def environment(fresh=False):
-  """One device, as most people have; `fresh`: without the programs that other tests have compiled."""
-  variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  """Variables of a command that a person starts; `fresh`: without the programs that other tests have compiled."""
+  variables = os.environ | {"XLA_FLAGS": XLA_FLAGS}
   variables["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(jax.config.values["jax_disable_most_optimizations"])  # as here
   return variables | ({"JAX_ENABLE_COMPILATION_CACHE": "false"} if fresh else {})
 
@@ -61,6 +65,7 @@ from megabyte_jax.commands import command_line
 from megabyte_jax.display import metrics
 from megabyte_jax.evaluation import evaluate, report
 from megabyte_jax.data import batches, files
+import matplotlib.backends.backend_agg, matplotlib.figure
 sys.path.insert(0, os.getcwd())
 for name, (arguments, variables) in json.load(sys.stdin).items():
   child = os.fork()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from processes import free_port
 from record_files import write_parquet
-from run_commands import ROOT, run_each
+from run_commands import ROOT, XLA_FLAGS, run_each
 
 from megabyte_jax.commands.train import parse_arguments
 from megabyte_jax.config import Config
@@ -235,6 +235,8 @@ def small(command: str, more: list[str], folder: pathlib.Path) -> tuple[list[str
   command = command.replace("$i ", "0 ").replace("${rates[i]}", "9e-4").replace("$rate ", "9e-4 ")
   words = shlex.split(re.sub(r" \S+=(HOST:PORT|N|I)\b| \.\.\.$", "", command))
   variables = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"} | dict(w.split("=", 1) for w in words[: words.index("python")])
+  if "XLA_FLAGS" in variables:
+    variables["XLA_FLAGS"] += " " + XLA_FLAGS
   given = words[words.index("python") + 1 :]
   replaced = {argument.partition("=")[0] for argument in more}
   arguments = [*(argument for argument in given if argument.partition("=")[0] not in replaced), *more]
