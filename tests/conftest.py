@@ -20,8 +20,9 @@ _jaxlib = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:3]))
 _has_emitters_flag = _quick and _jaxlib <= (0, 11, 0)
 if _has_emitters_flag and not any(EMITTERS in flag for flag in _flags):
   _flags.append(f"--{EMITTERS}=false")
-if _quick:  # each program in one piece: threads that share its compilation would only take turns
-  _flags.append("--xla_cpu_parallel_codegen_split_count=1")
+ONE_PIECE = "--xla_cpu_parallel_codegen_split_count=1"  # threads that share a program's compilation would take turns
+if _quick and ONE_PIECE not in _flags:  # xdist's workers have it from the process that starts them
+  _flags.append(ONE_PIECE)
 if "cuda" in os.environ["JAX_PLATFORMS"]:  # of float32 products in full precision it would try out kernels for minutes
   _flags.append("--xla_gpu_enable_triton_gemm=false")
 os.environ["XLA_FLAGS"] = " ".join(_flags)

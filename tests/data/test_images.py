@@ -319,3 +319,12 @@ def test_an_image_without_its_palette_is_not_taken_for_a_grey_one():
   stop = place + 12 + int.from_bytes(data[place : place + 4], "big")
   with pytest.raises(DataError, match="its palette is missing"):
     image_decoding.open_image(data[:place] + data[stop:], "x")
+
+
+def test_the_orientation_in_exif_is_not_applied():
+  image = random_image(2, 3)
+  turned = Image.Exif()
+  turned[0x0112] = 6  # a quarter turn
+  with io.BytesIO() as out:
+    Image.fromarray(image).save(out, "PNG", exif=turned)
+    np.testing.assert_array_equal(np.asarray(image_decoding.open_image(out.getvalue(), "x")), image)
