@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> str:
   Returns:
     The last line that it prints, one JSON object; '' in all but one of several processes.
   """
-  distributed.start_from_arguments(args)
+  distributed.start_from_arguments(args, agree_on_sigterm=False)  # nothing is saved that could be resumed
   keep_compiled_programs()
   config = with_options(load_config(args.workdir), args)
   mesh = evaluation_mesh(config.mesh)

@@ -45,7 +45,12 @@ class Place:
 
 
 def start(
-  coordinator: str = "", num_processes: int = 0, process_id: int = -1, start_timeout: float = START_SECONDS
+  coordinator: str = "",
+  num_processes: int = 0,
+  process_id: int = -1,
+  start_timeout: float = START_SECONDS,
+  *,
+  agree_on_sigterm: bool = True,
 ) -> None:
   """Joins the other processes of this run, if there are any; call it before anything else touches a device.
 
@@ -55,6 +60,8 @@ def start(
     coordinator: HOST:PORT of process 0; empty looks into the environment.
     num_processes, process_id: 0 and -1 look into the environment.
     start_timeout: seconds to wait for the others.
+    agree_on_sigterm: JAX hears SIGTERM, which ends nothing, and tells all at which step to stop; else SIGTERM does what
+      it does in a command of one process.
 
   Raises:
     ConfigError: what was given does not fit together, or somebody stayed away.
@@ -72,6 +79,7 @@ def start(
     return
   if place.count > 1:
     meet(place.coordinator, place.count, place.process, timeout=start_timeout)
+  jax.config.update("jax_enable_preemption_service", agree_on_sigterm)
   jax.distributed.initialize(
     place.coordinator,
     place.count,
@@ -300,6 +308,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
 
 
-def start_from_arguments(args: argparse.Namespace) -> None:
+def start_from_arguments(args: argparse.Namespace, *, agree_on_sigterm: bool = True) -> None:
   """Calls `start` with what `add_arguments` read."""
-  start(args.coordinator, args.num_processes, args.process_id, args.start_timeout)
+  start(args.coordinator, args.num_processes, args.process_id, args.start_timeout, agree_on_sigterm=agree_on_sigterm)

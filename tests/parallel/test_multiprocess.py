@@ -171,6 +171,20 @@ def test_eval_as_two_processes(two, folder):
   assert "bpb" not in output[1]
 
 
+def test_sigterm_ends_an_evaluation(two, folder):
+  """As schedulers send it, to all. None may go on as if it had not heard it."""
+  per_byte = folder / "ended.npy"
+  arguments = ["eval.py", f"--workdir={two[0]}", "--step=12", f"--per-byte-out={per_byte}"]
+  with Processes(2, 4, *arguments) as processes:
+    processes.wait_for("process 1 of 2 on", process=1)
+    processes.wait_for("process 0 of 2 on")
+    for process in processes.running:
+      process.send_signal(signal.SIGTERM)
+    processes.finish(good=False)
+  assert {process.returncode for process in processes.running} <= {-signal.SIGTERM, 128 + signal.SIGTERM}
+  assert not [path for path in folder.iterdir() if "ended" in path.name]
+
+
 @pytest.mark.slow
 def test_a_second_interrupt_ends_a_process_that_waits_for_another(folder):
   """The other is halted in the middle of training, so that the first cannot even act on the first interrupt."""
