@@ -238,7 +238,7 @@ def test_output_outlives_a_full_disk():
 
 def test_arguments(monkeypatch):
   given = []
-  monkeypatch.setattr(distributed, "start", lambda *place: given.append(place))
+  monkeypatch.setattr(distributed, "start", lambda *place, **options: given.append(place))
   parser = Parser("python test.py")
   distributed.add_arguments(parser)
   distributed.start_from_arguments(parser.parse_args([]))
