@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from run_commands import ROOT
+from run_commands import ROOT, XLA_FLAGS
 
 
 @pytest.mark.parametrize("steps", [3, pytest.param(300, marks=pytest.mark.slow)])
@@ -23,8 +23,7 @@ def test_the_tutorial_runs(tmp_path, steps):
   environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
   environment |= {"MPLBACKEND": "agg", "PYTHONPATH": str(ROOT)}
   if steps < 300:
-    quick = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]  # see conftest.py
-    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "XLA_FLAGS": " ".join(quick)}
+    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "XLA_FLAGS": XLA_FLAGS}
   done = subprocess.run(
     [sys.executable, script], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
   )

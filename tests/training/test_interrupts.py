@@ -58,7 +58,7 @@ if number:
 stopping._PATIENCE = 0.1
 
 def main():
-  with replacing("out") as path, removed_at_the_end(epath.Path("folder.tmp")) as _:
+  with replacing("out") as path, removed_at_the_end(epath.Path("folder.tmp")):
     path.write_text("half")
     os.mkdir("folder.tmp")
     assert len(os.listdir()) == 2
