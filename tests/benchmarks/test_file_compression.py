@@ -4,6 +4,7 @@ import pathlib
 import sys
 
 import jax
+import pytest
 from run_commands import ROOT
 
 from megabyte_jax.checkpoints.exported import export_model
@@ -14,6 +15,7 @@ sys.path.insert(0, str(pathlib.Path(ROOT) / "benchmarks"))
 import file_compression as benchmark
 
 
+@pytest.mark.slow
 def test_files_are_compressed_checked_and_compared(tmp_path, capsys):
   levels = (
     Level(patch_size=4, width=32, num_layers=1, num_heads=2),

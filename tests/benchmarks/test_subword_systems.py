@@ -50,6 +50,7 @@ def results(tmp_path_factory):
   return output
 
 
+@pytest.mark.slow
 def test_figures_are_of_the_texts_bytes(results):
   [entry] = json.loads(results.read_text())["rows"]
   assert entry["row"] == "table3:subword_transformer"
@@ -77,6 +78,7 @@ def test_all_systems_get_equal_flops(changes):
     assert config.data.form != "subwords" or config.model.vocab_size == PIECES
 
 
+@pytest.mark.slow
 def test_tables_show_them_beside_the_papers(results):
   found = measured.from_results(results.parent, pathlib.Path(results.parent))
   rows = {row["row"]: row for row in tables.describe("3", found)["rows"]}

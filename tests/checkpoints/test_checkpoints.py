@@ -284,6 +284,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle_of_a_save(tmp_path, capfd):
   env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
   wanted = {str(i): jax.ShapeDtypeStruct((300, 300), jnp.float32) for i in range(12)}

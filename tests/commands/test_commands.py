@@ -208,6 +208,7 @@ assert sys.unraisablehook is hook and signal.getsignal(signal.SIGINT) is handler
 """
 
 
+@pytest.mark.slow
 def test_a_notebook_runs_and_imports_train_again_and_again(tmp_path):
   """Mistakes are ordinary exceptions there, not the end of the process."""
   done = subprocess.run(

@@ -192,6 +192,7 @@ def test_escapes_in_stop(text, expected):
   assert command.stop_bytes(text) == expected
 
 
+@pytest.mark.slow
 def test_output_that_nobody_reads(text_run, tmp_path):
   """Standard output is closed, as with `>&-`: bytes are lost, a file that is written is whole, and nothing is said."""
   for arguments in ([], [f"--output={tmp_path / 'x'}"]):

@@ -40,6 +40,7 @@ def command(monkeypatch, capsys, *arguments):
   return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_commands_and_the_evaluation_agree_within_a_percent(workdir, monkeypatch, capsys):
   text, packed, back = (workdir.parent / name for name in ("long.txt", "long.mz", "back.txt"))
   said = command(monkeypatch, capsys, text, packed, "--workdir", workdir, "--batch-size=512", "--no-adapt")

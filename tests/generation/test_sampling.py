@@ -139,7 +139,11 @@ def test_decoding_on_a_mesh_moves_activations_and_no_parameters():
 
 @pytest.mark.parametrize(
   ("name", "axes"),
-  [("levels", {"data": 1}), ("cross_patch", {"data": 2, "fsdp": 2, "tensor": 2}), ("perceiver_ar", {"data": 1})],
+  [
+    pytest.param("levels", {"data": 1}, marks=pytest.mark.slow),
+    ("cross_patch", {"data": 2, "fsdp": 2, "tensor": 2}),
+    ("perceiver_ar", {"data": 1}),
+  ],
   ids=str,
 )
 def test_decoding_copies_no_cache_as_a_whole(full_compile, name, axes):

@@ -235,6 +235,7 @@ def flat(tree):
   return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
+@pytest.mark.slow
 def test_remat_and_scan_change_the_program_and_not_the_gradients():
   key, (plain, products) = jax.random.key(0), loss_and_gradient()
   loss, gradient = plain(small_parameters(), key)
@@ -247,6 +248,7 @@ def test_remat_and_scan_change_the_program_and_not_the_gradients():
   assert again == loss and abs(other - loss) > 0.01  # dropout is a function of the key
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32():
   key = jax.random.key(0)
   exact, gradient = loss_and_gradient()[0](small_parameters(), key)

@@ -235,6 +235,7 @@ def flat(tree):
   return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
+@pytest.mark.slow
 def test_remat_scans_dropout_and_bfloat16():
   p, key, dropping = parameters("convolution"), jax.random.key(0), {"dropout": 0.2, "attention_dropout": 0.1}
   plain, products = gradient_of_both(**dropping)

@@ -119,9 +119,11 @@ MODELS = {
 @pytest.mark.parametrize(
   "name,rows",
   [
-    ("levels", 1),
     ("levels", 3),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("cross_patch", 1), ("cross_patch", 3), ("window", 1))),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (("levels", 1), ("cross_patch", 1), ("cross_patch", 3), ("window", 1))
+    ),
   ],
 )
 def test_a_step_with_kernels_gives_the_logits_of_the_full_forward_pass(monkeypatch, name, rows):

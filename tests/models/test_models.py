@@ -67,6 +67,7 @@ def test_initial_parameters_are_a_cut_normal(family):
   assert {"kernel", "table", "positions", "pad"} <= seen
 
 
+@pytest.mark.slow
 def test_balanced_parents_start_as_large_as_the_embeddings_that_they_are_added_to():
   levels = (
     Level(patch_size=8, width=512, num_layers=1, num_heads=4),
@@ -171,12 +172,13 @@ def test_every_layer_draws_its_own_dropout(monkeypatch):
   drawn, random_bits = [], dropout.random_bits
 
   def recording(key, *arguments):
-    drawn.append(tuple(jax.random.key_data(key).tolist()))
+    jax.debug.callback(lambda data: drawn.append(tuple(data.tolist())), jax.random.key_data(key))  # in each layer
     return random_bits(key, *arguments)
 
   monkeypatch.setattr(dropout, "random_bits", recording)
-  with jax.disable_jit():  # so that keys have values and the scan over layers runs layer by layer
-    nnx.merge(graph, parameters)(jnp.asarray(variants.random_bytes(name, 1)[:, :4]), dropout_key=jax.random.key(4))
+  x_BT = jnp.asarray(variants.random_bytes(name, 1)[:, :4])
+  jax.jit(lambda parameters: nnx.merge(graph, parameters)(x_BT, dropout_key=jax.random.key(4)))(parameters)
+  jax.effects_barrier()
   assert len(drawn) == 3 * sum(level.num_layers for level in variants.VARIANTS[name].levels)
   assert len(set(drawn)) == len(drawn)
 
@@ -224,6 +226,7 @@ def test_remat_and_scan_change_neither_loss_nor_gradients():
     assert ("unroll=1\n" in str(traced.jaxpr)) == (o["scan_layers"] == "always")
 
 
+@pytest.mark.slow
 def test_remat_holds_for_perceiver_ars_cross_attention(capsys):
   """Its weights of 5 latents over 23 bytes are kept for the backward pass without it alone."""
   config = PerceiverARConfig(context=23, latents=5, width=8, num_layers=1, num_heads=2, dropout=0.0)

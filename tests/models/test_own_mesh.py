@@ -54,6 +54,7 @@ def test_nats_are_the_same_on_it(config):
     np.testing.assert_allclose(jax.jit(mapped)(parameters, x_BT), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_generation_is_the_same_on_it():
   graph, parameters = build(MEGABYTE)
   expected = generate(nnx.merge(graph, parameters), b"abc", 20, num_samples=3).bytes_

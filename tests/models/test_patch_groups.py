@@ -36,8 +36,8 @@ def random_bytes(rows=3, length=48):
 CASES = [
   (TWO, 3, {}, 48),
   pytest.param(TWO, 12, {}, 37, marks=pytest.mark.slow),  # as many groups as patches; two lack patches
-  (TWO, 4, {"span": 16}, 37),
-  (THREE, 2, {}, 48),
+  pytest.param(TWO, 4, {"span": 16}, 37, marks=pytest.mark.slow),
+  pytest.param(THREE, 2, {}, 48, marks=pytest.mark.slow),
   pytest.param(COARSE, 5, {}, 3, marks=pytest.mark.slow),  # more groups than patches
 ]
 

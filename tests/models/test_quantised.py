@@ -150,7 +150,7 @@ def test_the_loop_over_bytes_reads_eight_bits():
     assert set(re.findall(rf"\b(\w+)\[{','.join(map(str, shape))}\]", text)) == {"s8"}, shape
 
 
-@pytest.mark.parametrize("way", ["in one kernel", "layer by layer"])
+@pytest.mark.parametrize("way", [pytest.param("in one kernel", marks=pytest.mark.slow), "layer by layer"])
 def test_kernels_take_eight_bits(way):
   """Interpreted, in float32: what the plain step makes of the same weights."""
   level = Level(patch_size=1, width=64, num_layers=2, num_heads=4, ff_width=128)

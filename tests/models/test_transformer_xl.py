@@ -171,6 +171,7 @@ def test_flops_are_those_of_the_products(name):
   ]
 
 
+@pytest.mark.slow
 def test_remat_scans_bfloat16_and_dropout():
   _, memory = compiled("original")(TOKENS[None, :8])
 

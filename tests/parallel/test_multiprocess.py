@@ -139,6 +139,7 @@ def test_a_joint_checkpoint_goes_from_mesh_to_mesh(two, tmp_path):
       checkpoints.save(12, restored.params, restored.opt_state, restored.meta)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_at_one_step_and_they_resume_exactly(two, folder):
   """The signal comes before the first step, so that it is heard within the few there are."""
   arguments = ["train.py", *flags(folder, "stopped")]

@@ -115,6 +115,7 @@ def test_convolutional_encoder_permutes_once_a_layer():
   assert found == {**GATHERS, **PATCH_SHIFT, **halos}
 
 
+@pytest.mark.slow
 def test_backward_adds_transposes_and_the_parameters_all_reduce():
   r = 3
   config = model(r=r)
@@ -134,6 +135,7 @@ def test_backward_adds_transposes_and_the_parameters_all_reduce():
   assert summed == pytest.approx(keys_and_values + sum(4 * p.size for p in parameters), rel=0.15)
 
 
+@pytest.mark.slow
 def test_a_training_step_leaves_the_state_where_it_was():
   """Otherwise the second step is compiled again, for other shardings."""
   config = Config(model=model(), batch_size=1, num_steps=2, mesh=MeshConfig(data=1, seq=DEVICES))

@@ -139,6 +139,9 @@ RUN_HERE = {
     "--workdir=runs/flag3",
   ],
 }
+# Those of RUN_HERE that a slow test runs, as other tests do nearly the same: in this order, after the others.
+_SLOW = re.compile(r"--init_from=|runs/mine|image64|LICENSE|runs/text\.|runs/sharded|runs/a\b|XLA_FLAGS|--coordinator")
+RUN_SLOWLY = [command for command in RUN_HERE if _SLOW.search(command)]
 # Command, or its beginning: the file whose tests run it, or which is itself run, and what must be found there.
 # Those of benchmarks are slow tests, which .ci/slow runs and .ci/run does not.
 RUN_BY = {
@@ -263,7 +266,7 @@ def write_corpora(folder: pathlib.Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory):
+def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("documented")
   (folder / "runs/photos").mkdir(parents=True)
   write_corpora(folder / "corpora")
@@ -272,16 +275,39 @@ def said(tmp_path_factory):
   program = re.search(r"```python\n(.*?)```", (ROOT / "docs/from_python.md").read_text(), re.S)[1]
   program = program.replace("8192", "64").replace("runs/", f"{folder}/runs/")
   (folder / "from_python.py").write_text(program)
-  names = {command: str(number) for number, command in enumerate(RUN_HERE)}
-  commands = {names[command]: small(command, more, folder) for command, more in RUN_HERE.items()}
-  commands["python"] = [str(folder / "from_python.py")]
-  done = run_each(commands, folder / "outputs")
-  return {command: done[name] for command, name in names.items()} | {"folder": folder, "python": done["python"]}
+  return folder
 
 
-@pytest.mark.parametrize("command", RUN_HERE)
+def run_all(commands: list[str], folder: pathlib.Path, outputs: str) -> dict[str, tuple[int, str]]:
+  """{command: exit code, what it printed} of the small variants."""
+  names = {str(number): command for number, command in enumerate(commands)}
+  small_ones = {name: small(command, RUN_HERE[command], folder) for name, command in names.items()}
+  if outputs == "quick":
+    small_ones["python"] = ([str(folder / "from_python.py")], {})
+  done = run_each(small_ones, folder / outputs)
+  return {names.get(name, name): result for name, result in done.items()}
+
+
+@pytest.fixture(scope="module")
+def said(folder):
+  return run_all([command for command in RUN_HERE if command not in RUN_SLOWLY], folder, "quick")
+
+
+@pytest.fixture(scope="module")
+def said_slowly(folder, said):
+  return run_all(RUN_SLOWLY, folder, "slow")
+
+
+@pytest.mark.parametrize("command", [command for command in RUN_HERE if command not in RUN_SLOWLY])
 def test_it_runs(said, command):
   code, output = said[command]
+  assert code == 0, output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", RUN_SLOWLY)
+def test_it_runs_too(said_slowly, command):
+  code, output = said_slowly[command]
   assert code == 0, output
 
 
@@ -292,16 +318,10 @@ def test_the_program_of_from_python(said):
   assert 7 < float(bits) < 9 and sample.startswith("b")
 
 
-def test_they_do_what_the_text_says(said):
-  folder = said["folder"]
-  assert (
-    json.loads(said["python eval.py --workdir=runs/mine --data=CONTRIBUTING.md"][1].splitlines()[-1])["bytes"] == 500
-  )
-  assert (folder / "runs/text.txt").read_bytes() == (ROOT / TEXT).read_bytes()
+def test_they_do_what_the_text_says(said, folder):
   assert (folder / "runs/readme.md").read_bytes() == (ROOT / "README.md").read_bytes()
   assert (folder / "runs/out.png").read_bytes().startswith(b"\x89PNG")
   assert "(P 192)" in said["python -m megabyte_jax tables 5"][1]
-  assert (folder / "runs/a/checkpoints/validation_bpb.json").exists()
   evaluated = "python eval.py --workdir=runs/web --data="
   text, raw = (said[f"{evaluated}corpora/notes.txt.gz{flag}"][1].splitlines()[-1] for flag in ("", " --raw"))
   assert json.loads(text)["bytes"] == 300 and json.loads(raw)["bytes"] < 100
@@ -312,6 +332,14 @@ def test_they_do_what_the_text_says(said):
     "2 documents, 1,040 bytes"
     in said["python -m megabyte_jax prepare pack 'corpora/web/*.jsonl.zst' corpora/packed"][1]
   )
+
+
+@pytest.mark.slow
+def test_the_slow_ones_do_what_the_text_says(said_slowly, folder):
+  mine = said_slowly["python eval.py --workdir=runs/mine --data=CONTRIBUTING.md"][1]
+  assert json.loads(mine.splitlines()[-1])["bytes"] == 500
+  assert (folder / "runs/text.txt").read_bytes() == (ROOT / TEXT).read_bytes()
+  assert (folder / "runs/a/checkpoints/validation_bpb.json").exists()
   assert np.isfinite(json.loads((folder / "runs/image640/metrics.jsonl").read_text().splitlines()[0])["bpb"])
 
 

@@ -39,6 +39,7 @@ def workdir(tmp_path_factory):
   return folder / "run"
 
 
+@pytest.mark.slow
 def test_exported_programs_are_the_model(workdir, tmp_path):
   spec = importlib.util.spec_from_file_location("jax_export", EXAMPLE)
   example = importlib.util.module_from_spec(spec)

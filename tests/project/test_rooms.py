@@ -7,6 +7,8 @@ import pathlib
 import subprocess
 import sys
 
+from run_commands import environment
+
 import megabyte_jax
 from megabyte_jax.__main__ import COMMANDS
 
@@ -195,7 +197,7 @@ model = make_model(MegabyteConfig(context=16, levels=tuple(levels), compute_dtyp
 assert byte_nats(model, jnp.zeros((1, 16), jnp.int32))[0].shape == (1, 16)
 assert generate(model, b"ab", 8).bytes_.shape == (1, 8)
 """
-  subprocess.run([sys.executable, "-c", code], check=True)
+  subprocess.run([sys.executable, "-c", code], check=True, env=environment())
 
 
 def test_public_names_exist_and_are_explained():

@@ -9,13 +9,24 @@ import sys
 import pytest
 from run_commands import ROOT, XLA_FLAGS
 
+CELLS = [
+  cell
+  for cell in json.loads((ROOT / "examples" / "tutorial.ipynb").read_text())["cells"]
+  if cell["cell_type"] == "code"
+]
 
-@pytest.mark.parametrize("steps", [3, pytest.param(300, marks=pytest.mark.slow)])
+
+def test_what_it_prints_is_kept():
+  for cell in CELLS:
+    assert cell["outputs"] or "print(" not in "".join(cell["source"])
+    assert all(output["output_type"] != "error" for output in cell["outputs"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [3, 300])
 def test_the_tutorial_runs(tmp_path, steps):
   """Its cells check by themselves what they say of slots, logits and receptive fields."""
-  cells = json.loads((ROOT / "examples" / "tutorial.ipynb").read_text())["cells"]
-  assert all(cell["outputs"] for cell in cells if cell["cell_type"] == "code" and "print(" in "".join(cell["source"]))
-  code = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+  code = "\n\n".join("".join(cell["source"]) for cell in CELLS)
   code, found = re.subn(r"^STEPS = \d+", f"STEPS = {steps}", code, flags=re.MULTILINE)
   assert found == 1
   script = tmp_path / "tutorial.py"

@@ -88,6 +88,7 @@ def test_resuming_is_bitwise_exact(data, tmp_path):
   assert states[0].memory.inputs_BLMD.any() and states[0].memory.filled_B.max() == 6
 
 
+@pytest.mark.slow
 def test_over_devices_and_in_parts_it_is_the_same(without_dropout):
   config, expected, metrics = without_dropout
   config = dataclasses.replace(config, accumulate=2)

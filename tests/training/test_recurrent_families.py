@@ -36,7 +36,7 @@ class Documents:
     return np.random.default_rng(document).integers(0, 8, self.lengths[document]).astype(np.uint8)[start:stop]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param("block_recurrent", marks=pytest.mark.slow), "compressive_transformer"])
 def test_it_is_trained_evaluated_sampled_compressed_with_and_lowered(name):
   optimizer = OptimizerConfig(name="muon", learning_rate=1e-3, schedule="constant", warmup_steps=0)
   config = Config(model=MODELS[name], optimizer=optimizer, batch_size=4, accumulate=2, num_steps=STEPS)

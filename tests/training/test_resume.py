@@ -70,6 +70,7 @@ def assert_same_run(workdir, uninterrupted):
   assert_bitwise_equal(saved_state(workdir), saved_state(uninterrupted))
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(folder, uninterrupted):
   workdir = folder / "sigterm"
   output, code = stop_at(start(*command(folder, workdir)), 10, signal.SIGTERM)
@@ -83,6 +84,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(folder, uninterrupted):
   assert_same_run(workdir, uninterrupted)
 
 
+@pytest.mark.slow
 def test_after_kill_9(folder, uninterrupted):
   workdir = folder / "killed"
   output, code = stop_at(start(*command(folder, workdir)), 22, signal.SIGKILL)
@@ -148,7 +150,7 @@ def test_progress_lines_and_evaluations_are_those_of_one_run(folder, config, tmp
   assert metric_lines(tmp_path / "stopped") == lines
 
 
-@pytest.mark.parametrize("schedule", ["wsd", "constant"])
+@pytest.mark.parametrize("schedule", [pytest.param("wsd", marks=pytest.mark.slow), "constant"])
 def test_a_longer_run_is_as_if_it_had_been_longer_from_the_beginning(schedule, config, tmp_path):
   model = dataclasses.replace(config.model, levels=config.model.levels[:1])  # quicker to compile
   optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, schedule=schedule, decay_share=0.25)
@@ -266,6 +268,7 @@ def test_training_in_a_thread_hears_no_signals(config, tmp_path, capsys):
   assert "no loss curve" in said.err and "try next" in said.out
 
 
+@pytest.mark.slow
 def test_a_run_that_meets_a_bad_image_goes_on_as_it_is_advised(config, tmp_path, capsys):
   rng = np.random.default_rng(0)
   (tmp_path / "images").mkdir()

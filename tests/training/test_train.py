@@ -153,6 +153,7 @@ def test_a_transformer_and_what_its_run_leaves_behind(config, tmp_path, monkeypa
   assert picture == {"loss": ("image", str(workdir / "loss.png"))} and wandb.calls[-1] == ("finish", 0)
 
 
+@pytest.mark.slow
 def test_perceiver_ar(config, tmp_path, monkeypatch):
   config = dataclasses.replace(config, model=PERCEIVER, num_steps=40, log_every=10)
   check_run(config, tmp_path / "run", monkeypatch, "PerceiverAR", traced=False)
@@ -191,6 +192,7 @@ def by_name(tree):
   return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
+@pytest.mark.slow
 def test_fine_tuning_to_a_longer_context_starts_where_the_old_model_stood(one_level, trained, tmp_path, monkeypatch):
   config = one_level
   longer = dataclasses.replace(
@@ -246,6 +248,7 @@ def test_bytes_that_the_model_does_not_know(one_level, tmp_path):
     train.train(config, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_last_step_can_be_the_best_of_partial_evaluations(config, tmp_path):
   """Those during training score the first bytes alone; that of the last step which they are compared with does, too."""
   limits = EvalConfig(every_steps=2, max_bytes=100)
