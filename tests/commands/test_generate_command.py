@@ -60,7 +60,9 @@ def run(monkeypatch, *arguments):
   command.main()
 
 
-@pytest.mark.parametrize("spelling", [["megabyte_jax", "generate"], ["megabyte_jax.generate"]])
+@pytest.mark.parametrize(
+  "spelling", [["megabyte_jax", "generate"], pytest.param(["megabyte_jax.generate"], marks=pytest.mark.slow)]
+)
 def test_the_command_itself(text_run, spelling):
   """Its output, redirected, is the bytes of the sample and nothing else."""
   command_line = ["-m", *spelling, f"--workdir={text_run}", "--prompt=abc", "--bytes=70"]

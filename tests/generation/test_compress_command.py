@@ -54,6 +54,7 @@ def test_the_commands_and_the_evaluation_agree_within_a_percent(workdir, monkeyp
   assert back.read_bytes() == text.read_bytes()
 
 
+@pytest.mark.slow
 def test_another_process_decompresses(workdir, tmp_path):
   """And an error there is one line, with nothing left behind."""
   (tmp_path / "a.txt").write_bytes(text_bytes()[:5000])

@@ -23,6 +23,7 @@ def parameters(config):
   return initial_state(config, make_mesh(config.mesh)).parameters
 
 
+@pytest.mark.slow
 def test_a_grid_of_real_completed_and_sampled_images(tmp_path):
   data = DataConfig(
     train="sample:images/train", validation="sample:images/validation", form="image", image_size=8, image_tiles=32

@@ -105,7 +105,7 @@ def test_parameters_are_cast_once_to_the_same_results(name):
   ("name", "axes"),
   [
     ("transformer", {"fsdp": 8}),
-    ("cross_patch", {"fsdp": 2, "seq": 2, "tensor": 2}),
+    pytest.param("cross_patch", {"fsdp": 2, "seq": 2, "tensor": 2}, marks=pytest.mark.slow),
     ("perceiver_ar", {"data": 4, "tensor": 2}),
   ],
   ids=str,

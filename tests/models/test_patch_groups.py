@@ -69,6 +69,7 @@ def test_nats_loss_and_gradient_are_those_of_all_patches_together(levels, groups
     np.testing.assert_allclose(other, leaf, atol=2e-5 * scale, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_a_sequence_spread_over_devices():
   x_BT = random_bytes(rows=2)
 

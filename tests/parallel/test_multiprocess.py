@@ -172,6 +172,7 @@ def test_eval_as_two_processes(two, folder):
   assert "bpb" not in output[1]
 
 
+@pytest.mark.slow
 def test_sigterm_ends_an_evaluation(two, folder):
   """As schedulers send it, to all. None may go on as if it had not heard it."""
   per_byte = folder / "ended.npy"

@@ -69,6 +69,7 @@ def tiny():
   return Config(model=model, mesh=MeshConfig(data=-1), batch_size=8, num_steps=9)
 
 
+@pytest.mark.slow
 def test_time_is_measured():
   """That it runs; what it says depends on the machine."""
   steps = [TimedStep(tiny()) for _ in range(2)]

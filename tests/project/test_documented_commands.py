@@ -44,7 +44,7 @@ TINY_IMAGE64 = [
   "--config.data.train=runs/photos",
 ]
 TEXT = "megabyte_jax/data/sample/text/validation/pride_and_prejudice_last_tenth.txt"
-# What is added to a command to make it small. Those that name no config get tests/tiny_config.py. In this order.
+# What is added to a command to make it small. Those that name no config get tests/tiny_config.py:1. In this order.
 RUN_HERE = {
   "python train.py": [],
   "python train.py --workdir=runs/mine --config.data.train='docs/*.md' --config.data.validation=README.md": [
@@ -244,7 +244,7 @@ def small(command: str, more: list[str], folder: pathlib.Path) -> tuple[list[str
   replaced = {argument.partition("=")[0] for argument in more}
   arguments = [*(argument for argument in given if argument.partition("=")[0] not in replaced), *more]
   if arguments[0] == "train.py" and not any(a.startswith("--config=") for a in arguments):
-    arguments.insert(1, "--config=tests/tiny_config.py")
+    arguments.insert(1, "--config=tests/tiny_config.py:1")
     if not any(a.startswith("--workdir=") for a in arguments):
       arguments.append("--workdir=runs/quickstart")
   return [re.sub(r"(?<![\w/.])(runs|corpora)/", rf"{folder}/\1/", a) for a in arguments], variables

@@ -169,6 +169,7 @@ def test_a_longer_run_is_as_if_it_had_been_longer_from_the_beginning(schedule, c
     train.train(dataclasses.replace(config, num_steps=11), str(tmp_path / "grown"))
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_grow_says_which_can(config, tmp_path):
   model = dataclasses.replace(config.model, levels=config.model.levels[:1])
   data = dataclasses.replace(config.data, validation="")
@@ -238,6 +239,7 @@ def test_a_signal_after_the_last_step_loses_nothing(what, config, tmp_path, capf
   assert saved_state(tmp_path / "run")[0] == 15
 
 
+@pytest.mark.slow
 def test_the_same_command_resumes_fine_tuning(config, tmp_path, capsys):
   model = dataclasses.replace(config.model, levels=config.model.levels[:1])  # quicker to compile
   data = dataclasses.replace(config.data, validation="")
