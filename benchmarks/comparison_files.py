@@ -20,7 +20,7 @@ import numpy as np
 from megabyte_jax.checkpoints.saved_config import all_differences, show_value
 from megabyte_jax.config import Config
 from megabyte_jax.display import plots
-from megabyte_jax.errors import require
+from megabyte_jax.errors import ConfigError
 from megabyte_jax.files.atomic_file import replacing
 from megabyte_jax.models import flops
 
@@ -46,12 +46,10 @@ class RowFile:
     saved, given = self.content["settings"], json.loads(json.dumps(settings))
     other = all_differences(saved.get("config", {}), given.get("config", {}))
     other |= {key: (saved.get(key), given.get(key)) for key in saved | given if key != "config"}
-    lines = [f"\n  {key}: {show_value(a)} -> {show_value(b)}" for key, (a, b) in sorted(other.items()) if a != b]
-    require(
-      not lines,
-      f"{path} was made with other settings (saved -> given):{''.join(lines)}\ntake the saved ones, another --output, "
-      "or remove the file",
-    )
+    lines = [f"  {key}: {show_value(a)} -> {show_value(b)}" for key, (a, b) in sorted(other.items()) if a != b]
+    if lines:
+      head = f"{path} was made with other settings (saved -> given):"
+      raise ConfigError(head, *lines, "take the saved ones, another --output, or remove the file")
 
   def get_or_make(self, part: str, make: Callable[[], Any]) -> Any:
     """Returns what `make` returned when it was first called for this part."""

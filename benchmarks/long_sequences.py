@@ -81,7 +81,7 @@ class Program:
       jax.block_until_ready((state, x_BT))
       for _ in range(2):
         begin = time.perf_counter()
-        state, metrics = self.compiled(state, x_BT, None)  # no row is short
+        state, metrics = self.compiled(state, x_BT, None, None)  # no row is short
         nats = float(metrics["nats"])  # waits
         row["seconds"] = time.perf_counter() - begin
         if row["seconds"] > AGAIN_SECONDS:

@@ -104,18 +104,18 @@ def measure(args: argparse.Namespace) -> dict:
       if number == STEPS and not args.reference:
         with Checkpoints(args.workdir, config.checkpoint) as checkpoints:
           checkpoints.save(STEPS, state.parameters, state.opt_state, {})
-      state, values = step(state, batch.x_BT, None)
+      state, values = step(state, batch.x_BT, None, None)
       losses.append(float(values["nats"]) / float(values["bytes"]))
     timed, x_BT = config, batch.x_BT
     if args.reference and config.accumulate > 1:  # the speed that counts is without parts
       rows = config.batch_size // config.accumulate
       timed, x_BT = dataclasses.replace(config, batch_size=rows, accumulate=1), batch.x_BT[:rows]
     timed_step = step if timed is config else lower(timed, made, "train").compile()
-    state, values = timed_step(state, x_BT, None)
+    state, values = timed_step(state, x_BT, None, None)
     jax.block_until_ready(values)
     begin, count = time.perf_counter(), 0
     while time.perf_counter() - begin < args.seconds:
-      state, values = timed_step(state, x_BT, None)
+      state, values = timed_step(state, x_BT, None, None)
       jax.block_until_ready(values)
       count += 1
     taken = (time.perf_counter() - begin) / count
@@ -153,7 +153,7 @@ def resumed_loss(config, mesh, step, workdir: str) -> float:
   with Checkpoints(workdir, config.checkpoint) as checkpoints:
     state = restored_state(config, mesh, checkpoints)
   [(_, batch)] = stream(config, mesh, int(state.step))
-  _, values = step(state, batch.x_BT, None)
+  _, values = step(state, batch.x_BT, None, None)
   return float(values["nats"]) / float(values["bytes"])
 
 

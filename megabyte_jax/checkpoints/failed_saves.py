@@ -37,7 +37,8 @@ def cannot_write(error: OSError, path: object, unsaved: int | None, good: int | 
     unsaved: the step whose checkpoint was being written, if one was.
     good: the newest step whose checkpoint is on disk, if there is one.
   """
-  logging.getLogger("asyncio").addFilter(_is_no_orphan)  # its tasks may end after this
+  logging.getLogger("asyncio").addFilter(_is_no_orphan)  # tasks and threads of the save may end after this
+  logging.getLogger("absl").addFilter(_is_news)
   remedy = "make room there, or move the run to another place" if error.errno in NO_ROOM else "see to it"
   lost = "" if unsaved is None else f"the checkpoint of step {unsaved} was not saved, "
   if good is None:

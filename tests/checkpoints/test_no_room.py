@@ -39,7 +39,7 @@ def test_a_save_for_which_there_is_no_room(tmp_path):
 
 
 TRAINS = """
-import os, sys
+import os, sys, time
 import jax
 import tiny_config, train
 from megabyte_jax.commands import command_line
@@ -54,6 +54,9 @@ folder, original = sys.argv[1], train.draw_batches
 def filling(*arguments, **options):
   for done, batch in original(*arguments, **options):
     if done == int(sys.argv[2]):
+      last = os.path.join(folder, "checkpoints", str(done // 4 * 4))
+      while not os.path.exists(last):  # which is written meanwhile, and then renamed
+        time.sleep(0.01)
       with open(os.path.join(os.path.dirname(folder), "rest"), "wb", buffering=0) as rest:
         try:
           while rest.write(bytes(4096)):
@@ -85,7 +88,7 @@ def test_a_disk_that_fills_up_while_training(small_disk, step):
   """Whatever meets it first: a checkpoint, the lines of metrics or TensorBoard's events."""
   workdir = small_disk / "run"
   command = [sys.executable, "-c", TRAINS, str(workdir), str(step)]
-  variables = environment() | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+  variables = environment(fresh=True) | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
   result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False, timeout=300)
   assert result.returncode == 1
   line = result.stderr.splitlines()[-1]

@@ -118,7 +118,7 @@ def test_a_checkpoint_for_which_there_is_no_room(tmp_path):
   program = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
   program += "runpy.run_path('train.py', run_name='__main__')"  # a disk takes no large file, as if it were full
   command = [sys.executable, "-c", program, TINY, f"--workdir={tmp_path}", "--config.sample_bytes=0"]
-  result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+  result = subprocess.run(command, cwd=ROOT, env=environment(fresh=True), capture_output=True, text=True, check=False)
   assert result.returncode == 1
   assert result.stderr == (
     f"error: {tmp_path}/checkpoints: File too large; make room there, or move the run to another place; the checkpoint "
