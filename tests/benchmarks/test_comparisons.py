@@ -43,6 +43,8 @@ def command(tmp_path):
     start = [sys.executable, str(ROOT / "benchmarks/comparisons.py"), name, f"--data={tmp_path / 'corpora'}"]
     files = [f"--workdir={tmp_path / 'runs'}", f"--config_file={tmp_path / 'tiny.py'}", "--train_bytes=1024"]
     files.append(f"--compiled={tmp_path / 'cache'}")
+    given = {flag.split("=")[0] for flag in more}
+    files = [flag for flag in files if flag.split("=")[0] not in given]
     return subprocess.run([*start, *files, *more], capture_output=True, text=True, check=True, env=environment())
 
   return run
@@ -91,8 +93,8 @@ def test_a_second_seed_takes_layers_and_learning_rates_from_the_first(command, t
   first, second = (tmp_path / f"out/{name}.json" for name in ("first", "second"))
   flags = ["--rates=1,3", "--match=flops", "--rows=books_transformer", "--test_bytes=500"]
   command("books", *flags, f"--output={first}")
-  like = [*flags, "--flags=--config.seed=1", f"--output={second}", f"--workdir={tmp_path / 'seed1'}"]
-  printed = command("books", *like, f"--like={first.with_suffix('')}").stdout
+  like = [*flags, "--flags=--config.seed=1", f"--workdir={tmp_path / 'seed1'}"]
+  printed = command("books", *like, f"--output={second}", f"--like={first.with_suffix('')}").stdout
   assert printed.count("$ python train.py") == 1  # no trials
   a, b = (json.loads(path.read_text())["rows"][0] for path in (first, second))
   assert (a["learning_rate"], a["matched"], a["note"]) == (b["learning_rate"], b["matched"], b["note"])
