@@ -15,9 +15,6 @@ from processes import free_port
 from record_files import write_parquet
 from run_commands import ROOT, XLA_FLAGS, run_each
 
-from megabyte_jax.commands.train import parse_arguments
-from megabyte_jax.config import Config
-
 DOCUMENTS = (
   "README.md",
   "CONTRIBUTING.md",
@@ -142,6 +139,7 @@ RUN_HERE = {
 # Those of RUN_HERE that a slow test runs, as other tests do nearly the same: in this order, after the others.
 _SLOW = re.compile(r"--init_from=|runs/mine|image64|LICENSE|runs/text\.|runs/sharded|runs/a\b|XLA_FLAGS|--coordinator")
 RUN_SLOWLY = [command for command in RUN_HERE if _SLOW.search(command)]
+RUN_QUICKLY = [command for command in RUN_HERE if command not in RUN_SLOWLY]
 # Command, or its beginning: the file whose tests run it, or which is itself run, and what must be found there.
 # Those of benchmarks are slow tests, which .ci/slow runs and .ci/run does not.
 RUN_BY = {
@@ -278,19 +276,19 @@ def folder(tmp_path_factory):
   return folder
 
 
-def run_all(commands: list[str], folder: pathlib.Path, outputs: str) -> dict[str, tuple[int, str]]:
-  """{command: exit code, what it printed} of the small variants."""
+def run_all(
+  commands: list[str], folder: pathlib.Path, outputs: str, **programs: list[str]
+) -> dict[str, tuple[int, str]]:
+  """{command: exit code, what it printed} of the small variants, and of programs by name."""
   names = {str(number): command for number, command in enumerate(commands)}
   small_ones = {name: small(command, RUN_HERE[command], folder) for name, command in names.items()}
-  if outputs == "quick":
-    small_ones["python"] = ([str(folder / "from_python.py")], {})
-  done = run_each(small_ones, folder / outputs)
+  done = run_each(small_ones | programs, folder / outputs)
   return {names.get(name, name): result for name, result in done.items()}
 
 
 @pytest.fixture(scope="module")
 def said(folder):
-  return run_all([command for command in RUN_HERE if command not in RUN_SLOWLY], folder, "quick")
+  return run_all(RUN_QUICKLY, folder, "quick", python=[str(folder / "from_python.py")])
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +296,7 @@ def said_slowly(folder, said):
   return run_all(RUN_SLOWLY, folder, "slow")
 
 
-@pytest.mark.parametrize("command", [command for command in RUN_HERE if command not in RUN_SLOWLY])
+@pytest.mark.parametrize("command", RUN_QUICKLY)
 def test_it_runs(said, command):
   code, output = said[command]
   assert code == 0, output
@@ -341,14 +339,3 @@ def test_the_slow_ones_do_what_the_text_says(said_slowly, folder):
   assert (folder / "runs/text.txt").read_bytes() == (ROOT / TEXT).read_bytes()
   assert (folder / "runs/a/checkpoints/validation_bpb.json").exists()
   assert np.isfinite(json.loads((folder / "runs/image640/metrics.jsonl").read_text().splitlines()[0])["bpb"])
-
-
-def test_flags_between_words_are_fields_of_the_config():
-  """Such as `--config.accumulate=4`, whose values are read as train.py reads them."""
-  tried = 0
-  for name in DOCUMENTS:
-    for code in re.findall(r"`(--config\.[^`]+)`", (ROOT / name).read_text()):
-      flags = [flag for flag in shlex.split(code) if "=" in flag and not flag.endswith(".")]
-      Config.from_dict(parse_arguments([f"--config={ROOT / 'configs/recipe.py'}", *flags]).config)
-      tried += len(flags)
-  assert tried > 10

@@ -109,3 +109,14 @@ def test_it_is_there_and_knows_its_flags(command):
       of_config.insert(0, "--config=configs/quickstart.py")
     of_config = [re.sub("^--config=", f"--config={ROOT}/", flag) for flag in of_config]
     Config.from_dict(parse_arguments(of_config).config)
+
+
+def test_flags_between_words_are_fields_of_the_config():
+  """Such as `--config.accumulate=4`, whose values are read as train.py reads them."""
+  tried = 0
+  for document in (*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")):
+    for code in re.findall(r"`(--config\.[^`]+)`", document.read_text()):
+      flags = [flag for flag in shlex.split(code) if "=" in flag and not flag.endswith(".")]
+      Config.from_dict(parse_arguments([f"--config={ROOT / 'configs/recipe.py'}", *flags]).config)
+      tried += len(flags)
+  assert tried > 10
