@@ -9,8 +9,7 @@ from flax import nnx
 
 from megabyte_jax.config import Level, MegabyteConfig, PerceiverARConfig
 from megabyte_jax.models import flops
-from megabyte_jax.models.megabyte import Megabyte
-from megabyte_jax.models.perceiver_ar import PerceiverAR
+from megabyte_jax.models.build import abstract_model
 
 BATCH = 2
 
@@ -59,15 +58,10 @@ MODELS = {
 }
 
 
-def make(config):
-  model = Megabyte if isinstance(config, MegabyteConfig) else PerceiverAR
-  return nnx.eval_shape(lambda: model(config, nnx.Rngs(0)))
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_dense_count_is_xlas(name):
   config = dataclasses.replace(MODELS[name], scan_layers="never", compute_dtype="float32")
-  graph, state = nnx.split(make(config))
+  graph, state = abstract_model(config)
   x_BT = jax.ShapeDtypeStruct((BATCH, config.context), jnp.int32)
   lowered = jax.jit(lambda state, x: nnx.merge(graph, state)(x)).lower(state, x_BT)
   predicted = BATCH * (config.context if isinstance(config, MegabyteConfig) else config.latents)
@@ -77,5 +71,5 @@ def test_dense_count_is_xlas(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameter_count_is_the_models(name):
-  parameters = nnx.state(make(MODELS[name]), nnx.Param)
+  parameters = abstract_model(MODELS[name])[1]
   assert sum(leaf.size for leaf in jax.tree.leaves(parameters)) == flops.parameter_count(MODELS[name])

@@ -1,6 +1,7 @@
 """Initial parameters, dropout, rematerialisation, precision and input lengths of the models."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -42,12 +43,16 @@ WIDE = {
 }
 
 
+@functools.cache
+def drawn(family):
+  return jax.jit(lambda key: initial_parameters(WIDE[family], key))(jax.random.key(0))
+
+
 @pytest.mark.parametrize("family", WIDE)
 def test_initial_parameters_are_a_cut_normal(family):
   """Normal(0, 0.006) cut at two sigma, whose standard deviation is 0.8796 of the whole normal's."""
-  parameters = jax.jit(lambda key: initial_parameters(WIDE[family], key))(jax.random.key(0))
   seen = set()
-  for name, leaf in named(parameters):
+  for name, leaf in named(drawn(family)):
     assert leaf.dtype == np.float32
     if name.endswith("bias"):
       assert (leaf == 0).all(), name
@@ -112,9 +117,8 @@ def test_fan_in_values_and_embeddings_of_their_own():
 
 
 def test_no_two_parameters_are_drawn_alike():
-  parameters = jax.jit(lambda key: initial_parameters(WIDE["megabyte"], key))(jax.random.key(0))
   firsts = []
-  for name, leaf in named(parameters):
+  for name, leaf in named(drawn("megabyte")):
     if not name.endswith(("bias", "scale")):
       rows = leaf if ".blocks." in name else leaf[None]  # layers of a stack one by one
       shrunk = rows.reshape(len(rows), -1)[:, :8]
@@ -280,7 +284,8 @@ def test_empty_and_too_long_inputs_are_one_clear_error(name):
 
 @pytest.mark.parametrize("wrong", [-1, 256, 300])
 def test_what_is_no_byte_is_not_scored(wrong):
-  model = make_model(dataclasses.replace(variants.VARIANTS["two_levels"], vocab_size=256), nnx.Rngs(0))
+  config = dataclasses.replace(variants.VARIANTS["two_levels"], vocab_size=256)
+  model = nnx.merge(abstract_model(config)[0], variants.draw_parameters(config))
   with pytest.raises(ConfigError, match=f"knows only bytes below 256 .*; the data have {wrong}"):
     byte_nats(model, jnp.array([[65, wrong, 66]]))
 
