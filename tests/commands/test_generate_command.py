@@ -37,7 +37,7 @@ def save_run(workdir, config):
 
 @pytest.fixture(scope="module")
 def text_run(tmp_path_factory):
-  return save_run(tmp_path_factory.mktemp("text"), Config.from_dict(tiny_config.get_config()))
+  return save_run(tmp_path_factory.mktemp("text"), Config.from_dict(tiny_config.get_config("1")))
 
 
 def media_run(folder, **data):

@@ -23,10 +23,10 @@ from megabyte_jax.generation import compression
 def workdir(tmp_path_factory):
   """A run of a few steps, and 100 kB of text."""
   folder = write_data(tmp_path_factory.mktemp("compress"))
-  config = Config.from_dict(tiny_config.get_config())
+  config = Config.from_dict(tiny_config.get_config("1"))
   config = dataclasses.replace(
     config,
-    data=DataConfig(train=str(folder / "train.txt"), validation=str(folder / "validation")),
+    data=DataConfig(train=str(folder / "train.txt"), validation=""),
     eval=EvalConfig(batch_size=64),
   )
   (folder / "long.txt").write_bytes(text_bytes()[:100_000])

@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def config(folder):
-  config = Config.from_dict(tiny_config.get_config())
+  config = Config.from_dict(tiny_config.get_config("1"))
   return dataclasses.replace(
     config,
     data=DataConfig(train=str(folder / "train.txt"), validation=str(folder / "validation")),
@@ -82,10 +82,9 @@ def test_progress_lines_and_evaluations_are_those_of_one_run(folder, config, tmp
 
 @pytest.mark.parametrize("schedule", [pytest.param("wsd", marks=pytest.mark.slow), "constant"])
 def test_a_longer_run_is_as_if_it_had_been_longer_from_the_beginning(schedule, config, tmp_path):
-  model = dataclasses.replace(config.model, levels=config.model.levels[:1])  # quicker to compile
   optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, schedule=schedule, decay_share=0.25)
   data = dataclasses.replace(config.data, validation="")
-  config = dataclasses.replace(config, model=model, optimizer=optimizer, data=data, num_steps=12)
+  config = dataclasses.replace(config, optimizer=optimizer, data=data, num_steps=12)
   train.train(config, str(tmp_path / "whole"))
   short = dataclasses.replace(config, num_steps=8)
   if schedule == "constant":
@@ -101,9 +100,8 @@ def test_a_longer_run_is_as_if_it_had_been_longer_from_the_beginning(schedule, c
 
 @pytest.mark.slow
 def test_a_run_that_cannot_grow_says_which_can(config, tmp_path):
-  model = dataclasses.replace(config.model, levels=config.model.levels[:1])
   data = dataclasses.replace(config.data, validation="")
-  config = dataclasses.replace(config, model=model, data=data, num_steps=4)
+  config = dataclasses.replace(config, data=data, num_steps=4)
   for schedule in ("linear", "wsd"):  # the latter's decay has begun
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, schedule=schedule, decay_share=0.5)
     run = dataclasses.replace(config, optimizer=optimizer)
@@ -171,9 +169,8 @@ def test_a_signal_after_the_last_step_loses_nothing(what, config, tmp_path, capf
 
 @pytest.mark.slow
 def test_the_same_command_resumes_fine_tuning(config, tmp_path, capsys):
-  model = dataclasses.replace(config.model, levels=config.model.levels[:1])  # quicker to compile
   data = dataclasses.replace(config.data, validation="")
-  config = dataclasses.replace(config, model=model, data=data, num_steps=3)
+  config = dataclasses.replace(config, data=data, num_steps=3)
   train.train(config, str(tmp_path / "first"))
   tuned, start = tmp_path / "tuned", {"init_from": str(tmp_path / "first")}
   train_with_a_signal(config, tuned, 1, **start)
@@ -186,8 +183,7 @@ def test_the_same_command_resumes_fine_tuning(config, tmp_path, capsys):
 
 def test_training_in_a_thread_hears_no_signals(config, tmp_path, capsys):
   """Python allows handlers in the main thread alone, whose signals are then the program's own."""
-  model = dataclasses.replace(config.model, levels=config.model.levels[:1])  # quicker to compile
-  config = dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, validation=""), num_steps=3)
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, validation=""), num_steps=3)
   handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
   with futures.ThreadPoolExecutor(1) as pool:
     running = pool.submit(train.train, config, str(tmp_path / "run"))
@@ -206,7 +202,7 @@ def test_a_run_that_meets_a_bad_image_goes_on_as_it_is_advised(config, tmp_path,
   (tmp_path / "images").mkdir()
   for i in range(40):
     Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / f"images/{i:02}.png")
-  model = dataclasses.replace(config.model, context=8 * 8 * 3, levels=config.model.levels[:1])
+  model = dataclasses.replace(config.model, context=8 * 8 * 3)
   data = DataConfig(train=str(tmp_path / "images"), validation="", form="image", image_size=8)
   checkpoint = CheckpointConfig(every_steps=1)
   config = dataclasses.replace(config, model=model, data=data, checkpoint=checkpoint, batch_size=8, num_steps=5)
@@ -268,7 +264,6 @@ def test_other_bytes_in_the_same_file_are_refused(folder, config, tmp_path):
 def test_broken_numbers_end_the_run_with_the_last_good_checkpoint(config, tmp_path, rate, every_steps, message):
   config = dataclasses.replace(
     config,
-    model=dataclasses.replace(config.model, levels=config.model.levels[:1]),  # quicker to compile
     optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=5),
     checkpoint=CheckpointConfig(every_steps=every_steps),
     data=dataclasses.replace(config.data, validation=""),
