@@ -41,11 +41,25 @@ def test_flags_are_spelt_with_hyphens_or_underscores():
   assert vars(parser.parse_args(["--batch-size=4", "my_file", "--per-byte-out=a_b.npy"])) == expected
 
 
-def test_help_ends_well_and_a_config_file_as_it_says(tmp_path):
-  (tmp_path / "ends.py").write_text("import sys\n\ndef get_config():\n  sys.exit(3)\n")
-  commands = {"help": ["train.py", "--help"], "config": ["train.py", f"--config={tmp_path / 'ends.py'}"]}
-  ended = run_each(commands, tmp_path / "outputs")
-  assert {name: code for name, (code, _) in ended.items()} == {"help": 0, "config": 3}
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+  """Exit code and output of three commands, and the folder where another process trained meanwhile."""
+  folder = tmp_path_factory.mktemp("ended")
+  (folder / "ends.py").write_text("import sys\n\ndef get_config():\n  sys.exit(3)\n")
+  commands = {"help": ["--help"], "config": [f"--config={folder / 'ends.py'}"]}
+  commands["taken"] = [TINY, f"--workdir={folder / 'run'}"]
+  (folder / "run").mkdir()
+  taken = OSError("taken")
+  with locked(str(folder / "run"), taken):
+    with pytest.raises(OSError, match="taken"), locked(str(folder / "run"), taken):
+      pass
+    done = run_each({name: ["train.py", *given] for name, given in commands.items()}, folder / "outputs")
+  return done, folder / "run"
+
+
+def test_help_ends_well_and_a_config_file_as_it_says(ended):
+  done, _ = ended
+  assert (done["help"][0], done["config"][0]) == (0, 3)
 
 
 def test_tracebacks_are_shown_when_they_are_wanted(monkeypatch, capsys):
@@ -99,18 +113,11 @@ def test_too_little_memory(monkeypatch, capsys):
     assert make_mesh(dataclasses.replace(mesh, **advised)).shape["fsdp"] == jax.device_count()
 
 
-def test_two_trainings_in_one_folder(tmp_path):
-  taken = OSError("taken")
-  command = [sys.executable, "train.py", TINY, f"--workdir={tmp_path}"]
-  with locked(str(tmp_path), taken):
-    with pytest.raises(OSError, match="taken"), locked(str(tmp_path), taken):
-      pass
-    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-  assert result.returncode == 1
-  assert result.stderr == (
-    f"error: another process is training in {tmp_path}; wait until it ends, or take another --workdir\n"
-  )
-  assert list(tmp_path.iterdir()) == []
+def test_two_trainings_in_one_folder(ended):
+  done, workdir = ended
+  message = f"error: another process is training in {workdir}; wait until it ends, or take another --workdir\n"
+  assert done["taken"] == (1, message)
+  assert list(workdir.iterdir()) == []
 
 
 @pytest.mark.slow

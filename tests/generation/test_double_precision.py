@@ -26,7 +26,7 @@ model = m.make_model(configs[sys.argv[1]], nnx.Rngs(0))
 assert {str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(model))} == {"float32"}
 made = m.generate(model, text[:3], 20)
 assert made.bytes_.shape == (1, 20)
-nats, _ = m.byte_nats(model, np.frombuffer(text[:16], np.uint8)[None])
+nats = jax.jit(lambda x_BT: m.byte_nats(model, x_BT)[0])(np.frombuffer(text[:16], np.uint8)[None])
 assert nats.dtype == np.float32
 assert compression.decompress(model, compression.compress(model, text)) == text
 """

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 from run_commands import environment
 
 import megabyte_jax
@@ -50,10 +51,6 @@ def test_the_package_brings_nothing_heavy_along():
   assert not modules & HEAVY
 
 
-def test_nor_does_training_bring_tensorflow_or_torch():
-  assert not imported("train") & {"tensorflow", "tensorflow_datasets", "torch"}
-
-
 def test_importing_the_package_does_not_wait_for_jax():
   """Nor does a command that reads its arguments; in a process of its own, for here JAX is imported."""
   commands = ", ".join(f"megabyte_jax.commands.{name}" for name in COMMANDS)
@@ -61,30 +58,41 @@ def test_importing_the_package_does_not_wait_for_jax():
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_importing_leaves_the_process_as_it_was():
-  """Signals, streams and hooks; also train.py and eval.py, and again after a reload, as in a notebook."""
+@pytest.fixture(scope="module")
+def with_training():
+  """What a process finds after it has imported train.py, eval.py and other commands."""
   code = """
-import importlib, signal, sys
+import importlib, json, signal, sys
 def state():
   handlers = [signal.getsignal(number) for number in signal.valid_signals()]
   return handlers, sys.stdout, sys.stderr, sys.excepthook, sys.unraisablehook, sys.displayhook, sys.argv
 import faulthandler, jax, orbax.checkpoint  # what others do is not ours
 before = state()
 import megabyte_jax, megabyte_jax.__main__, train, eval
+from megabyte_jax.commands import matching, plan, tables
 importlib.reload(train)
 importlib.reload(eval)
-assert state() == before
+found = {"as it was": state() == before}
+from absl import flags
+found["flags"] = [name for name in flags.FLAGS.flags_by_module_dict() if name.startswith(("megabyte_jax", "train"))]
+print(json.dumps(found | {"modules": sorted({name.split(".")[0] for name in sys.modules})}))
 """
-  subprocess.run([sys.executable, "-c", code], check=True)
+  return json.loads(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True).stdout)
 
 
-def test_importing_a_command_defines_no_flags():
+def test_importing_leaves_the_process_as_it_was(with_training):
+  """Signals, streams and hooks; also train.py and eval.py, and again after a reload, as in a notebook."""
+  assert with_training["as it was"]
+
+
+def test_nor_does_training_bring_tensorflow_or_torch(with_training):
+  assert "train" in with_training["modules"]
+  assert not {"tensorflow", "tensorflow_datasets", "torch"} & set(with_training["modules"])
+
+
+def test_importing_a_command_defines_no_flags(with_training):
   """So that it can be used from programs that have flags of their own."""
-  code = "from megabyte_jax.commands import matching, plan, tables\nimport train\n"
-  code += "from absl import flags\n"
-  code += "own = [name for name in flags.FLAGS.flags_by_module_dict() if name.startswith('megabyte_jax')]\n"
-  code += "assert not own, own"
-  subprocess.run([sys.executable, "-c", code], check=True)
+  assert with_training["flags"] == []
 
 
 def test_windows_is_refused_in_one_line():
@@ -187,14 +195,15 @@ def test_nothing_but_kernels_for_gpus_needs_pallas_for_triton():
   code = """
 import sys
 sys.modules["jax.experimental.pallas.triton"] = None  # an import of it fails
-import jax.numpy as jnp
+import jax, jax.numpy as jnp
 from flax import nnx
 from megabyte_jax import Level, MegabyteConfig, byte_nats, generate, make_model
 from megabyte_jax.parallel.backend import triton
 assert triton() is None
 levels = [Level(patch_size=size, width=32, num_layers=1, num_heads=2) for size in (4, 1)]
 model = make_model(MegabyteConfig(context=16, levels=tuple(levels), compute_dtype="bfloat16"), nnx.Rngs(0))
-assert byte_nats(model, jnp.zeros((1, 16), jnp.int32))[0].shape == (1, 16)
+x_BT = jnp.zeros((1, 16), jnp.int32)
+assert jax.jit(lambda x_BT: byte_nats(model, x_BT)[0])(x_BT).shape == (1, 16)
 assert generate(model, b"ab", 8).bytes_.shape == (1, 8)
 """
   subprocess.run([sys.executable, "-c", code], check=True, env=environment())
