@@ -1,5 +1,6 @@
 """Every row of the paper's tables: parses, survives saving, and has the parameters its closed form says."""
 
+import functools
 import importlib.util
 import math
 import pathlib
@@ -30,6 +31,7 @@ MODULES = {path.stem: load(path) for path in FILES}
 ROWS = [(table, name) for table, module in MODULES.items() for name in module.ROWS]
 
 
+@functools.cache
 def config(table, name):
   return Config.from_dict(MODULES[table].get_config(name))
 

@@ -1,5 +1,6 @@
 """configs/small.py: what its one rule promises, for every row."""
 
+import functools
 import runpy
 
 import pytest
@@ -13,6 +14,7 @@ SMALL = runpy.run_path(str(ROOT / "configs/small.py"))
 ROWS = list(all_rows())
 
 
+@functools.cache
 def small(row):
   return Config.from_dict(SMALL["get_config"](row))
 

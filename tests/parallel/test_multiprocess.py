@@ -36,6 +36,7 @@ def losses(workdir):
 def flags(folder, workdir):
   return [
     "--config=tests/tiny_config.py:1",
+    f"--config.data.train={folder / 'train.txt'}",
     f"--config.data.validation={folder / 'validation.txt'}",
     "--config.mesh.fsdp=2",
     "--config.eval.every_steps=6",
@@ -48,6 +49,7 @@ def flags(folder, workdir):
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("runs")
   novel = pathlib.Path(SAMPLE_FOLDER, "text", "train", "moby_dick.txt").read_bytes()
+  (folder / "train.txt").write_bytes(novel[30_000:50_000])
   (folder / "validation.txt").write_bytes(novel[60_000:60_700])
   return folder
 

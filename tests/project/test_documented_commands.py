@@ -98,7 +98,10 @@ RUN_HERE = {
   "python -m megabyte_jax prepare pack 'corpora/web/*.jsonl.zst' corpora/packed": [],
   "python eval.py --workdir=pretrained:books --data=sample:text/validation --max-bytes=20000": ["--max-bytes=50"],
   "python train.py --workdir=runs/novels --config.data.train=sample:text/train "
-  "--config.data.validation=sample:text/validation": ["--config.data.validation=CHANGELOG.md"],
+  "--config.data.validation=sample:text/validation": [
+    "--config.data.train=docs/data.md",
+    "--config.data.validation=CHANGELOG.md",
+  ],
   'python -m megabyte_jax generate --workdir=runs/novels --prompt="It was " --bytes=400 --temperature=0.7': [
     "--bytes=20"
   ],
@@ -271,7 +274,8 @@ def folder(tmp_path_factory):
   images = pathlib.Path("megabyte_jax/data/sample/images/train")
   (folder / "runs/photos/china.jpg").write_bytes((ROOT / images / "china.jpg").read_bytes())
   program = re.search(r"```python\n(.*?)```", (ROOT / "docs/from_python.md").read_text(), re.S)[1]
-  program = program.replace("8192", "64").replace("runs/", f"{folder}/runs/")
+  for long, short in {"8192": "64", "512": "64", "256": "32", "runs/": f"{folder}/runs/"}.items():
+    program = program.replace(long, short)
   (folder / "from_python.py").write_text(program)
   return folder
 
