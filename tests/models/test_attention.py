@@ -1,5 +1,7 @@
 """Every way to compute attention on a CPU gives what the plain one gives."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,20 +28,33 @@ def past(slots, visible):
 
 PASTS = {
   "none": None,
-  "previous span": past(3, (jnp.arange(N) > 0)[:, None, None]),
-  "cache": past(5, jnp.arange(5) < 2),
-  "each slot its own": past(4, jnp.arange(4) >= jnp.arange(M)[:, None] - 2),
+  "previous span": past(3, (np.arange(N) > 0)[:, None, None]),
+  "cache": past(5, np.arange(5) < 2),
+  "each slot its own": past(4, np.arange(4) >= np.arange(M)[:, None] - 2),
 }
+
+
+# One program each: op by op, every op of a new shape would be compiled by itself.
+
+
+@jax.jit
+def plain_of(q, k, v, visible, earlier=None):
+  return lib._xla(q, k, v, visible, earlier, 0.0, None)
+
+
+@functools.partial(jax.jit, static_argnames=("window", "dropout"))
+def attended(q, k, v, **options):
+  return attention(q, k, v, **options)
 
 
 @pytest.mark.parametrize("earlier", PASTS)
 def test_short_equals_plain(earlier):
-  visible = jnp.tril(jnp.ones((M, M), bool))
-  short = lib._short(*qkv(), visible, PASTS[earlier])
-  plain = lib._xla(*qkv(), visible, PASTS[earlier], 0.0, None)
+  visible = np.tri(M, dtype=bool)
+  short = jax.jit(lib._short)(*qkv(), visible, PASTS[earlier])
+  plain = plain_of(*qkv(), visible, PASTS[earlier])
   np.testing.assert_allclose(short, plain, atol=2e-6)
   if earlier != "none":
-    assert np.abs(plain - lib._xla(*qkv(), visible, None, 0.0, None)).max() > 0.1
+    assert np.abs(plain - plain_of(*qkv(), visible)).max() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -61,11 +76,11 @@ def test_where_a_gpu_takes_sums_of_products(monkeypatch, spans, slots, earlier, 
 def test_one_slot_after_a_cache_equals_plain(monkeypatch, dtype):
   """And a CPU takes it, where the cache is long."""
   q, k, v, k_past, v_past = (draw(B, 1, slots, H, K, seed=s).astype(dtype) for s, slots in enumerate((1, 1, 1, 40, 40)))
-  for visible in (jnp.arange(40) < 30, jnp.zeros(40, bool), (jnp.arange(B) > 0)[:, None, None, None]):
+  for visible in (np.arange(40) < 30, np.zeros(40, bool), (np.arange(B) > 0)[:, None, None, None]):
     earlier = Past(k_past, v_past, visible)
-    plain = lib._xla(q, k, v, jnp.ones((1, 1), bool), earlier, 0.0, None)
+    plain = plain_of(q, k, v, np.ones((1, 1), bool), earlier)
     np.testing.assert_allclose(
-      attention(q, k, v, past=earlier).astype("float32"),
+      attended(q, k, v, past=earlier).astype("float32"),
       plain.astype("float32"),
       atol=2e-6 if dtype == "float32" else 0.03,
     )
@@ -78,27 +93,28 @@ def test_one_slot_after_a_cache_equals_plain(monkeypatch, dtype):
 @pytest.mark.parametrize("window", [1, 2, 4, 8])
 def test_blocks_of_a_window_equal_plain(window):
   q, k, v = qkv(spans=1, slots=16)
-  slot = jnp.arange(16)
+  slot = np.arange(16)
   distance = slot[:, None] - slot[None, :]
-  plain = lib._xla(q, k, v, (distance >= 0) & (distance < window), None, 0.0, None)
-  np.testing.assert_allclose(lib._windowed(q, k, v, window, 0.0, None), plain, atol=2e-6)
-  np.testing.assert_allclose(attention(q, k, v, window=window), plain, atol=2e-6)
+  plain = plain_of(q, k, v, (distance >= 0) & (distance < window))
+  by_blocks = jax.jit(lambda q, k, v: lib._windowed(q, k, v, window, 0.0, None))(q, k, v)
+  np.testing.assert_allclose(by_blocks, plain, atol=2e-6)
+  np.testing.assert_allclose(attended(q, k, v, window=window), plain, atol=2e-6)
 
 
 @pytest.mark.parametrize(("spans", "window"), [(1, 5), (3, 5), (3, 4)])
 def test_windows_that_blocks_cannot_serve(spans, window):
   q, k, v = qkv(spans, 16)
-  slot = jnp.arange(16)
+  slot = np.arange(16)
   distance = slot[:, None] - slot[None, :]
-  plain = lib._xla(q, k, v, (distance >= 0) & (distance < window), None, 0.0, None)
-  np.testing.assert_allclose(attention(q, k, v, window=window), plain, atol=2e-6)
+  plain = plain_of(q, k, v, (distance >= 0) & (distance < window))
+  np.testing.assert_allclose(attended(q, k, v, window=window), plain, atol=2e-6)
 
 
 @pytest.mark.parametrize("window", [0, 4])
 def test_dropout_keeps_the_mean_and_is_off_without_a_key(window):
   q, k, v = qkv(spans=1)
-  plain = attention(q, k, v, window=window)
-  np.testing.assert_array_equal(attention(q, k, v, window=window, dropout=0.4), plain)
+  plain = attended(q, k, v, window=window)
+  np.testing.assert_array_equal(attended(q, k, v, window=window, dropout=0.4), plain)
   keys = jax.random.split(jax.random.key(0), 1000)
   drop = jax.vmap(lambda key: attention(q, k, v, window=window, dropout=0.4, dropout_key=key))
   drawn = jax.jit(drop)(keys)

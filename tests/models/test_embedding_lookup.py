@@ -53,13 +53,14 @@ def test_hessian_vector_products(outer):
       return jax.grad(lambda table: jnp.sum(jax.grad(f)(table, BYTES) * v))(TABLE)
     return jax.jvp(lambda table: jax.grad(f)(table, BYTES), (TABLE,), (v,))[1]
 
-  equal(product(loss), product(plain))
+  equal(*(jax.jit(lambda f=f: product(f))() for f in (loss, plain)))
 
 
 @pytest.mark.parametrize("axes", [(None, 0), (0, None), (0, 0), (None, 2), (2, None)])
 def test_gradients_of_each_row_or_table(axes):
   tables = jnp.stack([TABLE, 2 * TABLE, 3 * TABLE, 4 * TABLE], axis=axes[0] or 0) if axes[0] is not None else TABLE
-  equal(jax.vmap(jax.grad(loss), axes)(tables, BYTES), jax.vmap(jax.grad(plain), axes)(tables, BYTES))
+  made, expected = (jax.jit(jax.vmap(jax.grad(f), axes))(tables, BYTES) for f in (loss, plain))
+  equal(made, expected)
 
 
 @pytest.mark.parametrize("check", [True, False])
@@ -70,8 +71,11 @@ def test_gradients_within_shard_map_are_summed_over_devices(check):
     return jax.lax.psum(loss(table, bytes_), "data")
 
   spread = jax.shard_map(total, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=check)
-  equal(spread(TABLE, BYTES), plain(TABLE, BYTES), rtol=1e-4)
-  equal(jax.grad(spread)(TABLE, BYTES), jax.grad(plain)(TABLE, BYTES))
+  (made, gradient), (expected, expected_gradient) = (
+    jax.jit(jax.value_and_grad(f))(TABLE, BYTES) for f in (spread, plain)
+  )
+  equal(made, expected, rtol=1e-4)
+  equal(gradient, expected_gradient)
 
 
 HIDDEN = jax.random.normal(jax.random.key(3), (4, 5, 8))
@@ -87,16 +91,17 @@ def of_plain_product(h, table):
 
 def test_the_product_with_the_table_is_differentiated_as_a_plain_one():
   """Backwards, forwards, twice, and mapped over rows."""
-  at = (HIDDEN, TABLE)
-  equal(of_product(*at), of_plain_product(*at))
-  for made, expected in zip(*(jax.grad(f, (0, 1))(*at) for f in (of_product, of_plain_product)), strict=True):
-    equal(made, expected)
-  forward = (jax.jvp(f, at, (jnp.ones_like(HIDDEN), jnp.cos(TABLE)))[1] for f in (of_product, of_plain_product))
-  equal(*forward)
-  twice = (jax.grad(lambda h, f=f: jnp.sum(jax.grad(f)(h, TABLE) ** 2))(HIDDEN) for f in (of_product, of_plain_product))
-  equal(*twice)
-  mapped = (jax.vmap(jax.grad(f), in_axes=(0, None))(*at) for f in (of_product, of_plain_product))
-  equal(*mapped)
+
+  def results(f, h, table):
+    return {
+      "backwards": jax.value_and_grad(f, (0, 1))(h, table),
+      "forwards": jax.jvp(f, (h, table), (jnp.ones_like(h), jnp.cos(table)))[1],
+      "twice": jax.grad(lambda h: jnp.sum(jax.grad(f)(h, table) ** 2))(h),
+      "mapped": jax.vmap(jax.grad(f), in_axes=(0, None))(h, table),
+    }
+
+  made, expected = (jax.jit(functools.partial(results, f))(HIDDEN, TABLE) for f in (of_product, of_plain_product))
+  jax.tree.map(equal, made, expected)
 
 
 def test_gradients_of_the_product_with_the_table_have_operands_of_the_compute_dtype():

@@ -64,7 +64,7 @@ def test_tiles_equal_the_reference_forward_and_backward(shape, r):
       out = function(q, k, v, r)
       return jnp.sum(out * weights.astype(jnp.float32)), out
 
-    gradients, out = jax.grad(weighted, (0, 1, 2), has_aux=True)(q, k, v)
+    gradients, out = jax.jit(jax.grad(weighted, (0, 1, 2), has_aux=True))(q, k, v)
     return [np.asarray(a, np.float64) for a in (out, *gradients)]
 
   for ours, exact in zip(results(tiles), results(reference), strict=True):
