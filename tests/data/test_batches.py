@@ -59,11 +59,11 @@ def test_resuming_at_any_step_gives_the_same_batches(documents):
 @pytest.mark.parametrize("mixed", [False, True])
 def test_one_two_and_four_hosts_see_the_same_global_batches_across_epochs(mixed):
   source = Mixture([Numbers(100, 37), Numbers(555)], (1, 3)) if mixed else Numbers(100, 37, 300)
-  whole = take(source, num_steps=50)  # 400 rows of about 26 windows: many epochs
+  whole = take(source, num_steps=20)  # 160 rows of about 26 windows: many epochs
   for hosts in (2, 4):
     windows = open_windows(source, context=16, seed=3)
     rows = np.arange(8).reshape(hosts, -1)
-    streams = [host_batches(windows, 8, r, 0, 50, 16, 2) for r in rows]
+    streams = [host_batches(windows, 8, r, 0, 20, 16, 2) for r in rows]
     for (_, expected), *parts in zip(whole, *streams, strict=True):
       np.testing.assert_array_equal(expected.x_BT, np.concatenate([batch.x_BT for _, batch in parts]))
 

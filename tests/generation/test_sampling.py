@@ -80,7 +80,7 @@ def test_samples_stop_at_bytes_and_where_a_function_says(monkeypatch):
     generate(model, stop=b"")
 
 
-@pytest.mark.parametrize("name", ["rmsnorm_without_bias", "perceiver_ar"])
+@pytest.mark.parametrize("name", ["rmsnorm_without_bias", pytest.param("perceiver_ar", marks=pytest.mark.slow)])
 def test_parameters_are_cast_once_to_the_same_results(name):
   """Norms keep theirs in float32; of the others nothing is used but what the cast leaves."""
   config = dataclasses.replace(variants.VARIANTS[name], compute_dtype="bfloat16")

@@ -290,8 +290,9 @@ def test_what_is_no_byte_is_not_scored(wrong):
     byte_nats(model, jnp.array([[65, wrong, 66]]))
 
 
+@pytest.mark.slow
 def test_accumulation_equals_one_batch():
-  """Rows of different lengths: a mean of means would weigh their bytes unevenly."""
+  """Rows of different lengths: a mean of means would weigh their bytes unevenly. test_train.py has a quick twin."""
   name = "without_global"
   x_BT = variants.random_bytes(name, 8, seed=12).astype(np.uint8)
   length_B = np.array([16, 3, 9, 1, 16, 7, 2, 12], np.int32)

@@ -37,7 +37,9 @@ def build(config):
   return graph, draw_parameters(config)
 
 
-@pytest.mark.parametrize("config", [MEGABYTE, PERCEIVER], ids=["megabyte", "perceiver_ar"])
+@pytest.mark.parametrize(
+  "config", [pytest.param(MEGABYTE, id="megabyte"), pytest.param(PERCEIVER, id="perceiver_ar", marks=pytest.mark.slow)]
+)
 def test_nats_are_the_same_on_it(config):
   graph, parameters = build(config)
 

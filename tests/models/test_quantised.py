@@ -90,11 +90,10 @@ def test_no_weight_moves_by_more_than_half_a_step_of_its_output():
   "name",
   [
     "megabyte",
-    "perceiver_ar",
     "transformer_xl",
     *(
       pytest.param(name, marks=pytest.mark.slow)
-      for name in ("transformer", "block_recurrent", "compressive_transformer")
+      for name in ("transformer", "perceiver_ar", "block_recurrent", "compressive_transformer")
     ),
   ],
 )

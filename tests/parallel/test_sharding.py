@@ -153,7 +153,6 @@ def loss_and_gradient(name, mesh):
 FEW = [
   ("cross-patch", "fsdp2 seq2 tensor2"),  # with convolutions, which XLA splits wrongly there if they are its own
   ("perceiver ar", "fsdp2 seq2 tensor2"),
-  ("modern", "fsdp2 seq2 tensor2"),
 ]
 ALL_MESHES = [
   "data8",
