@@ -15,6 +15,7 @@ from megabyte_jax.checkpoints.checkpoints import Checkpoints
 from megabyte_jax.checkpoints.saved_config import load_config
 from megabyte_jax.config import MeshConfig
 from megabyte_jax.data.open_data import SAMPLE_FOLDER
+from megabyte_jax.display import plots
 from megabyte_jax.parallel.sharding import make_mesh
 from megabyte_jax.training.state import abstract_state
 
@@ -122,9 +123,13 @@ def finish(process):
 
 
 def evaluate_command(monkeypatch, *arguments):
-  """What eval.py prints when it is called in this process, as (lines, the last one's JSON)."""
+  """What eval.py prints when it is called in this process, as (lines, the last one's JSON).
+
+  Without its pictures, which take longer than all the rest; test_eval_command.py starts one command that draws them.
+  """
   import eval as command  # noqa: PLC0415  (its name would hide the built-in)
 
+  monkeypatch.setattr(plots, "loss_by_position", lambda *_, **__: None)
   monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
   with contextlib.redirect_stdout(io.StringIO()) as output:
     command.main()
