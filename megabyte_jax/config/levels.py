@@ -125,7 +125,7 @@ class BlockOptions:
       precise as JAX's default_matmul_precision: on GPUs and TPUs less than float32, unless that is "highest".
     scan_layers: always | never | auto: whether one compiled block serves all layers of a level, or each is compiled by
       itself, which is faster but, with remat=named, keeps more activations; auto is never on a GPU, always elsewhere.
-    attention: auto | xla | cudnn | splash, see models/layers/attention.py; with xla decoding has no kernels either.
+    attention: auto | xla | cudnn | splash, see models/layers/attention.py; xla does without all kernels.
   """
 
   norm: Literal["layernorm", "rmsnorm"] = "layernorm"

@@ -29,6 +29,14 @@ MODELS = {
     context=1536, levels=(level(192, 768), level(1, 256, rotary=True, cross_patch=192))
   ),
   "convolutions": MegabyteConfig(context=1024, levels=(level(8, 512, conv_filters=(3, 5, 7)), level(1, 256))),
+  "modern": MegabyteConfig(
+    context=1024,
+    levels=(level(8, 512, rotary=True), level(1, 256, rotary=True)),
+    norm="rmsnorm",
+    activation="swiglu",
+    qk_norm=True,
+    bias=False,
+  ),
   "Transformer": MegabyteConfig(context=512, levels=(level(1, 256),)),
   "sliding window": MegabyteConfig(context=512, levels=(level(1, 256, attention_window=128),)),
   "PerceiverAR": PerceiverARConfig(context=512, latents=128, width=256, num_layers=2, num_heads=4),

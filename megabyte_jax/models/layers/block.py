@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from megabyte_jax.config import BlockOptions, Level
-from megabyte_jax.models.kernels import cached_attention
+from megabyte_jax.models.kernels import cached_attention, row_kernels, turned_heads
 from megabyte_jax.models.layers import attention as attention_lib
 from megabyte_jax.models.layers.attention import Past
 from megabyte_jax.models.layers.dropout import dropout
@@ -35,6 +35,20 @@ def normalised(norm: nnx.LayerNorm | nnx.RMSNorm, x: jax.Array) -> jax.Array:
   assert scale is not None  # make_norm gives every norm one
   y = deviation * (jax.lax.rsqrt(variance + norm.epsilon) * scale[...])
   return (y if bias is None else y + bias[...]).astype(norm.dtype)
+
+
+def takes_kernels(options: BlockOptions) -> bool:
+  """Returns whether row_kernels.py and turned_heads.py may serve where they can: not with `attention="xla"`."""
+  return options.attention != "xla"
+
+
+def normed_beside(
+  norm: nnx.LayerNorm | nnx.RMSNorm, x_BNMD: jax.Array, options: BlockOptions
+) -> tuple[jax.Array, jax.Array]:
+  """Returns x and norm(x); what else takes x shall take the first, as in `row_kernels.rms_norm`."""
+  if isinstance(norm, nnx.RMSNorm) and takes_kernels(options) and not row_kernels.norm_obstacle(x_BNMD):
+    return row_kernels.rms_norm(x_BNMD, norm)
+  return x_BNMD, norm(x_BNMD)
 
 
 def make_ff_in(level: Level, options: BlockOptions, rngs: nnx.Rngs) -> Linear:
@@ -62,6 +76,8 @@ def activate(hidden: jax.Array, options: BlockOptions) -> jax.Array:
     return relu(hidden)
   hidden = checkpoint_name(hidden, "hidden")
   if options.gated:
+    if takes_kernels(options) and not row_kernels.gate_obstacle(hidden):
+      return row_kernels.gated(hidden)
     gate, up = parts_of(hidden, axis=hidden.ndim - 2)
     return jax.nn.silu(gate) * up
   return getattr(jax.nn, options.activation)(hidden)
@@ -73,14 +89,18 @@ def parts_of(x: jax.Array, axis: int) -> tuple[jax.Array, ...]:
   return tuple(jnp.squeeze(part, axis=axis) for part in parts)
 
 
+def angles(slots_M: jax.Array, head_width: int) -> jax.Array:
+  """Returns by how much each of a head's K / 2 pairs is turned at each slot, [M, K / 2], float32."""
+  half = head_width // 2
+  return slots_M.astype(jnp.float32)[:, None] * 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+
+
 def rotate(x_BNMHK: jax.Array, slots_M: jax.Array) -> jax.Array:
   """Applies rotary positions (Su et al., 2021): turns the pair (x_i, x_{i+K/2}) by slot * 10000^(-2i/K).
 
   Rotations add up: rotating the keys of slots j by -m makes them the keys of slots j - m.
   """
-  half = x_BNMHK.shape[-1] // 2
-  frequency = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle_M1F = slots_M.astype(jnp.float32)[:, None, None] * frequency
+  angle_M1F = angles(slots_M, x_BNMHK.shape[-1])[:, None]
   a, b = jnp.split(x_BNMHK.astype(jnp.float32), 2, axis=-1)
   sin, cos = jnp.sin(angle_M1F), jnp.cos(angle_M1F)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNMHK.dtype)
@@ -161,11 +181,9 @@ class Block(nnx.Module):
     if isinstance(past, cached_attention.Filled):
       return self._one_slot(x_BNMD, slots_M, past)
     keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
-    q, k, v = products_apart(self.qkv, self.attention_norm(x_BNMD))
-    if options.qk_norm:
-      q, k = self.q_norm(q), self.k_norm(k)
-    if level.rotary:
-      q, k = rotate(q, slots_M), rotate(k, slots_M)
+    x_BNMD, normed_BNMD = normed_beside(self.attention_norm, x_BNMD, options)
+    q, k, v = products_apart(self.qkv, normed_BNMD)
+    q, k = self._turned(q, k, slots_M)
     if past is None and level.cross_patch:
       past = past_of_previous_span(k, v, level.cross_patch)
     attended = attention_lib.attention(
@@ -180,9 +198,21 @@ class Block(nnx.Module):
     )
     attended = checkpoint_name(attended, "attended")
     x_BNMD += dropout(self.attention_out(attended), options.dropout, keys[1])
-    hidden = activate(self.ff_in(self.ff_norm(x_BNMD)), options)
+    x_BNMD, normed_BNMD = normed_beside(self.ff_norm, x_BNMD, options)
+    hidden = activate(self.ff_in(normed_BNMD), options)
     x_BNMD += dropout(self.ff_out(hidden), options.dropout, keys[2])
     return x_BNMD, (k, v)
+
+  def _turned(self, q: jax.Array, k: jax.Array, slots_M: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Computes QK-norm and rotary positions, where the model has them."""
+    norms = (self.q_norm, self.k_norm) if self.options.qk_norm else None
+    if self.level.rotary and takes_kernels(self.options) and not turned_heads.turn_obstacle(q):
+      return turned_heads.turn(q, k, angles(slots_M, q.shape[-1]), norms)
+    if norms:
+      q, k = norms[0](q), norms[1](k)
+    if self.level.rotary:
+      q, k = rotate(q, slots_M), rotate(k, slots_M)
+    return q, k
 
   def _one_slot(
     self, x_B11D: jax.Array, slots_1: jax.Array, past: cached_attention.Filled
@@ -190,10 +220,7 @@ class Block(nnx.Module):
     """`__call__` for a single slot on one GPU: attention by a kernel, weights as build.py lays them out for it."""
     qkv_B113HK = product_with_transposed(self.qkv, normalised(self.attention_norm, x_B11D))
     q, k, v = (qkv_B113HK[:, :, :, i] for i in range(3))
-    if self.options.qk_norm:
-      q, k = self.q_norm(q), self.k_norm(k)
-    if self.level.rotary:
-      q, k = rotate(q, slots_1), rotate(k, slots_1)
+    q, k = self._turned(q, k, slots_1)
     if self.options.qk_norm or self.level.rotary:
       qkv_B113HK = jnp.stack([q, k, v], axis=3)
     attended_B11HK = cached_attention.attend(qkv_B113HK[:, 0, 0], past)[:, None, None]
