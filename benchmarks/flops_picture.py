@@ -30,8 +30,10 @@ def tiers(rows: pathlib.Path, systems: dict[str, dict]) -> dict[str, list[tuple[
   """Returns the points (training FLOPs, bits per byte of validation) of each byte-level model."""
   points: dict[str, list[tuple[float, float]]] = {}
   for name in _BYTE_MODELS:
-    row = json.loads((rows / f"library_{name}.json").read_text())
-    points[name] = [(row["train_bytes"] * row["spacebyte_flops_per_byte"], row["validation_bpb"])]
+    points[name] = []
+    for path in sorted(rows.glob(f"library_{name}.json")) + sorted(rows.glob(f"library_{name}_1e17.json")):
+      row = json.loads(path.read_text())
+      points[name].append((row["train_bytes"] * row["spacebyte_flops_per_byte"], row["validation_bpb"]))
     if name in systems:
       points[name].append((systems[name]["flops"], systems[name]["bpb_by_method"]["basic"]))
   return points
@@ -53,7 +55,7 @@ def main() -> None:
         left.plot([step * per_step for step, _ in row["curve"]], [bits for _, bits in row["curve"]], label=label)
     for name, points in tiers(arguments.rows, systems).items():
       right.plot(*zip(*points, strict=True), "o-", label=_BYTE_MODELS[name])
-    left.set(ylim=(1.1, 2.2), xlabel="training FLOPs", ylabel="bits per byte of training")
+    left.set(ylim=(1.0, 2.2), xlabel="training FLOPs", ylabel="bits per byte of training")
     right.set(xscale="log", xlabel="training FLOPs", ylabel="bits per byte of validation")
 
 

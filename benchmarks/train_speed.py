@@ -146,8 +146,9 @@ def measure(case: str, seconds: float, limit_seconds: float, kernels: int) -> di
   if is_small and config.optimizer.name == "muon":
     adamw = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name="adamw"))
     muon = 1 - timed(TimedStep(adamw))[1] / taken
-  ceiling = matmul_flops(limit_seconds, 8192 if limit_seconds > 1 else 512)
-  bandwidth = copy_bandwidth(1 << 30 if limit_seconds > 1 else 1 << 24)
+  on_cpu = jax.default_backend() == "cpu"
+  ceiling = matmul_flops(limit_seconds, 512 if on_cpu else 8192)
+  bandwidth = copy_bandwidth(1 << 24 if on_cpu else 1 << 30)
   return {
     "case": case,
     "device": jax.devices()[0].device_kind,

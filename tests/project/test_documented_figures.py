@@ -193,6 +193,7 @@ def test_recipes():
     "MEGABYTE, P = 4, 512 x 6 + 256 x 6": "library_megabyte",
     "Transformer, 320 x 6, 1,024 bytes": "library_transformer",
     "windowed, 384 x 5, 512 of 4,096": "library_windowed",
+    "MEGABYTE, P = 4, 512 x 8 + 256 x 8": "library_megabyte_deeper",
   }
   for label, name in models.items():
     run = result(f"recipe/{name}")
@@ -200,6 +201,11 @@ def test_recipes():
     sizes = f"{run['parameters'] / 1e6:.1f} M", f"{run['train_bytes'] / 1e6:.0f} MB", each
     assert row(RESULTS, f"[{label}](results/recipe/{name}.json)") == [*sizes, f"{run['validation_bpb']:.3f}"]
     assert run["spacebyte_flops_per_byte"] * run["train_bytes"] == pytest.approx(3e16, rel=1e-3)
+  windowed = result("recipe/library_windowed_1e17")
+  assert windowed["spacebyte_flops_per_byte"] * windowed["train_bytes"] == pytest.approx(1e17, rel=1e-3)
+  sizes = f"{windowed['parameters'] / 1e6:.1f} M", f"{windowed['train_bytes'] / 1e6:.0f} MB"
+  rest = f"{windowed['validation_bpb']:.3f}", "-", "-", f"{windowed['bytes_per_second'] / 1e6:.2f}"
+  assert row(RESULTS, "[windowed, 512 x 6, 512 of 4,096](results/recipe/library_windowed_1e17.json)") == [*sizes, *rest]
   without, with_it = (result(f"recipe/kernel_modern_half{name}") for name in ("", "_cross_patch"))
   for step in (50, 150, 300, 450, 600, 800):
     cells = []
