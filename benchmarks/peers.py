@@ -1,16 +1,19 @@
 """Builds the models of comparable packages with the widths, depths and heads of a config of ours.
 
-MEGABYTE-pytorch (0.3.6 was looked at) and mblm (0.4.2). PyTorch is imported where it is needed, so that a process
-without a peer neither needs it nor gives memory to it.
+MEGABYTE-pytorch (0.3.6 was looked at), mblm (0.4.2), and the MegaByte of SpaceByte's repository (commit 3211113).
+PyTorch is imported where it is needed, so that a process without a peer neither needs it nor gives memory to it.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
+import pathlib
+import sys
 from typing import Any
 
 from megabyte_jax import MegabyteConfig
+from megabyte_jax.errors import require
 
 PACKAGES = {"MEGABYTE-pytorch": ("torch", "MEGABYTE_pytorch"), "mblm": ("torch", "mblm")}
 _PAD = 256  # outside of the bytes: the default, 0, would leave byte 0 out of the loss
@@ -46,6 +49,39 @@ def megabyte_pytorch(config: MegabyteConfig) -> Any:
       flash_attn=True,
     )
   return made
+
+
+def spacebyte(config: MegabyteConfig, clone: str) -> Any:
+  """Builds the MegaByte of github.com/kjslag/spacebyte, a torch module, for a config of two levels.
+
+  Its vocabulary has a further symbol, `_PAD`, that begins each sequence.
+
+  Args:
+    clone: a checkout of the repository, which is not a package.
+
+  Raises:
+    ConfigError: there is none.
+  """
+  require((pathlib.Path(clone) / "megabyte.py").exists(), f"{clone or '.'}: no checkout of github.com/kjslag/spacebyte")
+  sys.path.insert(0, clone)
+  from megabyte import MegaByte, MegaByteConfig  # noqa: PLC0415
+
+  coarse, fine = config.levels
+  return MegaByte(
+    MegaByteConfig(
+      vocab_size=_PAD + 1,
+      BOS=_PAD,
+      d_model=coarse.width,
+      n_layers=coarse.num_layers,
+      context_size=config.context,
+      patch_size=coarse.patch_size,
+      d_local=fine.width,
+      n_local_layers=fine.num_layers,
+      d_key=fine.heads[1],
+      tie_embedding=False,
+      rope=True,
+    )
+  )
 
 
 def mblm(config: MegabyteConfig) -> Any:

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from megabyte_jax import Level, MegabyteConfig, byte_nats, make_model
 from megabyte_jax.config import MeshConfig
 from megabyte_jax.models.kernels import row_kernels, turned_heads
 from megabyte_jax.models.layers import block
-from megabyte_jax.parallel.backend import platform
+from megabyte_jax.parallel.activation_layout import AXES
 from megabyte_jax.parallel.sharding import make_mesh
 
 
@@ -100,17 +101,17 @@ def test_the_gate_equals_its_definition(hidden):
 
 @pytest.mark.parametrize("spans", [1, 16])
 def test_a_mesh_changes_nothing(spans):
-  slots = 512 // spans
+  slots = 256 // spans
   x, scale, q, k, scales, hidden = drawn(
-    (2, spans, slots, 256),
-    (256,),
+    (2, spans, slots, 512),
+    (512,),
     *[(2, spans, slots, 4, 32)] * 2,
     (2, 32),
     (2, spans, slots, 2, 64),
   )
 
   def ours(x, scale, q, k, scales, hidden):
-    return *both_norms(256)[0](x, scale), *both_turns(slots, 32, True)[0](q, k, scales), *both_gates()[0](hidden)
+    return *both_norms(512)[0](x, scale), *both_turns(slots, 32, True)[0](q, k, scales), *both_gates()[0](hidden)
 
   arguments = (x, 1 + scale / 4, q, k, 1 + scales / 4, hidden)
   alone = results_and_gradients(ours, *arguments)
@@ -138,36 +139,38 @@ def test_what_kernels_cannot_do_is_said(monkeypatch):
     assert "do not divide axis 3" in turned_heads.turn_obstacle(shape((2, 16, 8, 3, 64)))
 
 
-def lowered_for_a_gpu(config, monkeypatch):
+def lowered_for_a_gpu(config):
   """The program of a model's loss and gradients for a GPU, which needs none."""
-  if platform() != "cpu":
-    pytest.skip("the accelerator tests run these kernels")
-  for module in (row_kernels, block):
-    monkeypatch.setattr(module, "platform", lambda: "gpu")
-  graph, parameters = nnx.split(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0))))
+  gpu = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+  mesh = AbstractMesh((1,) * 4, AXES, axis_types=(AxisType.Auto,) * 4, abstract_device=gpu)
+  with jax.sharding.use_abstract_mesh(mesh):
+    graph, parameters = nnx.split(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0))))
 
-  def mean_nats(parameters, x_BT):
-    return byte_nats(nnx.merge(graph, parameters), x_BT)[0].mean()
+    def mean_nats(parameters, x_BT):
+      return byte_nats(nnx.merge(graph, parameters), x_BT)[0].mean()
 
-  x_BT = jax.ShapeDtypeStruct((2, config.context), jnp.int32)
-  return jax.jit(jax.grad(mean_nats)).trace(parameters, x_BT).lower(lowering_platforms=("cuda",)).as_text()
+    x_BT = jax.ShapeDtypeStruct((8, config.context), jnp.int32)
+    return jax.jit(jax.grad(mean_nats)).trace(parameters, x_BT).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def modern(**options):
-  levels = tuple(Level(patch_size=p, width=w, num_layers=1, num_heads=2, rotary=True) for p, w in ((8, 128), (1, 64)))
+  levels = tuple(Level(patch_size=p, width=w, num_layers=1, num_heads=2, rotary=True) for p, w in ((32, 128), (1, 64)))
   choices = {"norm": "rmsnorm", "activation": "swiglu", "qk_norm": True, "bias": False, "compute_dtype": "bfloat16"}
-  return MegabyteConfig(context=2048, levels=levels, dropout=0.0, **(choices | options))
+  return MegabyteConfig(context=1024, levels=levels, dropout=0.0, **(choices | options))
 
 
 KERNELS = ("rms_norm", "rms_norm_gradient", "turn", "turn_gradient", "swiglu_gradient")
 
 
-def test_models_with_the_modern_recipe_take_them_on_a_gpu(monkeypatch):
-  program = lowered_for_a_gpu(modern(), monkeypatch)
-  assert all(program.count(f'name = "{kernel}"') >= 1 for kernel in KERNELS)
+def test_models_with_the_modern_recipe_take_them_on_a_gpu():
+  program = lowered_for_a_gpu(modern())
+  missing = [
+    kernel for kernel in (*KERNELS, "forward_kernel", "backward_kernel") if f'name = "{kernel}"' not in program
+  ]
+  assert not missing, missing
 
 
 @pytest.mark.parametrize("options", [{"attention": "xla"}, {"compute_dtype": "float32"}])
-def test_models_without_kernels_take_none(options, monkeypatch):
-  program = lowered_for_a_gpu(modern(**options), monkeypatch)
+def test_models_without_kernels_take_none(options):
+  program = lowered_for_a_gpu(modern(**options))
   assert not any(f'name = "{kernel}"' in program for kernel in KERNELS)
