@@ -129,6 +129,7 @@ def test_what_kernels_cannot_do_is_said(monkeypatch):
   assert "width 100" in row_kernels.norm_obstacle(shape((2, 16, 32, 100)))
   assert "needs bfloat16" in row_kernels.norm_obstacle(jax.ShapeDtypeStruct((2, 16, 32, 384), jnp.float32))
   assert turned_heads.turn_obstacle(shape((1, 16, 8, 2, 64))) == ""
+  assert "one slot" in turned_heads.turn_obstacle(shape((64, 1, 1, 2, 64)))
   assert "head_dim 48" in turned_heads.turn_obstacle(shape((1, 16, 8, 2, 48)))
   assert "spans of 12 slots" in turned_heads.turn_obstacle(shape((1, 16, 12, 2, 64)))
   assert row_kernels.gate_obstacle(shape((2, 16, 8, 2, 88))) == ""

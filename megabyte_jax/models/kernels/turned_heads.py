@@ -26,6 +26,8 @@ _TILE = 32  # rows of a program
 def turn_obstacle(q_BNMHK: Shaped) -> str:
   """Returns why `turn` cannot serve here, or ''."""
   M, K = q_BNMHK.shape[2], q_BNMHK.shape[-1]
+  if M == 1:
+    return "one slot has few rows"
   if K & (K - 1) or not 32 <= K <= 256:
     return f"head_dim {K} is not a power of two from 32 to 256"
   parts = mesh_axes().get("seq", 1) if q_BNMHK.shape[1] == 1 else 1
