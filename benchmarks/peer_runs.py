@@ -7,8 +7,9 @@
 
 The model has the sizes of a config of configs/recipe.py; windows, batches, their order and validation by basic
 inference are those of recipe_runs.py, compute is bfloat16 by autocast, compiled. SpaceByte's MegaByte is trained by its
-own rule: AdamW (0.9, 0.98) at 0.04, for matrices over their inputs' root, decay 0.01, a quarter of a cosine after 1% of
-warm-up. MEGABYTE-pytorch has none; it gets AdamW at 1e-3, decay 0.1 and a cosine to zero after 4% of warm-up.
+own rule: AdamW (0.9, 0.98) at 0.04, divided by the square root of the fan-in for matrices, decay 0.01, a quarter of a
+cosine after 1% of warm-up. MEGABYTE-pytorch has none; it gets AdamW at 1e-3, decay 0.1 and a cosine to zero after 4% of
+warm-up.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from megabyte_jax.data.open_data import open_source
 from megabyte_jax.evaluation.windows import windows_of
 from megabyte_jax.files.atomic_file import replacing
 
-Nats = Callable[[Any], Any]  # of each byte of x_BT
+Nats = Callable[[Any, Any], Any]  # (x_BT, scored_BT) -> the sum over the bytes that are scored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,10 @@ RULES = {"MEGABYTE-pytorch": Rule(1e-3, 0.1, 0.04, False), "SpaceByte": Rule(0.0
 
 
 def build(peer: str, config: MegabyteConfig, clone: str) -> tuple[Any, Nats]:
-  """Builds a peer's model and the function from x_BT to the nats of each byte, [B * T]."""
+  """Builds a peer's model and the function (x_BT, scored_BT) -> nats of the scored bytes; the others must come last.
+
+  MEGABYTE-pytorch gives logits without those of byte 0, and its loss with them: the mean over all that is no padding.
+  """
   import torch  # noqa: PLC0415
 
   if peer == "SpaceByte":
@@ -75,15 +79,14 @@ def build(peer: str, config: MegabyteConfig, clone: str) -> tuple[Any, Nats]:
     made = peers.megabyte_pytorch(config)
     peers.open_attention(made)
   compiled = torch.compile(made) if torch.cuda.is_available() else made
-  cross_entropy = torch.nn.functional.cross_entropy
 
-  def nats(x_BT):
-    if peer == "SpaceByte":
-      begun = torch.nn.functional.pad(x_BT, (1, 0), value=made.config.BOS)[:, :-1]
-      logits = compiled(begun)[0]
-    else:
-      logits = compiled(x_BT, return_loss=False)[:, : x_BT.shape[1]]
-    return cross_entropy(logits.float().flatten(0, 1), x_BT.flatten(), reduction="none")
+  def nats(x_BT, scored_BT):
+    if peer == "MEGABYTE-pytorch":
+      return compiled(x_BT.masked_fill(~scored_BT, made.pad_id), return_loss=True) * scored_BT.sum()
+    begun = torch.nn.functional.pad(x_BT, (1, 0), value=made.config.BOS)[:, :-1]
+    logits = compiled(begun)[0].float().flatten(0, 1)
+    each = torch.nn.functional.cross_entropy(logits, x_BT.flatten(), reduction="none")
+    return (each * scored_BT.flatten()).sum()
 
   return made, nats
 
@@ -111,7 +114,7 @@ def train(config: Config, model: Any, nats: Nats, rule: Rule, steps: int, parts:
       group["lr"] = rule.learning_rate * group["times"] * rule.factor(number, steps)
     for part in x_BT.chunk(parts):
       with torch.autocast(device.type, torch.bfloat16):
-        loss = nats(part).mean()
+        loss = nats(part, torch.ones_like(part, dtype=torch.bool)) / part.numel()
       (loss / parts).backward()
       sums.append(loss.detach())
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -138,10 +141,9 @@ def evaluate(config: Config, nats: Nats, rows: int, device: Any) -> tuple[float,
     for row, (document, window) in enumerate(windows[first : first + rows]):
       x_BT[row, : window.length] = source.read(document, window.start, window.start + window.length)
       lengths[row] = window.length
+    scored_BT = np.arange(context)[None] < lengths[:, None]
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-      found = nats(torch.from_numpy(x_BT).to(device)).reshape(rows, context)
-    scored = torch.arange(context)[None] < torch.from_numpy(lengths)[:, None]
-    total += float(found.double().cpu()[scored].sum())
+      total += float(nats(torch.from_numpy(x_BT).to(device), torch.from_numpy(scored_BT).to(device)))
   return total, int(source.lengths.sum())
 
 
@@ -153,6 +155,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
   values["data"].update(train=arguments.train, validation=arguments.validation)
   values["batch_size"] = arguments.batch_size or values["batch_size"]
   config = Config.from_dict(values)
+  if config.batch_size % arguments.parts:
+    raise SystemExit(f"--parts={arguments.parts} does not divide the {config.batch_size} windows of a batch")
   per_step = config.batch_size * config.model.context
   steps = max(2, round(arguments.bytes / per_step))
   rule = RULES[arguments.peer]
@@ -187,7 +191,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _version(peer: str) -> dict[str, str]:
-  return {} if peer == "SpaceByte" else {peer: importlib.metadata.version(peer)}
+  return {peer: "3211113"} if peer == "SpaceByte" else {peer: importlib.metadata.version(peer)}  # see peers.py
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:

@@ -34,7 +34,24 @@ def test_every_byte_of_every_document_is_scored_once(tmp_path):
   (tmp_path / "b.txt").write_bytes(bytes([1]) * 16)
   config = Config(model=MODEL, data=DataConfig(validation=str(tmp_path)), batch_size=1, num_steps=1)
 
-  def nats(x_BT):  # of a document's own bytes 1 or 2
-    return 1.0 + x_BT.flatten().float()
+  def nats(x_BT, scored_BT):  # of a document's own bytes 1 or 2
+    return ((1.0 + x_BT) * scored_BT).sum()
 
   assert peer_runs.evaluate(config, nats, 3, torch.device("cpu")) == (37 + 2 * 16, 53)
+
+
+def test_megabyte_pytorch_does_not_see_the_byte_that_it_predicts():
+  torch = pytest.importorskip("torch")
+  pytest.importorskip("MEGABYTE_pytorch")
+  torch.manual_seed(0)
+  made, nats = peer_runs.build("MEGABYTE-pytorch", MODEL, "")
+  with torch.no_grad():
+    for parameter in made.parameters():
+      parameter *= 3  # far from uniform predictions
+    x_BT = torch.randint(0, 256, (1, 16)).repeat(256, 1)
+    x_BT[:, 5] = torch.arange(256)
+    first_5, first_6 = (torch.arange(16)[None] < length for length in (5, 6))
+    before = [float(nats(x_T[None], first_5)) for x_T in x_BT[:2]]
+    assert before[0] == pytest.approx(before[1], abs=1e-4)  # what comes later changes nothing
+    each = torch.stack([before[0] - nats(x_T[None], first_6) for x_T in x_BT])
+  assert 0.05 < torch.exp(each).sum() < 1 + 1e-4  # the rest is the padding's

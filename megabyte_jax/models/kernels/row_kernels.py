@@ -1,4 +1,4 @@
-"""Computes what lies between matrix products on a GPU, each as one Pallas (Triton) kernel in each direction.
+"""Computes what lies between matrix products on a GPU: Pallas (Triton) kernels that read their arrays once.
 
 RMSNorm, QK-norm with rotary positions, and the gradient of SwiGLU take as long as their arrays take to be read and
 written. XLA reads them several times: once for the sums of a row, again for what is made of them, a third time for the
@@ -48,7 +48,7 @@ def obstacle(x: Shaped, spec: P, tile: int) -> str:
   if triton() is None:
     return "this JAX has no Pallas for Triton"
   if x.dtype not in (jnp.bfloat16, jnp.float16):
-    return f"it needs bfloat16 and compute is {x.dtype}"
+    return f"it needs bfloat16 or float16 and compute is {x.dtype}"
   mesh = mesh_axes()
   if mesh and not mesh.keys() >= set(AXES):
     return f"the mesh has the axes {', '.join(mesh)} instead of {', '.join(AXES)}"
@@ -88,6 +88,8 @@ def parameters() -> Any:
 def norm_obstacle(x_BNMD: Shaped) -> str:
   """Returns why `rms_norm` cannot serve here, or ''."""
   D = x_BNMD.shape[-1]
+  if x_BNMD.shape[2] == 1:
+    return "a single slot is left to XLA"
   if D % _SMALLEST or D > _NUMBERS:
     return f"width {D} is not a multiple of {_SMALLEST} up to {_NUMBERS}"
   return obstacle(x_BNMD, spec_of(x_BNMD), _block_rows(D) * _ROUNDS)
@@ -96,7 +98,7 @@ def norm_obstacle(x_BNMD: Shaped) -> str:
 def rms_norm(x_BNMD: jax.Array, norm: nnx.RMSNorm, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
   """Computes RMSNorm over the width. Returns x itself and the result, [B, N, M, D].
 
-  Whatever else takes x shall take the first, so that the gradients of both are added in the kernel.
+  Use the returned x wherever else x is read, so that the gradients of both are added in the kernel.
 
   Args:
     norm: its scale and epsilon; statistics are float32, the result has its dtype.
@@ -209,7 +211,7 @@ def _norm_backward_kernel(x_ref, beside_ref, gradient_ref, scale_ref, dx_ref, su
 
   nothing = tuple(jnp.zeros((rows, piece.size), jnp.float32) for piece in pieces)
   for piece, total in zip(pieces, jax.lax.fori_loop(0, _ROUNDS, block, nothing), strict=True):
-    sums_ref[0, piece] = jnp.sum(total, axis=0)  # over rows once: programs' threads wait for each other here
+    sums_ref[0, piece] = jnp.sum(total, axis=0)  # once, after the loop: it synchronises a program's threads
 
 
 # --- SwiGLU. ---

@@ -27,12 +27,12 @@ def turn_obstacle(q_BNMHK: Shaped) -> str:
   """Returns why `turn` cannot serve here, or ''."""
   M, K = q_BNMHK.shape[2], q_BNMHK.shape[-1]
   if M == 1:
-    return "one slot has few rows"
+    return "a single slot is left to XLA"
   if K & (K - 1) or not 32 <= K <= 256:
     return f"head_dim {K} is not a power of two from 32 to 256"
   parts = mesh_axes().get("seq", 1) if q_BNMHK.shape[1] == 1 else 1
   if M % (parts * _TILE) and (parts > 1 or _TILE % M):
-    return f"tiles of {_TILE} rows are not whole spans of {M} slots, nor parts of one"
+    return f"tiles of {_TILE} rows do not fit the {M / parts:g} slots of a device's spans"
   return obstacle(q_BNMHK, spec_of(q_BNMHK, "tensor"), _TILE)
 
 
@@ -59,17 +59,19 @@ def turn(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _turn(q, k, tables, scales_2K, epsilon, interpret):
-  return _call(_turn_kernel, "turn", (q, k), tables, scales_2K, epsilon, interpret)
+  return _call(_turn_kernel, "turn", (q, k), tables, scales_2K, epsilon, interpret, False)
 
 
 def _turn_forward(q, k, tables, scales_2K, epsilon, interpret):
-  return _turn(q, k, tables, scales_2K, epsilon, interpret), (q, k, tables, scales_2K)
+  heads = () if scales_2K is None else (q, k)  # without norms the gradients do not depend on them
+  return _turn(q, k, tables, scales_2K, epsilon, interpret), (heads, tables, scales_2K)
 
 
 def _turn_backward(epsilon, interpret, saved, gradients):
-  q, k, tables, scales_2K = saved
+  heads, tables, scales_2K = saved
+  arrays, makes_sums = (*heads, *gradients), scales_2K is not None
   dq, dk, *sums = _call(
-    _turn_backward_kernel, "turn_gradient", (q, k, *gradients), tables, scales_2K, epsilon, interpret
+    _turn_backward_kernel, "turn_gradient", arrays, tables, scales_2K, epsilon, interpret, makes_sums
   )
   no_gradients = jax.tree.map(jnp.zeros_like, tables)  # positions are no parameters
   return dq, dk, no_gradients, jnp.sum(sums[0], axis=0) if sums else None
@@ -78,10 +80,9 @@ def _turn_backward(epsilon, interpret, saved, gradients):
 _turn.defvjp(_turn_forward, _turn_backward)
 
 
-def _call(kernel, name, arrays, tables, scales_2K, epsilon, interpret):
-  """Runs a kernel over tiles: results like q and k, and backward a sum for the scales from each program."""
+def _call(kernel, name, arrays, tables, scales_2K, epsilon, interpret, makes_sums):
+  """Runs a kernel over tiles: two results like q and k, and, if it makes them, sums for the scales of each program."""
   scales = () if scales_2K is None else (scales_2K,)
-  makes_sums = bool(scales) and len(arrays) > 2
 
   def on_device(arrays, tables, scales):
     *rows, H, K = arrays[0].shape
@@ -147,15 +148,16 @@ def _turn_kernel(q_ref, k_ref, cos_ref, sin_ref, *refs, epsilon, norm):
   jax.lax.fori_loop(0, q_ref.shape[1], head, None)
 
 
-def _turn_backward_kernel(q_ref, k_ref, dq_ref, dk_ref, cos_ref, sin_ref, *refs, epsilon, norm):
-  scales_ref, *results = refs if norm else (None, *refs)
+def _turn_backward_kernel(*refs, epsilon, norm):
+  heads, (dq_ref, dk_ref, cos_ref, sin_ref, *rest) = (refs[:2], refs[2:]) if norm else ((None, None), refs)
+  scales_ref, *results = rest if norm else (None, *rest)
   cos, sin = cos_ref[...], sin_ref[...]
   scales = [_halves(scales_ref, pl.ds(i, 1)) for i in range(2)] if norm else [(), ()]
 
   def head(h, sums):
     new = []
-    refs = zip((q_ref, k_ref), (dq_ref, dk_ref), results[:2], scales, strict=True)
-    for i, (x_ref, dy_ref, dx_ref, scale) in enumerate(refs):
+    for i, x_ref in enumerate(heads):
+      dy_ref, dx_ref, scale = (dq_ref, dk_ref)[i], results[i], scales[i]
       da, db = _halves(dy_ref, _ALL, h)
       da, db = da * cos + db * sin, db * cos - da * sin
       if norm:
@@ -170,7 +172,7 @@ def _turn_backward_kernel(q_ref, k_ref, dq_ref, dk_ref, cos_ref, sin_ref, *refs,
     return tuple(new)
 
   nothing = (jnp.zeros(cos.shape, jnp.float32),) * 4 if norm else ()
-  sums = jax.lax.fori_loop(0, q_ref.shape[1], head, nothing)
+  sums = jax.lax.fori_loop(0, dq_ref.shape[1], head, nothing)
   for i in range(len(sums) // 2):
     totals = (jnp.sum(part, axis=0)[None] for part in sums[2 * i : 2 * i + 2])
     _write_halves(results[2], totals, pl.ds(i, 1))
