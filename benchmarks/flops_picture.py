@@ -30,8 +30,9 @@ def tiers(rows: pathlib.Path, systems: dict[str, dict]) -> dict[str, list[tuple[
   """Returns the points (training FLOPs, bits per byte of validation) of each byte-level model."""
   points: dict[str, list[tuple[float, float]]] = {}
   for name in _BYTE_MODELS:
+    small, large = (rows / f"library_{name}{tier}.json" for tier in ("", "_1e17"))
     points[name] = []
-    for path in sorted(rows.glob(f"library_{name}.json")) + sorted(rows.glob(f"library_{name}_1e17.json")):
+    for path in (small, large) if large.exists() else (small,):
       row = json.loads(path.read_text())
       points[name].append((row["train_bytes"] * row["spacebyte_flops_per_byte"], row["validation_bpb"]))
     if name in systems:

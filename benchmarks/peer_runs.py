@@ -22,6 +22,7 @@ import json
 import math
 import pathlib
 import re
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -184,14 +185,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     "peak_memory": torch.cuda.max_memory_allocated() if on_gpu else None,
     "device": torch.cuda.get_device_name() if on_gpu else "cpu",
     "shared_device": arguments.shared,
-    "versions": {"torch": torch.__version__} | _version(arguments.peer),
+    "versions": {"torch": torch.__version__, arguments.peer: _version(arguments.peer, arguments.clone)},
     "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     "curve": curve,
   }
 
 
-def _version(peer: str) -> dict[str, str]:
-  return {peer: "3211113"} if peer == "SpaceByte" else {peer: importlib.metadata.version(peer)}  # see peers.py
+def _version(peer: str, clone: str) -> str:
+  """Returns the package's version, or the commit of the checkout, or unknown."""
+  if peer != "SpaceByte":
+    return importlib.metadata.version(peer)
+  if not (pathlib.Path(clone) / ".git").exists():
+    return "unknown"
+  command = ["git", "-C", clone, "rev-parse", "HEAD"]
+  return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:

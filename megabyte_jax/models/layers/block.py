@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from megabyte_jax.config import BlockOptions, Level
-from megabyte_jax.models.kernels import cached_attention, row_kernels, turned_heads
+from megabyte_jax.models.kernels import cached_attention, qk_norm_rotary, rms_norm_swiglu
 from megabyte_jax.models.layers import attention as attention_lib
 from megabyte_jax.models.layers.attention import Past
 from megabyte_jax.models.layers.dropout import dropout
@@ -38,16 +38,16 @@ def normalised(norm: nnx.LayerNorm | nnx.RMSNorm, x: jax.Array) -> jax.Array:
 
 
 def takes_kernels(options: BlockOptions) -> bool:
-  """Returns whether row_kernels.py and turned_heads.py may serve where they can: not with `attention="xla"`."""
+  """Returns whether rms_norm_swiglu.py and qk_norm_rotary.py may serve where they can: not with `attention="xla"`."""
   return options.attention != "xla"
 
 
 def normed_beside(
   norm: nnx.LayerNorm | nnx.RMSNorm, x_BNMD: jax.Array, options: BlockOptions
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns x and norm(x); what else takes x shall take the first, as in `row_kernels.rms_norm`."""
-  if isinstance(norm, nnx.RMSNorm) and takes_kernels(options) and not row_kernels.norm_obstacle(x_BNMD):
-    return row_kernels.rms_norm(x_BNMD, norm)
+  """Returns x and norm(x). Use the returned x wherever else x is read, as with `rms_norm_swiglu.rms_norm`."""
+  if isinstance(norm, nnx.RMSNorm) and takes_kernels(options) and not rms_norm_swiglu.norm_obstacle(x_BNMD):
+    return rms_norm_swiglu.rms_norm(x_BNMD, norm)
   return x_BNMD, norm(x_BNMD)
 
 
@@ -76,8 +76,8 @@ def activate(hidden: jax.Array, options: BlockOptions) -> jax.Array:
     return relu(hidden)
   hidden = checkpoint_name(hidden, "hidden")
   if options.gated:
-    if takes_kernels(options) and not row_kernels.gate_obstacle(hidden):
-      return row_kernels.gated(hidden)
+    if takes_kernels(options) and not rms_norm_swiglu.gate_obstacle(hidden):
+      return rms_norm_swiglu.gated(hidden)
     gate, up = parts_of(hidden, axis=hidden.ndim - 2)
     return jax.nn.silu(gate) * up
   return getattr(jax.nn, options.activation)(hidden)
@@ -206,8 +206,8 @@ class Block(nnx.Module):
   def _turned(self, q: jax.Array, k: jax.Array, slots_M: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Computes QK-norm and rotary positions, where the model has them."""
     norms = (self.q_norm, self.k_norm) if self.options.qk_norm else None
-    if self.level.rotary and takes_kernels(self.options) and not turned_heads.turn_obstacle(q):
-      return turned_heads.turn(q, k, angles(slots_M, q.shape[-1]), norms)
+    if self.level.rotary and takes_kernels(self.options) and not qk_norm_rotary.turn_obstacle(q):
+      return qk_norm_rotary.turn(q, k, angles(slots_M, q.shape[-1]), norms)
     if norms:
       q, k = norms[0](q), norms[1](k)
     if self.level.rotary:

@@ -7,7 +7,7 @@ gradient of the scale. In small models, whose products are narrow, that is half 
 Like all kernels they run within `jax.shard_map` under a mesh; sums for the gradients of scales leave it as one row for
 each program, so that XLA adds them up over devices.
 
-Queries and keys are in turned_heads.py.
+Queries and keys are in qk_norm_rotary.py.
 
 Shapes: B batch, N spans, M slots of a span, D width, F hidden; R = B * N * M rows.
 """
@@ -77,7 +77,7 @@ def on_mesh(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Call
   return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def parameters() -> Any:
+def compiler_params() -> Any:
   """Returns how Triton compiles these kernels, which only wait for memory."""
   return triton().CompilerParams(num_warps=4, num_stages=1)
 
@@ -119,7 +119,7 @@ def _rms_norm(x, scale_D, epsilon, dtype, interpret):
       in_specs=[block, pl.BlockSpec((D,), lambda i: (0,))],
       out_specs=block,
       out_shape=jax.ShapeDtypeStruct((R, D), dtype),
-      compiler_params=parameters(),
+      compiler_params=compiler_params(),
       interpret=interpret,
       name="rms_norm",
     )(x.reshape(R, D), scale_D)
@@ -146,7 +146,7 @@ def _rms_norm_backward(epsilon, dtype, interpret, saved, gradients):
       in_specs=[block, block, block, pl.BlockSpec((D,), lambda i: (0,))],
       out_specs=[block, pl.BlockSpec((1, D), lambda i: (i, 0))],
       out_shape=[jax.ShapeDtypeStruct((R, D), x.dtype), jax.ShapeDtypeStruct((programs, D), jnp.float32)],
-      compiler_params=parameters(),
+      compiler_params=compiler_params(),
       interpret=interpret,
       name="rms_norm_gradient",
     )(*(a.reshape(R, D) for a in (x, beside, gradient)), scale_D)
@@ -252,7 +252,7 @@ def _gated_backward(interpret, hidden, gradient):
       in_specs=[both, pl.BlockSpec((rows, F), lambda i: (i, 0))],
       out_specs=both,
       out_shape=jax.ShapeDtypeStruct((R, 2, F), hidden.dtype),
-      compiler_params=parameters(),
+      compiler_params=compiler_params(),
       interpret=interpret,
       name="swiglu_gradient",
     )(hidden.reshape(R, 2, F), gradient.reshape(R, F))

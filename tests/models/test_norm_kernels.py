@@ -11,7 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from megabyte_jax import Level, MegabyteConfig, byte_nats, make_model
 from megabyte_jax.config import MeshConfig
-from megabyte_jax.models.kernels import row_kernels, turned_heads
+from megabyte_jax.models.kernels import qk_norm_rotary, rms_norm_swiglu
 from megabyte_jax.models.layers import block
 from megabyte_jax.parallel.activation_layout import AXES
 from megabyte_jax.parallel.sharding import make_mesh
@@ -49,7 +49,7 @@ def assert_equal(ours, exact):
 
 def both_norms(width, interpret=True):
   def ours(x, scale):
-    return row_kernels.rms_norm(x, norm_with(scale), interpret=interpret)
+    return rms_norm_swiglu.rms_norm(x, norm_with(scale), interpret=interpret)
 
   return ours, lambda x, scale: (x, norm_with(scale)(x))
 
@@ -61,7 +61,7 @@ def both_turns(slots, head_width, normed):
     return (norm_with(scales[0]), norm_with(scales[1])) if normed else None
 
   def ours(q, k, scales):
-    return turned_heads.turn(q, k, block.angles(slots_M, head_width), norms(scales), interpret=True)
+    return qk_norm_rotary.turn(q, k, block.angles(slots_M, head_width), norms(scales), interpret=True)
 
   def plain(q, k, scales):
     if normed:
@@ -73,7 +73,7 @@ def both_turns(slots, head_width, normed):
 
 def both_gates():
   return (
-    lambda hidden: (row_kernels.gated(hidden, True),),
+    lambda hidden: (rms_norm_swiglu.gated(hidden, True),),
     lambda hidden: (jax.nn.silu(hidden[..., 0, :]) * hidden[..., 1, :],),
   )
 
@@ -86,7 +86,7 @@ def test_norms_equal_the_layer(width):
 
 
 @pytest.mark.parametrize(("spans", "slots", "normed"), [(16, 4, True), (1, 64, True), (4, 16, False)])
-def test_turned_heads_equal_the_layers(spans, slots, normed):
+def test_qk_norm_rotary_equal_the_layers(spans, slots, normed):
   q, k, scales = drawn((1, spans, slots, 3, 32), (1, spans, slots, 3, 32), (2, 32))
   ours, plain = both_turns(slots, 32, normed)
   assert_equal(results_and_gradients(ours, q, k, 1 + scales / 4), results_and_gradients(plain, q, k, 1 + scales / 4))
@@ -122,22 +122,22 @@ def test_a_mesh_changes_nothing(spans):
 
 def test_what_kernels_cannot_do_is_said(monkeypatch):
   shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
-  assert "not an NVIDIA GPU" in row_kernels.norm_obstacle(shape((2, 16, 32, 384)))
-  monkeypatch.setattr(row_kernels, "platform", lambda: "gpu")
-  assert row_kernels.norm_obstacle(shape((2, 16, 32, 384))) == ""
-  assert "rows do not divide" in row_kernels.norm_obstacle(shape((1, 1, 2, 384)))
-  assert "width 100" in row_kernels.norm_obstacle(shape((2, 16, 32, 100)))
-  assert "needs bfloat16" in row_kernels.norm_obstacle(jax.ShapeDtypeStruct((2, 16, 32, 384), jnp.float32))
-  assert turned_heads.turn_obstacle(shape((1, 16, 8, 2, 64))) == ""
-  assert "single slot" in turned_heads.turn_obstacle(shape((64, 1, 1, 2, 64)))
-  assert "head_dim 48" in turned_heads.turn_obstacle(shape((1, 16, 8, 2, 48)))
-  assert "12 slots" in turned_heads.turn_obstacle(shape((1, 16, 12, 2, 64)))
-  assert row_kernels.gate_obstacle(shape((2, 16, 8, 2, 88))) == ""
-  assert "multiple of 8" in row_kernels.gate_obstacle(shape((2, 16, 8, 2, 84)))
+  assert "not an NVIDIA GPU" in rms_norm_swiglu.norm_obstacle(shape((2, 16, 32, 384)))
+  monkeypatch.setattr(rms_norm_swiglu, "platform", lambda: "gpu")
+  assert rms_norm_swiglu.norm_obstacle(shape((2, 16, 32, 384))) == ""
+  assert "rows do not divide" in rms_norm_swiglu.norm_obstacle(shape((1, 1, 2, 384)))
+  assert "width 100" in rms_norm_swiglu.norm_obstacle(shape((2, 16, 32, 100)))
+  assert "needs bfloat16" in rms_norm_swiglu.norm_obstacle(jax.ShapeDtypeStruct((2, 16, 32, 384), jnp.float32))
+  assert qk_norm_rotary.turn_obstacle(shape((1, 16, 8, 2, 64))) == ""
+  assert "single slot" in qk_norm_rotary.turn_obstacle(shape((64, 1, 1, 2, 64)))
+  assert "head_dim 48" in qk_norm_rotary.turn_obstacle(shape((1, 16, 8, 2, 48)))
+  assert "12 slots" in qk_norm_rotary.turn_obstacle(shape((1, 16, 12, 2, 64)))
+  assert rms_norm_swiglu.gate_obstacle(shape((2, 16, 8, 2, 88))) == ""
+  assert "multiple of 8" in rms_norm_swiglu.gate_obstacle(shape((2, 16, 8, 2, 84)))
   with jax.set_mesh(make_mesh(MeshConfig(data=2, seq=2, tensor=2))):
-    assert row_kernels.norm_obstacle(shape((2, 16, 32, 384))) == ""
-    assert "do not divide axis 0" in row_kernels.norm_obstacle(shape((3, 16, 32, 384)))
-    assert "do not divide axis 3" in turned_heads.turn_obstacle(shape((2, 16, 8, 3, 64)))
+    assert rms_norm_swiglu.norm_obstacle(shape((2, 16, 32, 384))) == ""
+    assert "do not divide axis 0" in rms_norm_swiglu.norm_obstacle(shape((3, 16, 32, 384)))
+    assert "do not divide axis 3" in qk_norm_rotary.turn_obstacle(shape((2, 16, 8, 3, 64)))
 
 
 def lowered_for_a_gpu(config):

@@ -1,6 +1,6 @@
 """Computes queries and keys from their projections on a GPU: QK-norm and rotary positions, one kernel each way.
 
-As in row_kernels.py: XLA would read the arrays several times.
+As in rms_norm_swiglu.py: XLA would read the arrays several times.
 
 Shapes: B batch, N spans, M slots of a span, H heads, K head width, F = K / 2 pairs.
 """
@@ -17,7 +17,7 @@ from flax import nnx
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
-from megabyte_jax.models.kernels.row_kernels import ROWS, Shaped, obstacle, on_mesh, parameters, spec_of
+from megabyte_jax.models.kernels.rms_norm_swiglu import ROWS, Shaped, compiler_params, obstacle, on_mesh, spec_of
 from megabyte_jax.parallel.activation_layout import mesh_axes
 
 _TILE = 32  # rows of a program
@@ -100,7 +100,7 @@ def _call(kernel, name, arrays, tables, scales_2K, epsilon, interpret, makes_sum
       in_specs=[tile] * len(arrays) + [table] * 2 + [pl.BlockSpec((2, K), lambda i: (0, 0))] * len(scales),
       out_specs=out_specs,
       out_shape=out_shapes,
-      compiler_params=parameters(),
+      compiler_params=compiler_params(),
       interpret=interpret,
       name=name,
     )(*(a.reshape(R, H, K) for a in arrays), *tables, *scales)
