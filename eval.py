@@ -124,7 +124,7 @@ def with_options(config: Config, args: argparse.Namespace) -> Config:
 
 def score(config: Config, args: argparse.Namespace, parameters: Any, source: Source, mesh: Mesh) -> Evaluation:
   """Scores the source, writes each byte's nats where --per-byte-out says, and prints the table of bits per byte."""
-  compare = args.compressors and config.data.form in ("bytes", "subwords") and not args.max_bytes
+  compare = args.compressors and not args.max_bytes
   with contextlib.ExitStack() as writing:
     per_byte = None
     require(

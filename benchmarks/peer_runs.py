@@ -4,12 +4,13 @@
     --bytes=4.2e8 --output=rows/megabyte_pytorch.json
   python benchmarks/peer_runs.py SpaceByte megabyte:8:768x8:384x8 --clone=spacebyte --train=C.train \
     --validation=C.validation --bytes=4.2e8 --output=rows/spacebyte.json
+  python benchmarks/peer_runs.py MEGABYTE-pytorch configs/quickstart.py --output=rows/quickstart_megabyte_pytorch.json
 
-The model has the sizes of a config of configs/recipe.py; windows, batches, their order and validation by basic
-inference are those of recipe_runs.py, compute is bfloat16 by autocast, compiled. SpaceByte's MegaByte is trained by its
-own rule: AdamW (0.9, 0.98) at 0.04, divided by the square root of the fan-in for matrices, decay 0.01, a quarter of a
-cosine after 1% of warm-up. MEGABYTE-pytorch has none; it gets AdamW at 1e-3, decay 0.1 and a cosine to zero after 4% of
-warm-up.
+The model has the sizes of a config: of configs/recipe.py by name, or of a file. Windows, batches, their order and
+validation by basic inference are those of recipe_runs.py. On a GPU it is compiled and computes in bfloat16 by autocast,
+on a CPU neither. SpaceByte's MegaByte is trained by its own rule: AdamW (0.9, 0.98) at 0.04, divided by the square root
+of the fan-in for matrices, decay 0.01, a quarter of a cosine after 1% of warm-up. MEGABYTE-pytorch has none; it gets
+AdamW at 1e-3, decay 0.1 and a cosine to zero after 4% of warm-up.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import importlib.metadata
 import json
 import math
 import pathlib
-import re
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -31,9 +31,10 @@ import numpy as np
 import peers
 from recipe_runs import LOG_EVERY, named_config
 
-from megabyte_jax.config import Config, MegabyteConfig
+from megabyte_jax.config import Config, MegabyteConfig, overrides
 from megabyte_jax.data.batches import batches
 from megabyte_jax.data.open_data import open_source
+from megabyte_jax.errors import ConfigError, require
 from megabyte_jax.evaluation.windows import windows_of
 from megabyte_jax.files.atomic_file import replacing
 
@@ -114,7 +115,7 @@ def train(config: Config, model: Any, nats: Nats, rule: Rule, steps: int, parts:
     for group in optimizer.param_groups:
       group["lr"] = rule.learning_rate * group["times"] * rule.factor(number, steps)
     for part in x_BT.chunk(parts):
-      with torch.autocast(device.type, torch.bfloat16):
+      with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         loss = nats(part, torch.ones_like(part, dtype=torch.bool)) / part.numel()
       (loss / parts).backward()
       sums.append(loss.detach())
@@ -143,31 +144,48 @@ def evaluate(config: Config, nats: Nats, rows: int, device: Any) -> tuple[float,
       x_BT[row, : window.length] = source.read(document, window.start, window.start + window.length)
       lengths[row] = window.length
     scored_BT = np.arange(context)[None] < lengths[:, None]
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
       total += float(nats(torch.from_numpy(x_BT).to(device), torch.from_numpy(scored_BT).to(device)))
   return total, int(source.lengths.sum())
+
+
+def read_config(arguments: argparse.Namespace) -> tuple[Config, MegabyteConfig]:
+  """Returns the config that the command line names, with its data and batch, and its model.
+
+  Raises:
+    ConfigError: it is no MEGABYTE of two levels, its data are missing, or --parts does not divide its batch.
+  """
+  if ".py" in arguments.name:
+    values = Config.from_dict(overrides.load("CONFIG", arguments.name)).to_dict()
+  else:
+    values = named_config(arguments.name)
+  for split in ("train", "validation"):
+    values["data"][split] = getattr(arguments, split) or values["data"][split]
+  values["batch_size"] = arguments.batch_size or values["batch_size"]
+  config = Config.from_dict(values)
+  if not isinstance(config.model, MegabyteConfig) or len(config.model.levels) != 2:
+    raise ConfigError(f"{arguments.name}: the packages have a MEGABYTE of two levels, which this is not")
+  require(".py" in arguments.name or (arguments.train and arguments.validation), "--train and --validation are missing")
+  require(not config.windows_may_be_short, f"{arguments.name}: windows of one document each are not for these packages")
+  rows, parts = config.batch_size, arguments.parts
+  require(rows % parts == 0, f"--parts={parts} does not divide the {rows} windows of a batch")
+  return config, config.model
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
   """Trains and evaluates; returns the contents of the row's file."""
   import torch  # noqa: PLC0415
 
-  values = named_config(arguments.name)
-  values["data"].update(train=arguments.train, validation=arguments.validation)
-  values["batch_size"] = arguments.batch_size or values["batch_size"]
-  config = Config.from_dict(values)
-  if config.batch_size % arguments.parts:
-    raise SystemExit(f"--parts={arguments.parts} does not divide the {config.batch_size} windows of a batch")
+  config, sizes = read_config(arguments)
   per_step = config.batch_size * config.model.context
-  steps = max(2, round(arguments.bytes / per_step))
+  steps = max(2, round(arguments.bytes / per_step)) if arguments.bytes else config.num_steps
   rule = RULES[arguments.peer]
   if arguments.learning_rate:
     rule = dataclasses.replace(rule, learning_rate=arguments.learning_rate)
   torch.manual_seed(config.seed)
   torch.set_float32_matmul_precision("high")
   device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-  assert isinstance(config.model, MegabyteConfig)  # see below
-  model, nats = build(arguments.peer, config.model, arguments.clone)
+  model, nats = build(arguments.peer, sizes, arguments.clone)
   model.to(device)
   curve, seconds = train(config, model, nats, rule, steps, arguments.parts)
   total, count = evaluate(config, nats, config.batch_size // arguments.parts, device)
@@ -179,6 +197,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     "validation_bytes": count,
     "train_bpb_of_last_steps": curve[-1][1],
     "train_bytes": steps * per_step,
+    "corpus_bytes": int(open_source(config.data, "train").lengths.sum()),
     "learning_rate": rule.learning_rate,
     "parameters": sum(parameter.numel() for parameter in model.parameters()),
     "bytes_per_second": per_step / seconds if len(curve) > 1 else None,
@@ -188,6 +207,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     "versions": {"torch": torch.__version__, arguments.peer: _version(arguments.peer, arguments.clone)},
     "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     "curve": curve,
+    "config": config.to_dict(),
   }
 
 
@@ -205,11 +225,13 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
   """Reads the command line."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("peer", choices=list(RULES))
-  parser.add_argument("name", help="a MEGABYTE of configs/recipe.py, of which the sizes are taken")
+  parser.add_argument(
+    "name", metavar="CONFIG", help="a name of configs/recipe.py, or a config file: its sizes are taken"
+  )
   parser.add_argument("--clone", default="", help="of github.com/kjslag/spacebyte")
-  parser.add_argument("--train", required=True)
-  parser.add_argument("--validation", required=True)
-  parser.add_argument("--bytes", type=float, required=True)
+  parser.add_argument("--train", default="", help="instead of the config's")
+  parser.add_argument("--validation", default="", help="instead of the config's")
+  parser.add_argument("--bytes", type=float, default=0, help="of training, instead of the config's steps")
   parser.add_argument("--parts", type=int, default=2, help="equal parts of a batch, one after the other")
   parser.add_argument("--learning-rate", type=float, default=0.0, help="instead of the rule's")
   parser.add_argument("--batch-size", type=int, default=0, help="windows, instead of the config's")
@@ -221,8 +243,6 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 def main(given: Sequence[str] | None = None) -> None:
   """Runs the command line."""
   arguments = parse_arguments(given)
-  if not re.match(r"megabyte:\d+:", arguments.name):
-    raise SystemExit(f"{arguments.name}: write megabyte:P:WIDTHxLAYERS:WIDTHxLAYERS")
   row = run(arguments)
   arguments.output.parent.mkdir(parents=True, exist_ok=True)
   with replacing(arguments.output) as path:

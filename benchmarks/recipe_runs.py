@@ -36,6 +36,7 @@ from megabyte_jax.config import Config, MegabyteConfig, overrides
 from megabyte_jax.data.batches import batches
 from megabyte_jax.data.open_data import open_source
 from megabyte_jax.evaluation.evaluate import evaluate
+from megabyte_jax.files.atomic_file import replacing
 from megabyte_jax.models.build import abstract_model
 from megabyte_jax.models.flops import flops_per_byte, parameter_count, predicted_bytes
 from megabyte_jax.models.loss import bits_per_byte, sum_of_nats
@@ -135,18 +136,15 @@ def run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     num_steps=None,
     latents=latents,
     sharding=batch_sharding(mesh),
+    documents=config.data.documents,
   )
   for number, batch in stream:
     if number == config.num_steps:
       break
     if number and number == first:
       step_function = make_train_step(config)
-    if arguments.seconds and number == 6 * LOG_EVERY:  # as many steps as the time is enough for
-      each = (time.perf_counter() - measured_from) / (number - curve[0][0])
-      more = round((arguments.seconds - (time.perf_counter() - began) - 60) / each)
-      config = dataclasses.replace(config, num_steps=number + more)
-      step_function = make_train_step(config)
-    state, metrics = step_function(state, batch.x_BT, None)
+    with jax.set_mesh(mesh):
+      state, metrics = step_function(state, batch.x_BT, batch.length_B if config.windows_may_be_short else None)
     waiting.append(metrics)
     done = number + 1
     if done % LOG_EVERY == 0 or done == config.num_steps:
@@ -201,7 +199,6 @@ def main() -> None:
   budget.add_argument("--bytes", type=float)
   budget.add_argument("--flops", type=float)
   parser.add_argument("--warmup", type=float, default=0.04, help="share of the steps")
-  parser.add_argument("--seconds", type=float, default=0, help="end after about so long instead, from 300 steps on")
   parser.add_argument("--switch", type=float, default=0.0, help="share of the steps without cross-patch attention")
   parser.add_argument("--diagnose", type=int, default=0, help="every so many steps")
   parser.add_argument("--seed", type=int, default=0)
@@ -214,7 +211,8 @@ def main() -> None:
     parser.error("--switch is for MEGABYTE")
   row = run(config, arguments)
   arguments.output.parent.mkdir(parents=True, exist_ok=True)
-  arguments.output.write_text(json.dumps(row) + "\n")
+  with replacing(arguments.output) as path:
+    path.write_text(json.dumps(row) + "\n")
   print(f"{arguments.name} {' '.join(arguments.changes)}: {row['validation_bpb']} bits per byte", flush=True)
 
 

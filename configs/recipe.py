@@ -34,7 +34,7 @@ def get_config(name="megabyte:4:768x6:384x6+modern"):
     num_steps=1600,
     log_every=50,
   )
-  predicted = getattr(config.model, "latents", config.model.context)
+  predicted = config.model.predicted_bytes
   config = recipe.with_changes(config, tuple(change for change in changes if change != "init")).to_config_dict()
   config.batch_size = BYTES_PER_STEP // predicted
   return config
@@ -75,6 +75,7 @@ def model_of(row):
     )
     for size, (width, layers) in zip(sizes, shapes, strict=True)
   )
+  require(all(width % 64 == 0 for width, _ in shapes), f"{row}: widths must be multiples of 64, a head's width")
   context = _SHORT_CONTEXT if family == "transformer" else _CONTEXT
   return MegabyteConfig(
     context=context, levels=levels, parent_init="balanced" if len(levels) > 1 else "paper", **options

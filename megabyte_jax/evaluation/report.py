@@ -94,6 +94,7 @@ def evaluate_and_print(
     options: further arguments of `evaluate`.
   """
   total = int(np.sum(text_of(source).lengths))
+  with_compressors = with_compressors and config.data.form in ("bytes", "subwords")  # what files are made of
   compare = with_compressors and total <= _COMPRESSED_BYTES and jax.process_index() == 0
   before = primer() if compare and primer else None  # opened before the work, lest it fails after it
   with Progress("scoring", compiles=True, enabled=jax.process_index() == 0) as progress:

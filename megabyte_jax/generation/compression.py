@@ -33,7 +33,7 @@ from megabyte_jax.models.build import Model, for_windows
 from megabyte_jax.models.layers.quantised import require_floats
 from megabyte_jax.models.parameters import compute_dtype
 
-FORMAT = 1  # raised when older code could no longer read what this code writes
+FORMAT = 2  # raised when older code could no longer read what this code writes
 BATCH = 64  # windows side by side; more make no file smaller
 WINDOW = 2048  # bytes; longer ones make few files smaller, and each byte takes longer
 _MAGIC = b"MBJAX\0\r\n"  # the line end shows that a transfer as text has changed the file
@@ -54,6 +54,7 @@ class Coding:
     model: digest of the model's config and parameters.
     dtype, device, cores, xla_flags, jax, jaxlib, flax, numpy, constriction: what else decides the last bit of a
       probability, or its code.
+    host: digest of the instruction set that NumPy uses, in which probabilities are adapted, whatever the device.
   """
 
   step: int
@@ -69,6 +70,7 @@ class Coding:
   jaxlib: str
   flax: str
   numpy: str
+  host: str
   constriction: str
 
 
@@ -240,6 +242,7 @@ def _circumstances(model: Model) -> dict[str, Any]:
     "jaxlib": jaxlib.__version__,
     "flax": flax.__version__,
     "numpy": np.__version__,
+    "host": _instruction_set(),
     "constriction": importlib.metadata.version("constriction"),
   }
 
@@ -249,6 +252,11 @@ def _processor() -> str:
     if found := re.search(r"model name\s*: (.*)", file.read()):  # of x86
       return found[1]
   return platform.processor() or platform.machine()
+
+
+def _instruction_set() -> str:
+  """NumPy's functions differ in the last bit from one instruction set to another, also under one processor's name."""
+  return _digest(repr(np.show_config(mode="dicts")["SIMD Extensions"]).encode()).hex()[:8]
 
 
 def fingerprint(model: Model) -> str:

@@ -23,13 +23,12 @@ from jax.sharding import PartitionSpec as P
 from megabyte_jax.config import BlockRecurrentConfig
 from megabyte_jax.models.layers.memory import filled_after
 from megabyte_jax.models.layers.recurrent_cell import Cell, TokenLayer
-from megabyte_jax.models.layers.stack import rematerialised
+from megabyte_jax.models.layers.stack import rematerialised, scans_layers
 from megabyte_jax.models.layers.token_embedder import TokenEmbedder
 from megabyte_jax.models.layers.unit_attention import attend, bias_by_distance, in_windows
 from megabyte_jax.models.parameters import compute_dtype, make_layers, make_norm
 from megabyte_jax.models.recurrent import Recurrent
 from megabyte_jax.parallel.activation_layout import BATCH, lay_out
-from megabyte_jax.parallel.backend import platform
 
 
 class Memory(NamedTuple):
@@ -184,7 +183,7 @@ class BlockRecurrent(Recurrent):
       x_BNWD = block.finish(x_BNWD, attended, from_states, keys[1:])
       return x_BNWD, keep(own) if cell is None else (keep(own), states_NBSD)
 
-    scans = config.scan_layers == "always" or (config.scan_layers == "auto" and platform() != "gpu")
+    scans = scans_layers(config)
     cell_graph, stacked_cells = nnx.split(self.cells)
     of_layers = stacked, past_LBWHK, keys_L3
 

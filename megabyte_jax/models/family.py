@@ -113,9 +113,7 @@ class Model(nnx.Module):
     dropout_key: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array, Any, jax.Array]:
     """Returns nats and a mask [B, T] as `byte_nats`, the memory afterwards and the family's own loss as `segment`."""
-    logits_BTV, memory, extra = self.segment(memory, x_BT, fresh_B=fresh_B, length_B=length_B, dropout_key=dropout_key)
-    scored_BT = counted(x_BT, length_B)
-    return jnp.where(scored_BT, cross_entropy(logits_BTV, x_BT), 0.0), scored_BT, memory, extra
+    raise NotImplementedError
 
   # --- Generation, `config.patch_bytes` at once. ---
 

@@ -31,12 +31,11 @@ from megabyte_jax.config import TransformerXLConfig
 from megabyte_jax.models.layers.dropout import dropout
 from megabyte_jax.models.layers.memory import filled_after, filled_slots, pushed
 from megabyte_jax.models.layers.relative_block import Offsets, RelativeBlock, SlotsOfBlock, make_offsets, sinusoids
-from megabyte_jax.models.layers.stack import rematerialised
+from megabyte_jax.models.layers.stack import rematerialised, scans_layers
 from megabyte_jax.models.layers.token_embedder import TokenEmbedder
 from megabyte_jax.models.parameters import compute_dtype, make_layers, make_norm
 from megabyte_jax.models.recurrent import Recurrent
 from megabyte_jax.parallel.activation_layout import BATCH, lay_out
-from megabyte_jax.parallel.backend import platform
 
 
 class Memory(NamedTuple):
@@ -133,7 +132,7 @@ class TransformerXL(Recurrent):
       )
       return out_BTD, keep(h_BTD, slots)
 
-    scans = config.scan_layers == "always" or (config.scan_layers == "auto" and platform() != "gpu")
+    scans = scans_layers(config)
     layer = rematerialised(layer, config.remat, is_in_loop=scans)
     of_layers = layers, jnp.moveaxis(memory.inputs_BLMD, 1, 0), layer_keys
     h_BTD, kept = jax.lax.scan(layer, h_BTD, of_layers, unroll=1 if scans else config.num_layers)

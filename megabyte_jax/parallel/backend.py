@@ -8,11 +8,26 @@ from typing import Any
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+_LEAST_CAPABILITY = 8.0  # of GPUs whose matrix units know bfloat16
+
 
 def platform() -> str:
   """Returns cpu, gpu or tpu: the platform of the mesh that is set, which need not be local, or JAX's default."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device is not None else jax.default_backend()
+
+
+def nvidia_obstacle(platform: str) -> str:
+  """Returns why a kernel for NVIDIA GPUs cannot run on a platform, or ''; of a GPU that is not here it is taken to."""
+  if platform != "gpu":
+    return f"the device is {platform}, not an NVIDIA GPU"
+  if jax.default_backend() != "gpu":
+    return ""
+  device = jax.devices()[0]
+  if "rocm" in device.client.platform_version.lower():
+    return "the GPU is not NVIDIA's"
+  capability = str(device.compute_capability)
+  return f"the GPU has compute capability {capability}, below 8.0" if float(capability) < _LEAST_CAPABILITY else ""
 
 
 def row_major(x: jax.Array) -> jax.Array:

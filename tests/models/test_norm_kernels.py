@@ -61,7 +61,7 @@ def both_turns(slots, head_width, normed):
     return (norm_with(scales[0]), norm_with(scales[1])) if normed else None
 
   def ours(q, k, scales):
-    return qk_norm_rotary.turn(q, k, block.angles(slots_M, head_width), norms(scales), interpret=True)
+    return qk_norm_rotary.qk_norm_rotary(q, k, block.angles(slots_M, head_width), norms(scales), interpret=True)
 
   def plain(q, k, scales):
     if normed:
@@ -73,7 +73,7 @@ def both_turns(slots, head_width, normed):
 
 def both_gates():
   return (
-    lambda hidden: (rms_norm_swiglu.gated(hidden, True),),
+    lambda hidden: (rms_norm_swiglu.swiglu(hidden, True),),
     lambda hidden: (jax.nn.silu(hidden[..., 0, :]) * hidden[..., 1, :],),
   )
 
@@ -128,16 +128,16 @@ def test_what_kernels_cannot_do_is_said(monkeypatch):
   assert "rows do not divide" in rms_norm_swiglu.norm_obstacle(shape((1, 1, 2, 384)))
   assert "width 100" in rms_norm_swiglu.norm_obstacle(shape((2, 16, 32, 100)))
   assert "needs bfloat16" in rms_norm_swiglu.norm_obstacle(jax.ShapeDtypeStruct((2, 16, 32, 384), jnp.float32))
-  assert qk_norm_rotary.turn_obstacle(shape((1, 16, 8, 2, 64))) == ""
-  assert "single slot" in qk_norm_rotary.turn_obstacle(shape((64, 1, 1, 2, 64)))
-  assert "head_dim 48" in qk_norm_rotary.turn_obstacle(shape((1, 16, 8, 2, 48)))
-  assert "12 slots" in qk_norm_rotary.turn_obstacle(shape((1, 16, 12, 2, 64)))
-  assert rms_norm_swiglu.gate_obstacle(shape((2, 16, 8, 2, 88))) == ""
-  assert "multiple of 8" in rms_norm_swiglu.gate_obstacle(shape((2, 16, 8, 2, 84)))
+  assert qk_norm_rotary.qk_norm_rotary_obstacle(shape((1, 16, 8, 2, 64))) == ""
+  assert "single slot" in qk_norm_rotary.qk_norm_rotary_obstacle(shape((64, 1, 1, 2, 64)))
+  assert "head_dim 48" in qk_norm_rotary.qk_norm_rotary_obstacle(shape((1, 16, 8, 2, 48)))
+  assert "12 slots" in qk_norm_rotary.qk_norm_rotary_obstacle(shape((1, 16, 12, 2, 64)))
+  assert rms_norm_swiglu.swiglu_obstacle(shape((2, 16, 8, 2, 88))) == ""
+  assert "multiple of 8" in rms_norm_swiglu.swiglu_obstacle(shape((2, 16, 8, 2, 84)))
   with jax.set_mesh(make_mesh(MeshConfig(data=2, seq=2, tensor=2))):
     assert rms_norm_swiglu.norm_obstacle(shape((2, 16, 32, 384))) == ""
     assert "do not divide axis 0" in rms_norm_swiglu.norm_obstacle(shape((3, 16, 32, 384)))
-    assert "do not divide axis 3" in qk_norm_rotary.turn_obstacle(shape((2, 16, 8, 3, 64)))
+    assert "do not divide axis 3" in qk_norm_rotary.qk_norm_rotary_obstacle(shape((2, 16, 8, 3, 64)))
 
 
 def lowered_for_a_gpu(config):
@@ -160,7 +160,7 @@ def modern(**options):
   return MegabyteConfig(context=1024, levels=levels, dropout=0.0, **(choices | options))
 
 
-KERNELS = ("rms_norm", "rms_norm_gradient", "turn", "turn_gradient", "swiglu_gradient")
+KERNELS = ("rms_norm", "rms_norm_gradient", "qk_norm_rotary", "qk_norm_rotary_gradient", "swiglu_gradient")
 
 
 def test_models_with_the_modern_recipe_take_them_on_a_gpu():

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 
 from megabyte_jax.config import BlockOptions, Level
 from megabyte_jax.models.kernels.known_options import LAYER_BY_LAYER
-from megabyte_jax.parallel.backend import platform, triton
+from megabyte_jax.parallel.backend import nvidia_obstacle, platform, triton
 
 _SLOTS = 128  # that a program has in registers at once
 LOWEST, SMALLEST = -1e30, 1e-30  # of logits that are not there, of sums
@@ -30,7 +30,7 @@ def wanted(options: BlockOptions, dtype: jnp.dtype) -> bool:
 def on_one_gpu(dtype: jnp.dtype) -> bool:
   """Returns whether the program at hand is for one GPU, in bfloat16."""
   mesh = jax.sharding.get_abstract_mesh()
-  return platform() == "gpu" and (mesh.empty or mesh.size == 1) and dtype == jnp.bfloat16
+  return not nvidia_obstacle(platform()) and (mesh.empty or mesh.size == 1) and dtype == jnp.bfloat16
 
 
 def obstacle(level: Level, options: BlockOptions) -> str:

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from megabyte_jax.models.kernels import local_attention
 from megabyte_jax.parallel.activation_layout import AXES, BATCH, mesh_axes
-from megabyte_jax.parallel.backend import platform, triton
+from megabyte_jax.parallel.backend import nvidia_obstacle, platform, triton
 
 Shaped = jax.Array | jax.ShapeDtypeStruct  # of which only shape and dtype are asked
 
@@ -35,9 +35,9 @@ _LARGEST_BLOCK = 2048
 
 def cudnn_obstacle(q_BNMHK: Shaped, keys: int | None = None) -> str:
   """Returns why cuDNN cannot attend here, or '' if it can; `keys` of a span, if they are not as many as its slots."""
-  if platform() != "gpu":
-    return f"the device is {platform()}, not an NVIDIA GPU"
-  if q_BNMHK.dtype not in (jnp.bfloat16, jnp.float16):
+  if problem := nvidia_obstacle(platform()):
+    return problem
+  if q_BNMHK.dtype != jnp.bfloat16:
     return f"it needs bfloat16 and compute is {q_BNMHK.dtype}"
   if q_BNMHK.shape[-1] % 8 or q_BNMHK.shape[-1] > 128:
     return f"head_dim {q_BNMHK.shape[-1]} is not a multiple of 8 up to 128"
@@ -110,8 +110,8 @@ def _over_mesh(function, q_BNMHK, k_BNMHK, v_BNMHK):
 
 def tile_obstacle(q_BNMHK: Shaped, earlier: int) -> str:
   """Returns why tiles of short spans cannot be attended to here, or ''; `earlier` slots of each are a past."""
-  if platform() != "gpu":
-    return f"the device is {platform()}, not an NVIDIA GPU"
+  if problem := nvidia_obstacle(platform()):
+    return problem
   if triton() is None:
     return "this JAX has no Pallas for Triton"
   B, N, M, H, K = q_BNMHK.shape

@@ -32,7 +32,7 @@ def obstacle(q_BNMHK: jax.Array | jax.ShapeDtypeStruct, earlier: int) -> str:
     return f"{earlier} earlier slots do not divide the {M} slots of a span, or are too few"
   if K & (K - 1) or not 16 <= K <= 128:
     return f"head_dim {K} is not a power of two from 16 to 128"
-  if q_BNMHK.dtype not in (jnp.bfloat16, jnp.float16):
+  if q_BNMHK.dtype != jnp.bfloat16:
     return f"it needs bfloat16 and compute is {q_BNMHK.dtype}"
   return ""
 
@@ -85,10 +85,10 @@ def _call(kernel, results, arrays_BNMHK, past, interpret):
     r = k_past.shape[2]
     earlier = jax.ShapeDtypeStruct((B * N * r, H, K), k_past.dtype)
     earlier_tile = pl.BlockSpec((_TILE // M * r, None, K), lambda i, h: (i, h, 0))
-    per_span = N * M // _TILE
+    tiles_per_row = N * M // _TILE
     inputs += [k_past.reshape(earlier.shape), v_past.reshape(earlier.shape)]
     inputs.append(jnp.repeat(sees_N.astype(jnp.int32), M))
-    in_specs += [earlier_tile, earlier_tile, pl.BlockSpec((_TILE,), lambda i, h: (i % per_span,))]
+    in_specs += [earlier_tile, earlier_tile, pl.BlockSpec((_TILE,), lambda i, h: (i % tiles_per_row,))]
     if results > 1:
       out_specs, out_shapes = [*out_specs, earlier_tile, earlier_tile], [*out_shapes, earlier, earlier]
   out = pl.pallas_call(

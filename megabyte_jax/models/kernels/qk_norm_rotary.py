@@ -23,8 +23,8 @@ from megabyte_jax.parallel.activation_layout import mesh_axes
 _TILE = 32  # rows of a program
 
 
-def turn_obstacle(q_BNMHK: Shaped) -> str:
-  """Returns why `turn` cannot serve here, or ''."""
+def qk_norm_rotary_obstacle(q_BNMHK: Shaped) -> str:
+  """Returns why `qk_norm_rotary` cannot serve here, or ''."""
   M, K = q_BNMHK.shape[2], q_BNMHK.shape[-1]
   if M == 1:
     return "a single slot is left to XLA"
@@ -36,7 +36,7 @@ def turn_obstacle(q_BNMHK: Shaped) -> str:
   return obstacle(q_BNMHK, spec_of(q_BNMHK, "tensor"), _TILE)
 
 
-def turn(
+def qk_norm_rotary(
   q_BNMHK: jax.Array,
   k_BNMHK: jax.Array,
   angles_MF: jax.Array,
@@ -53,13 +53,18 @@ def turn(
   """
   times = max(1, _TILE // angles_MF.shape[0])  # a program's rows may be several spans
   tables = tuple(jnp.tile(table, (times, 1)) for table in (jnp.cos(angles_MF), jnp.sin(angles_MF)))
-  scales = jnp.stack([norm.scale[...] for norm in norms if norm.scale is not None]) if norms else None
+  scales = jnp.stack([_scale(norm) for norm in norms]) if norms else None
   return _turn(q_BNMHK, k_BNMHK, tables, scales, norms[0].epsilon if norms else 0.0, interpret)
+
+
+def _scale(norm: nnx.RMSNorm) -> jax.Array:
+  assert norm.scale is not None
+  return norm.scale[...]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _turn(q, k, tables, scales_2K, epsilon, interpret):
-  return _call(_turn_kernel, "turn", (q, k), tables, scales_2K, epsilon, interpret, False)
+  return _call(_turn_kernel, "qk_norm_rotary", (q, k), tables, scales_2K, epsilon, interpret, False)
 
 
 def _turn_forward(q, k, tables, scales_2K, epsilon, interpret):
@@ -71,7 +76,7 @@ def _turn_backward(epsilon, interpret, saved, gradients):
   heads, tables, scales_2K = saved
   arrays, makes_sums = (*heads, *gradients), scales_2K is not None
   dq, dk, *sums = _call(
-    _turn_backward_kernel, "turn_gradient", arrays, tables, scales_2K, epsilon, interpret, makes_sums
+    _turn_backward_kernel, "qk_norm_rotary_gradient", arrays, tables, scales_2K, epsilon, interpret, makes_sums
   )
   no_gradients = jax.tree.map(jnp.zeros_like, tables)  # positions are no parameters
   return dq, dk, no_gradients, jnp.sum(sums[0], axis=0) if sums else None

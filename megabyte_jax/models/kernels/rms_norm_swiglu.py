@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
 from megabyte_jax.parallel.activation_layout import AXES, BATCH, mesh_axes
-from megabyte_jax.parallel.backend import platform, triton
+from megabyte_jax.parallel.backend import nvidia_obstacle, platform, triton
 
 _NUMBERS = 4096  # of an array that a program has in registers at once
 _MOST_ROWS = 16
@@ -43,12 +43,12 @@ def obstacle(x: Shaped, spec: P, tile: int) -> str:
     spec: the mesh axes that x is spread over.
     tile: rows that a program takes, whose number must divide those of a device.
   """
-  if platform() != "gpu":
-    return f"the device is {platform()}, not an NVIDIA GPU"
+  if problem := nvidia_obstacle(platform()):
+    return problem
   if triton() is None:
     return "this JAX has no Pallas for Triton"
-  if x.dtype not in (jnp.bfloat16, jnp.float16):
-    return f"it needs bfloat16 or float16 and compute is {x.dtype}"
+  if x.dtype != jnp.bfloat16:
+    return f"it needs bfloat16 and compute is {x.dtype}"
   mesh = mesh_axes()
   if mesh and not mesh.keys() >= set(AXES):
     return f"the mesh has the axes {', '.join(mesh)} instead of {', '.join(AXES)}"
@@ -90,8 +90,10 @@ def norm_obstacle(x_BNMD: Shaped) -> str:
   D = x_BNMD.shape[-1]
   if x_BNMD.shape[2] == 1:
     return "a single slot is left to XLA"
-  if D % _SMALLEST or D > _NUMBERS:
-    return f"width {D} is not a multiple of {_SMALLEST} up to {_NUMBERS}"
+  if D % _SMALLEST:
+    return f"width {D} is not a multiple of {_SMALLEST}"
+  if D > _NUMBERS:
+    return f"width {D} is above {_NUMBERS}, the most that a program has in registers"
   return obstacle(x_BNMD, spec_of(x_BNMD), _block_rows(D) * _ROUNDS)
 
 
@@ -217,8 +219,8 @@ def _norm_backward_kernel(x_ref, beside_ref, gradient_ref, scale_ref, dx_ref, su
 # --- SwiGLU. ---
 
 
-def gate_obstacle(hidden_BNM2F: Shaped) -> str:
-  """Returns why `gated` cannot serve here, or ''."""
+def swiglu_obstacle(hidden_BNM2F: Shaped) -> str:
+  """Returns why `swiglu` cannot serve here, or ''."""
   if len(hidden_BNM2F.shape) != 5:
     return f"the array is {hidden_BNM2F.shape}"
   F = hidden_BNM2F.shape[-1] // mesh_axes().get("tensor", 1)
@@ -228,7 +230,7 @@ def gate_obstacle(hidden_BNM2F: Shaped) -> str:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gated(hidden_BNM2F: jax.Array, interpret: bool = False) -> jax.Array:
+def swiglu(hidden_BNM2F: jax.Array, interpret: bool = False) -> jax.Array:
   """Computes silu(gate) * up of the gate and up, [B, N, M, F] (SwiGLU; Shazeer, 2020), with one kernel backward.
 
   Args:
@@ -237,17 +239,17 @@ def gated(hidden_BNM2F: jax.Array, interpret: bool = False) -> jax.Array:
   return jax.nn.silu(hidden_BNM2F[..., 0, :]) * hidden_BNM2F[..., 1, :]
 
 
-def _gated_forward(hidden, interpret):
-  return gated(hidden, interpret), hidden
+def _swiglu_forward(hidden, interpret):
+  return swiglu(hidden, interpret), hidden
 
 
-def _gated_backward(interpret, hidden, gradient):
+def _swiglu_backward(interpret, hidden, gradient):
   def on_device(hidden, gradient):
     R, F = math.prod(hidden.shape[:3]), hidden.shape[-1]
     rows = _block_rows(F)
     both = pl.BlockSpec((rows, 2, F), lambda i: (i, 0, 0))
     dh_R2F = pl.pallas_call(
-      _gated_backward_kernel,
+      _swiglu_backward_kernel,
       grid=(R // rows,),
       in_specs=[both, pl.BlockSpec((rows, F), lambda i: (i, 0))],
       out_specs=both,
@@ -262,10 +264,10 @@ def _gated_backward(interpret, hidden, gradient):
   return (on_mesh(on_device, specs, specs[0])(hidden, gradient),)
 
 
-gated.defvjp(_gated_forward, _gated_backward)
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
-def _gated_backward_kernel(hidden_ref, gradient_ref, dh_ref):
+def _swiglu_backward_kernel(hidden_ref, gradient_ref, dh_ref):
   for at in _pieces(gradient_ref.shape[-1]):
     parts = hidden_ref[:, 0, at], hidden_ref[:, 1, at], gradient_ref[:, at]
     gate, up, gradient = (part.astype(jnp.float32) for part in parts)

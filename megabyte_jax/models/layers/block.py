@@ -42,7 +42,7 @@ def takes_kernels(options: BlockOptions) -> bool:
   return options.attention != "xla"
 
 
-def normed_beside(
+def kept_and_normed(
   norm: nnx.LayerNorm | nnx.RMSNorm, x_BNMD: jax.Array, options: BlockOptions
 ) -> tuple[jax.Array, jax.Array]:
   """Returns x and norm(x). Use the returned x wherever else x is read, as with `rms_norm_swiglu.rms_norm`."""
@@ -76,8 +76,8 @@ def activate(hidden: jax.Array, options: BlockOptions) -> jax.Array:
     return relu(hidden)
   hidden = checkpoint_name(hidden, "hidden")
   if options.gated:
-    if takes_kernels(options) and not rms_norm_swiglu.gate_obstacle(hidden):
-      return rms_norm_swiglu.gated(hidden)
+    if takes_kernels(options) and not rms_norm_swiglu.swiglu_obstacle(hidden):
+      return rms_norm_swiglu.swiglu(hidden)
     gate, up = parts_of(hidden, axis=hidden.ndim - 2)
     return jax.nn.silu(gate) * up
   return getattr(jax.nn, options.activation)(hidden)
@@ -181,9 +181,9 @@ class Block(nnx.Module):
     if isinstance(past, cached_attention.Filled):
       return self._one_slot(x_BNMD, slots_M, past)
     keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
-    x_BNMD, normed_BNMD = normed_beside(self.attention_norm, x_BNMD, options)
+    x_BNMD, normed_BNMD = kept_and_normed(self.attention_norm, x_BNMD, options)
     q, k, v = products_apart(self.qkv, normed_BNMD)
-    q, k = self._turned(q, k, slots_M)
+    q, k = self._qk_norm_rotary(q, k, slots_M)
     if past is None and level.cross_patch:
       past = past_of_previous_span(k, v, level.cross_patch)
     attended = attention_lib.attention(
@@ -198,16 +198,16 @@ class Block(nnx.Module):
     )
     attended = checkpoint_name(attended, "attended")
     x_BNMD += dropout(self.attention_out(attended), options.dropout, keys[1])
-    x_BNMD, normed_BNMD = normed_beside(self.ff_norm, x_BNMD, options)
+    x_BNMD, normed_BNMD = kept_and_normed(self.ff_norm, x_BNMD, options)
     hidden = activate(self.ff_in(normed_BNMD), options)
     x_BNMD += dropout(self.ff_out(hidden), options.dropout, keys[2])
     return x_BNMD, (k, v)
 
-  def _turned(self, q: jax.Array, k: jax.Array, slots_M: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def _qk_norm_rotary(self, q: jax.Array, k: jax.Array, slots_M: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Computes QK-norm and rotary positions, where the model has them."""
     norms = (self.q_norm, self.k_norm) if self.options.qk_norm else None
-    if self.level.rotary and takes_kernels(self.options) and not qk_norm_rotary.turn_obstacle(q):
-      return qk_norm_rotary.turn(q, k, angles(slots_M, q.shape[-1]), norms)
+    if self.level.rotary and takes_kernels(self.options) and not qk_norm_rotary.qk_norm_rotary_obstacle(q):
+      return qk_norm_rotary.qk_norm_rotary(q, k, angles(slots_M, q.shape[-1]), norms)
     if norms:
       q, k = norms[0](q), norms[1](k)
     if self.level.rotary:
@@ -220,7 +220,7 @@ class Block(nnx.Module):
     """`__call__` for a single slot on one GPU: attention by a kernel, weights as build.py lays them out for it."""
     qkv_B113HK = product_with_transposed(self.qkv, normalised(self.attention_norm, x_B11D))
     q, k, v = (qkv_B113HK[:, :, :, i] for i in range(3))
-    q, k = self._turned(q, k, slots_1)
+    q, k = self._qk_norm_rotary(q, k, slots_1)
     if self.options.qk_norm or self.level.rotary:
       qkv_B113HK = jnp.stack([q, k, v], axis=3)
     attended_B11HK = cached_attention.attend(qkv_B113HK[:, 0, 0], past)[:, None, None]

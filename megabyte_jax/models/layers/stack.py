@@ -62,7 +62,7 @@ class Stack(nnx.Module):
       return x_BNMD, keep(*kv)
 
     options = self.options
-    scans = options.scan_layers == "always" or (options.scan_layers == "auto" and platform() != "gpu")
+    scans = scans_layers(options)
     layer = rematerialised(layer, options.remat, is_in_loop=scans)
     unroll = 1 if scans else self.level.num_layers
     x_BNMD, kept = jax.lax.scan(layer, x_BNMD, (layers, keys), unroll=unroll)
@@ -221,6 +221,11 @@ def _variables(layers):
 
 def _map_variables(function, layers):
   return jax.tree.map(function, layers, is_leaf=is_variable)
+
+
+def scans_layers(options: ModelConfig) -> bool:
+  """Tells whether layers are a loop in the compiled program, rather than one after the other."""
+  return options.scan_layers == "always" or (options.scan_layers == "auto" and platform() != "gpu")
 
 
 def rematerialised(layer: Callable, remat: str, *, is_in_loop: bool) -> Callable:
