@@ -28,8 +28,6 @@ from megabyte_jax.parallel.backend import platform
 from megabyte_jax.parallel.sharding import batch_sharding, check_mesh, constrain_state, shard_abstract
 from megabyte_jax.training.optimizer import make_optimizer
 
-_DROPOUT = 2**31  # a stream of random keys apart from those of the parameters, which the first numbers are of
-
 
 class TrainState(NamedTuple):
   """Parameters (nested dicts, float32), optimizer state, the number of steps done, and a recurrent model's memory.
@@ -170,7 +168,7 @@ def _train_step(
   def train_step(
     state: TrainState, x_BT: jax.Array, length_B: jax.Array | None = None, fresh_B: jax.Array | None = None
   ) -> tuple[TrainState, dict[str, jax.Array]]:
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), _DROPOUT), state.step)
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     rows = (state.memory, x_BT, length_B, fresh_B)
     if parts == 1:
       gradient, (sums, memory) = gradient_of_sum(state.parameters, *rows, key)

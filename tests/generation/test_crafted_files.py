@@ -15,8 +15,8 @@ CRAFTED = {
   "nested deeply": (DEEP, "nested too deeply"),
   "no object": (b"[1]", "is not a JSON object"),
   "no format": (b"{}", "another version"),
-  "nothing else": (b'{"format":1}', "header.length is missing"),
-  "a coding that is none": (b'{"format":1,"length":0,"digest":"","coding":3}', "header.coding must be a group of keys"),
+  "nothing else": (b'{"format":2}', "header.length is missing"),
+  "a coding that is none": (b'{"format":2,"length":0,"digest":"","coding":3}', "header.coding must be a group of keys"),
 }
 
 
