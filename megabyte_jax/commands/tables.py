@@ -59,7 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = measured.from_runs(pathlib.Path(args.runs), all_rows())
     found += runs
     if not runs:
-      print(f"--runs={args.runs} holds no run of a row, scored by eval.py with the row's method", file=sys.stderr)
+      hint = "run eval.py --workdir=RUN without --data, so that a whole split is scored"
+      print(
+        f"--runs={args.runs} holds no run of a row, scored by eval.py with the row's method; {hint}", file=sys.stderr
+      )
   print(render(names, args.format, found))
   if args.plot:
     from megabyte_jax.display import plots

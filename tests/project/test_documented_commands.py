@@ -109,7 +109,7 @@ RUN_HERE = {
   "python -m megabyte_jax compress --decompress runs/readme.mz runs/readme.md --workdir=runs/novels": [],
   "python train.py --config=configs/recipe.py:megabyte:4:256x4:192x5+modern --init_from=pretrained:books "
   "--workdir=runs/tuned_books --config.data.train=sample:text/train --config.data.validation=sample:text/validation "
-  "--config.batch_size=4 --config.num_steps=100 --config.optimizer.warmup_steps=10 "
+  "--config.batch_size=4 --config.num_steps=100 --config.log_every=5 --config.optimizer.warmup_steps=10 "
   "--config.optimizer.learning_rate=1e-3": [
     "--config.data.validation=",
     "--config.model.context=64",
@@ -118,14 +118,12 @@ RUN_HERE = {
     "--config.optimizer.warmup_steps=1",
   ],
   "python train.py --config=configs/small.py:table5:image64_megabyte@4 --workdir=runs/table5/image64_megabyte "
-  "--config.data.train=data/image64/train --config.data.validation=": TINY_IMAGE64,
-  "python eval.py --workdir=runs/table5/image64_megabyte --data=data/image64/validation --max-bytes=10000000": [
-    "--data=runs/photos",
-    "--max-bytes=12288",
-  ],
+  "--config.data.train=data/image64/train --config.data.validation=data/image64/validation "
+  "--config.optimizer.learning_rate=9e-4": [*TINY_IMAGE64, "--config.data.validation="],
+  "python eval.py --workdir=runs/table5/image64_megabyte": ["--data=runs/photos", "--max-bytes=12288"],
   "CUDA_VISIBLE_DEVICES=$i python train.py --config=configs/small.py:table5:image64_megabyte@4 "
   "--workdir=runs/sweep/${rates[i]} --config.optimizer.learning_rate=${rates[i]} "
-  "--config.data.train=data/image64/train --config.data.validation=": TINY_IMAGE64,
+  "--config.data.train=data/image64/train --config.data.validation= --config.num_steps=1085": TINY_IMAGE64,
   "python eval.py --workdir=runs/sweep/$rate --data=data/image64/validation --max-bytes=10000000": [
     "--data=runs/photos",
     "--max-bytes=12288",
