@@ -71,6 +71,19 @@ def test_generation():
       assert f" {one['share_of_floor']:.1%} " in RESULTS
 
 
+def test_other_packages_in_the_quick_start():
+  labels = {"MEGABYTE-pytorch": "MEGABYTE-pytorch 0.3.6", "SpaceByte": "SpaceByte's MegaByte (3211113)"}
+  for peer in result("quickstart_peers")["rows"]:
+    parameters, rates, bits, _ = row(RESULTS, labels[peer["peer"]])
+    found = {float(rate): bpb for rate, bpb in peer["other_rates"].items()}
+    found[peer["learning_rate"]] = peer["validation_bpb"]
+    assert min(found.values()) == pytest.approx(peer["validation_bpb"], abs=0.005)
+    assert parameters == f"{peer['parameters']:,}"
+    assert [float(rate.strip("* ")) for rate in rates.split(",")] == sorted(found)
+    assert bits.replace("*", "").split(", ") == [f"{found[rate]:.3f}" for rate in sorted(found)]
+    assert f"{peer['validation_bpb']:.3f}" in passage(README, "(docs/results.md#other-packages-on-the-same-bytes)")
+
+
 def test_half_size_comparisons():
   lines = {
     "books, 120 MB": ["books"],
