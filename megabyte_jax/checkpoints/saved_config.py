@@ -180,7 +180,7 @@ def check_same_run(
       f"the checkpoint at step {meta.get('step', '?')} belongs to another run (saved -> given):",
       *lines,
       *([_LENGTH_HINT] if "num_steps" in differences else []),
-      "take the saved values, or choose another --workdir (--init_from=DIR, this one, starts there from its parameters)",
+      "take the saved values, or take another --workdir (--init_from=DIR, this one, starts there from its parameters)",
     )
 
 
