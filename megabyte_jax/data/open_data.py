@@ -46,14 +46,18 @@ def open_source(data: DataConfig, split: str) -> Source:
     DataError: nothing is there, or it cannot be read.
   """
   spec = data.source(split)
-  if split != "train" or not data.train_weights:
-    return open_path(spec, data)
-  specs = split_list(spec)
-  require(
-    len(specs) == len(data.train_weights) and all(0 < weight < math.inf for weight in data.train_weights),
-    f"config.data.train_weights {data.train_weights} must be {len(specs)} positive numbers, one for each of {spec!r}",
-  )
-  return Mixture([_open_one(one, data) for one in specs], data.train_weights, specs)
+  try:
+    if split != "train" or not data.train_weights:
+      return open_path(spec, data)
+    specs = split_list(spec)
+    require(
+      len(specs) == len(data.train_weights) and all(0 < weight < math.inf for weight in data.train_weights),
+      f"config.data.train_weights {data.train_weights} must be {len(specs)} positive numbers, one for each of {spec!r}",
+    )
+    return Mixture([_open_one(one, data) for one in specs], data.train_weights, specs)
+  except DataError as error:
+    first, *others = error.args
+    raise DataError(f"config.data.{split}: {first}", *others) from error
 
 
 def open_path(spec: str, data: DataConfig, skip_empty: bool = False) -> Source:
