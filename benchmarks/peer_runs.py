@@ -7,10 +7,10 @@
   python benchmarks/peer_runs.py MEGABYTE-pytorch configs/quickstart.py --output=rows/quickstart_megabyte_pytorch.json
 
 The model has the sizes of a config: of configs/recipe.py by name, or of a file. Windows, batches, their order and
-validation by basic inference are those of recipe_runs.py. On a GPU it is compiled and computes in bfloat16 by autocast,
-on a CPU neither. SpaceByte's MegaByte is trained by its own rule: AdamW (0.9, 0.98) at 0.04, divided by the square root
-of the fan-in for matrices, decay 0.01, a quarter of a cosine after 1% of warm-up. MEGABYTE-pytorch has none; it gets
-AdamW at 1e-3, decay 0.1 and a cosine to zero after 4% of warm-up.
+validation by basic inference are those of recipe_runs.py. On a GPU the model is compiled and computes in bfloat16 by
+autocast; on a CPU it is not compiled, and computes in float32. SpaceByte's MegaByte is trained by its own rule: AdamW
+(0.9, 0.98) at 0.04, divided by the square root of the fan-in for matrices, decay 0.01, a quarter of a cosine after 1%
+of warm-up. MEGABYTE-pytorch has none; it gets AdamW at 1e-3, decay 0.1 and a cosine to zero after 4% of warm-up.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import numpy as np
 import peers
 from recipe_runs import LOG_EVERY, named_config
 
+from megabyte_jax.commands import command_line
 from megabyte_jax.config import Config, MegabyteConfig, overrides
 from megabyte_jax.data.batches import batches
 from megabyte_jax.data.open_data import open_source
@@ -155,7 +156,8 @@ def read_config(arguments: argparse.Namespace) -> tuple[Config, MegabyteConfig]:
   Raises:
     ConfigError: it is no MEGABYTE of two levels, its data are missing, or --parts does not divide its batch.
   """
-  if ".py" in arguments.name:
+  is_file = ".py" in arguments.name
+  if is_file:
     values = Config.from_dict(overrides.load("CONFIG", arguments.name)).to_dict()
   else:
     values = named_config(arguments.name)
@@ -165,7 +167,7 @@ def read_config(arguments: argparse.Namespace) -> tuple[Config, MegabyteConfig]:
   config = Config.from_dict(values)
   if not isinstance(config.model, MegabyteConfig) or len(config.model.levels) != 2:
     raise ConfigError(f"{arguments.name}: the packages have a MEGABYTE of two levels, which this is not")
-  require(".py" in arguments.name or (arguments.train and arguments.validation), "--train and --validation are missing")
+  require(is_file or (arguments.train and arguments.validation), "--train and --validation are missing")
   require(not config.windows_may_be_short, f"{arguments.name}: windows of one document each are not for these packages")
   rows, parts = config.batch_size, arguments.parts
   require(rows % parts == 0, f"--parts={parts} does not divide the {rows} windows of a batch")
@@ -251,4 +253,4 @@ def main(given: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  main()
+  command_line.run(main)

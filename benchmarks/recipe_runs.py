@@ -32,6 +32,7 @@ import optax
 from flax import nnx
 
 from megabyte_jax.checkpoints.exported import export_model
+from megabyte_jax.commands import command_line
 from megabyte_jax.config import Config, MegabyteConfig, overrides
 from megabyte_jax.data.batches import batches
 from megabyte_jax.data.open_data import open_source
@@ -217,4 +218,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  command_line.run(main)

@@ -1,6 +1,6 @@
 """Tells what a run needs on TPUs, without one: compiles the real step ahead of time for a topology.
 
-  python -m megabyte_jax plan --config=configs/paper/table5.py:image256_megabyte --topology=v5e:4x4
+  python -m megabyte_jax plan --config=configs/paper/table5.py:image256_megabyte --topology=v5p:2x2x4
   python -m megabyte_jax plan --config=... --topology=v6e:16x16 --mesh=fsdp=64,seq=4 --batch_size=128 --remat=named
   python -m megabyte_jax plan --config=... --topology=v5e:16x16 --search       # tries meshes, batch sizes, remat
   python -m megabyte_jax plan --config=... --step=generate --json              # train (default), eval or generate

@@ -255,8 +255,8 @@ def _processor() -> str:
 
 
 def _instruction_set() -> str:
-  """NumPy's functions differ in the last bit from one instruction set to another, also under one processor's name."""
-  return _digest(repr(np.show_config(mode="dicts")["SIMD Extensions"]).encode()).hex()[:8]
+  """Computes a digest of the instructions that NumPy uses; one processor's name stands for several sets of them."""
+  return _digest(repr(np.show_config(mode="dicts").get("SIMD Extensions")).encode()).hex()[:8]
 
 
 def fingerprint(model: Model) -> str:

@@ -17,17 +17,19 @@ def platform() -> str:
   return device.platform if device is not None else jax.default_backend()
 
 
-def nvidia_obstacle(platform: str) -> str:
-  """Returns why a kernel for NVIDIA GPUs cannot run on a platform, or ''; of a GPU that is not here it is taken to."""
-  if platform != "gpu":
-    return f"the device is {platform}, not an NVIDIA GPU"
-  if jax.default_backend() != "gpu":
+def nvidia_obstacle(kind: str) -> str:
+  """Returns why a kernel for NVIDIA GPUs cannot run on a kind of device, as `platform` names it, or '' if it can."""
+  if kind != "gpu":
+    return f"the device is {kind}, not an NVIDIA GPU"
+  if jax.default_backend() != "gpu":  # a program for a GPU elsewhere, which is taken to be able to
     return ""
   device = jax.devices()[0]
   if "rocm" in device.client.platform_version.lower():
     return "the GPU is not NVIDIA's"
-  capability = str(device.compute_capability)
-  return f"the GPU has compute capability {capability}, below 8.0" if float(capability) < _LEAST_CAPABILITY else ""
+  capability = float(device.compute_capability)
+  if capability < _LEAST_CAPABILITY:
+    return f"the GPU has compute capability {capability}, below {_LEAST_CAPABILITY}"
+  return ""
 
 
 def row_major(x: jax.Array) -> jax.Array:
