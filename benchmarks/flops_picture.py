@@ -1,9 +1,11 @@
 """Draws bits per byte against training FLOPs, from the results of recipe_runs.py and subword_systems.py.
 
   python benchmarks/flops_picture.py docs/results/recipe docs/results/table3.json docs/results/flops.png
+  python benchmarks/flops_picture.py docs/results/recipe docs/results/table3.json docs/results/subwords.png --subwords
 
-Left: bits per byte of training on the way, for the systems of Table 3 at equal FLOPs. Right: bits per byte of
-validation by basic inference, of byte-level models at two tiers.
+Lines are bits per byte of training on the way to 1e17 FLOPs. The first picture has the byte-level models on C and on
+books, with a point for the validation data at each tier: PerceiverAR's is of two passes, those of the others of one.
+The second has the systems of Table 3, on books.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+from typing import Any
 
 from megabyte_jax.display.plots import panels
 
-_SYSTEMS = {
+_SUBWORDS = {
   "megabyte": "MEGABYTE",
   "transformer": "Transformer",
   "transformer_xl": "Transformer-XL, subwords",
@@ -23,21 +26,50 @@ _SYSTEMS = {
   "subword_perceiver_ar": "PerceiverAR, subwords",
   "subword_transformer": "Transformer, subwords",
 }
-_BYTE_MODELS = {"megabyte": "MEGABYTE", "transformer": "Transformer", "windowed": "windowed Transformer"}
+_BYTE_MODELS = {
+  "megabyte": "MEGABYTE",
+  "transformer": "Transformer, 1,024 bytes",
+  "windowed": "windowed Transformer",
+  "perceiver": "PerceiverAR",
+}
+_CORPORA = {"kernel": "C", "library": "books"}
+_TIERS = ("", "_1e17")  # of file names: 3e16 has none
 
 
-def tiers(rows: pathlib.Path, systems: dict[str, dict]) -> dict[str, list[tuple[float, float]]]:
-  """Returns the points (training FLOPs, bits per byte of validation) of each byte-level model."""
-  points: dict[str, list[tuple[float, float]]] = {}
+def curve(row: dict[str, Any]) -> list[tuple[float, float]]:
+  """Returns the points (training FLOPs, bits per byte of training) of a row of either script."""
+  total = row["flops"] if "flops" in row else row["train_bytes"] * row["spacebyte_flops_per_byte"]
+  return [(step * total / row["config"]["num_steps"], bits) for step, bits, *_ in row["curve"]]
+
+
+def rows_of(rows: pathlib.Path, systems: dict[str, dict], corpus: str) -> dict[str, list[dict[str, Any]]]:
+  """Returns the rows of each byte-level model on a corpus, the smaller tier first; books' are partly in `systems`."""
+  found = {}
   for name in _BYTE_MODELS:
-    small, large = (rows / f"library_{name}{tier}.json" for tier in ("", "_1e17"))
-    points[name] = []
-    for path in (small, large) if large.exists() else (small,):
-      row = json.loads(path.read_text())
-      points[name].append((row["train_bytes"] * row["spacebyte_flops_per_byte"], row["validation_bpb"]))
-    if name in systems:
-      points[name].append((systems[name]["flops"], systems[name]["bpb_by_method"]["basic"]))
-  return points
+    paths = [rows / f"{corpus}_{name}{tier}.json" for tier in _TIERS]
+    found[name] = [json.loads(path.read_text()) for path in paths if path.exists()]
+    if corpus == "library" and name in systems:
+      found[name].append(systems[name])
+  return found
+
+
+def validation(row: dict[str, Any]) -> tuple[float, float]:
+  """Returns (training FLOPs, bits per byte of validation by basic inference) of a row of either script."""
+  if "flops" in row:
+    return row["flops"], row["bpb_by_method"]["basic"]
+  return row["train_bytes"] * row["spacebyte_flops_per_byte"], row["validation_bpb"]
+
+
+def draw_byte_models(axes: Any, rows: dict[str, list[dict[str, Any]]], title: str) -> None:
+  """Draws one corpus: the curve of the larger tier of each model, and the points of all its tiers."""
+  for name, label in _BYTE_MODELS.items():
+    if rows[name]:
+      (line,) = axes.plot(*zip(*curve(rows[name][-1]), strict=True), label=label)
+      points = [validation(row) for row in rows[name]]
+      axes.plot(
+        *zip(*points, strict=True), "o", color=line.get_color(), fillstyle="none" if name == "perceiver" else None
+      )
+  axes.set(title=title, xlabel="training FLOPs", ylabel="bits per byte: training, and validation (points)")
 
 
 def main() -> None:
@@ -46,18 +78,20 @@ def main() -> None:
   parser.add_argument("rows", type=pathlib.Path)
   parser.add_argument("systems", type=pathlib.Path)
   parser.add_argument("picture")
+  parser.add_argument("--subwords", action="store_true", help="draw the systems of Table 3")
   arguments = parser.parse_args()
   systems = {row["row"].split(":")[1]: row for row in json.loads(arguments.systems.read_text())["rows"]}
-  with panels(arguments.picture, 2) as (left, right):
-    for name, label in _SYSTEMS.items():
-      if name in systems:
-        row = systems[name]
-        per_step = row["flops"] / row["config"]["num_steps"]
-        left.plot([step * per_step for step, _ in row["curve"]], [bits for _, bits in row["curve"]], label=label)
-    for name, points in tiers(arguments.rows, systems).items():
-      right.plot(*zip(*points, strict=True), "o-", label=_BYTE_MODELS[name])
-    left.set(ylim=(1.0, 2.2), xlabel="training FLOPs", ylabel="bits per byte of training")
-    right.set(xscale="log", xlabel="training FLOPs", ylabel="bits per byte of validation")
+  if arguments.subwords:
+    with panels(arguments.picture, 1) as (axes,):
+      for name, label in _SUBWORDS.items():
+        if name in systems:
+          axes.plot(*zip(*curve(systems[name]), strict=True), label=label)
+      axes.set(ylim=(1.0, 2.2), xlabel="training FLOPs", ylabel="bits per byte of training")
+    return
+  with panels(arguments.picture, 2) as both:
+    for axes, (corpus, title), lowest in zip(both, _CORPORA.items(), (0.55, 1.2), strict=True):
+      draw_byte_models(axes, rows_of(arguments.rows, systems, corpus), title)
+      axes.set_ylim(lowest, lowest + 0.65)
 
 
 if __name__ == "__main__":

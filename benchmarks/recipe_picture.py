@@ -2,8 +2,8 @@
 
   python benchmarks/recipe_picture.py docs/results/recipe docs/results/recipe.png
 
-Left: bits per byte of training against bytes, for each recipe. Right: what the first level contributes with and without
-cross-patch attention.
+Left: bits per byte of training against bytes, for our two recipes and for the models of other packages with the same
+sizes on the same bytes. Right: what the first level contributes with and without cross-patch attention.
 """
 
 from __future__ import annotations
@@ -11,15 +11,26 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+from typing import Any
 
 from megabyte_jax.display.plots import panels
 
 _CURVES = {
-  "kernel_scaled": "AdamW, +scaled",
-  "kernel_modern": "Muon, +modern",
-  "kernel_modern_half": "+modern, half the bytes",
+  "kernel_modern": "+modern (Muon)",
+  "kernel_spacebyte": "SpaceByte's MegaByte",
+  "kernel_megabyte_pytorch": "MEGABYTE-pytorch",
+  "kernel_scaled": "+scaled (AdamW)",
+}
+_CONTRIBUTIONS = {
+  "kernel_modern_half": "+modern",
   "kernel_modern_half_cross_patch": "the same with cross-patch attention",
 }
+
+
+def read(path: pathlib.Path) -> tuple[dict[str, Any], float]:
+  """Returns a row and the megabytes of one of its steps."""
+  row = json.loads(path.read_text())
+  return row, row["train_bytes"] / row["curve"][-1][0] / 1e6
 
 
 def main() -> None:
@@ -30,12 +41,12 @@ def main() -> None:
   arguments = parser.parse_args()
   with panels(arguments.picture, 2) as (left, right):
     for name, label in _CURVES.items():
-      row = json.loads((arguments.rows / f"{name}.json").read_text())
-      per_step = row["train_bytes"] / row["curve"][-1][0] / 1e6
+      row, per_step = read(arguments.rows / f"{name}.json")
       left.plot([step * per_step for step, *_ in row["curve"]], [bits for _, bits, *_ in row["curve"]], label=label)
-      if row["diagnoses"] and "half" in name:
-        found = row["diagnoses"]
-        right.plot([d["step"] * per_step for d in found], [d["first_level_bits"] for d in found], label=label)
+    for name, label in _CONTRIBUTIONS.items():
+      row, per_step = read(arguments.rows / f"{name}.json")
+      found = row["diagnoses"]
+      right.plot([d["step"] * per_step for d in found], [d["first_level_bits"] for d in found], label=label)
     left.set(ylim=(0.8, 3), xlabel="megabytes", ylabel="bits per byte of training")
     right.set(xlabel="megabytes", ylabel="bits per byte worse with another text's first level")
 

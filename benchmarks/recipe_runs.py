@@ -37,6 +37,7 @@ from megabyte_jax.config import Config, MegabyteConfig, overrides
 from megabyte_jax.data.batches import batches
 from megabyte_jax.data.open_data import open_source
 from megabyte_jax.evaluation.evaluate import evaluate
+from megabyte_jax.evaluation.windows import METHODS, check_method
 from megabyte_jax.files.atomic_file import replacing
 from megabyte_jax.models.build import abstract_model
 from megabyte_jax.models.flops import flops_per_byte, parameter_count, predicted_bytes
@@ -117,6 +118,9 @@ def make_diagnosis(config: Config):
 def run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
   """Trains and evaluates; returns the contents of the row's file."""
   began = time.perf_counter()
+  methods = arguments.methods
+  for method in methods:
+    check_method(config.model, method)
   mesh = make_mesh(config.mesh)
   source = open_source(config.data, "train")
   first = round(arguments.switch * config.num_steps)
@@ -182,10 +186,11 @@ def run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
   }
   if arguments.save:
     export_model(arguments.save, config, state.parameters, config.num_steps)
-  result = evaluate(
-    config, state.parameters, open_source(config.data, "validation"), mesh=mesh, max_bytes=arguments.validation_bytes
-  )
-  return {"validation_bpb": round(result.bpb, 5), "validation_bytes": result.bytes, **row}
+  validation, limit = open_source(config.data, "validation"), arguments.validation_bytes
+  found = {m: evaluate(config, state.parameters, validation, mesh=mesh, method=m, max_bytes=limit) for m in methods}
+  by_method = {method: round(result.bpb, 5) for method, result in found.items()}
+  scored = {"validation_bpb": by_method[methods[0]], "validation_bytes": found[methods[0]].bytes}
+  return {**scored, "bpb_by_method": by_method, **row}
 
 
 def main() -> None:
@@ -195,6 +200,9 @@ def main() -> None:
   parser.add_argument("--set", dest="changes", nargs="+", default=[], metavar="KEY=VALUE")
   parser.add_argument("--train", required=True)
   parser.add_argument("--validation", required=True)
+  parser.add_argument(
+    "--methods", nargs="+", choices=METHODS, default=["basic"], help="of scoring the validation data; the first counts"
+  )
   parser.add_argument("--validation_bytes", type=int, default=0, help="score only so many; 0 scores all")
   budget = parser.add_mutually_exclusive_group(required=True)
   budget.add_argument("--bytes", type=float)

@@ -190,35 +190,68 @@ def test_look_ups_notice_another_figure():
     assert_shows(text, "(results/a.json)", "2.5", "2.377")
 
 
-def test_recipes():
+def test_recipes_and_other_packages():
+  speeds = {one.get("peer", one.get("case")): one for one in result("peer_speeds")["rows"]}
   runs = {
-    "+scaled": "kernel_scaled",
-    "+modern": "kernel_modern",
+    "+modern": ("kernel_modern", "1e17_megabyte8"),
+    "SpaceByte's MegaByte": ("kernel_spacebyte", "SpaceByte"),
+    "MEGABYTE-pytorch": ("kernel_megabyte_pytorch", "MEGABYTE-pytorch"),
+    "+scaled": ("kernel_scaled", ""),
+  }
+  for label, (name, alone) in runs.items():
+    run = result(f"recipe/{name}")
+    assert run["train_bytes"] == 419_430_400
+    bits = f"{run['validation_bpb']:.3f}", f"{run['train_bpb_of_last_steps']:.3f}"
+    rest = ["-", "-"]
+    if alone:
+      one = speeds[alone]
+      gib = one["GiB"] if "GiB" in one else one["peak_memory"] / 2**30
+      rest = [f"{one.get('bytes/s', one.get('bytes_per_second')) / 1e6:.2f}", f"{gib:.1f}"]
+    assert row(RESULTS, f"[{label}](results/recipe/{name}.json)") == [f"{run['parameters'] / 1e6:.1f} M", *bits, *rest]
+    if alone:
+      shown = "megabyte_jax, `+modern`" if name == "kernel_modern" else f"{label}, compiled"
+      cells = [cell.strip("*").split(",")[0] if n != 1 else cell for n, cell in enumerate(row(README, shown))]
+      assert cells == [bits[0], f"{float(rest[0]) * 1e6:,.0f}", rest[1]]
+  for label, name in {
     "+modern, half the bytes": "kernel_modern_half",
     "the same with cross-patch attention, r = P": "kernel_modern_half_cross_patch",
-  }
-  for label, name in runs.items():
+  }.items():
     run = result(f"recipe/{name}")
     bits = f"{run['validation_bpb']:.3f}", f"{run['train_bpb_of_last_steps']:.3f}"
     expected = [f"{run['train_bytes'] / 1e6:.0f} MB", *bits, f"{run['bytes_per_second'] / 1e6:.2f}"]
     assert row(RESULTS, f"[{label}](results/recipe/{name}.json)") == expected
+
+
+def test_equal_training_flops():
   models = {
-    "MEGABYTE, P = 4, 512 x 6 + 256 x 6": "library_megabyte",
-    "Transformer, 320 x 6, 1,024 bytes": "library_transformer",
-    "windowed, 384 x 5, 512 of 4,096": "library_windowed",
-    "MEGABYTE, P = 4, 512 x 8 + 256 x 8": "library_megabyte_deeper",
+    "[MEGABYTE, P = 4, 512 x 6 + 256 x 6]": "kernel_megabyte_1e17",
+    "[MEGABYTE, P = 4, 512 x 8 + 256 x 8]": "kernel_megabyte_deeper_1e17",
+    "[MEGABYTE, P = 4, 768 x 6 + 384 x 6]": "kernel_megabyte_wider_1e17",
+    "[Transformer, 512 x 6, 1,024 bytes]": "kernel_transformer_1e17",
+    "[windowed, 512 x 6, 512 of 4,096]": "kernel_windowed_1e17",
+    "[PerceiverAR, 512 x 6, 1,024 latents of 4,096]": "kernel_perceiver_1e17",
+    "3e16: [MEGABYTE, P = 4, 512 x 6 + 256 x 6]": "library_megabyte",
+    "3e16: [MEGABYTE, P = 4, 512 x 8 + 256 x 8]": "library_megabyte_deeper",
+    "3e16: [Transformer, 320 x 6, 1,024 bytes]": "library_transformer",
+    "3e16: [windowed, 384 x 5, 512 of 4,096]": "library_windowed",
+    "1e17: [windowed, 512 x 6, 512 of 4,096]": "library_windowed_1e17",
   }
   for label, name in models.items():
     run = result(f"recipe/{name}")
     each = f"{run['train_bytes'] / run['parameters']:.0f}"
-    sizes = f"{run['parameters'] / 1e6:.1f} M", f"{run['train_bytes'] / 1e6:.0f} MB", each
-    assert row(RESULTS, f"[{label}](results/recipe/{name}.json)") == [*sizes, f"{run['validation_bpb']:.3f}"]
-    assert run["spacebyte_flops_per_byte"] * run["train_bytes"] == pytest.approx(3e16, rel=1e-3)
-  windowed = result("recipe/library_windowed_1e17")
-  assert windowed["spacebyte_flops_per_byte"] * windowed["train_bytes"] == pytest.approx(1e17, rel=1e-3)
-  sizes = f"{windowed['parameters'] / 1e6:.1f} M", f"{windowed['train_bytes'] / 1e6:.0f} MB"
-  rest = f"{windowed['validation_bpb']:.3f}", "-", "-", f"{windowed['bytes_per_second'] / 1e6:.2f}"
-  assert row(RESULTS, "[windowed, 512 x 6, 512 of 4,096](results/recipe/library_windowed_1e17.json)") == [*sizes, *rest]
+    expected = [f"{run['parameters'] / 1e6:.1f} M", f"{run['train_bytes'] / 1e6:,.0f} MB", each]
+    if name.startswith("kernel"):
+      expected.append(f"{run['train_bpb_of_last_steps']:.3f}")
+    found = row(RESULTS, f"{label}(results/recipe/{name}.json)")
+    assert [*found[:-1], found[-1].strip("*").split(",")[0]] == [*expected, f"{run['validation_bpb']:.3f}"]
+    tier = 1e17 if name.endswith("1e17") else 3e16
+    assert run["spacebyte_flops_per_byte"] * run["train_bytes"] == pytest.approx(tier, rel=1e-3)
+  names = ("megabyte", "transformer", "windowed", "perceiver")
+  bits = [f"{result(f'recipe/kernel_{name}_1e17')['validation_bpb']:.3f}" for name in names]
+  assert_shows(README, "(docs/results.md#equal-training-flops)", *bits)
+
+
+def test_cross_patch_attention_and_the_shipped_model():
   without, with_it = (result(f"recipe/kernel_modern_half{name}") for name in ("", "_cross_patch"))
   for step in (50, 150, 300, 450, 600, 800):
     cells = []
