@@ -74,10 +74,13 @@ VARIANTS: dict[str, ModelConfig] = {
     qk_norm=True,
     logit_scale="width",
   ),
+  "own_output": _megabyte(16, _level(8, 16), _level(2, 8), tied_output=False),
   "perceiver_ar": _perceiver(20, 8),
   "perceiver_ar_rotary": _perceiver(20, 8, rotary=True, head_dim=6, ff_width=12),
   "perceiver_ar_all_latents": _perceiver(12, 12),
-  "perceiver_ar_modern": _perceiver(20, 8, rotary=True, activation="swiglu", qk_norm=True, logit_scale="width"),
+  "perceiver_ar_modern": _perceiver(
+    20, 8, rotary=True, activation="swiglu", qk_norm=True, logit_scale="width", tied_output=False
+  ),
 }
 
 every_variant = list(VARIANTS)

@@ -120,4 +120,4 @@ def logits(tokens, parameters, config):
         states = next_states(states, parts, tokens_seen, cell, config)
     xs = [x + y for x, y in zip(xs, added, strict=True)]
     xs = [x + feed_forward(x, block, config) for x in xs]
-  return np.stack([output_table(table, config) @ norm(x, p["norm"], config) for x in xs])
+  return np.stack([output_table(p["embedder"], config) @ norm(x, p["norm"], config) for x in xs])

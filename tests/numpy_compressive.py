@@ -120,6 +120,6 @@ def logits_and_losses(tokens, parameters, config):
       uses[i] = (uses[i] + list(used[len(earlier) :]))[-config.memory_length :]
       xs = outputs
     final = [norm(x, transformer["norm"], config) if config.norm_place == "pre" else x for x in xs]
-    logits += [output_table(table, config) @ x for x in final]
+    logits += [output_table(transformer["embedder"], config) @ x for x in final]
     losses.append(loss)
   return np.stack(logits), losses

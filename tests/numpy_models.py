@@ -165,13 +165,14 @@ def megabyte(bytes_, p, config):
           slots[j] = slots[j] + above[j * size : (j + 1) * size] @ q["from_parent"]
     out = decoder(spans, q["decoder"], level, config)
     slots_above = [slot for span_slots in out for slot in span_slots]
-  table = output_table(q["embedder"]["table"], config)  # eq. (6)
+  table = output_table(q["embedder"], config)  # eq. (6)
   d, S = table.shape[1], config.levels[-1].patch_size
   return np.stack([table @ slots_above[t // S][t % S * d : (t % S + 1) * d] for t in range(len(bytes_))])
 
 
-def output_table(table, options):
-  """The byte table as logits are products with it."""
+def output_table(embedder, options):
+  """The byte table, or the output's own matrix, as logits are products with it."""
+  table = embedder["table" if options.tied_output else "output"]
   return table / math.sqrt(table.shape[1]) if options.logit_scale == "width" else table
 
 
@@ -195,7 +196,7 @@ def perceiver_ar(bytes_, p, config):
     x = slots[at] + attention_output(heads, cross["attention_out"], config)
     latents.append(x + feed_forward(x, cross, config))
   (out,) = decoder([latents], p["decoder"], level, config)
-  return np.stack([output_table(p["embedder"]["table"], config) @ h for h in out])
+  return np.stack([output_table(p["embedder"], config) @ h for h in out])
 
 
 def logits(bytes_, parameters, config):

@@ -75,4 +75,5 @@ def logits(parameters, config, tokens):
     stream = outputs
   last = [norm(x, p["norm"], config) if pre else x for x in stream]
   factor = config.width**-0.5 if config.logit_scale == "width" else 1.0
-  return np.array([factor * x @ embedder["table"].T for x in last])
+  table = embedder["table" if config.tied_output else "output"]
+  return np.array([factor * x @ table.T for x in last])

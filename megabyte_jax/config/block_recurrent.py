@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from typing import Literal, Self
 
-from megabyte_jax.config.counts import attention_width, block_weights, norm_parameters
+from megabyte_jax.config.counts import attention_width, block_weights, norm_parameters, output_parameters
 from megabyte_jax.config.levels import Level
 from megabyte_jax.config.model import Attention, MemoryTraffic, ModelConfig
 from megabyte_jax.config.one_level import OneLevel
@@ -119,6 +119,7 @@ class BlockRecurrentConfig(OneLevel, ModelConfig):
     if not self.skip:
       cell += norm + hidden * (self.width + self.bias) + gate(self.hidden(level))
     embeddings = (self.vocab_size + 1) * self.width  # + 1: the pad
+    embeddings += output_parameters(self, self.vocab_size, self.width)
     return embeddings + self.num_layers * layer + len(self.cells) * cell + norm
 
   def flops_breakdown(self, attention: Attention) -> dict[str, float]:

@@ -47,6 +47,11 @@ def linear_parameters(options: BlockOptions, inputs: int, outputs: int) -> int:
   return inputs * outputs + outputs * options.bias
 
 
+def output_parameters(options: BlockOptions, vocab_size: int, width: int) -> int:
+  """Counts the entries of the output's own matrix: none where the output is the byte table."""
+  return 0 if options.tied_output else vocab_size * width
+
+
 def from_above(level: Level, above: Level | None) -> int:
   """Counts the entries of w_i, from the slice of the level above for one slot to its width; no bias (eq. 4)."""
   return 0 if above is None else level.patch_size * above.byte_width * level.width

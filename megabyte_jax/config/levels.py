@@ -112,11 +112,12 @@ class BlockOptions:
     qk_norm: RMSNorm of every head's queries and keys, with learned scales, before rotary positions.
     dropout: on the output of every attention and feed-forward layer; never on embeddings.
     attention_dropout: on attention probabilities; only the xla attention can do it.
-    init: how matrices are drawn, from a normal cut at two deviations: paper (of deviation init_std, which is divided by
-      the root of the number of residual branches for what these end with) | fan_in (one over the root of the number of
-      inputs).
+    init: how matrices are drawn: paper (from a normal of deviation init_std, cut at two deviations, which is divided by
+      the root of the number of residual branches for what these end with) | fan_in (from a whole normal of one over the
+      root of the number of inputs).
     init_std: standard deviation of the normal (cut at two of them) that parameters are drawn from.
-    embedding_std: that of byte tables, positions and pads; 0 takes init_std.
+    embedding_std: that of the whole normal for byte tables, positions and pads; 0 draws them with init_std as all else.
+    tied_output: logits are products with the byte table, eq. (6); False: with a matrix of their own.
     logit_scale: what logits are multiplied by: one | width (one over the root of the width, so that logits from a byte
       table of deviation 1 begin with about 1).
     remat: what backward recomputes: none | full (each block) | named (all but q, k and v, what attention gives, and the
@@ -137,6 +138,7 @@ class BlockOptions:
   init: Literal["paper", "fan_in"] = "paper"
   init_std: float = 0.006
   embedding_std: float = 0.0
+  tied_output: bool = True
   logit_scale: Literal["one", "width"] = "one"
   remat: Remat = "none"
   scan_layers: Literal["auto", "always", "never"] = "auto"

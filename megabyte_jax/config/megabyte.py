@@ -12,6 +12,7 @@ from megabyte_jax.config.counts import (
   from_above,
   linear_parameters,
   norm_parameters,
+  output_parameters,
   visible_keys,
 )
 from megabyte_jax.config.levels import Level
@@ -111,7 +112,7 @@ class MegabyteConfig(ModelConfig):
       total += sum(linear_parameters(self, size * width, width) for size in level.conv_filters)
       total += level.num_layers * block_parameters(self, level) + norm_parameters(self, level.width)
       above = level
-    return total
+    return total + output_parameters(self, self.vocab_size, self.levels[-1].byte_width)
 
   def flops_breakdown(self, attention: Attention) -> dict[str, float]:
     """Returns the forward operations per byte, by parts."""

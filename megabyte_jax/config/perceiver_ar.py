@@ -10,6 +10,7 @@ from megabyte_jax.config.counts import (
   block_parameters,
   block_weights,
   norm_parameters,
+  output_parameters,
 )
 from megabyte_jax.config.model import Attention, CrossAttention, ModelConfig
 from megabyte_jax.config.one_level import OneLevel
@@ -73,6 +74,7 @@ class PerceiverARConfig(OneLevel, ModelConfig):
   def parameter_count(self) -> int:
     """Returns the number of trainable parameters."""
     embeddings = (self.vocab_size + self.context + 1) * self.width  # + 1: the pad
+    embeddings += output_parameters(self, self.vocab_size, self.width)
     block, norm = block_parameters(self, self.level), norm_parameters(self, self.width)
     return embeddings + (norm + block) + self.num_layers * block + norm  # queries' and keys' norms are apart
 

@@ -8,6 +8,7 @@ from typing import Literal, Self
 from megabyte_jax.config.counts import (
   attention_width,
   norm_parameters,
+  output_parameters,
   relative_block_parameters,
   relative_block_weights,
 )
@@ -70,6 +71,7 @@ class TransformerXLConfig(OneLevel, ModelConfig):
   def parameter_count(self) -> int:
     """Returns the number of trainable parameters."""
     embeddings = (self.vocab_size + 1) * self.width  # + 1: the pad
+    embeddings += output_parameters(self, self.vocab_size, self.width)
     blocks = self.num_layers * relative_block_parameters(self, self.level, untie=self.untie)
     shared = 0 if self.untie else 2 * attention_width(self.level)
     return embeddings + blocks + shared + norm_parameters(self, self.width) * (self.norm_place == "pre")

@@ -25,7 +25,8 @@ class LevelModel(nnx.Module):
 
   def __init__(self, level: Level, span: int, parent_byte_width: int, config: MegabyteConfig, rngs: nnx.Rngs):
     self.span, self.slots_per_span = span, span // level.patch_size
-    self.embedder = PatchEmbedder(level, span, config.vocab_size, config, rngs)
+    predicts = level == config.levels[-1]
+    self.embedder = PatchEmbedder(level, span, config.vocab_size, config, rngs, predicts=predicts)
     if parent_byte_width:  # w_i, (S_i * d_{i-1}) x D_i, shared by all slots: w_GL of eq. (4) for the local model
       sizes = {"parent_width": level.patch_size * parent_byte_width, "width": level.width}
       balanced = config.parent_init == "balanced"

@@ -63,7 +63,7 @@ def initial_values(options: BlockOptions, info: ParameterInfo, *, scale: float =
   """Returns the initializer (key, shape, dtype) -> values of a parameter.
 
   Appendix A.1: normal with deviation `init_std`, cut at two deviations; biases are 0. Matrices and convolutions may
-  have `fan_in`^-1/2 instead (`BlockOptions.init`), and embeddings a deviation of their own.
+  have `fan_in`^-1/2 instead (`BlockOptions.init`), and embeddings a deviation of their own, both of a whole normal.
 
   Args:
     scale: times the deviation of the paper.
@@ -71,10 +71,12 @@ def initial_values(options: BlockOptions, info: ParameterInfo, *, scale: float =
   """
   if info.kind == "bias":
     return nnx.initializers.zeros
+  if info.kind in EMBEDDINGS and options.embedding_std:
+    return _or_zeros(nnx.initializers.normal(options.embedding_std))
+  if options.init == "fan_in" and info.inputs:
+    return _or_zeros(nnx.initializers.normal(info.fan_in**-0.5))
   if info.kind in EMBEDDINGS:
-    deviation = options.embedding_std or options.init_std
-  elif options.init == "fan_in" and info.inputs:
-    deviation = info.fan_in**-0.5
+    deviation = options.init_std
   else:
     deviation = options.init_std * scale * (info.fan_in**-0.5 if balanced else 1.0)
   return _or_zeros(nnx.initializers.truncated_normal(stddev=deviation, lower=-2.0, upper=2.0))
@@ -107,6 +109,14 @@ def make_parameter(
   is_drawn = kind != "bias" or deviation is not None
   values = draw(rngs.params(), shape, jnp.float32) if is_drawn else jnp.zeros(shape, jnp.float32)
   return nnx.Param(values, info=info)
+
+
+def make_output(vocab_size: int, width: int, options: BlockOptions, rngs: nnx.Rngs) -> nnx.Param | None:
+  """Makes the output's own matrix, [V, d], or None where the output is the byte table (`tied_output`)."""
+  if options.tied_output:
+    return None
+  sizes = {"vocab": vocab_size, "byte_width": width}
+  return make_parameter("output", sizes, options, rngs, inputs=("byte_width",))
 
 
 def make_scale(sizes: Sizes) -> nnx.Param:

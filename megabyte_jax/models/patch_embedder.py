@@ -18,7 +18,7 @@ from megabyte_jax.config.model import check_bytes
 from megabyte_jax.errors import require
 from megabyte_jax.models.layers.attention import shift
 from megabyte_jax.models.layers.embedding_lookup import lookup, product_with_table
-from megabyte_jax.models.parameters import compute_dtype, make_parameter
+from megabyte_jax.models.parameters import compute_dtype, make_output, make_parameter
 from megabyte_jax.parallel.activation_layout import refuse_explicit_axes
 
 
@@ -76,15 +76,19 @@ class CausalConv(nnx.Module):
 
 
 class PatchEmbedder(nnx.Module):
-  """A level's byte table and byte positions, its pad, and its optional convolutional encoder."""
+  """A level's byte table and byte positions, its pad, and its optional convolutional encoder and output matrix."""
 
-  def __init__(self, level: Level, span: int, vocab_size: int, options: BlockOptions, rngs: nnx.Rngs):
+  def __init__(
+    self, level: Level, span: int, vocab_size: int, options: BlockOptions, rngs: nnx.Rngs, *, predicts: bool
+  ):
+    """Makes the parameters; a level that `predicts` may have an output matrix beside its table."""
     self.patch_size, self.dtype = level.patch_size, compute_dtype(options)
     width = level.byte_width
     self.logit_scale = width**-0.5 if options.logit_scale == "width" else 1.0
     self.table = make_parameter("table", {"vocab": vocab_size, "byte_width": width}, options, rngs)
     self.positions = make_parameter("positions", {"positions": span, "byte_width": width}, options, rngs)
     self.pad = make_parameter("pad", {"patch": level.patch_size, "byte_width": width}, options, rngs)
+    self.output = make_output(vocab_size, width, options, rngs) if predicts else None
     self.convolutions = nnx.List(
       [CausalConv(size, level.patch_size, width, options, rngs) for size in level.conv_filters]
     )
@@ -114,10 +118,11 @@ class PatchEmbedder(nnx.Module):
     return self.pad.reshape(-1).astype(self.dtype)
 
   def logits(self, h: jax.Array) -> jax.Array:
-    """Computes eq. (6): the output of each byte, [..., d], times the byte table; float32 [..., V]."""
+    """Computes eq. (6): the output of each byte, [..., d], times the byte table or `output`; float32 [..., V]."""
     if self.logit_scale != 1.0:
       h *= self.logit_scale
-    return product_with_table(h, self.table.astype(self.dtype))
+    table = self.table if self.output is None else self.output
+    return product_with_table(h, table.astype(self.dtype))
 
   # Stepwise decoding: the convolutions remember the bytes before the patch at hand.
 

@@ -113,7 +113,7 @@ class PerceiverAR(Model):
 
   def __init__(self, config: PerceiverARConfig, rngs: nnx.Rngs):
     self.config = config
-    self.embedder = PatchEmbedder(config.level, config.context, config.vocab_size, config, rngs)
+    self.embedder = PatchEmbedder(config.level, config.context, config.vocab_size, config, rngs, predicts=True)
     self.cross = CrossAttention(config, rngs)
     self.decoder = Stack(config.level, config, rngs)
 

@@ -42,6 +42,7 @@ CHANGES: dict[str, Callable[[Config], Config]] = {
   "no_bias": _model(bias=False),
   "fan_in": _model(init="fan_in"),
   "unit_embeddings": _model(embedding_std=1.0, logit_scale="width"),
+  "own_output": _model(tied_output=False, logit_scale="one"),  # after unit_embeddings: its table needs no scaling
   "fan_in_rates": _optimizer(matrix_rate="fan_in", learning_rate=0.04),
   "light_decay": _optimizer(weight_decay=0.01),
   "half_cosine": _optimizer(schedule="half_cosine"),
@@ -57,6 +58,7 @@ SCALED = (
   "qk_norm",
   "fan_in",
   "unit_embeddings",
+  "own_output",
   "fan_in_rates",
   "light_decay",
   "half_cosine",

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-Kind = Literal["table", "positions", "pad", "matrix", "convolution", "bias", "offset", "norm"]
+Kind = Literal["table", "positions", "pad", "matrix", "output", "convolution", "bias", "offset", "norm"]
 
 EMBEDDINGS: tuple[Kind, ...] = ("table", "positions", "pad")
 
@@ -26,8 +26,8 @@ class ParameterInfo:
   """Describes one parameter.
 
   Attributes:
-    kind: table (of bytes or tokens, also the tied output) | positions | pad | matrix | convolution | bias | offset (a
-      vector that is added, as a bias, but drawn like a matrix) | norm (the scale or shift of one).
+    kind: table (of bytes or tokens, also the tied output) | positions | pad | matrix | output (one that is not tied) |
+      convolution | bias | offset (a vector that is added, but drawn like a matrix) | norm (its scale or shift).
     axes: logical name of every axis; sharding.py maps these names to axes of the mesh.
     inputs: those of the axes that are summed over in the product; empty where the parameter is looked up or added.
     fan_in: the number of inputs of one output, 1 without `inputs`.

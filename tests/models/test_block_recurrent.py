@@ -28,7 +28,7 @@ def config(**options):
 
 
 CONFIGS = {
-  "fixed": config(),  # its last layer is recurrent: what tokens read of states reaches no later key
+  "fixed": config(tied_output=False),  # its last layer is recurrent: what tokens read of states reaches no later key
   "lstm": config(
     gate="lstm",
     skip=False,

@@ -44,6 +44,7 @@ CONFIGS = {
     qk_norm=True,
     activation="swiglu",
     logit_scale="width",
+    tied_output=False,
     scaled_embeddings=False,
   ),
   "most_used": config(compression="most_used", compressed_length=4),

@@ -23,7 +23,7 @@ def test_every_parameter_declares_its_axes(name):
     sizes = dict(zip(info.axes, shapes[parameter].shape, strict=True))
     assert len(sizes) == len(info.axes), f"{parameter} has two axes of one name"
     assert info.fan_in == np.prod([sizes[axis] for axis in info.inputs], dtype=int), parameter
-    assert bool(info.inputs) == (info.kind in ("matrix", "convolution")), parameter
+    assert bool(info.inputs) == (info.kind in ("matrix", "output", "convolution")), parameter
     assert ("layers" in info.axes) == ("blocks" in parameter), parameter
     assert sizes.get("layers", config.levels[info.level].num_layers) == config.levels[info.level].num_layers
 

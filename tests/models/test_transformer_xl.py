@@ -32,6 +32,7 @@ CONFIGS = {
     activation="swiglu",
     scaled_embeddings=False,
     logit_scale="width",
+    tied_output=False,
   ),
 }
 TOKENS = np.random.default_rng(0).integers(0, 13, 15)  # three segments and a part

@@ -42,7 +42,7 @@ def test_scaled():
   assert recipe.split_name("a:b+scaled") == ("a:b", recipe.SCALED)
   config = recipe.with_changes(config_of("table2:books_megabyte"), recipe.SCALED)
   model, optimizer = config.model, config.optimizer
-  assert (model.init, model.embedding_std, model.logit_scale) == ("fan_in", 1.0, "width")
+  assert (model.init, model.embedding_std, model.tied_output, model.logit_scale) == ("fan_in", 1.0, False, "one")
   assert (model.norm, model.bias, model.qk_norm, model.activation) == ("layernorm", False, True, "relu")
   assert (optimizer.name, optimizer.matrix_rate, optimizer.learning_rate) == ("adamw", "fan_in", 0.04)
   assert (optimizer.weight_decay, optimizer.schedule) == (0.01, "half_cosine")

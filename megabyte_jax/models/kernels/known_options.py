@@ -63,7 +63,8 @@ _OPTIONS = {
   "init": ANY,  # of initial values
   "init_std": ANY,
   "embedding_std": ANY,
-  "logit_scale": ANY,  # of the embedder
+  "tied_output": ANY,  # of the embedder
+  "logit_scale": ANY,
   "remat": ANY,  # of training
   "scan_layers": ANY,  # of whole spans
   "compute_dtype": ANY,  # `cached_attention.wanted` asks for bfloat16

@@ -1,4 +1,4 @@
-"""Embeds the tokens of a segment, without positions, and gives the tied output.
+"""Embeds the tokens of a segment, without positions, and gives the output.
 
 Shapes: B batch, T tokens of a segment, D width, V vocabulary.
 """
@@ -11,11 +11,11 @@ from flax import nnx
 
 from megabyte_jax.config import BlockOptions
 from megabyte_jax.models.layers.embedding_lookup import lookup, product_with_table
-from megabyte_jax.models.parameters import compute_dtype, make_parameter
+from megabyte_jax.models.parameters import compute_dtype, make_output, make_parameter
 
 
 class TokenEmbedder(nnx.Module):
-  """A table of tokens, which is the output's, too, and a pad that stands before a document's first token."""
+  """A table of tokens, which may be the output's, too, and a pad that stands before a document's first token."""
 
   def __init__(self, vocab_size: int, width: int, options: BlockOptions, rngs: nnx.Rngs, *, scale: float = 1.0):
     """Makes the table and the pad; `scale` multiplies what is embedded, not the output."""
@@ -23,6 +23,7 @@ class TokenEmbedder(nnx.Module):
     self.logit_scale = width**-0.5 if options.logit_scale == "width" else 1.0
     self.table = make_parameter("table", {"vocab": vocab_size, "byte_width": width}, options, rngs)
     self.pad = make_parameter("pad", {"byte_width": width}, options, rngs)
+    self.output = make_output(vocab_size, width, options, rngs)
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """Embeds tokens [...] int32, of which -1 stands for none, as [..., D] in the compute dtype."""
@@ -34,7 +35,8 @@ class TokenEmbedder(nnx.Module):
     return self(jnp.concatenate([previous_B[:, None], x_BT[:, :-1].astype(jnp.int32)], axis=1))
 
   def logits(self, h: jax.Array) -> jax.Array:
-    """Multiplies hidden states [..., D] with the table; float32 [..., V]."""
+    """Multiplies hidden states [..., D] with the table or `output`; float32 [..., V]."""
     if self.logit_scale != 1.0:
       h *= self.logit_scale
-    return product_with_table(h, self.table.astype(self.dtype))
+    table = self.table if self.output is None else self.output
+    return product_with_table(h, table.astype(self.dtype))
