@@ -222,6 +222,19 @@ def test_recipes_and_other_packages():
     assert row(RESULTS, f"[{label}](results/recipe/{name}.json)") == expected
 
 
+def test_an_output_of_its_own():
+  labels = {
+    "`+scaled` as in [the recipe](#the-recipe): the byte table, and normals cut at two deviations": "scaled_tied",
+    "`+scaled` as it is now: an output of its own, and whole normals": "scaled_own_output",
+    "`+modern-init`": "modern",
+    "`+modern-init` with an output of its own": "modern_own_output",
+  }
+  rows = result("own_output")["rows"]
+  for label, run in labels.items():
+    bits = [f"{one['validation_bpb']:.3f}" for one in sorted(rows, key=lambda one: one["seed"]) if one["run"] == run]
+    assert row(RESULTS, label) == [", ".join(bits)]
+
+
 def test_equal_training_flops():
   models = {
     "[MEGABYTE, P = 4, 512 x 6 + 256 x 6]": "kernel_megabyte_1e17",
