@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from megabyte_jax.config import BlockOptions, Level
 from megabyte_jax.models.kernels import cached_attention, qk_norm_rotary, rms_norm_swiglu
@@ -19,7 +20,8 @@ from megabyte_jax.models.layers.attention import Past
 from megabyte_jax.models.layers.dropout import dropout
 from megabyte_jax.models.layers.quantised import Linear, Quantised, beside
 from megabyte_jax.models.parameters import make_head_norm, make_linear, make_norm
-from megabyte_jax.parallel.backend import platform, row_major
+from megabyte_jax.parallel.activation_layout import BATCH, row_major, spec_of
+from megabyte_jax.parallel.backend import platform
 
 KeyValue = tuple[jax.Array, jax.Array]  # k_BNMHK, v_BNMHK
 
@@ -71,7 +73,7 @@ def _relu_jvp(primals, tangents):
 
 def activate(hidden: jax.Array, options: BlockOptions) -> jax.Array:
   """Applies the feed-forward activation: [.., F] to [.., F], or if gated (SwiGLU; Shazeer, 2020) from [.., 2, F]."""
-  hidden = row_major(hidden)
+  hidden = row_major(hidden, _hidden_spec(hidden, options))
   if options.activation == "relu":
     return relu(hidden)
   hidden = checkpoint_name(hidden, "hidden")
@@ -81,6 +83,15 @@ def activate(hidden: jax.Array, options: BlockOptions) -> jax.Array:
     gate, up = parts_of(hidden, axis=hidden.ndim - 2)
     return jax.nn.silu(gate) * up
   return getattr(jax.nn, options.activation)(hidden)
+
+
+def _hidden_spec(hidden: jax.Array, options: BlockOptions) -> P | None:
+  """Returns how the hidden layer lies on a mesh; None for a single slot, whose rows lie otherwise."""
+  last = (None, "tensor") if options.gated else ("tensor",)
+  *rows, slots = hidden.shape[: -len(last)]
+  if slots == 1 or not rows:
+    return None
+  return spec_of(hidden, *last) if len(rows) == 2 else P(BATCH, None, *last)
 
 
 def parts_of(x: jax.Array, axis: int) -> tuple[jax.Array, ...]:

@@ -19,7 +19,8 @@ from megabyte_jax.models.layers.attention import Past
 from megabyte_jax.models.layers.block import Block, normalised, rotate
 from megabyte_jax.models.layers.quantised import Linear, Quantised
 from megabyte_jax.models.parameters import compute_dtype, make_layers, make_norm
-from megabyte_jax.parallel.backend import platform, row_major
+from megabyte_jax.parallel.activation_layout import row_major, spec_of
+from megabyte_jax.parallel.backend import platform
 from megabyte_jax.parallel.parameter_info import is_variable
 
 
@@ -57,7 +58,7 @@ class Stack(nnx.Module):
 
     def layer(x_BNMD, layer_and_key):
       parameters, key = layer_and_key
-      x_BNMD = row_major(x_BNMD)
+      x_BNMD = row_major(x_BNMD, spec_of(x_BNMD))
       x_BNMD, kv = nnx.merge(graph, parameters)(x_BNMD, slots_M=slots_M, dropout_key=key)
       return x_BNMD, keep(*kv)
 
