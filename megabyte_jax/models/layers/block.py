@@ -20,7 +20,7 @@ from megabyte_jax.models.layers.attention import Past
 from megabyte_jax.models.layers.dropout import dropout
 from megabyte_jax.models.layers.quantised import Linear, Quantised, beside
 from megabyte_jax.models.parameters import make_head_norm, make_linear, make_norm
-from megabyte_jax.parallel.activation_layout import BATCH, row_major, spec_of
+from megabyte_jax.parallel.activation_layout import BATCH, mesh_axes, row_major, spec_of
 from megabyte_jax.parallel.backend import platform
 
 KeyValue = tuple[jax.Array, jax.Array]  # k_BNMHK, v_BNMHK
@@ -117,6 +117,28 @@ def rotate(x_BNMHK: jax.Array, slots_M: jax.Array) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNMHK.dtype)
 
 
+def _products(x_BNMD: jax.Array, kernel_DCF: jax.Array) -> list[jax.Array]:
+  """Computes C products of x.
+
+  Where heads are spread over devices, every product gives each device a part of the gradient with respect to x. These
+  parts are added up before devices sum them: one all-reduce instead of C, whatever XLA makes of C sums.
+  """
+
+  def each(x_BNMD, kernel_DCF):
+    return [x_BNMD @ kernel_DCF[:, i] for i in range(kernel_DCF.shape[1])]
+
+  devices = mesh_axes().get("tensor", 1)
+  if devices == 1 or kernel_DCF.shape[2] % devices:
+    return each(x_BNMD, kernel_DCF)
+  heads = P(*(None,) * (x_BNMD.ndim - 1), "tensor")
+  return jax.shard_map(
+    lambda x_BNMD, kernel_DCF: each(jax.lax.pcast(x_BNMD, "tensor", to="varying"), kernel_DCF),
+    in_specs=(P(), P(None, None, "tensor")),
+    out_specs=heads,
+    axis_names={"tensor"},
+  )(x_BNMD, kernel_DCF)
+
+
 def products_apart(linear: Linear, x_BNMD: jax.Array) -> tuple[jax.Array, ...]:
   """Computes linear(x), [B, N, M, C, H, K], as C arrays: queries, keys and values, or the latter two.
 
@@ -127,7 +149,7 @@ def products_apart(linear: Linear, x_BNMD: jax.Array) -> tuple[jax.Array, ...]:
     y_BNMCHK = checkpoint_name(linear(x_BNMD), "qkv")
     return parts_of(y_BNMCHK, axis=3)
   kernel_DCF, x_BNMD = (a.astype(linear.dtype) for a in (linear.kernel.reshape(D, C, H * K), x_BNMD))
-  products = [x_BNMD @ kernel_DCF[:, i] for i in range(C)]
+  products = _products(x_BNMD, kernel_DCF)
   if linear.bias is not None:
     bias_CF = linear.bias.reshape(C, H * K).astype(linear.dtype)
     products = [product + bias_CF[i] for i, product in enumerate(products)]
@@ -208,7 +230,7 @@ class Block(nnx.Module):
       dropout_key=keys[0],
     )
     attended = checkpoint_name(attended, "attended")
-    x_BNMD += dropout(self.attention_out(attended), options.dropout, keys[1])
+    x_BNMD = checkpoint_name(x_BNMD + dropout(self.attention_out(attended), options.dropout, keys[1]), "mixed")
     x_BNMD, normed_BNMD = kept_and_normed(self.ff_norm, x_BNMD, options)
     hidden = activate(self.ff_in(normed_BNMD), options)
     x_BNMD += dropout(self.ff_out(hidden), options.dropout, keys[2])
