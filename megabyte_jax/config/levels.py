@@ -121,7 +121,7 @@ class BlockOptions:
     logit_scale: what logits are multiplied by: one | width (one over the root of the width, so that logits from a byte
       table of deviation 1 begin with about 1).
     remat: what backward recomputes: none | full (each block) | named (all but q, k and v, what attention gives, and the
-      hidden layer).
+      hidden layer; where `mesh.tensor` spreads heads also the sum after attention, which would be sent again).
     compute_dtype: auto | bfloat16 | float32; auto is float32 on CPU and bfloat16 elsewhere. Products of float32 are as
       precise as JAX's default_matmul_precision: on GPUs and TPUs less than float32, unless that is "highest".
     scan_layers: always | never | auto: whether one compiled block serves all layers of a level, or each is compiled by

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from megabyte_jax.errors import require
+from megabyte_jax.parallel.backend import platform
 
 AXES = ("data", "fsdp", "seq", "tensor")
 BATCH = ("data", "fsdp")  # the axes that rows are spread over
@@ -66,3 +69,34 @@ def lay_out(x: jax.Array, spec: P) -> jax.Array:
 def constrain(x_BNMD: jax.Array, kind: str) -> jax.Array:
   """Lays an activation out as ACTIVATIONS[kind] says; see `lay_out`."""
   return lay_out(x_BNMD, ACTIVATIONS[kind])
+
+
+def spec_of(x: jax.Array | jax.ShapeDtypeStruct, *others: str | None) -> P:
+  """Returns how rows of x, [B, N, M, ..], lie on a mesh, as `ACTIVATIONS` says, and the given axes after them."""
+  return P(BATCH, *((None, "seq") if x.shape[1] == 1 else ("seq", None)), *others)
+
+
+def row_major(x: jax.Array, spec: P | None = None) -> jax.Array:
+  """Constrains x to row-major layout on GPUs, where XLA would otherwise transpose arrays between products.
+
+  On a mesh each device constrains its own part: XLA (JAX 0.10.2) gathers a whole array that it is to constrain. What
+  the mesh does not divide is left as it is.
+
+  Args:
+    spec: how x lies on the mesh that may be set; without it x is left as it is there.
+  """
+  if platform() != "gpu":
+    return x
+  constrained = functools.partial(with_layout_constraint, layouts=Layout(major_to_minor=tuple(range(x.ndim))))
+  axes = mesh_axes()
+  if math.prod(axes.values()) == 1:
+    return constrained(x)
+  if spec is None or not axes.keys() >= set(AXES) or not divides(axes, spec, x.shape):
+    return x
+  return jax.shard_map(constrained, in_specs=spec, out_specs=spec)(x)
+
+
+def divides(axes: dict[str, int], spec: P, shape: tuple[int, ...]) -> bool:
+  """Returns whether axes of these sizes cut an array into equal parts, if it is spread over them as `spec` says."""
+  parts = (math.prod(axes[name] for name in ((entry,) if isinstance(entry, str) else entry or ())) for entry in spec)
+  return not any(size % count for size, count in zip(shape, parts, strict=False))

@@ -1,4 +1,4 @@
-"""Tells the kind of device that a program is compiled for, and adapts arrays and kernels to it."""
+"""Tells the kind of device that a program is compiled for, and what it can do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import jax
-from jax.experimental.layout import Layout, with_layout_constraint
 
 _LEAST_CAPABILITY = 8.0  # of GPUs whose matrix units know bfloat16
 
@@ -30,13 +29,6 @@ def nvidia_obstacle(kind: str) -> str:
   if capability < _LEAST_CAPABILITY:
     return f"the GPU has compute capability {capability}, below {_LEAST_CAPABILITY}"
   return ""
-
-
-def row_major(x: jax.Array) -> jax.Array:
-  """Constrains x to row-major layout on GPUs, where XLA would otherwise transpose arrays between products."""
-  if platform() != "gpu":
-    return x
-  return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 @functools.cache

@@ -51,12 +51,18 @@ class Bounds:
     return self.model_compute / self.step
 
 
-def passes(config: Config, step: str) -> float:
-  """Returns the cost of a step in forward passes: 1, or in training 3 and the share that is recomputed."""
+def passes(config: Config, step: str, tensor: int) -> float:
+  """Returns the cost of a step in forward passes: 1, or in training 3 and the share that is recomputed.
+
+  Args:
+    config, step, tensor: as in `bounds`.
+  """
   if step != "train":
     return 1.0
-  # `named` recomputes one product of a block, attention's output: D^2 of 12 D^2, and a little for what is none.
-  return flops.TRAINING_FACTOR + {"none": 0.0, "named": 0.1, "full": 1.0}[config.model.remat]
+  # `named` recomputes one product of a block, attention's output: D^2 of 12 D^2, and a little for what is none. Where
+  # devices sum that output it is kept.
+  named = 0.1 if tensor == 1 else 0.02
+  return flops.TRAINING_FACTOR + {"none": 0.0, "named": named, "full": 1.0}[config.model.remat]
 
 
 def bounds(
@@ -89,7 +95,7 @@ def bounds(
   predicted = config.batch_size * flops.predicted_bytes(config.model)
   forward = flops.flops_per_byte(config.model) * predicted / devices / peak
   counted = flops.flops_per_byte(config.model, training=step == "train") * predicted / devices / peak
-  again = passes(config, step) - (flops.TRAINING_FACTOR if step == "train" else 1)
+  again = passes(config, step, tensor) - (flops.TRAINING_FACTOR if step == "train" else 1)
   traffic = memory_traffic(config, devices, tensor, step)
   return Bounds(
     compute=counted + forward * again,
@@ -102,7 +108,7 @@ def bounds(
 
 def memory_traffic(config: Config, devices: int, tensor: int, step: str) -> float:
   """Estimates the bytes that each device moves to and from its HBM in one step; arguments as in `bounds`."""
-  model, count = config.model, passes(config, step)
+  model, count = config.model, passes(config, step, tensor)
   parameters = flops.parameter_count(model)
   weights = 2 * parameters / tensor * count * (config.accumulate if step == "train" else 1)
   per_parameter = 8 * (2 + config.optimizer.moments)  # value, gradient and moments, float32, read and written

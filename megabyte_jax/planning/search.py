@@ -147,11 +147,12 @@ def estimate(config: Config, devices: list[jax.Device], step: str) -> float:
   replicas, gradients = mesh.data // slices, 2 * parameters / (mesh.fsdp * mesh.tensor) * training
   sent += 2 * gradients * (1 - 1 / replicas)
   rows = config.batch_size / (mesh.data * mesh.fsdp)
+  sums = 2 if not training else 5 if model.remat == "full" else 4  # of a layer
   for level, slots, span in zip(model.levels, model.slots, model.spans, strict=True):
     if mesh.seq > 1 and span == model.context:  # keys and values are gathered
       sent += rows * slots * 2 * 2 * level.width / mesh.tensor * level.num_layers * forward_passes
-    if mesh.tensor > 1:  # two sums over devices a layer
-      sent += rows * slots / mesh.seq * 4 * 2 * level.width * level.num_layers * forward_passes
+    if mesh.tensor > 1:  # activations are summed over devices, which sends each almost twice
+      sent += rows * slots / mesh.seq * 2 * 2 * level.width * level.num_layers * sums * (1 - 1 / mesh.tensor)
   # Gradients are summed within a slice first: then each device sends its part of them to the other slices.
   between = 2 * 2 * parameters * training * slices / len(devices) * (1 - 1 / slices)
   bounds = roofline.bounds(config, devices[0], len(devices), mesh.tensor, step, sent, between)

@@ -17,8 +17,8 @@ from flax import nnx
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
-from megabyte_jax.models.kernels.rms_norm_swiglu import ROWS, Shaped, compiler_params, obstacle, on_mesh, spec_of
-from megabyte_jax.parallel.activation_layout import mesh_axes
+from megabyte_jax.models.kernels.rms_norm_swiglu import ROWS, Shaped, compiler_params, obstacle, on_mesh
+from megabyte_jax.parallel.activation_layout import mesh_axes, spec_of
 
 _TILE = 32  # rows of a program
 

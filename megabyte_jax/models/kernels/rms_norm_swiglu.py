@@ -25,7 +25,7 @@ from flax import nnx
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
-from megabyte_jax.parallel.activation_layout import AXES, BATCH, mesh_axes
+from megabyte_jax.parallel.activation_layout import AXES, BATCH, mesh_axes, spec_of
 from megabyte_jax.parallel.backend import nvidia_obstacle, platform, triton
 
 _NUMBERS = 4096  # of an array that a program has in registers at once
@@ -60,11 +60,6 @@ def obstacle(x: Shaped, spec: P, tile: int) -> str:
     own[i] //= parts
   rows = math.prod(own[:3])
   return f"{tile} rows do not divide the {rows} of a device" if rows % tile else ""
-
-
-def spec_of(x: Shaped, *others: str | None) -> P:
-  """Returns how rows of x, [B, N, M, ..], lie on a mesh (as in activation_layout.py), and the given axes after them."""
-  return P(BATCH, *((None, "seq") if x.shape[1] == 1 else ("seq", None)), *others)
 
 
 ROWS = (*BATCH, "seq")  # over which sums of rows are spread

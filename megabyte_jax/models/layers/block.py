@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from megabyte_jax.config import BlockOptions, Level
 from megabyte_jax.models.kernels import cached_attention, qk_norm_rotary, rms_norm_swiglu
@@ -19,7 +20,8 @@ from megabyte_jax.models.layers.attention import Past
 from megabyte_jax.models.layers.dropout import dropout
 from megabyte_jax.models.layers.quantised import Linear, Quantised, beside
 from megabyte_jax.models.parameters import make_head_norm, make_linear, make_norm
-from megabyte_jax.parallel.backend import platform, row_major
+from megabyte_jax.parallel.activation_layout import BATCH, mesh_axes, row_major, spec_of
+from megabyte_jax.parallel.backend import platform
 
 KeyValue = tuple[jax.Array, jax.Array]  # k_BNMHK, v_BNMHK
 
@@ -71,7 +73,7 @@ def _relu_jvp(primals, tangents):
 
 def activate(hidden: jax.Array, options: BlockOptions) -> jax.Array:
   """Applies the feed-forward activation: [.., F] to [.., F], or if gated (SwiGLU; Shazeer, 2020) from [.., 2, F]."""
-  hidden = row_major(hidden)
+  hidden = row_major(hidden, _hidden_spec(hidden, options))
   if options.activation == "relu":
     return relu(hidden)
   hidden = checkpoint_name(hidden, "hidden")
@@ -81,6 +83,15 @@ def activate(hidden: jax.Array, options: BlockOptions) -> jax.Array:
     gate, up = parts_of(hidden, axis=hidden.ndim - 2)
     return jax.nn.silu(gate) * up
   return getattr(jax.nn, options.activation)(hidden)
+
+
+def _hidden_spec(hidden: jax.Array, options: BlockOptions) -> P | None:
+  """Returns how the hidden layer lies on a mesh; None for a single slot, whose rows lie otherwise."""
+  last = (None, "tensor") if options.gated else ("tensor",)
+  *rows, slots = hidden.shape[: -len(last)]
+  if slots == 1 or not rows:
+    return None
+  return spec_of(hidden, *last) if len(rows) == 2 else P(BATCH, None, *last)
 
 
 def parts_of(x: jax.Array, axis: int) -> tuple[jax.Array, ...]:
@@ -106,6 +117,28 @@ def rotate(x_BNMHK: jax.Array, slots_M: jax.Array) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNMHK.dtype)
 
 
+def _products(x_BNMD: jax.Array, kernel_DCF: jax.Array) -> list[jax.Array]:
+  """Computes C products of x.
+
+  Where heads are spread over devices, every product gives each device a part of the gradient with respect to x. These
+  parts are added up before devices sum them: one all-reduce instead of C, whatever XLA makes of C sums.
+  """
+
+  def each(x_BNMD, kernel_DCF):
+    return [x_BNMD @ kernel_DCF[:, i] for i in range(kernel_DCF.shape[1])]
+
+  devices = mesh_axes().get("tensor", 1)
+  if devices == 1 or kernel_DCF.shape[2] % devices:
+    return each(x_BNMD, kernel_DCF)
+  heads = P(*(None,) * (x_BNMD.ndim - 1), "tensor")
+  return jax.shard_map(
+    lambda x_BNMD, kernel_DCF: each(jax.lax.pcast(x_BNMD, "tensor", to="varying"), kernel_DCF),
+    in_specs=(P(), P(None, None, "tensor")),
+    out_specs=heads,
+    axis_names={"tensor"},
+  )(x_BNMD, kernel_DCF)
+
+
 def products_apart(linear: Linear, x_BNMD: jax.Array) -> tuple[jax.Array, ...]:
   """Computes linear(x), [B, N, M, C, H, K], as C arrays: queries, keys and values, or the latter two.
 
@@ -116,7 +149,7 @@ def products_apart(linear: Linear, x_BNMD: jax.Array) -> tuple[jax.Array, ...]:
     y_BNMCHK = checkpoint_name(linear(x_BNMD), "qkv")
     return parts_of(y_BNMCHK, axis=3)
   kernel_DCF, x_BNMD = (a.astype(linear.dtype) for a in (linear.kernel.reshape(D, C, H * K), x_BNMD))
-  products = [x_BNMD @ kernel_DCF[:, i] for i in range(C)]
+  products = _products(x_BNMD, kernel_DCF)
   if linear.bias is not None:
     bias_CF = linear.bias.reshape(C, H * K).astype(linear.dtype)
     products = [product + bias_CF[i] for i, product in enumerate(products)]
@@ -197,7 +230,7 @@ class Block(nnx.Module):
       dropout_key=keys[0],
     )
     attended = checkpoint_name(attended, "attended")
-    x_BNMD += dropout(self.attention_out(attended), options.dropout, keys[1])
+    x_BNMD = checkpoint_name(x_BNMD + dropout(self.attention_out(attended), options.dropout, keys[1]), "mixed")
     x_BNMD, normed_BNMD = kept_and_normed(self.ff_norm, x_BNMD, options)
     hidden = activate(self.ff_in(normed_BNMD), options)
     x_BNMD += dropout(self.ff_out(hidden), options.dropout, keys[2])

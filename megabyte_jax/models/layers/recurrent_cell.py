@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from megabyte_jax.config.block_recurrent import BUCKETS, BlockRecurrentConfig
 from megabyte_jax.models.layers.block import activate, make_ff_in, products_apart
@@ -67,7 +68,8 @@ class TokenLayer(nnx.Module):
       keys: dropout's, for both additions.
     """
     rate = self.config.dropout
-    x_BNMD += dropout(self.attention_out(attended_BNMHK) + from_states, rate, keys[0])
+    attended_BNMD = dropout(self.attention_out(attended_BNMHK) + from_states, rate, keys[0])
+    x_BNMD = checkpoint_name(x_BNMD + attended_BNMD, "mixed")
     hidden = activate(self.ff_in(self.ff_norm(x_BNMD)), self.config)
     return x_BNMD + dropout(self.ff_out(hidden), rate, keys[1])
 

@@ -191,7 +191,7 @@ class RelativeBlock(nnx.Module):
   ) -> jax.Array:
     """The block after attention."""
     rate = self.options.dropout
-    x_BTD += dropout(self.attention_out(attended_BTHK), rate, keys[0])
+    x_BTD = checkpoint_name(x_BTD + dropout(self.attention_out(attended_BTHK), rate, keys[0]), "mixed")
     if not self.pre_norm:
       x_BTD = self.attention_norm(x_BTD)
     hidden = activate(self.ff_in(self.ff_norm(x_BTD) if self.pre_norm else x_BTD), self.options)

@@ -19,7 +19,8 @@ from megabyte_jax.models.layers.attention import Past
 from megabyte_jax.models.layers.block import Block, normalised, rotate
 from megabyte_jax.models.layers.quantised import Linear, Quantised
 from megabyte_jax.models.parameters import compute_dtype, make_layers, make_norm
-from megabyte_jax.parallel.backend import platform, row_major
+from megabyte_jax.parallel.activation_layout import mesh_axes, row_major, spec_of
+from megabyte_jax.parallel.backend import platform
 from megabyte_jax.parallel.parameter_info import is_variable
 
 
@@ -57,7 +58,7 @@ class Stack(nnx.Module):
 
     def layer(x_BNMD, layer_and_key):
       parameters, key = layer_and_key
-      x_BNMD = row_major(x_BNMD)
+      x_BNMD = row_major(x_BNMD, spec_of(x_BNMD))
       x_BNMD, kv = nnx.merge(graph, parameters)(x_BNMD, slots_M=slots_M, dropout_key=key)
       return x_BNMD, keep(*kv)
 
@@ -232,7 +233,9 @@ def rematerialised(layer: Callable, remat: str, *, is_in_loop: bool) -> Callable
   """Wraps `layer` so that its activations are recomputed in the backward pass, as `BlockOptions.remat` says."""
   if remat == "none":
     return layer
-  kept = ("qkv", "attended", "hidden") if remat == "named" else ()
+  kept = ["qkv", "attended", "hidden"] if remat == "named" else []
+  if kept and mesh_axes().get("tensor", 1) > 1:
+    kept.append("mixed")  # what devices have summed after attention: recomputed, it would be sent again
   policy = jax.checkpoint_policies.save_only_these_names(*kept)
   # Inside a loop nothing can be merged anyway. Outside, XLA may keep what is cheap to keep, unless memory is short.
   return jax.checkpoint(layer, policy=policy, prevent_cse=remat == "full" and not is_in_loop)
