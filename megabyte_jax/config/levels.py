@@ -112,16 +112,16 @@ class BlockOptions:
     qk_norm: RMSNorm of every head's queries and keys, with learned scales, before rotary positions.
     dropout: on the output of every attention and feed-forward layer; never on embeddings.
     attention_dropout: on attention probabilities; only the xla attention can do it.
-    init: how matrices are drawn: paper (from a normal of deviation init_std, cut at two deviations, which is divided by
-      the root of the number of residual branches for what these end with) | fan_in (from a whole normal of one over the
-      root of the number of inputs).
+    init: how matrices are drawn: paper (from a normal cut at two deviations; its deviation is init_std, divided by the
+      root of the number of residual branches for what these end with) | fan_in (from a normal that is not cut; its
+      deviation is one over the root of the number of inputs).
     init_std: standard deviation of the normal (cut at two of them) that parameters are drawn from.
-    embedding_std: that of the whole normal for byte tables, positions and pads; 0 draws them with init_std as all else.
+    embedding_std: that of the normal, not cut, for byte tables, positions and pads; 0 draws them with init_std.
     tied_output: logits are products with the byte table, eq. (6); False: with a matrix of their own.
     logit_scale: what logits are multiplied by: one | width (one over the root of the width, so that logits from a byte
       table of deviation 1 begin with about 1).
     remat: what backward recomputes: none | full (each block) | named (all but q, k and v, what attention gives, and the
-      hidden layer; where `mesh.tensor` spreads heads also the sum after attention, which would be sent again).
+      hidden layer; where `mesh.tensor` spreads heads also the sum after self-attention, which would be sent again).
     compute_dtype: auto | bfloat16 | float32; auto is float32 on CPU and bfloat16 elsewhere. Products of float32 are as
       precise as JAX's default_matmul_precision: on GPUs and TPUs less than float32, unless that is "highest".
     scan_layers: always | never | auto: whether one compiled block serves all layers of a level, or each is compiled by

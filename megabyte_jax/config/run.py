@@ -118,8 +118,8 @@ class OptimizerConfig:
       run.
     learning_rate: after the warm-up.
     end_learning_rate: what all but constant end at.
-    matrix_rate: of matrices and convolutions, relative to the rate: same | fan_in (divided by the root of their number
-      of inputs, so that one learning rate serves all widths; for adamw).
+    matrix_rate: of matrices (the output's own, too) and convolutions, relative to the rate: same | fan_in (divided by
+      the root of their number of inputs, so that one learning rate serves all widths; for adamw).
     embedding_rate: of byte tables, positions and pads, as a factor.
     level_rates: of all parameters of each level, from the coarsest to the finest, as factors; empty has none.
     b1, b2: of AdamW, with either name.

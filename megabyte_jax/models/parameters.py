@@ -63,7 +63,7 @@ def initial_values(options: BlockOptions, info: ParameterInfo, *, scale: float =
   """Returns the initializer (key, shape, dtype) -> values of a parameter.
 
   Appendix A.1: normal with deviation `init_std`, cut at two deviations; biases are 0. Matrices and convolutions may
-  have `fan_in`^-1/2 instead (`BlockOptions.init`), and embeddings a deviation of their own, both of a whole normal.
+  have `fan_in`^-1/2 instead (`BlockOptions.init`), and embeddings a deviation of their own; these normals are not cut.
 
   Args:
     scale: times the deviation of the paper.

@@ -32,6 +32,12 @@ def _rotary(config: Config) -> Config:
   return dataclasses.replace(config, model=config.model.with_levels(levels))
 
 
+def _unit_embeddings(config: Config) -> Config:
+  """Tables, positions and pads of deviation 1; logits are scaled where the table gives them."""
+  scale = "width" if config.model.tied_output else "one"
+  return _model(embedding_std=1.0, logit_scale=scale)(config)
+
+
 CHANGES: dict[str, Callable[[Config], Config]] = {
   "rmsnorm": _model(norm="rmsnorm", bias=False),
   "swiglu": _model(activation="swiglu"),
@@ -41,8 +47,8 @@ CHANGES: dict[str, Callable[[Config], Config]] = {
   "muon": _optimizer(name="muon"),
   "no_bias": _model(bias=False),
   "fan_in": _model(init="fan_in"),
-  "unit_embeddings": _model(embedding_std=1.0, logit_scale="width"),
-  "own_output": _model(tied_output=False, logit_scale="one"),  # after unit_embeddings: its table needs no scaling
+  "unit_embeddings": _unit_embeddings,
+  "own_output": _model(tied_output=False, logit_scale="one"),
   "fan_in_rates": _optimizer(matrix_rate="fan_in", learning_rate=0.04),
   "light_decay": _optimizer(weight_decay=0.01),
   "half_cosine": _optimizer(schedule="half_cosine"),

@@ -77,7 +77,7 @@ def spec_of(x: jax.Array | jax.ShapeDtypeStruct, *others: str | None) -> P:
 
 
 def row_major(x: jax.Array, spec: P | None = None) -> jax.Array:
-  """Constrains x to row-major layout on GPUs, where XLA would otherwise transpose arrays between products.
+  """Returns x, of any shape, in row-major layout on GPUs, where XLA would otherwise transpose arrays between products.
 
   On a mesh each device constrains its own part: XLA (JAX 0.10.2) gathers a whole array that it is to constrain. What
   the mesh does not divide is left as it is.
@@ -91,12 +91,12 @@ def row_major(x: jax.Array, spec: P | None = None) -> jax.Array:
   axes = mesh_axes()
   if math.prod(axes.values()) == 1:
     return constrained(x)
-  if spec is None or not axes.keys() >= set(AXES) or not divides(axes, spec, x.shape):
+  if spec is None or not axes.keys() >= set(AXES) or not _divides(axes, spec, x.shape):
     return x
   return jax.shard_map(constrained, in_specs=spec, out_specs=spec)(x)
 
 
-def divides(axes: dict[str, int], spec: P, shape: tuple[int, ...]) -> bool:
+def _divides(axes: dict[str, int], spec: P, shape: tuple[int, ...]) -> bool:
   """Returns whether axes of these sizes cut an array into equal parts, if it is spread over them as `spec` says."""
   parts = (math.prod(axes[name] for name in ((entry,) if isinstance(entry, str) else entry or ())) for entry in spec)
   return not any(size % count for size, count in zip(shape, parts, strict=False))

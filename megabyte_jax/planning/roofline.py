@@ -59,8 +59,8 @@ def passes(config: Config, step: str, tensor: int) -> float:
   """
   if step != "train":
     return 1.0
-  # `named` recomputes one product of a block, attention's output: D^2 of 12 D^2, and a little for what is none. Where
-  # devices sum that output it is kept.
+  # `named` recomputes one product of a block, attention's output: D^2 of 12 D^2, and a little (0.02) for norms and
+  # activations. Where devices sum that output it is kept.
   named = 0.1 if tensor == 1 else 0.02
   return flops.TRAINING_FACTOR + {"none": 0.0, "named": named, "full": 1.0}[config.model.remat]
 

@@ -17,16 +17,22 @@ def run(tmp_path, monkeypatch):
   for number in range(40):
     (tmp_path / "texts" / f"{number}.txt").write_bytes(bytes([97 + number % 4]) * (number + 1))
 
-  def run(*changes):
+  def run(*changes, flags=()):
     data = f"--train={tmp_path}/texts", f"--validation={tmp_path}/texts", "--bytes=2048"
     settings = "--set", "batch_size=8", "model.context=64", *changes
     output = tmp_path / "row.json"
-    arguments = ["megabyte:4:64x1:64x1+modern", *data, "--diagnose=2", f"--output={output}", *settings]
+    arguments = ["megabyte:4:64x1:64x1+modern", *data, "--diagnose=2", f"--output={output}", *flags, *settings]
     monkeypatch.setattr(sys, "argv", ["recipe_runs.py", *arguments])
     recipe_runs.main()
     return json.loads(output.read_text())
 
   return run
+
+
+def test_several_methods_score_the_same_bytes(run):
+  row = run(flags=["--methods", "sliding", "basic"])
+  assert list(row["bpb_by_method"]) == ["sliding", "basic"] and row["validation_bpb"] == row["bpb_by_method"]["sliding"]
+  assert row["bpb_by_method"]["basic"] == run()["validation_bpb"]
 
 
 def test_the_file_has_what_was_trained_and_scored(run):

@@ -38,7 +38,7 @@ def abstract_of(config):
   return shard_abstract(abstract_model(config.model)[1], parameter_info(config.model), MESH)
 
 
-@pytest.mark.parametrize("name", ["two_levels", "three_levels_cross_patch", "conv", "perceiver_ar"])
+@pytest.mark.parametrize("name", ["two_levels", "three_levels_cross_patch", "conv", "own_output", "perceiver_ar"])
 def test_float32_comes_back_to_the_last_bit(tmp_path, name):
   config = config_of(name)
   parameters = parameters_of(config)

@@ -38,7 +38,7 @@ def test_each_change_is_one(row):
 
 
 def test_scaled():
-  """SpaceByte's rule: AdamW with initial values, rates and logits scaled by width."""
+  """SpaceByte's rule: AdamW with initial values and rates scaled by width; changes may come in any order."""
   assert recipe.split_name("a:b+scaled") == ("a:b", recipe.SCALED)
   config = recipe.with_changes(config_of("table2:books_megabyte"), recipe.SCALED)
   model, optimizer = config.model, config.optimizer
@@ -46,6 +46,9 @@ def test_scaled():
   assert (model.norm, model.bias, model.qk_norm, model.activation) == ("layernorm", False, True, "relu")
   assert (optimizer.name, optimizer.matrix_rate, optimizer.learning_rate) == ("adamw", "fan_in", 0.04)
   assert (optimizer.weight_decay, optimizer.schedule) == (0.01, "half_cosine")
+  for changes in (("own_output", "unit_embeddings"), ("unit_embeddings", "own_output")):
+    other = recipe.with_changes(config_of("table2:books_megabyte"), changes).model
+    assert (other.embedding_std, other.tied_output, other.logit_scale) == (1.0, False, "one")
 
 
 def test_modern():

@@ -249,6 +249,7 @@ def test_equal_training_flops():
     "3e16: [windowed, 384 x 5, 512 of 4,096]": "library_windowed",
     "1e17: [windowed, 512 x 6, 512 of 4,096]": "library_windowed_1e17",
   }
+  bits = {}
   for label, name in models.items():
     run = result(f"recipe/{name}")
     each = f"{run['train_bytes'] / run['parameters']:.0f}"
@@ -256,12 +257,30 @@ def test_equal_training_flops():
     if name.startswith("kernel"):
       expected.append(f"{run['train_bpb_of_last_steps']:.3f}")
     found = row(RESULTS, f"{label}(results/recipe/{name}.json)")
-    assert [*found[:-1], found[-1].strip("*").split(",")[0]] == [*expected, f"{run['validation_bpb']:.3f}"]
+    bits[name] = run["validation_bpb"]
+    assert [*found[:-1], found[-1].strip("*").split(",")[0]] == [*expected, f"{bits[name]:.3f}"]
     tier = 1e17 if name.endswith("1e17") else 3e16
     assert run["spacebyte_flops_per_byte"] * run["train_bytes"] == pytest.approx(tier, rel=1e-3)
+  for label, system in {
+    "1e17: [MEGABYTE, P = 4, 768 x 6 + 384 x 6]": "megabyte",
+    "1e17: [Transformer, 512 x 6, 1,024 bytes]": "transformer",
+  }.items():
+    (one,) = (one for one in result("table3")["rows"] if one["row"].split(":")[1] == system)
+    bits[system] = one["bpb_by_method"]["basic"]
+    assert row(RESULTS, f"{label}(results/table3.json)")[-1] == f"{bits[system]:.3f}"
   names = ("megabyte", "transformer", "windowed", "perceiver")
-  bits = [f"{result(f'recipe/kernel_{name}_1e17')['validation_bpb']:.3f}" for name in names]
-  assert_shows(README, "(docs/results.md#equal-training-flops)", *bits)
+  assert_shows(README, "(docs/results.md#equal-training-flops)", *(f"{bits[f'kernel_{n}_1e17']:.3f}" for n in names))
+  ahead = [bits[f"kernel_{name}_1e17"] - bits["kernel_megabyte_1e17"] for name in ("transformer", "windowed")]
+  behind = [bits["megabyte"] - other for other in (bits["transformer"], bits["library_windowed_1e17"])]
+  by = [f"{distance:.3f}" for distance in (*ahead, *behind)]
+  (summary,) = (part for part in passages(RESULTS) if part.startswith("- At 1e17 training FLOPs on C"))
+  assert [number for number in numbers(summary) if number.startswith("0.0")] == by
+  modern, others = bits_of("kernel_modern"), (bits_of("kernel_spacebyte"), bits_of("kernel_megabyte_pytorch"))
+  assert [f"{1 - modern / other:.0%}" for other in others] == ["17%", "18%"]
+
+
+def bits_of(name):
+  return result(f"recipe/{name}")["validation_bpb"]
 
 
 def test_cross_patch_attention_and_the_shipped_model():

@@ -86,7 +86,7 @@ def activate(hidden: jax.Array, options: BlockOptions) -> jax.Array:
 
 
 def _hidden_spec(hidden: jax.Array, options: BlockOptions) -> P | None:
-  """Returns how the hidden layer lies on a mesh; None for a single slot, whose rows lie otherwise."""
+  """Returns how the hidden layer lies on a mesh; None for a single slot: while decoding XLA may spread it otherwise."""
   last = (None, "tensor") if options.gated else ("tensor",)
   *rows, slots = hidden.shape[: -len(last)]
   if slots == 1 or not rows:
@@ -121,7 +121,8 @@ def _products(x_BNMD: jax.Array, kernel_DCF: jax.Array) -> list[jax.Array]:
   """Computes C products of x.
 
   Where heads are spread over devices, every product gives each device a part of the gradient with respect to x. These
-  parts are added up before devices sum them: one all-reduce instead of C, whatever XLA makes of C sums.
+  parts are added up before devices sum them: one all-reduce instead of C, whatever XLA makes of C sums. On a CPU this
+  is for tests in float32 alone: XLA for CPUs (JAX 0.10.2) ends the process over such a sum of bfloat16.
   """
 
   def each(x_BNMD, kernel_DCF):

@@ -1,7 +1,8 @@
 """Holds weight matrices in 8 bits for decoding, which reads all of them for every byte and computes little with each.
 
 A matrix becomes integers and a scale for each of its outputs, so that x @ W is (x @ integers) * scale. Integers up to
-127 are exact in bfloat16, and no matrix of scaled weights is made. Embeddings, convolutions, biases and norms stay.
+127 are exact in bfloat16, and no matrix of scaled weights is made. Embeddings, an output of its
+own, convolutions, biases and norms stay.
 """
 
 from __future__ import annotations
