@@ -76,11 +76,9 @@ VARIANTS: dict[str, ModelConfig] = {
   ),
   "own_output": _megabyte(16, _level(8, 16), _level(2, 8), tied_output=False),
   "perceiver_ar": _perceiver(20, 8),
-  "perceiver_ar_rotary": _perceiver(20, 8, rotary=True, head_dim=6, ff_width=12),
+  "perceiver_ar_rotary": _perceiver(20, 8, rotary=True, head_dim=6, ff_width=12, tied_output=False),
   "perceiver_ar_all_latents": _perceiver(12, 12),
-  "perceiver_ar_modern": _perceiver(
-    20, 8, rotary=True, activation="swiglu", qk_norm=True, logit_scale="width", tied_output=False
-  ),
+  "perceiver_ar_modern": _perceiver(20, 8, rotary=True, activation="swiglu", qk_norm=True, logit_scale="width"),
 }
 
 every_variant = list(VARIANTS)
@@ -116,7 +114,7 @@ def draw_parameters(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
 
   def draw(path, leaf):
     name = path[-1].key
-    spread = {"table": 0.7, "positions": 0.5, "pad": 0.7, "bias": 0.3, "scale": 0.3}.get(name, 0.35)
+    spread = {"table": 0.7, "output": 0.7, "positions": 0.5, "pad": 0.7, "bias": 0.3, "scale": 0.3}.get(name, 0.35)
     values = (name == "scale") + spread * rng.standard_normal(leaf.shape)
     return jnp.asarray(values.astype(np.float32))  # NumPy's cast: JAX would compile one for each shape
 
