@@ -36,10 +36,15 @@ _CORPORA = {"kernel": ("C", 0.55), "library": ("books", 1.2)}  # title, and the 
 _TIERS = ("", "_1e17")  # of file names: 3e16 has none
 
 
+def training_flops(row: dict[str, Any]) -> float:
+  """Returns what the training of a row of either script took."""
+  return row["flops"] if "flops" in row else row["train_bytes"] * row["spacebyte_flops_per_byte"]
+
+
 def curve(row: dict[str, Any]) -> list[tuple[float, float]]:
   """Returns the points (training FLOPs, bits per byte of training) of a row of either script."""
-  total = row["flops"] if "flops" in row else row["train_bytes"] * row["spacebyte_flops_per_byte"]
-  return [(step * total / row["config"]["num_steps"], bits) for step, bits, *_ in row["curve"]]
+  per_step = training_flops(row) / row["config"]["num_steps"]
+  return [(step * per_step, bits) for step, bits, *_ in row["curve"]]
 
 
 def rows_of(rows: pathlib.Path, systems: dict[str, dict], corpus: str) -> dict[str, list[dict[str, Any]]]:
@@ -55,9 +60,8 @@ def rows_of(rows: pathlib.Path, systems: dict[str, dict], corpus: str) -> dict[s
 
 def validation(row: dict[str, Any]) -> tuple[float, float]:
   """Returns (training FLOPs, bits per byte of validation by basic inference) of a row of either script."""
-  if "flops" in row:
-    return row["flops"], row["bpb_by_method"]["basic"]
-  return row["train_bytes"] * row["spacebyte_flops_per_byte"], row["validation_bpb"]
+  basic_alone = {"basic": row.get("validation_bpb")}  # of older rows of recipe_runs.py
+  return training_flops(row), row.get("bpb_by_method", basic_alone)["basic"]
 
 
 def draw_byte_models(axes: Any, rows: dict[str, list[dict[str, Any]]], title: str) -> None:
@@ -65,10 +69,8 @@ def draw_byte_models(axes: Any, rows: dict[str, list[dict[str, Any]]], title: st
   for name, label in _BYTE_MODELS.items():
     if rows[name]:
       (line,) = axes.plot(*zip(*curve(rows[name][-1]), strict=True), label=label)
-      points = [validation(row) for row in rows[name]]
-      axes.plot(
-        *zip(*points, strict=True), "o", color=line.get_color(), fillstyle="none" if name == "perceiver" else None
-      )
+      points, filled = [validation(row) for row in rows[name]], "none" if name == "perceiver" else "full"
+      axes.plot(*zip(*points, strict=True), "o", color=line.get_color(), fillstyle=filled)
   axes.set(title=title, xlabel="training FLOPs", ylabel="bits per byte: training, and validation (points)")
 
 

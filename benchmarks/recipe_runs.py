@@ -119,7 +119,7 @@ def run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
   """Trains and evaluates; returns the contents of the row's file."""
   began = time.perf_counter()
   methods = arguments.methods
-  for method in methods:
+  for method in methods:  # before the model is trained
     check_method(config.model, method)
   mesh = make_mesh(config.mesh)
   source = open_source(config.data, "train")
