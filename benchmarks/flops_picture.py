@@ -4,8 +4,8 @@
   python benchmarks/flops_picture.py docs/results/recipe docs/results/table3.json docs/results/subwords.png --subwords
 
 Lines are bits per byte of training on the way to 1e17 FLOPs. The first picture has the byte-level models on C and on
-books, with a point for the validation data at each tier: PerceiverAR's is of two passes, those of the others of one.
-The second has the systems of Table 3, on books.
+books, with points for the validation data at each tier: full ones for one pass over them, hollow ones for two (sliding
+windows, and PerceiverAR). The second has the systems of Table 3, on books.
 """
 
 from __future__ import annotations
@@ -48,20 +48,24 @@ def curve(row: dict[str, Any]) -> list[tuple[float, float]]:
 
 
 def rows_of(rows: pathlib.Path, systems: dict[str, dict], corpus: str) -> dict[str, list[dict[str, Any]]]:
-  """Returns the rows of each byte-level model on a corpus, the smaller tier first; books' are partly in `systems`."""
+  """Returns the rows of each byte-level model on a corpus, the smaller tier first; books' Transformer is a system's."""
   found = {}
   for name in _BYTE_MODELS:
     paths = [rows / f"{corpus}_{name}{tier}.json" for tier in _TIERS]
     found[name] = [json.loads(path.read_text()) for path in paths if path.exists()]
-    if corpus == "library" and name in systems:
+    if corpus == "library" and not paths[-1].exists() and name in systems:
       found[name].append(systems[name])
   return found
 
 
-def validation(row: dict[str, Any]) -> tuple[float, float]:
-  """Returns (training FLOPs, bits per byte of validation by basic inference) of a row of either script."""
-  basic_alone = {"basic": row.get("validation_bpb")}  # of older rows of recipe_runs.py
-  return training_flops(row), row.get("bpb_by_method", basic_alone)["basic"]
+def validation(row: dict[str, Any], passes: int) -> list[tuple[float, float]]:
+  """Returns (training FLOPs, bits per byte of the validation data by so many passes) of a row, if it has them."""
+  by_method = row.get("bpb_by_method", {"basic": row.get("validation_bpb")})  # without it: older rows of recipe_runs.py
+  methods = {1: "basic", 2: "sliding"}
+  if row["config"]["model"]["family"] == "perceiver_ar":
+    methods = {2: "basic"}  # its only evaluation moves by half of its latents
+  found = by_method.get(methods.get(passes, ""))
+  return [] if found is None else [(training_flops(row), found)]
 
 
 def draw_byte_models(axes: Any, rows: dict[str, list[dict[str, Any]]], title: str) -> None:
@@ -69,8 +73,9 @@ def draw_byte_models(axes: Any, rows: dict[str, list[dict[str, Any]]], title: st
   for name, label in _BYTE_MODELS.items():
     if rows[name]:
       (line,) = axes.plot(*zip(*curve(rows[name][-1]), strict=True), label=label)
-      points, filled = [validation(row) for row in rows[name]], "none" if name == "perceiver" else "full"
-      axes.plot(*zip(*points, strict=True), "o", color=line.get_color(), fillstyle=filled)
+      for passes, filled in ((1, "full"), (2, "none")):
+        points = [point for row in rows[name] for point in validation(row, passes)]
+        axes.plot([x for x, _ in points], [y for _, y in points], "o", color=line.get_color(), fillstyle=filled)
   axes.set(title=title, xlabel="training FLOPs", ylabel="bits per byte: training, and validation (points)")
 
 

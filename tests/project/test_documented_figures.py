@@ -197,6 +197,7 @@ def test_recipes_and_other_packages():
     "SpaceByte's MegaByte": ("kernel_spacebyte", "SpaceByte"),
     "MEGABYTE-pytorch": ("kernel_megabyte_pytorch", "MEGABYTE-pytorch"),
     "+scaled": ("kernel_scaled", ""),
+    "+modern-init with an output of its own": ("kernel_modern_own_output", ""),
   }
   for label, (name, alone) in runs.items():
     run = result(f"recipe/{name}")
@@ -212,6 +213,8 @@ def test_recipes_and_other_packages():
       shown = "megabyte_jax, `+modern`" if name == "kernel_modern" else f"{label}, compiled"
       cells = [cell.strip("*").split(",")[0] if n != 1 else cell for n, cell in enumerate(row(README, shown))]
       assert cells == [bits[0], f"{float(rest[0]) * 1e6:,.0f}", rest[1]]
+  modern, others = bits_of("kernel_modern"), (bits_of("kernel_spacebyte"), bits_of("kernel_megabyte_pytorch"))
+  assert [f"{1 - modern / other:.0%}" for other in others] == ["17%", "18%"]
   for label, name in {
     "+modern, half the bytes": "kernel_modern_half",
     "the same with cross-patch attention, r = P": "kernel_modern_half_cross_patch",
@@ -224,7 +227,7 @@ def test_recipes_and_other_packages():
 
 def test_an_output_of_its_own():
   labels = {
-    "`+scaled` as in [the recipe](#the-recipe): the byte table, and normals cut at two deviations": "scaled_tied",
+    "`+scaled` as it was: the byte table, and normals cut at two deviations": "scaled_tied",
     "`+scaled` as it is now: an output of its own, and whole normals": "scaled_own_output",
     "`+modern-init`": "modern",
     "`+modern-init` with an output of its own": "modern_own_output",
@@ -235,48 +238,68 @@ def test_an_output_of_its_own():
     assert row(RESULTS, label) == [", ".join(bits)]
 
 
+EQUAL_FLOPS = {
+  "C: [MEGABYTE, P = 4, 512 x 6 + 256 x 6]": "kernel_megabyte_1e17",
+  "C: [Transformer, 448 x 6, 1,024 bytes]": "kernel_transformer_1e17",
+  "C: [PerceiverAR, 448 x 6, 1,024 latents of 4,096]": "kernel_perceiver_1e17",
+  "C: [windowed, 448 x 6, 512 of 4,096]": "kernel_windowed_1e17",
+  "books: [MEGABYTE, P = 4, 512 x 6 + 256 x 6]": "library_megabyte_1e17",
+  "books: [windowed, 448 x 6, 512 of 4,096]": "library_windowed_1e17",
+}
+OTHER_SIZES = {
+  "C, 1e17: [MEGABYTE, P = 4, 512 x 6 + 256 x 6]": "kernel_megabyte_tied_1e17",
+  "C, 1e17: [MEGABYTE, P = 4, 512 x 8 + 256 x 8]": "kernel_megabyte_deeper_1e17",
+  "C, 1e17: [MEGABYTE, P = 4, 768 x 6 + 384 x 6]": "kernel_megabyte_wider_1e17",
+  "C, 1e17: [Transformer, 512 x 6]": "kernel_transformer_wider_1e17",
+  "C, 1e17: [PerceiverAR, 512 x 6]": "kernel_perceiver_wider_1e17",
+  "C, 1e17: [windowed, 512 x 6]": "kernel_windowed_wider_1e17",
+  "books, 1e17: [windowed, 512 x 6]": "library_windowed_wider_1e17",
+  "books, 3e16: [MEGABYTE, P = 4, 512 x 6 + 256 x 6]": "library_megabyte",
+  "books, 3e16: [MEGABYTE, P = 4, 512 x 8 + 256 x 8]": "library_megabyte_deeper",
+  "books, 3e16: [Transformer, 320 x 6]": "library_transformer",
+  "books, 3e16: [windowed, 384 x 5]": "library_windowed",
+}
+
+
+def passes_of(name):
+  """Returns the bits per byte with one pass and with two, as shown: PerceiverAR has no other way than two."""
+  methods = result(f"recipe/{name}")["bpb_by_method"]
+  return ["-" if "perceiver" in name else f"{methods['basic']:.3f}", f"{methods['sliding']:.3f}"]
+
+
+@pytest.mark.parametrize(("label", "name"), [*EQUAL_FLOPS.items(), *OTHER_SIZES.items()])
+def test_rows_of_equal_training_flops(label, name):
+  run = result(f"recipe/{name}")
+  tier = 1e17 if name.endswith("1e17") else 3e16
+  assert run["spacebyte_flops_per_byte"] * run["train_bytes"] == pytest.approx(tier, rel=1e-3)
+  each = f"{run['train_bytes'] / run['parameters']:.0f}"
+  expected = [f"{run['parameters'] / 1e6:.1f} M", f"{run['train_bytes'] / 1e6:,.0f} MB", each]
+  if label in EQUAL_FLOPS:
+    expected += [f"{run['train_bpb_of_last_steps']:.3f}", *passes_of(name)]
+  else:
+    expected.append(f"{run['validation_bpb']:.3f}")
+  assert row(RESULTS, f"{label}(results/recipe/{name}.json)") == expected
+
+
 def test_equal_training_flops():
-  models = {
-    "[MEGABYTE, P = 4, 512 x 6 + 256 x 6]": "kernel_megabyte_1e17",
-    "[MEGABYTE, P = 4, 512 x 8 + 256 x 8]": "kernel_megabyte_deeper_1e17",
-    "[MEGABYTE, P = 4, 768 x 6 + 384 x 6]": "kernel_megabyte_wider_1e17",
-    "[Transformer, 512 x 6, 1,024 bytes]": "kernel_transformer_1e17",
-    "[windowed, 512 x 6, 512 of 4,096]": "kernel_windowed_1e17",
-    "[PerceiverAR, 512 x 6, 1,024 latents of 4,096]": "kernel_perceiver_1e17",
-    "3e16: [MEGABYTE, P = 4, 512 x 6 + 256 x 6]": "library_megabyte",
-    "3e16: [MEGABYTE, P = 4, 512 x 8 + 256 x 8]": "library_megabyte_deeper",
-    "3e16: [Transformer, 320 x 6, 1,024 bytes]": "library_transformer",
-    "3e16: [windowed, 384 x 5, 512 of 4,096]": "library_windowed",
-    "1e17: [windowed, 512 x 6, 512 of 4,096]": "library_windowed_1e17",
-  }
-  bits = {}
-  for label, name in models.items():
-    run = result(f"recipe/{name}")
-    each = f"{run['train_bytes'] / run['parameters']:.0f}"
-    expected = [f"{run['parameters'] / 1e6:.1f} M", f"{run['train_bytes'] / 1e6:,.0f} MB", each]
-    if name.startswith("kernel"):
-      expected.append(f"{run['train_bpb_of_last_steps']:.3f}")
-    found = row(RESULTS, f"{label}(results/recipe/{name}.json)")
-    bits[name] = run["validation_bpb"]
-    assert [*found[:-1], found[-1].strip("*").split(",")[0]] == [*expected, f"{bits[name]:.3f}"]
-    tier = 1e17 if name.endswith("1e17") else 3e16
-    assert run["spacebyte_flops_per_byte"] * run["train_bytes"] == pytest.approx(tier, rel=1e-3)
-  for label, system in {
-    "1e17: [MEGABYTE, P = 4, 768 x 6 + 384 x 6]": "megabyte",
-    "1e17: [Transformer, 512 x 6, 1,024 bytes]": "transformer",
-  }.items():
-    (one,) = (one for one in result("table3")["rows"] if one["row"].split(":")[1] == system)
-    bits[system] = one["bpb_by_method"]["basic"]
-    assert row(RESULTS, f"{label}(results/table3.json)")[-1] == f"{bits[system]:.3f}"
-  names = ("megabyte", "transformer", "windowed", "perceiver")
-  assert_shows(README, "(docs/results.md#equal-training-flops)", *(f"{bits[f'kernel_{n}_1e17']:.3f}" for n in names))
-  ahead = [bits[f"kernel_{name}_1e17"] - bits["kernel_megabyte_1e17"] for name in ("transformer", "windowed")]
-  behind = [bits["megabyte"] - other for other in (bits["transformer"], bits["library_windowed_1e17"])]
-  by = [f"{distance:.3f}" for distance in (*ahead, *behind)]
+  systems = {one["row"].split(":")[1]: one for one in result("table3")["rows"]}
+  transformer = [f"{bits:.3f}" for bits in systems["transformer"]["bpb_by_method"].values()]
+  assert row(RESULTS, "books: [Transformer, 512 x 6, 1,024 bytes](results/table3.json)")[-2:] == transformer
+  wider = row(RESULTS, "books, 1e17: [MEGABYTE, P = 4, 768 x 6 + 384 x 6](results/table3.json)")
+  assert wider[-1] == f"{systems['megabyte']['bpb_by_method']['basic']:.3f}"
+  names = ("megabyte", "transformer", "perceiver", "windowed")
+  on_c = [result(f"recipe/kernel_{name}_1e17")["bpb_by_method"]["sliding"] for name in names]
+  assert_shows(README, "(docs/results.md#equal-training-flops)", *(f"{bits:.3f}" for bits in on_c))
+  on_books = [result(f"recipe/library_{name}_1e17")["bpb_by_method"] for name in ("megabyte", "windowed")]
+  on_books.insert(1, systems["transformer"]["bpb_by_method"])
+  assert_shows(README, "On books", *(f"{bits['sliding']:.3f}" for bits in on_books))
+  by = [f"{other - on_c[0]:.3f}" for other in on_c[1:]]
+  by += [f"{abs(other['sliding'] - on_books[0]['sliding']):.3f}" for other in on_books[1:]]
   summary = RESULTS.partition("**Contents**")[0]
   assert [number for number in numbers(passage(summary, "1e17")) if number.startswith("0.0")] == by
-  modern, others = bits_of("kernel_modern"), (bits_of("kernel_spacebyte"), bits_of("kernel_megabyte_pytorch"))
-  assert [f"{1 - modern / other:.0%}" for other in others] == ["17%", "18%"]
+  four_passes = result("recipe/library_megabyte_1e17")["bpb_by_method"]["both"]
+  words = 2 ** (four_passes * systems["megabyte"]["bytes"] / systems["megabyte"]["words"])
+  assert_shows(RESULTS, "its four passes", f"{four_passes:.3f}", f"{words:.1f}")
 
 
 def bits_of(name):
