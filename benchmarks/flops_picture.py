@@ -33,6 +33,7 @@ _BYTE_MODELS = {
   "perceiver": "PerceiverAR",
 }
 _CORPORA = {"kernel": ("C", 0.55), "library": ("books", 1.2)}  # title, and the fewest bits shown
+_POINTS = ((1, "full"), (2, "none"))  # passes over the validation data, and how their points are filled
 _TIERS = ("", "_1e17")  # of file names: 3e16 has none
 
 
@@ -48,24 +49,23 @@ def curve(row: dict[str, Any]) -> list[tuple[float, float]]:
 
 
 def rows_of(rows: pathlib.Path, systems: dict[str, dict], corpus: str) -> dict[str, list[dict[str, Any]]]:
-  """Returns the rows of each byte-level model on a corpus, the smaller tier first; books' Transformer is a system's."""
+  """Returns the rows of each byte-level model on a corpus, the smaller tier first; books' are partly in `systems`."""
   found = {}
   for name in _BYTE_MODELS:
     paths = [rows / f"{corpus}_{name}{tier}.json" for tier in _TIERS]
     found[name] = [json.loads(path.read_text()) for path in paths if path.exists()]
-    if corpus == "library" and not paths[-1].exists() and name in systems:
+    if corpus == "library" and name in systems:
       found[name].append(systems[name])
   return found
 
 
-def validation(row: dict[str, Any], passes: int) -> list[tuple[float, float]]:
-  """Returns (training FLOPs, bits per byte of the validation data by so many passes) of a row, if it has them."""
+def validation(row: dict[str, Any], passes: int) -> float | None:
+  """Returns the bits per byte of the validation data by so many passes, if a row of either script has them."""
   by_method = row.get("bpb_by_method", {"basic": row.get("validation_bpb")})  # without it: older rows of recipe_runs.py
   methods = {1: "basic", 2: "sliding"}
   if row["config"]["model"]["family"] == "perceiver_ar":
     methods = {2: "basic"}  # its only evaluation moves by half of its latents
-  found = by_method.get(methods.get(passes, ""))
-  return [] if found is None else [(training_flops(row), found)]
+  return by_method.get(methods.get(passes, ""))
 
 
 def draw_byte_models(axes: Any, rows: dict[str, list[dict[str, Any]]], title: str) -> None:
@@ -73,9 +73,14 @@ def draw_byte_models(axes: Any, rows: dict[str, list[dict[str, Any]]], title: st
   for name, label in _BYTE_MODELS.items():
     if rows[name]:
       (line,) = axes.plot(*zip(*curve(rows[name][-1]), strict=True), label=label)
-      for passes, filled in ((1, "full"), (2, "none")):
-        points = [point for row in rows[name] for point in validation(row, passes)]
-        axes.plot([x for x, _ in points], [y for _, y in points], "o", color=line.get_color(), fillstyle=filled)
+      for passes, filled in _POINTS:
+        points = [(training_flops(row), validation(row, passes)) for row in rows[name]]
+        shown = [point for point in points if point[1] is not None]
+        axes.plot([x for x, _ in shown], [y for _, y in shown], "o", color=line.get_color(), fillstyle=filled)
+  for passes, filled in _POINTS:
+    axes.plot(
+      [], [], "o", color="gray", fillstyle=filled, label=f"validation, {('one pass', 'two passes')[passes - 1]}"
+    )
   axes.set(title=title, xlabel="training FLOPs", ylabel="bits per byte: training, and validation (points)")
 
 

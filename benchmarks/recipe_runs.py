@@ -11,6 +11,9 @@ were masked.
 --switch=SHARE trains the first part of the steps without cross-patch attention. --diagnose=N measures every N steps
 how far gradients of each level reach and what the first level contributes: the bits per byte by which a batch becomes
 worse when the first level's output is that of another text.
+
+Where a window is a part of an image, --documents_per_step=N takes those of a step from N images, the same ones that a
+model gets in this step whose N windows are whole images. Without it nearly each would be of another image.
 """
 
 from __future__ import annotations
@@ -34,10 +37,12 @@ from flax import nnx
 from megabyte_jax.checkpoints.exported import export_model
 from megabyte_jax.commands import command_line
 from megabyte_jax.config import Config, MegabyteConfig, overrides
-from megabyte_jax.data.batches import batches
+from megabyte_jax.data.batches import AnyWindows, Place, Windows, draw_batches, open_windows
 from megabyte_jax.data.open_data import open_source
+from megabyte_jax.data.sources import Source
+from megabyte_jax.errors import require
 from megabyte_jax.evaluation.evaluate import evaluate
-from megabyte_jax.evaluation.windows import METHODS, check_method
+from megabyte_jax.evaluation.windows import METHODS, check_method, windows_of
 from megabyte_jax.files.atomic_file import replacing
 from megabyte_jax.models.build import abstract_model
 from megabyte_jax.models.flops import flops_per_byte, parameter_count, predicted_bytes
@@ -80,6 +85,45 @@ def make_config(arguments: argparse.Namespace) -> Config:
   share = arguments.warmup
   optimizer = dataclasses.replace(config.optimizer, warmup_steps=max(1, round(share * steps)))
   return dataclasses.replace(config, num_steps=steps, optimizer=optimizer)
+
+
+class FewDocuments(Windows):
+  """Training windows that are drawn so many in a row from one document, all documents being equally long.
+
+  Documents come in the order in which a model gets them that reads whole ones. Of each the windows are those that
+  evaluate it, in an order drawn anew every time: all of them, or as many as a step has for each document.
+
+  Raises:
+    ConfigError: the documents or the batch cannot be shared out equally.
+  """
+
+  def __init__(self, source: Source, config: Config, documents: int):
+    super().__init__(source, config.model.context, config.seed, "whole", config.model.num_latents)
+    lengths, batch_size = np.unique(source.lengths), config.batch_size
+    require(len(lengths) == 1, "--documents_per_step is for documents that are equally long, such as images")
+    self._places = [Place(0, w.start, w.length) for w in windows_of(int(lengths[0]), config.model)]
+    self._of_each = batch_size // documents
+    require(
+      batch_size == documents * self._of_each and 1 <= self._of_each <= len(self._places),
+      f"--documents_per_step={documents} does not share out a batch_size of {batch_size}: each document has "
+      f"{len(self._places)} windows",
+    )
+    self._whole = open_windows(source, context=int(lengths[0]), seed=config.seed, documents="whole")
+
+  def place_of(self, draw: int) -> Place:
+    """Returns the window that is draw number `draw` >= 0."""
+    visit, number = divmod(draw, self._of_each)
+    order = np.random.default_rng((self.seed, visit)).permutation(len(self._places))
+    assert isinstance(self._whole, Windows)  # not of weighted sources, which MixedWindows draws from
+    return self._places[order[number]]._replace(document=self._whole.place_of(visit).document)
+
+
+def windows_for(source: Source, config: Config, documents_per_step: int) -> AnyWindows:
+  """Opens the training windows: as train.py does, or those of a few documents a step."""
+  if documents_per_step:
+    return FewDocuments(source, config, documents_per_step)
+  model, documents = config.model, config.data.documents
+  return open_windows(source, context=model.context, seed=config.seed, documents=documents, latents=model.num_latents)
 
 
 def without_cross_patch(config: Config) -> Config:
@@ -131,18 +175,9 @@ def run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
   diagnoses: list[dict[str, Any]] = []
   waiting: list[dict[str, jax.Array]] = []
   per_step = config.batch_size * predicted_bytes(config.model)
-  latents = config.model.num_latents
+  windows = windows_for(source, config, arguments.documents_per_step)
   start = measured_from = time.perf_counter()
-  stream = batches(
-    source,
-    batch_size=config.batch_size,
-    context=config.model.context,
-    seed=config.seed,
-    num_steps=None,
-    latents=latents,
-    sharding=batch_sharding(mesh),
-    documents=config.data.documents,
-  )
+  stream = draw_batches(windows, batch_size=config.batch_size, sharding=batch_sharding(mesh))
   for number, batch in stream:
     if number == config.num_steps:
       break
@@ -168,6 +203,7 @@ def run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     "name": arguments.name,
     "changes": arguments.changes,
     "switch": arguments.switch,
+    "documents_per_step": arguments.documents_per_step,
     "train_bpb_of_last_steps": curve[-1][1],
     "train_bytes": config.num_steps * per_step,
     "corpus_bytes": int(source.lengths.sum()),
@@ -210,6 +246,9 @@ def main() -> None:
   parser.add_argument("--warmup", type=float, default=0.04, help="share of the steps")
   parser.add_argument("--switch", type=float, default=0.0, help="share of the steps without cross-patch attention")
   parser.add_argument("--diagnose", type=int, default=0, help="every so many steps")
+  parser.add_argument(
+    "--documents_per_step", type=int, default=0, help="which all windows of a step are of; 0 draws each on its own"
+  )
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--shared", action="store_true", help="note that another run shares the device")
   parser.add_argument("--save", default="", help="a folder for the parameters")

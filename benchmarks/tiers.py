@@ -21,7 +21,7 @@ from megabyte_jax.config import Config, overrides
 from megabyte_jax.config.counts import attention_width, from_above
 from megabyte_jax.models import flops
 
-TIERS = {  # names of configs/recipe.py; at 3e16 and 1e17 of docs/results.md, at 1e18 none has been trained yet
+TIERS = {  # names of configs/recipe.py; docs/results.md has further sizes at 1e17, and at 1e18 none has been trained
   "3e16": {
     "megabyte8": "megabyte:8:512x6:256x6",
     "megabyte4": "megabyte:4:512x6:256x6",

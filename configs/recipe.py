@@ -3,7 +3,8 @@
   python train.py --config=configs/recipe.py:megabyte:4:768x6:384x6+modern --workdir=runs/recipe \
     --config.data.train=corpora/library/train --config.data.validation=corpora/library/validation
 
-  megabyte:P:WIDTHxLAYERS:WIDTHxLAYERS      MEGABYTE with patches of P bytes, global and local; context 4,096
+  megabyte:P:WIDTHxLAYERS:WIDTHxLAYERS      MEGABYTE with patches of P bytes, global and local; context 4,096, or what
+                                            whole patches make of it
   transformer:WIDTHxLAYERS                  every byte sees all of a context of 1,024
   windowed:WIDTHxLAYERS                     every byte sees the 512 before it, context 4,096
   perceiver:WIDTHxLAYERS                    1,024 latents, context 4,096
@@ -76,7 +77,7 @@ def model_of(row):
     for size, (width, layers) in zip(sizes, shapes, strict=True)
   )
   require(all(width % 64 == 0 for width, _ in shapes), f"{row}: widths must be multiples of 64, a head's width")
-  context = _SHORT_CONTEXT if family == "transformer" else _CONTEXT
+  context = _SHORT_CONTEXT if family == "transformer" else _CONTEXT // sizes[0] * sizes[0]  # whole patches
   return MegabyteConfig(
     context=context, levels=levels, parent_init="balanced" if len(levels) > 1 else "paper", **options
   )

@@ -32,6 +32,11 @@ def test_sizes_and_equal_bytes_a_step(name, context, shapes):
   assert windows == ([512] if name.startswith("windowed") else [0] * len(shapes))
 
 
+def test_contexts_are_whole_patches():
+  config = Config.from_dict(get_config("megabyte:12:576x6:256x6+modern"))
+  assert (config.model.context, config.model.levels[0].patch_size) == (4092, 12)
+
+
 def test_adamw_recipe():
   config = Config.from_dict(get_config("megabyte:4:256x2:128x2+scaled"))
   assert isinstance(config.model, MegabyteConfig) and config.model.init == "fan_in"

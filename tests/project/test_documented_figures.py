@@ -197,7 +197,7 @@ def test_recipes_and_other_packages():
     "SpaceByte's MegaByte": ("kernel_spacebyte", "SpaceByte"),
     "MEGABYTE-pytorch": ("kernel_megabyte_pytorch", "MEGABYTE-pytorch"),
     "+scaled": ("kernel_scaled", ""),
-    "+modern-init with an output of its own": ("kernel_modern_own_output", ""),
+    "+modern with an output of its own": ("kernel_modern_own_output", ""),
   }
   for label, (name, alone) in runs.items():
     run = result(f"recipe/{name}")
@@ -243,8 +243,8 @@ EQUAL_FLOPS = {
   "C: [Transformer, 448 x 6, 1,024 bytes]": "kernel_transformer_1e17",
   "C: [PerceiverAR, 448 x 6, 1,024 latents of 4,096]": "kernel_perceiver_1e17",
   "C: [windowed, 448 x 6, 512 of 4,096]": "kernel_windowed_1e17",
-  "books: [MEGABYTE, P = 4, 512 x 6 + 256 x 6]": "library_megabyte_1e17",
-  "books: [windowed, 448 x 6, 512 of 4,096]": "library_windowed_1e17",
+  "whole novels: [MEGABYTE, P = 4, 512 x 6 + 256 x 6]": "library_megabyte_whole_novels",
+  "whole novels: [windowed, 448 x 6, 512 of 4,096]": "library_windowed_whole_novels",
 }
 OTHER_SIZES = {
   "C, 1e17: [MEGABYTE, P = 4, 512 x 6 + 256 x 6]": "kernel_megabyte_tied_1e17",
@@ -253,7 +253,7 @@ OTHER_SIZES = {
   "C, 1e17: [Transformer, 512 x 6]": "kernel_transformer_wider_1e17",
   "C, 1e17: [PerceiverAR, 512 x 6]": "kernel_perceiver_wider_1e17",
   "C, 1e17: [windowed, 512 x 6]": "kernel_windowed_wider_1e17",
-  "books, 1e17: [windowed, 512 x 6]": "library_windowed_wider_1e17",
+  "books, 1e17: [windowed, 512 x 6]": "library_windowed_1e17",
   "books, 3e16: [MEGABYTE, P = 4, 512 x 6 + 256 x 6]": "library_megabyte",
   "books, 3e16: [MEGABYTE, P = 4, 512 x 8 + 256 x 8]": "library_megabyte_deeper",
   "books, 3e16: [Transformer, 320 x 6]": "library_transformer",
@@ -270,11 +270,14 @@ def passes_of(name):
 @pytest.mark.parametrize(("label", "name"), [*EQUAL_FLOPS.items(), *OTHER_SIZES.items()])
 def test_rows_of_equal_training_flops(label, name):
   run = result(f"recipe/{name}")
-  tier = 1e17 if name.endswith("1e17") else 3e16
+  scored = 3_145_812 if label.startswith("C") else 36_173_225 if label.startswith("whole novels") else 3_670_016
+  assert run["validation_bytes"] == scored
+  tier = 3e16 if "3e16" in label else 1e17
   assert run["spacebyte_flops_per_byte"] * run["train_bytes"] == pytest.approx(tier, rel=1e-3)
   each = f"{run['train_bytes'] / run['parameters']:.0f}"
   expected = [f"{run['parameters'] / 1e6:.1f} M", f"{run['train_bytes'] / 1e6:,.0f} MB", each]
   if label in EQUAL_FLOPS:
+    assert run["config"]["model"]["tied_output"] is False
     expected += [f"{run['train_bpb_of_last_steps']:.3f}", *passes_of(name)]
   else:
     expected.append(f"{run['validation_bpb']:.3f}")
@@ -282,24 +285,43 @@ def test_rows_of_equal_training_flops(label, name):
 
 
 def test_equal_training_flops():
-  systems = {one["row"].split(":")[1]: one for one in result("table3")["rows"]}
-  transformer = [f"{bits:.3f}" for bits in systems["transformer"]["bpb_by_method"].values()]
-  assert row(RESULTS, "books: [Transformer, 512 x 6, 1,024 bytes](results/table3.json)")[-2:] == transformer
-  wider = row(RESULTS, "books, 1e17: [MEGABYTE, P = 4, 768 x 6 + 384 x 6](results/table3.json)")
-  assert wider[-1] == f"{systems['megabyte']['bpb_by_method']['basic']:.3f}"
+  for label, system in {
+    "MEGABYTE, P = 4, 768 x 6 + 384 x 6": "megabyte",
+    "Transformer, 512 x 6": "transformer",
+  }.items():
+    (run,) = (one for one in result("table3")["rows"] if one["row"] == f"table3:{system}")
+    assert run["bytes"] == 3_670_016
+    each = f"{run['trained_on'] / run['parameters']:.0f}"
+    expected = [f"{run['parameters'] / 1e6:.1f} M", f"{run['trained_on'] / 1e6:,.0f} MB", each]
+    expected.append(f"{run['bpb_by_method']['basic']:.3f}")
+    assert row(RESULTS, f"books, 1e17: [{label}](results/table3.json)") == expected
   names = ("megabyte", "transformer", "perceiver", "windowed")
   on_c = [result(f"recipe/kernel_{name}_1e17")["bpb_by_method"]["sliding"] for name in names]
-  assert_shows(README, "(docs/results.md#equal-training-flops)", *(f"{bits:.3f}" for bits in on_c))
-  on_books = [result(f"recipe/library_{name}_1e17")["bpb_by_method"] for name in ("megabyte", "windowed")]
-  on_books.insert(1, systems["transformer"]["bpb_by_method"])
-  assert_shows(README, "On books", *(f"{bits['sliding']:.3f}" for bits in on_books))
-  by = [f"{other - on_c[0]:.3f}" for other in on_c[1:]]
-  by += [f"{abs(other['sliding'] - on_books[0]['sliding']):.3f}" for other in on_books[1:]]
+  assert_shows(README, "[1e17 training FLOPs](docs/results.md#equal", *(f"{bits:.3f}" for bits in on_c))
+  novels = [result(f"recipe/library_{name}_whole_novels")["bpb_by_method"] for name in ("megabyte", "windowed")]
+  assert_shows(README, "[books](docs/results.md#equal", *(f"{bits['sliding']:.3f}" for bits in novels))
+  behind = f"{novels[0]['basic'] - novels[1]['basic']:.3f}"
+  assert_shows(RESULTS, "level with windowed attention by sliding windows", *(f"{bits:.3f}" for bits in on_c), behind)
   summary = RESULTS.partition("**Contents**")[0]
+  by = [f"{other - on_c[0]:.3f}" for other in on_c[1:]]
   assert [number for number in numbers(passage(summary, "1e17")) if number.startswith("0.0")] == by
-  four_passes = result("recipe/library_megabyte_1e17")["bpb_by_method"]["both"]
-  words = 2 ** (four_passes * systems["megabyte"]["bytes"] / systems["megabyte"]["words"])
-  assert_shows(RESULTS, "its four passes", f"{four_passes:.3f}", f"{words:.1f}")
+  four = [result(f"recipe/{name}")["bpb_by_method"]["both"] for name in (*EQUAL_FLOPS.values(),) if "megabyte" in name]
+  assert_shows(RESULTS, "four passes in all", *(f"{bits:.3f}" for bits in four))
+  one_pass = {name: bits_of(f"kernel_{name}_1e17") for name in ("transformer", "windowed", "megabyte")}
+  others = {name: bits_of(f"kernel_{name}_wider_1e17") for name in ("transformer", "windowed")}
+  smaller = [f"{one_pass[name] - others[name]:.3f}" for name in others]
+  worse = f"{one_pass['megabyte'] - bits_of('kernel_megabyte_tied_1e17'):.4f}"
+  assert_shows(RESULTS, "the smallest of three", *smaller, worse)
+
+
+def test_an_output_of_its_own_at_larger_sizes():
+  for label, tied, own in (
+    ("[cut at two deviations](results/recipe/kernel_scaled_tied.json)", "kernel_scaled_tied", "kernel_scaled"),
+    ("the same: `+modern`", "kernel_modern", "kernel_modern_own_output"),
+    ("[1e17 FLOPs](#equal-training-flops) on C: `+modern`", "kernel_megabyte_tied_1e17", "kernel_megabyte_1e17"),
+  ):
+    (line,) = (line for line in RESULTS.splitlines() if line.startswith("|") and label in line)
+    assert line.split(" | ")[1:] == [f"{bits_of(tied):.3f}", f"{bits_of(own):.3f} |"]
 
 
 def bits_of(name):
