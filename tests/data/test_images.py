@@ -76,6 +76,17 @@ def test_tiles_are_disjoint_squares_of_the_scaled_photograph(tmp_path):
     open_path(str(tmp_path), DataConfig(form="image", image_size=32, image_tiles=16))
 
 
+def test_photographs_are_decoded_once_for_all_their_tiles(tmp_path, monkeypatch):
+  for i in range(20):
+    (tmp_path / f"{i:02}.png").write_bytes(encode(random_image(64, 64, i)))
+  source = open_path(str(tmp_path), DataConfig(form="image", image_size=32, image_tiles=64, scan="raster"))
+  decoded, open_image = [], image_decoding.open_image
+  monkeypatch.setattr(image_decoding, "open_image", lambda *given: decoded.append(given[1]) or open_image(*given))
+  for tile in np.random.default_rng(0).permutation(len(source.lengths)):
+    source.read(int(tile), 0, 3072)
+  assert len(source.lengths) == 80 and len(decoded) == 20
+
+
 def test_fingerprint_follows_what_changes_the_bytes(tmp_path):
   (tmp_path / "a.png").write_bytes(encode(random_image(32, 32)))
   kinds = [

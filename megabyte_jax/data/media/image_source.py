@@ -21,7 +21,7 @@ if TYPE_CHECKING:
   from PIL import Image
 
 _REMEDY = f"remove it, or skip such images with {SKIP_HINT}; a run that has begun can only skip them"
-_SCALED = 16  # images kept whole while their tiles are cut
+_TILE_BYTES = DOCUMENT_BYTES >> 2  # that are kept as documents: cutting one from an image that is kept takes little
 
 
 class EncodedImages(Protocol):
@@ -95,8 +95,8 @@ class Images:
     )
     self.encoded, self.data, self.convert = encoded, data, "all" if data.convert_images else convert
     self.skipped = 0
-    self._scaled = SharedCache(self._scale, _SCALED)
-    self._documents = SharedCache(self._document, DOCUMENT_BYTES, array_bytes)
+    self._scaled = SharedCache(self._scale, DOCUMENT_BYTES, array_bytes)
+    self._documents = SharedCache(self._document, _TILE_BYTES if data.image_tiles else DOCUMENT_BYTES, array_bytes)
     good = self._good_images() if data.skip_bad else range(len(encoded.names))
     self._image: Sequence[int] = good  # of each document
     self._places: list[tuple[int, int]] = []  # (top, left) of each document where tiles are cut
