@@ -118,7 +118,9 @@ def _module(flag: str, path: str) -> types.ModuleType:
   try:
     if stat.S_IFMT(file.stat().st_mode) in (stat.S_IFCHR, stat.S_IFBLK, stat.S_IFSOCK):
       raise FlagError(f"{flag}: {path!r} is a device; name a config file")
-    code = compile(file.read_bytes(), str(file), "exec")
+    source = file.read_bytes()
+    name = str(file) if file.is_file() else f"<{file}>"  # a pipe must not be opened again, by a traceback for one
+    code = compile(source, name, "exec")
   except OSError as error:
     near = did_you_mean(path, glob.glob(os.path.join(os.path.dirname(path), "*.py"))) if os.path.dirname(path) else ""
     raise FlagError(f"{flag}: {error.strerror}: {path!r}{near}") from error
@@ -127,7 +129,7 @@ def _module(flag: str, path: str) -> types.ModuleType:
   except ValueError as error:  # null bytes, which later Pythons call a SyntaxError
     raise FlagError(f"{flag}: {path}: {error}") from error
   module = types.ModuleType(f"{flag.lstrip('-')}_config")
-  module.__file__ = str(file)
+  module.__file__ = name
   sys.modules[module.__name__] = module  # where dataclasses look for the types of their fields
   with _ErrorsOf(flag, str(file)):
     exec(code, module.__dict__)

@@ -86,6 +86,7 @@ def test_a_config_from_a_pipe_that_nobody_writes_into_is_said(tmp_path, caplog, 
     found = parser.parse_args([f"--config={path}"])
     writer.join()
   assert found.config.a == 3
+  assert sys.modules["config_config"].__file__ == f"<{path}>"  # what reads the sources of modules would wait for ever
 
 
 @pytest.mark.parametrize("config", ["/dev/zero", "config.json"])
