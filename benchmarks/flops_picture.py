@@ -33,7 +33,7 @@ _BYTE_MODELS = {
   "perceiver": "PerceiverAR",
 }
 _CORPORA = {"kernel": ("C", 0.55), "library": ("books", 1.2)}  # title, and the fewest bits shown
-_POINTS = ((1, "full"), (2, "none"))  # passes over the validation data, and how their points are filled
+_POINTS = {1: ("one pass", "full"), 2: ("two passes", "none")}  # over the validation data: name, and how it is filled
 _TIERS = ("", "_1e17")  # of file names: 3e16 has none
 
 
@@ -73,14 +73,12 @@ def draw_byte_models(axes: Any, rows: dict[str, list[dict[str, Any]]], title: st
   for name, label in _BYTE_MODELS.items():
     if rows[name]:
       (line,) = axes.plot(*zip(*curve(rows[name][-1]), strict=True), label=label)
-      for passes, filled in _POINTS:
+      for passes, (_, filled) in _POINTS.items():
         points = [(training_flops(row), validation(row, passes)) for row in rows[name]]
         shown = [point for point in points if point[1] is not None]
         axes.plot([x for x, _ in shown], [y for _, y in shown], "o", color=line.get_color(), fillstyle=filled)
-  for passes, filled in _POINTS:
-    axes.plot(
-      [], [], "o", color="gray", fillstyle=filled, label=f"validation, {('one pass', 'two passes')[passes - 1]}"
-    )
+  for shown_as, filled in _POINTS.values():
+    axes.plot([], [], "o", color="gray", fillstyle=filled, label=f"validation, {shown_as}")
   axes.set(title=title, xlabel="training FLOPs", ylabel="bits per byte: training, and validation (points)")
 
 

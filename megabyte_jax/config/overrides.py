@@ -131,7 +131,7 @@ def _module(flag: str, path: str) -> types.ModuleType:
   module = types.ModuleType(f"{flag.lstrip('-')}_config")
   module.__file__ = name
   sys.modules[module.__name__] = module  # where dataclasses look for the types of their fields
-  with _ErrorsOf(flag, str(file)):
+  with _ErrorsOf(flag, name):
     exec(code, module.__dict__)
   return module
 

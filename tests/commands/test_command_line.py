@@ -89,6 +89,18 @@ def test_a_config_from_a_pipe_that_nobody_writes_into_is_said(tmp_path, caplog, 
   assert sys.modules["config_config"].__file__ == f"<{path}>"  # what reads the sources of modules would wait for ever
 
 
+def test_an_error_in_a_config_from_a_pipe_has_its_line(tmp_path, capsys):
+  path = tmp_path / "pipe"
+  os.mkfifo(path)
+  writer = threading.Thread(target=path.write_text, args=("a = 1\nraise ValueError('b')\n",), daemon=True)
+  writer.start()
+  parser = arguments.Parser("train")
+  parser.add_config("config", "a file")
+  with pytest.raises(SystemExit):
+    parser.parse_args([f"--config={path}"])
+  assert f"b (<{path}>, line 2)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("config", ["/dev/zero", "config.json"])
 def test_config_files_are_python(tmp_path, config):
   (tmp_path / "config.json").write_text('{"a": true}')
