@@ -1,11 +1,11 @@
-"""Draws bits per byte against training FLOPs, from the results of recipe_runs.py and subword_systems.py.
+"""Draws bits per byte against training FLOPs, from the results of recipe_runs.py or of subword_systems.py.
 
-  python benchmarks/flops_picture.py docs/results/recipe docs/results/table3.json docs/results/flops.png
-  python benchmarks/flops_picture.py docs/results/recipe docs/results/table3.json docs/results/subwords.png --subwords
+  python benchmarks/flops_picture.py docs/results/recipe docs/results/flops.png
+  python benchmarks/flops_picture.py docs/results/table3.json docs/results/subwords.png
 
-Lines are bits per byte of training on the way to 1e17 FLOPs. The first picture has the byte-level models on C and on
-books, with points for the validation data at each tier: full ones for one pass over them, hollow ones for two (sliding
-windows, and PerceiverAR). The second has the systems of Table 3, on books.
+Lines are bits per byte of training on the way to 1e17 FLOPs. The first picture, of a folder of results, has the
+byte-level models on C, books and photographs, with points for the validation data: full ones for one pass over them,
+hollow ones for two (sliding windows, and PerceiverAR). The second, of a file, has the systems of Table 3, on books.
 """
 
 from __future__ import annotations
@@ -32,9 +32,12 @@ _BYTE_MODELS = {
   "windowed": "windowed Transformer",
   "perceiver": "PerceiverAR",
 }
-_CORPORA = {"kernel": ("C", 0.55), "library": ("books", 1.2)}  # title, and the fewest bits shown
+_CORPORA = {  # title, and the bits shown
+  "kernel": ("C", (0.55, 1.15)),
+  "library": ("books", (1.25, 1.65)),
+  "image64": ("photographs, 64 pixels", (1.4, 2.2)),
+}
 _POINTS = {1: ("one pass", "full"), 2: ("two passes", "none")}  # over the validation data: name, and how it is filled
-_TIERS = ("", "_1e17")  # of file names: 3e16 has none
 
 
 def training_flops(row: dict[str, Any]) -> float:
@@ -48,15 +51,10 @@ def curve(row: dict[str, Any]) -> list[tuple[float, float]]:
   return [(step * per_step, bits) for step, bits, *_ in row["curve"]]
 
 
-def rows_of(rows: pathlib.Path, systems: dict[str, dict], corpus: str) -> dict[str, list[dict[str, Any]]]:
-  """Returns the rows of each byte-level model on a corpus, the smaller tier first; books' are partly in `systems`."""
-  found = {}
-  for name in _BYTE_MODELS:
-    paths = [rows / f"{corpus}_{name}{tier}.json" for tier in _TIERS]
-    found[name] = [json.loads(path.read_text()) for path in paths if path.exists()]
-    if corpus == "library" and name in systems:
-      found[name].append(systems[name])
-  return found
+def rows_of(folder: pathlib.Path, corpus: str) -> dict[str, dict[str, Any]]:
+  """Returns the rows of 1e17 FLOPs on a corpus, by the names of those byte-level models that have one."""
+  paths = {name: folder / f"{corpus}_{name}_1e17.json" for name in _BYTE_MODELS}
+  return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
 def validation(row: dict[str, Any], passes: int) -> float | None:
@@ -68,15 +66,16 @@ def validation(row: dict[str, Any], passes: int) -> float | None:
   return by_method.get(methods.get(passes, ""))
 
 
-def draw_byte_models(axes: Any, rows: dict[str, list[dict[str, Any]]], title: str) -> None:
-  """Draws one corpus: the curve of the larger tier of each model, and the points of all its tiers."""
+def draw_byte_models(axes: Any, rows: dict[str, dict[str, Any]], title: str) -> None:
+  """Draws one corpus: the curve of each model, and its points after the curve's end."""
   for name, label in _BYTE_MODELS.items():
-    if rows[name]:
-      (line,) = axes.plot(*zip(*curve(rows[name][-1]), strict=True), label=label)
-      for passes, (_, filled) in _POINTS.items():
-        points = [(training_flops(row), validation(row, passes)) for row in rows[name]]
-        shown = [point for point in points if point[1] is not None]
-        axes.plot([x for x, _ in shown], [y for _, y in shown], "o", color=line.get_color(), fillstyle=filled)
+    points = curve(rows[name]) if name in rows else []  # without a row its colour is used up all the same
+    (line,) = axes.plot([x for x, _ in points], [y for _, y in points], label=label)
+    for passes, (_, filled) in _POINTS.items():
+      bits = validation(rows[name], passes) if points else None
+      if bits is not None:
+        at = training_flops(rows[name]) * (1 + 0.05 * passes)
+        axes.plot([at], [bits], "o", color=line.get_color(), fillstyle=filled)
   for shown_as, filled in _POINTS.values():
     axes.plot([], [], "o", color="gray", fillstyle=filled, label=f"validation, {shown_as}")
   axes.set(title=title, xlabel="training FLOPs", ylabel="bits per byte: training, and validation (points)")
@@ -85,23 +84,24 @@ def draw_byte_models(axes: Any, rows: dict[str, list[dict[str, Any]]], title: st
 def main() -> None:
   """Runs the command line."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("rows", type=pathlib.Path)
-  parser.add_argument("systems", type=pathlib.Path)
+  parser.add_argument("results", type=pathlib.Path, help="a folder of recipe_runs.py's, or subword_systems.py's file")
   parser.add_argument("picture")
-  parser.add_argument("--subwords", action="store_true", help="draw the systems of Table 3")
   arguments = parser.parse_args()
-  systems = {row["row"].split(":")[1]: row for row in json.loads(arguments.systems.read_text())["rows"]}
-  if arguments.subwords:
-    with panels(arguments.picture, 1) as (axes,):
-      for name, label in _SUBWORDS.items():
-        if name in systems:
-          axes.plot(*zip(*curve(systems[name]), strict=True), label=label)
-      axes.set(ylim=(1.0, 2.2), xlabel="training FLOPs", ylabel="bits per byte of training")
+  if arguments.results.is_dir():
+    with panels(arguments.picture, len(_CORPORA)) as all_axes:
+      for axes, (corpus, (title, bits)) in zip(all_axes, _CORPORA.items(), strict=True):
+        draw_byte_models(axes, rows_of(arguments.results, corpus), title)
+        axes.set_ylim(bits)
+      for axes in all_axes[1:]:  # the first panel's legend is that of all
+        for line in axes.get_lines():
+          line.set_label(None)
     return
-  with panels(arguments.picture, 2) as both:
-    for axes, (corpus, (title, lowest)) in zip(both, _CORPORA.items(), strict=True):
-      draw_byte_models(axes, rows_of(arguments.rows, systems, corpus), title)
-      axes.set_ylim(lowest, lowest + 0.65)
+  systems = {row["row"].split(":")[1]: row for row in json.loads(arguments.results.read_text())["rows"]}
+  with panels(arguments.picture, 1) as (axes,):
+    for name, label in _SUBWORDS.items():
+      if name in systems:
+        axes.plot(*zip(*curve(systems[name]), strict=True), label=label)
+    axes.set(ylim=(1.0, 2.2), xlabel="training FLOPs", ylabel="bits per byte of training")
 
 
 if __name__ == "__main__":

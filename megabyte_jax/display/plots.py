@@ -237,13 +237,14 @@ def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> Non
 
 @contextlib.contextmanager
 def panels(out_png: epath.PathLike, count: int) -> Iterator[list[Axes]]:
-  """Yields axes side by side; with legends, they are saved as `out_png` if the block ends without an error."""
+  """Yields axes side by side; those with labels get a legend, and they are saved if the block ends without an error."""
   with _figure(out_png, count, 10.0) as row:
     for axes in row:
       axes.set_prop_cycle(color=_COLORS)
     yield row
     for axes in row:
-      axes.legend()
+      if axes.get_legend_handles_labels()[0]:
+        axes.legend()
 
 
 @contextlib.contextmanager

@@ -61,14 +61,21 @@ def words_of(command):
 
 @functools.cache
 def known_flags(script):
-  """Names, with underscores, of the flags of a command."""
+  """Names, with underscores, of the flags of a command and of its parts."""
   names = set()
 
   class Parsed(Exception):
     pass
 
-  def parse_args(parser, *_):
+  def add(parser):
     names.update(option[2:].replace("-", "_") for option in parser._option_string_actions if option[2:])
+    for action in parser._actions:
+      if isinstance(action, argparse._SubParsersAction):
+        for part in action.choices.values():
+          add(part)
+
+  def parse_args(parser, *_):
+    add(parser)
     raise Parsed
 
   with pytest.MonkeyPatch.context() as patch:
