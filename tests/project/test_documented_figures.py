@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from documented_figures import COMPARED, README, RESULTS, assert_shows, numbers, passage, result, row
+from documented_figures import COMPARED, README, RESULTS, assert_shows, passage, result, row
 
 MODELS = ("megabyte", "transformer", "windowed_transformer", "perceiver_ar")
 IMAGE_MODELS = ("megabyte", "transformer", "perceiver_ar")
@@ -100,9 +100,9 @@ def test_several_gpus():
     "seq": round(100 * image),
     "tensor": round(100 * shares["tensor"]),
   }
-  for (case, axis), row in rows.items():
+  for (case, axis), measured in rows.items():
     share = shares[axis] if case == "text24" else image
-    assert f"| {row['many']['bytes/s']:,.0f} | {share:.1%} | " in RESULTS, (case, axis)
+    assert f"| {measured['many']['bytes/s']:,.0f} | {share:.1%} | " in RESULTS, (case, axis)
 
 
 def test_long_sequences():

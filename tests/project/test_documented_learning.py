@@ -146,7 +146,7 @@ def test_equal_training_flops():
   on_c = [two[f"kernel_{name}"] for name in ("megabyte", "transformer", "perceiver", "windowed")]
   books_two = [two[f"library_{name}"] for name in ("transformer", "windowed", "megabyte", "perceiver")]
   books_one = [one[f"library_{name}"] for name in ("windowed", "megabyte", "transformer")]
-  assert [on_c, books_two, books_one] == [sorted(bits) for bits in (on_c, books_two, books_one)]  # the order that is said
+  assert [on_c, books_two, books_one] == [sorted(bits) for bits in (on_c, books_two, books_one)]  # as said
   images = [one["image64_megabyte"], two["image64_perceiver"]]
   behind = f"{float(images[0]) - float(one['image64_windowed']):.3f}"
   mark = "](docs/results.md#equal-training-flops)"
