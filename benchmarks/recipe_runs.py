@@ -39,7 +39,7 @@ from megabyte_jax.commands import command_line
 from megabyte_jax.config import Config, MegabyteConfig, overrides
 from megabyte_jax.data.batches import AnyWindows, Place, Windows, draw_batches, open_windows
 from megabyte_jax.data.open_data import open_source
-from megabyte_jax.data.sources import Source
+from megabyte_jax.data.sources import Mixture, Source
 from megabyte_jax.errors import require
 from megabyte_jax.evaluation.evaluate import evaluate
 from megabyte_jax.evaluation.windows import METHODS, check_method, windows_of
@@ -114,13 +114,14 @@ class FewDocuments(Windows):
     """Returns the window that is draw number `draw` >= 0."""
     visit, number = divmod(draw, self._of_each)
     order = np.random.default_rng((self.seed, visit)).permutation(len(self._places))
-    assert isinstance(self._whole, Windows)  # not of weighted sources, which MixedWindows draws from
+    assert isinstance(self._whole, Windows)  # a single source has no others
     return self._places[order[number]]._replace(document=self._whole.place_of(visit).document)
 
 
 def windows_for(source: Source, config: Config, documents_per_step: int) -> AnyWindows:
   """Opens the training windows: as train.py does, or those of a few documents a step."""
   if documents_per_step:
+    require(not isinstance(source, Mixture), "--documents_per_step does not draw from data with train_weights")
     return FewDocuments(source, config, documents_per_step)
   model, documents = config.model, config.data.documents
   return open_windows(source, context=model.context, seed=config.seed, documents=documents, latents=model.num_latents)

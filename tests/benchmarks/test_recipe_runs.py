@@ -77,6 +77,15 @@ def test_documents_of_a_step_must_be_equally_long(run):
     run(flags=["--documents_per_step=4"])
 
 
+def test_documents_of_a_step_are_not_of_weighted_sources(tmp_path):
+  for name in ("a.bin", "b.bin"):
+    (tmp_path / name).write_bytes(bytes(192))
+  source = open_source(DataConfig(train=f"{tmp_path}/a.bin,{tmp_path}/b.bin", train_weights=(1.0, 2.0)), "train")
+  config = Config.from_dict(recipe_runs.named_config("transformer:64x1"))
+  with pytest.raises(ConfigError, match="train_weights"):
+    recipe_runs.windows_for(source, config, 2)
+
+
 def test_documents_of_a_step_share_out_the_batch(tmp_path):
   (tmp_path / "one.bin").write_bytes(bytes(192))
   source = open_source(DataConfig(train=str(tmp_path)), "train")
