@@ -89,6 +89,7 @@ def loss_curve(metrics_jsonl: epath.PathLike, out_png: epath.PathLike) -> None:
         ha="right" if len(validation_steps) > 1 or len(steps) else "center",
         color=_COLORS[1],
         fontweight="bold",
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
       )
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlim(left=0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +24,7 @@ from megabyte_jax.evaluation.evaluate import Evaluation, evaluate
 from megabyte_jax.models.flops import flops_per_byte, parameter_count
 from megabyte_jax.models.layers import attention
 
+_NOT_TEXT = (".pdf", ".doc", ".docx", ".odt", ".epub", ".ppt", ".pptx", ".xls", ".xlsx")
 _COMPRESSED_BYTES = 20_000_000  # with those of the primer; beyond this xz would run for minutes
 
 
@@ -32,11 +35,6 @@ def describe_run(config: Config, mesh: Mesh, source: Source, first_step: int) ->
   model, unit = config.model, config.data.unit
   total, size = int(source.lengths.sum()), int(text_of(source).lengths.sum())
   tokens = f", {total:,} tokens of {size / max(1, total):.2f} bytes each" if unit == "token" else ""
-  notices = {
-    "image": ["notice  all are pictures, read as the raw bytes of their files; --config.data.form=image reads pixels"],
-    "audio": ["notice  all are recordings, read as the raw bytes of their files; --config.data.form=audio reads sound"],
-  }
-  form = decodable_as(source.names) if config.data.form == "bytes" else ""
   return "\n".join(
     [
       f"device  {jax.device_count()} x {device.device_kind}" + (f" (mesh: {axes})" if axes else ""),
@@ -44,10 +42,29 @@ def describe_run(config: Config, mesh: Mesh, source: Source, first_step: int) ->
       f"{human(flops_per_byte(model, training=True), 'FLOP')} per {unit} of training",
       f"attention  {attention_line(config, mesh)}",
       f"data    {size:,} bytes in {count_documents(source)}{tokens}",
-      *notices.get(form, []),
+      *(f"notice  {notice}" for notice in notices(config, source)),
       f"steps   {first_step:,} of {config.num_steps:,} done, {config.batch_size} x {model.context:,} {unit}s each",
     ]
   )
+
+
+def notices(config: Config, source: Source) -> list[str]:
+  """Returns what a user of these training data may not have meant, a line each."""
+  told, data = [], config.data
+  decoded = {"image": ("pictures", "pixels"), "audio": ("recordings", "sound")}
+  if data.form == "bytes":
+    if form := decodable_as(source.names):
+      kind, content = decoded[form]
+      told.append(f"all are {kind}, read as the raw bytes of their files; --config.data.form={form} reads {content}")
+    names = [
+      os.path.basename(name) for name in itertools.islice(source.names, 10_000) if name.lower().endswith(_NOT_TEXT)
+    ]
+    if names:
+      shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+      told.append(f"not plain text, read as raw bytes: {shown}; move such files out, or convert them to text")
+  if data.validation.startswith("sample:") and not data.train.startswith("sample:"):
+    told.append(f"scored on {data.validation}, which comes with the package; --config.data.validation=FILE names yours")
+  return told
 
 
 def attention_line(config: Config, mesh: Mesh) -> str:

@@ -112,6 +112,21 @@ def test_pictures_and_recordings_that_are_read_as_bytes_are_told(train, form, to
   assert len(notices) == bool(told) and told in "".join(notices)
 
 
+def test_what_may_not_be_meant_is_told(tmp_path):
+  for name in ("a.txt", "notes.DOCX", "paper.pdf"):
+    (tmp_path / name).write_bytes(b"words")
+  config = Config.from_dict(tiny_config.get_config())
+
+  def told(**data):
+    changed = dataclasses.replace(config, data=DataConfig(**data))
+    return report.notices(changed, open_source(changed.data, "train"))
+
+  not_text, scored = told(train=str(tmp_path), validation="sample:text/validation")
+  assert "notes.DOCX, paper.pdf; move" in not_text and "scored on sample:text/validation" in scored
+  assert told(train=f"{tmp_path}/a.txt", validation="") == []
+  assert told(train="sample:text/train", validation="sample:text/validation") == []
+
+
 def test_empty_files_of_a_folder_are_left_out_and_told(run_on_images, tmp_path, monkeypatch):
   """A model of bytes: the same run, saved as one whose data are bytes."""
   config, _ = run_on_images

@@ -118,12 +118,13 @@ RUN_HERE = {
     "--config.optimizer.warmup_steps=1",
   ],
   "python train.py --config=configs/small.py:table5:image64_megabyte@4 --workdir=runs/table5/image64_megabyte "
-  "--config.data.train=data/image64/train --config.data.validation=data/image64/validation "
-  "--config.optimizer.learning_rate=9e-4": [*TINY_IMAGE64, "--config.data.validation="],
+  "--config.data.train=data/image64/train --config.data.validation=data/image64/validation --config.num_steps=5425 "
+  "--config.optimizer.warmup_steps=216 --config.optimizer.learning_rate=9e-4": [*TINY_IMAGE64, "--config.data.validation="],
   "python eval.py --workdir=runs/table5/image64_megabyte": ["--data=runs/photos", "--max-bytes=12288"],
   "CUDA_VISIBLE_DEVICES=$i python train.py --config=configs/small.py:table5:image64_megabyte@4 "
   "--workdir=runs/sweep/${rates[i]} --config.optimizer.learning_rate=${rates[i]} "
-  "--config.data.train=data/image64/train --config.data.validation= --config.num_steps=1085": TINY_IMAGE64,
+  "--config.data.train=data/image64/train --config.data.validation= --config.num_steps=1085 "
+  "--config.optimizer.warmup_steps=43": TINY_IMAGE64,
   "python eval.py --workdir=runs/sweep/$rate --data=data/image64/validation --max-bytes=10000000": [
     "--data=runs/photos",
     "--max-bytes=12288",
@@ -145,17 +146,13 @@ RUN_QUICKLY = [command for command in RUN_HERE if command not in RUN_SLOWLY]
 # Those of benchmarks are slow tests, which .ci/slow runs and .ci/run does not.
 RUN_BY = {
   "pip install -r requirements.txt": (".ci/run", "pip install -q -r requirements.txt"),
-  'pip install -e ".[test]"': (".ci/run", 'pip install -q -e ".[test]"'),
+  "pip install -e": (".ci/run", 'pip install -q -e ".[test]"'),
   "pytest": (".ci/run", "pytest -q"),
   "ruff": (".ci/run", "ruff check .; ruff format --check ."),
   "mypy": (".ci/run", "mypy"),
   ".ci/plan": (".ci/run", ".ci/plan"),
   "python -m venv .venv": (".ci/run", '-m venv "$work/venv"'),
   'pip install "jax[tpu]"': (".ci/plan", '"jax[tpu]"'),
-  "python -m megabyte_jax plan --config=configs/paper/table2.py:pg19_megabyte --topology=v5e:8x8": (
-    ".ci/plan",
-    "--config=configs/paper/table2.py:pg19_megabyte --topology=v5e:8x8",
-  ),
   "python -m megabyte_jax plan": (
     "tests/planning/test_plans.py",
     "def test_search_over_two_slices_ends_with_the_real_program",
@@ -272,7 +269,7 @@ def folder(tmp_path_factory):
   images = pathlib.Path("megabyte_jax/data/sample/images/train")
   (folder / "runs/photos/china.jpg").write_bytes((ROOT / images / "china.jpg").read_bytes())
   program = re.search(r"```python\n(.*?)```", (ROOT / "docs/from_python.md").read_text(), re.S)[1]
-  for long, short in {"8192": "64", "512": "64", "256": "32", "runs/": f"{folder}/runs/"}.items():
+  for long, short in {"8192": "64", "512": "64", "256": "32"}.items():
     program = program.replace(long, short)
   (folder / "from_python.py").write_text(program)
   return folder
@@ -314,8 +311,8 @@ def test_it_runs_too(said_slowly, command):
 def test_the_program_of_from_python(said):
   code, output = said["python"]
   assert code == 0, output
-  bits, sample = output.splitlines()
-  assert 7 < float(bits) < 9 and sample.startswith("b")
+  bits, sample = output.split("\n", 1)
+  assert 7 < float(bits) < 9 and len(sample) > 50
 
 
 def test_they_do_what_the_text_says(said, folder):
