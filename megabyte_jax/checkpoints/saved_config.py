@@ -180,7 +180,7 @@ def check_same_run(
       f"the checkpoint at step {meta.get('step', '?')} belongs to another run (saved -> given):",
       *lines,
       *([_LENGTH_HINT] if "num_steps" in differences else []),
-      "give the saved values, or start a new run in another --workdir (--init_from=DIR takes the parameters of this one)",
+      "give the saved values, or start a new run in another --workdir (--init_from=DIR takes this one's parameters)",
     )
 
 

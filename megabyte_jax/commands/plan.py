@@ -115,12 +115,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
   """
   parser = flags.Parser(flags.called("plan"), description=__doc__)
   parser.add_config("config", "what to plan, and any --config.KEY=VALUE")
-  parser.add_argument("--topology", default="v5p:4x4x4", metavar="KIND:SIZE", help="in chips")
+  parser.add_argument("--topology", default="v5p:4x4x4", metavar="KIND:SIZE", help="in chips; default: v5p:4x4x4")
   parser.add_argument(
     "--slices", type=int, default=1, help="slices of that topology, joined by the data centre's network"
   )
   parser.add_argument("--mesh", default="", help="devices per axis, like fsdp=16,seq=4; default: the config's")
-  parser.add_argument("--batch_size", type=int, default=0, help="windows per step; 0 takes the config's")
+  parser.add_argument(
+    "--batch_size",
+    type=int,
+    default=0,
+    help="windows per step; num_steps changes with it, so that the bytes stay the same (--config.batch_size leaves it)",
+  )
   parser.add_argument(
     "--accumulate", type=int, default=0, help="parts a batch is worked through in; 0 takes the config's"
   )

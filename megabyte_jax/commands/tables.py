@@ -59,7 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = measured.from_runs(pathlib.Path(args.runs), all_rows())
     found += runs
     if not runs:
-      hint = "run eval.py --workdir=RUN without --data, so that a whole split is scored"
+      hint = (
+        "run eval.py --workdir=RUN without --data, so that a whole split is scored; a smaller model's run is known "
+        "by its folder, such as runs/table5/image64_megabyte"
+      )
       print(
         f"--runs={args.runs} holds no run of a row, scored by eval.py with the row's method; {hint}", file=sys.stderr
       )

@@ -275,9 +275,10 @@ class Config:
     convert_fields(self)
     for name in ("batch_size", "accumulate", "num_steps", "log_every"):
       require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+    fewer = next(n for n in range(min(self.accumulate, self.batch_size), 0, -1) if self.batch_size % n == 0)
     require(
-      self.batch_size % self.accumulate == 0,
-      f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}",
+      fewer == self.accumulate,
+      f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}; {fewer} would",
     )
     rates = self.optimizer.level_rates
     require(

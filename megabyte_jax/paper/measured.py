@@ -90,7 +90,7 @@ def _row_of(run: pathlib.Path, config: Config, method: str | None, rows: Mapping
 
 
 def _what_differs(config: Config, evaluation: Mapping[str, Any], row: Config) -> str:
-  """Lists the differences from the row: model size, bytes trained on, settings, cost of the evaluation."""
+  """Lists the differences from the row: model size, bytes trained on, settings, data and cost of the evaluation."""
   is_same = config.model == row.model
   other = [] if is_same else [f"{flops.parameter_count(config.model) / 1e6:.3g}M parameters"]
   trained = (evaluation.get("step") or 0) * config.batch_size * flops.predicted_bytes(config.model)
@@ -99,6 +99,8 @@ def _what_differs(config: Config, evaluation: Mapping[str, Any], row: Config) ->
     other.append(f"trained on {human(trained, 'B')} of {human(planned, 'B')}")
   keys = changed_keys(row.to_dict(), config.to_dict())
   other += [f"other {key}" for key in keys if key.startswith(("optimizer", "batch_size") + ("data",) * is_same)]
+  if evaluation.get("data") not in (None, row.data.validation, row.data.test):
+    other.append(f"scored on {human(evaluation['bytes'], 'B')} of {evaluation['data']}")
   cost, usual = evaluation.get("cost"), windows.cost_factor(row.eval.method, config.model)
   if cost is not None and not math.isclose(cost, usual):
     other.append(f"evaluated at {cost:g}x instead of {usual:g}x")

@@ -85,7 +85,7 @@ def changed(path, value):
     (["batch_size"], 4.0, r"config\.batch_size must be a whole number, not 4\.0"),
     (["batch_size"], True, r"config\.batch_size must be a whole number, not True"),
     (["batch_size"], 0, r"batch_size is 0; it must be at least 1"),
-    (["accumulate"], 3, r"accumulate 3 does not divide batch_size 8"),
+    (["accumulate"], 3, r"accumulate 3 does not divide batch_size 8; 2 would"),
     (["log_every"], 0, r"log_every is 0"),
     (["profile_steps"], [1], r"profile_steps is \(1,\); give \(first, last\)"),
     (["profile_steps"], [5, 3], r"profile_steps is \(5, 3\); give \(first, last\), counted from 1"),

@@ -127,7 +127,7 @@ def test_run_directories(tmp_path):
   for folder, config, evaluation in (
     ("table9/megabyte", small, {"bpb": 2.0, "method": "basic", "word_perplexity": 40.0, "step": small.num_steps}),
     ("table9/megabyte", small, {"bpb": 1.9, "method": "sliding"}),  # no row of Table 9 is evaluated so
-    ("mine", rows["table11:strided"], {"bpb": 1.5, "method": "strided", "step": 1000}),
+    ("mine", rows["table11:strided"], {"bpb": 1.5, "method": "strided", "step": 1000, "data": "x/", "bytes": 5000}),
     ("mine", rows["table11:strided"], {"bpb": 1.4, "method": "both", "step": rows["table11:both"].num_steps}),
   ):
     path = tmp_path / folder / f"eval_test_{evaluation['method']}.json"
@@ -142,7 +142,8 @@ def test_run_directories(tmp_path):
   assert one.row == "table9:megabyte" and one.numbers["perplexity_test"] == 40.0
   assert one.source.endswith("eval_test_basic.json") and one.note == "304M parameters, trained on 10.0 GB of 80.0 GB"
   assert strided.row == "table11:strided"
-  assert strided.source.endswith("mine/eval_test_strided.json") and strided.note == "trained on 393 MB of 400 GB"
+  assert strided.source.endswith("mine/eval_test_strided.json")
+  assert strided.note == "trained on 393 MB of 400 GB, scored on 5.00 kB of x/"
   assert both.source.endswith("mine/eval_test_both.json") and not both.note
   for name, label in (("11", "both"), ("3", "megabyte"), ("17", "context8192")):  # one run, three tables, no spread
     assert [entry["source"] for entry in row(name, label, found)["ours"]] in ([both.source], [])

@@ -119,7 +119,10 @@ RUN_HERE = {
   ],
   "python train.py --config=configs/small.py:table5:image64_megabyte@4 --workdir=runs/table5/image64_megabyte "
   "--config.data.train=data/image64/train --config.data.validation=data/image64/validation --config.num_steps=5425 "
-  "--config.optimizer.warmup_steps=216 --config.optimizer.learning_rate=9e-4": [*TINY_IMAGE64, "--config.data.validation="],
+  "--config.optimizer.warmup_steps=216 --config.optimizer.learning_rate=9e-4": [
+    *TINY_IMAGE64,
+    "--config.data.validation=",
+  ],
   "python eval.py --workdir=runs/table5/image64_megabyte": ["--data=runs/photos", "--max-bytes=12288"],
   "CUDA_VISIBLE_DEVICES=$i python train.py --config=configs/small.py:table5:image64_megabyte@4 "
   "--workdir=runs/sweep/${rates[i]} --config.optimizer.learning_rate=${rates[i]} "
