@@ -66,6 +66,7 @@ RUN_HERE = {
   "python -m megabyte_jax generate --workdir=runs/images --num-samples=8 --output=runs/out.png "
   "--prompt-file=megabyte_jax/data/sample/images/validation/flower.jpg": ["--num-samples=2", "--keep=0.9"],
   "python -m megabyte_jax compress LICENSE runs/license.mz --workdir=pretrained:books": ["--window=64"],
+  "python -m megabyte_jax compress --decompress runs/license.mz runs/license.txt --workdir=pretrained:books": [],
   f"python -m megabyte_jax compress {TEXT} runs/text.mz --workdir=runs/quickstart": [],
   "python -m megabyte_jax compress --decompress runs/text.mz runs/text.txt --workdir=runs/quickstart": [],
   "python -m megabyte_jax tables 5": [],
@@ -142,7 +143,7 @@ RUN_HERE = {
   ],
 }
 # Those of RUN_HERE that a slow test runs, as other tests do nearly the same: in this order, after the others.
-_SLOW = re.compile(r"--init_from=|runs/mine|image64|LICENSE|runs/text\.|runs/sharded|runs/a\b|XLA_FLAGS|--coordinator")
+_SLOW = re.compile(r"--init_from=|runs/mine|image64|LICENSE|license|runs/text\.|runs/sharded|runs/a\b|XLA_FLAGS|--coordinator")
 RUN_SLOWLY = [command for command in RUN_HERE if _SLOW.search(command)]
 RUN_QUICKLY = [command for command in RUN_HERE if command not in RUN_SLOWLY]
 # Command, or its beginning: the file whose tests run it, or which is itself run, and what must be found there.
@@ -339,5 +340,6 @@ def test_the_slow_ones_do_what_the_text_says(said_slowly, folder):
   mine = said_slowly["python eval.py --workdir=runs/mine --data=CONTRIBUTING.md"][1]
   assert json.loads(mine.splitlines()[-1])["bytes"] == 500
   assert (folder / "runs/text.txt").read_bytes() == (ROOT / TEXT).read_bytes()
+  assert (folder / "runs/license.txt").read_bytes() == (ROOT / "LICENSE").read_bytes()
   assert (folder / "runs/a/checkpoints/validation_bpb.json").exists()
   assert np.isfinite(json.loads((folder / "runs/image640/metrics.jsonl").read_text().splitlines()[0])["bpb"])
