@@ -7,7 +7,8 @@
   python -m megabyte_jax plan --config=... --save=step.pickle                  # keeps the executable; see `save`
 
 Needs libtpu, not a TPU: pip install "jax[tpu]". Topologies have the form KIND:SIZE, with sizes of chips: v4:2x2x2,
-v5e:4x4 ... 16x16, v5p:2x2x1 ..., v6e:4x4 ... 16x16, tpu7x:2x2x1 ... . Devices of v4 and tpu7x are half a chip.
+v5e:4x4 ... 16x16, v5p:2x2x1 ..., v6e:4x4 ... 16x16, tpu7x:2x2x1 ... . Devices of v4 and tpu7x are half a chip. The exit
+code is 1 if the step does not fit.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-  """Compiles as the command line says, and prints the plan."""
+  """Compiles as the command line says, and prints the plan; ends with exit code 1 if the step does not fit."""
   args = parse_arguments(arguments)
   import jax
 
@@ -176,6 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
   if args.save:
     require(executable is not None, f"--save={args.save}: nothing was written, for the step does not fit")
     save(executable, args.save)
+  if not plan.fits:
+    raise SystemExit(1)
 
 
 if __name__ == "__main__":

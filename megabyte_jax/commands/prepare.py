@@ -17,16 +17,34 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from typing import get_args, get_type_hints
 
 from megabyte_jax.commands import arguments as flags
 from megabyte_jax.commands import command_line
 from megabyte_jax.config import DataConfig
 from megabyte_jax.config.parsing import dataclass_from_mapping
-from megabyte_jax.errors import require
+from megabyte_jax.errors import ConfigError, require
 from megabyte_jax.files.outputs import check_folder_name, check_output_file, check_output_folder
 
 _SPLITS = ("train", "validation", "test", "train_weights", "documents")  # of no meaning here
 _SUBWORDS = ("tokenizer", "tokenizer_sha256")  # texts are packed as bytes: any tokenizer then cuts them
+_HELP = {
+  "form": "what becomes of an item: bytes, as it is | image, its pixels | audio, its samples",
+  "image_size": "pixels: images are scaled by their short side and centre-cropped to this square",
+  "image_tiles": "pixels of the short side of images that are cut into tiles of image_size instead; 0 crops them",
+  "max_pixels": "images of more pixels are unreadable",
+  "convert_images": "make grey, alpha, CMYK and 16-bit images RGB instead of calling them unreadable",
+  "scan": "order of an image's bytes",
+  "scan_patch": "bytes of a patch of the scan, 3 for each of its pixels",
+  "sample_rate": "samples per second that recordings are resampled to; 0 keeps their own",
+  "encoding": "of a recording's samples",
+  "tfds_dir": "where TFDS data sets lie",
+  "skip_bad": "skip and count unreadable items instead of stopping",
+  "raw": "take all files as they are, compressed ones and records, too",
+  "cache_dir": "where indexes of records and copies of compressed files are kept",
+}
+_OF_IMAGES = ("image_size", "image_tiles", "convert_images", "scan", "scan_patch")
+_OF_AUDIO = ("sample_rate", "encoding")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -36,15 +54,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
   packing = commands.add_parser("pack", help="any source or archive -> one packed folder")
   packing.add_argument("source", type=flags.path)
   packing.add_argument("folder", type=flags.path)
+  types = get_type_hints(DataConfig)
   for field in dataclasses.fields(DataConfig):
     if field.name in _SPLITS + _SUBWORDS:
       continue
     name = f"--{field.name.replace('_', '-')}"
     if isinstance(field.default, bool):
-      packing.add_argument(name, action="store_true")
+      packing.add_argument(name, action="store_true", help=_HELP[field.name])
     else:
       wanted = flags.path if isinstance(field.default, str) else type(field.default)
-      packing.add_argument(name, type=wanted, default=field.default)
+      choices = () if field.name == "form" else get_args(types[field.name])
+      text = _HELP[field.name] + (f"; default: {field.default}" if field.default else "")
+      packing.add_argument(name, type=wanted, default=field.default, choices=choices or None, help=text)
   for name, text in (("build", "download and prepare a TFDS data set"), ("convert", "TFRecord -> ArrayRecord")):
     command = commands.add_parser(name, help=text)
     command.add_argument("name", help="tfds:NAME")
@@ -81,7 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
       inside = inside_source(folder, spec)
       require(not inside, f"FOLDER={folder} lies within the source {inside}, which it would change; take another place")
       require(given["form"] != "subwords", "texts are packed as bytes, which any tokenizer cuts; leave out --form")
-      pack(spec, folder, dataclass_from_mapping(DataConfig, given, "option"))
+      data = dataclass_from_mapping(DataConfig, given, "option")
+      for form, names in (("image", _OF_IMAGES), ("audio", _OF_AUDIO)):
+        for name in (name for name in names if data.form != form and getattr(data, name) != getattr(DataConfig, name)):
+          raise ConfigError(f"--{name.replace('_', '-')} goes with --form={form}, but the form is {data.form}")
+      pack(spec, folder, data)
     elif command == "verify":
       from megabyte_jax.data.packing import packed_folder
 

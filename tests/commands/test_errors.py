@@ -22,17 +22,17 @@ CASES = {
   "unknown key": (
     ["train.py", "--config.nokey=1"],
     2,
-    r"no such key: --config\.nokey=1; all are in megabyte_jax/config",
+    r"no such key: --config\.nokey=1; there are accumulate, batch_size, .*seed",
   ),
   "misspelt key": (
     ["train.py", TINY, "--config.seed=1", "--config.batch_sise=4"],
     2,
-    r"no such key: --config\.batch_sise=4; did you mean batch_size\?",
+    r"no such key: --config\.batch_sise=4; did you mean --config\.batch_size\?",
   ),
   "misspelt key of a level": (
     ["train.py", TINY, "--config.model.levels[0].num_layer=3"],
     2,
-    r"no such key: --config\.model\.levels\[0\]\.num_layer=3; did you mean num_layers\?",
+    r"no such key: --config\.model\.levels\[0\]\.num_layer=3; did you mean --config\.model\.levels\[0\]\.num_layers\?",
   ),
   "no such level": (
     ["train.py", "--config.model.levels[5].num_layers=3"],

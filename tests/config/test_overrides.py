@@ -74,6 +74,8 @@ def test_groups_are_given_as_dicts():
     (["--noconfig.model.bias=1"], r"takes no value$"),
     (["--config.model.levels[0]={}"], r"one element cannot be replaced; give the whole tuple$"),
     (["--config.model..x=1"], r"--config\.model\.\.x=1 names no key"),
+    (["--config.batch_sise=1"], r"--config\.batch_sise=1; did you mean --config\.batch_size\?$"),
+    (["--config.mesh.x=1"], r"--config\.mesh\.x=1; there are data, fsdp, seq, tensor$"),
     (["--config.seed.x=1"], r"there is no such key: --config\.seed\.x=1; all are in"),
     (["--config.model.levels.x=1"], r"there is no such key: --config\.model\.levels\.x=1"),
     (["--config.__class__=1"], r"there is no such key: --config\.__class__=1"),

@@ -33,6 +33,20 @@ def test_a_folder_packed_is_the_folder(tmp_path, capsys):
     pack(tmp_path / "texts", tmp_path / "packed")
 
 
+@pytest.mark.parametrize(
+  ("flag", "message"),
+  [
+    ("--image-size=32", "--image-size goes with --form=image, but the form is bytes"),
+    ("--convert-images", "--convert-images goes with --form=image"),
+    ("--encoding=mulaw8", "--encoding goes with --form=audio"),
+  ],
+)
+def test_settings_of_another_form_are_refused(tmp_path, flag, message):
+  with pytest.raises(ConfigError, match=message):
+    prepare.main(["pack", str(write_texts(tmp_path / "texts")), str(tmp_path / "packed"), flag])
+  assert not (tmp_path / "packed").exists()
+
+
 @pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz", "tar.xz", "txt.gz", "txt.bz2"])
 def test_archives_are_packed(tmp_path, kind):
   folder, path = write_texts(tmp_path / "texts"), tmp_path / f"texts.{kind}"

@@ -143,7 +143,9 @@ RUN_HERE = {
   ],
 }
 # Those of RUN_HERE that a slow test runs, as other tests do nearly the same: in this order, after the others.
-_SLOW = re.compile(r"--init_from=|runs/mine|image64|LICENSE|license|runs/text\.|runs/sharded|runs/a\b|XLA_FLAGS|--coordinator")
+_SLOW = re.compile(
+  r"--init_from=|runs/mine|image64|LICENSE|license|runs/text\.|runs/sharded|runs/a\b|XLA_FLAGS|--coordinator"
+)
 RUN_SLOWLY = [command for command in RUN_HERE if _SLOW.search(command)]
 RUN_QUICKLY = [command for command in RUN_HERE if command not in RUN_SLOWLY]
 # Command, or its beginning: the file whose tests run it, or which is itself run, and what must be found there.
