@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 import time
@@ -90,10 +91,28 @@ def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
   try:
     devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices)
   except Exception as error:
+    if advice := in_chips(topology):
+      raise ConfigError(f"{topology} is not KIND:SIZE; {advice}") from None
     text = " ".join(str(error).split())[:300]
     raise ConfigError(f"libtpu has no topology {topology!r} ({text}); try v5p:4x4x4, v5e:16x16 or v6e:4x4") from None
   require(hardware.is_known_tpu(devices[0]), f"hardware.py does not know {devices[0].device_kind}")
   return devices
+
+
+def in_chips(name: str) -> str:
+  """Returns what to write for a slice by its cloud name, `v5p-512` or `v5litepod-256`; "" where it is none."""
+  found = re.fullmatch(r"(v4|v5p|v5litepod|v5e|v6e|tpu7x)[-:](\d+)", name)
+  if not found:
+    return ""
+  kind, number = found[1].replace("v5litepod", "v5e"), int(found[2])
+  chips = number // 2 if kind in ("v4", "v5p") and "-" in name else number  # these names count two cores for each
+  dimensions = 2 if kind in ("v5e", "v6e") else 3
+  sides = [1] * dimensions
+  for doubling in range(chips.bit_length() - 1):
+    sides[doubling % dimensions] *= 2
+  if math.prod(sides) != chips:
+    return f"write its {chips} chips as sides, such as {kind}:{'x'.join('4' * dimensions)}"
+  return f"its {chips} chips are {kind}:{'x'.join(map(str, sorted(sides)))}"
 
 
 def for_tpu(config: Config) -> Config:

@@ -265,3 +265,19 @@ def test_decoding_has_the_parameters_as_generation_casts_them():
 def test_flags_are_the_documented_ones():
   documented = {"config", "topology", "mesh", "batch_size", "remat", "step", "quick", "search", "save", "json"}
   assert documented <= set(vars(plan.parse_arguments(["--config=tests/tiny_config.py"])))
+
+
+@pytest.mark.parametrize(
+  ("name", "told"),
+  [
+    ("v5p-512", "its 256 chips are v5p:4x8x8"),
+    ("v5litepod-256", "its 256 chips are v5e:16x16"),
+    ("v6e-8", "its 8 chips are v6e:2x4"),
+    ("tpu7x:64", "its 64 chips are tpu7x:4x4x4"),
+    ("v4-48", "write its 24 chips as sides, such as v4:4x4x4"),
+    ("v5p:4x4x4", ""),
+    ("h100", ""),
+  ],
+)
+def test_cloud_names_are_translated_to_chips(name, told):
+  assert plans.in_chips(name) == told
