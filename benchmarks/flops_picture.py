@@ -35,7 +35,7 @@ _BYTE_MODELS = {
 _CORPORA = {  # title, and the bits shown
   "kernel": ("C", (0.55, 1.15)),
   "library": ("books", (1.25, 1.65)),
-  "image64": ("photographs, 64 pixels", (1.4, 2.2)),
+  "image64": ("photographs", (1.4, 2.2)),
 }
 _POINTS = {1: ("one pass", "full"), 2: ("two passes", "none")}  # over the validation data: name, and how it is filled
 

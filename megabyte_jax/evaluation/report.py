@@ -64,6 +64,10 @@ def notices(config: Config, source: Source) -> list[str]:
       told.append(f"not plain text, read as raw bytes: {shown}; move such files out, or convert them to text")
   if data.validation.startswith("sample:") and not data.train.startswith("sample:"):
     told.append(f"scored on {data.validation}, which comes with the package; --config.data.validation=FILE names yours")
+  trained = tuple(os.path.realpath(spec) + os.sep for spec in data.train.split(",") if spec)
+  for spec in data.validation.split(","):
+    if spec and (os.path.realpath(spec) + os.sep).startswith(trained):
+      told.append(f"{spec} is trained on, too; its score will be better than on texts not seen")
   return told
 
 

@@ -124,6 +124,9 @@ def test_what_may_not_be_meant_is_told(tmp_path):
   not_text, scored = told(train=str(tmp_path), validation="sample:text/validation")
   assert "notes.DOCX, paper.pdf; move" in not_text and "scored on sample:text/validation" in scored
   assert told(train=f"{tmp_path}/a.txt", validation="") == []
+  assert told(train=f"{tmp_path}/a.txt", validation=f"{tmp_path}/paper.pdf") == []
+  for validation in (f"{tmp_path}/a.txt", f"{tmp_path}/../{tmp_path.name}"):
+    assert "is trained on, too" in told(train=str(tmp_path), validation=validation)[-1]
   assert told(train="sample:text/train", validation="sample:text/validation") == []
 
 
