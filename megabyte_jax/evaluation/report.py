@@ -43,7 +43,8 @@ def describe_run(config: Config, mesh: Mesh, source: Source, first_step: int) ->
       f"attention  {attention_line(config, mesh)}",
       f"data    {size:,} bytes in {count_documents(source)}{tokens}",
       *(f"notice  {notice}" for notice in notices(config, source)),
-      f"steps   {first_step:,} of {config.num_steps:,} done, {config.batch_size} x {model.context:,} {unit}s each",
+      f"steps   {first_step:,} of {config.num_steps:,} done, {config.batch_size} x {model.context:,} {unit}s each"
+      + ("; now compiling" if first_step < config.num_steps else ""),
     ]
   )
 
