@@ -25,6 +25,7 @@ from megabyte_jax.models.flops import flops_per_byte, parameter_count
 from megabyte_jax.models.layers import attention
 
 _NOT_TEXT = (".pdf", ".doc", ".docx", ".odt", ".epub", ".ppt", ".pptx", ".xls", ".xlsx")
+_MANY_EPOCHS = 50
 _COMPRESSED_BYTES = 20_000_000  # with those of the primer; beyond this xz would run for minutes
 
 
@@ -63,6 +64,9 @@ def notices(config: Config, source: Source) -> list[str]:
     if names:
       shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
       told.append(f"not plain text, read as raw bytes: {shown}; move such files out, or convert them to text")
+  epochs = config.num_steps * config.batch_size * config.model.predicted_bytes / max(1, int(source.lengths.sum()))
+  if epochs >= _MANY_EPOCHS:
+    told.append(f"the run reads these data {epochs:,.0f} times and will learn them by heart; give more, or fewer steps")
   if data.validation.startswith("sample:") and not data.train.startswith("sample:"):
     told.append(f"scored on {data.validation}, which comes with the package; --config.data.validation=FILE names yours")
   trained = tuple(os.path.realpath(spec) + os.sep for spec in data.train.split(",") if spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from typing import Any
@@ -19,6 +20,15 @@ from megabyte_jax.generation.subword_text import generate_text
 from megabyte_jax.models.build import trained_model
 
 
+def whole_letters(text: bytes) -> bytes:
+  """Returns text without the first bytes of a letter of UTF-8 that is cut off at its end; other text as it is."""
+  for cut in range(min(4, len(text))):
+    with contextlib.suppress(UnicodeDecodeError):
+      text[: len(text) - cut].decode()
+      return text[: len(text) - cut]
+  return text
+
+
 def print_sample(config: Config, parameters: Any, source: Source) -> None:
   """Prints `config.sample_bytes` bytes that continue the first bytes of the last training document.
 
@@ -28,7 +38,7 @@ def print_sample(config: Config, parameters: Any, source: Source) -> None:
     return
   text = text_of(source)
   prompt_bytes = min(64, config.model.context // 2, int(text.lengths[-1]))
-  prompt = text.read(len(text.lengths) - 1, 0, prompt_bytes).tobytes()
+  prompt = whole_letters(text.read(len(text.lengths) - 1, 0, prompt_bytes).tobytes())
   print(f"\na sample (temperature 0.7) that continues {prompt.decode(errors='replace')!r}:\n")
   model, sampling = trained_model(config.model, parameters), Sampling(temperature=0.7)
   if config.data.form == "subwords":

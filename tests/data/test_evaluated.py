@@ -117,8 +117,8 @@ def test_what_may_not_be_meant_is_told(tmp_path):
     (tmp_path / name).write_bytes(b"words")
   config = Config.from_dict(tiny_config.get_config())
 
-  def told(**data):
-    changed = dataclasses.replace(config, data=DataConfig(**data))
+  def told(num_steps=1, **data):
+    changed = dataclasses.replace(config, data=DataConfig(**data), num_steps=num_steps, batch_size=1)
     return report.notices(changed, open_source(changed.data, "train"))
 
   not_text, scored = told(train=str(tmp_path), validation="sample:text/validation")
@@ -128,6 +128,8 @@ def test_what_may_not_be_meant_is_told(tmp_path):
   for validation in (f"{tmp_path}/a.txt", f"{tmp_path}/../{tmp_path.name}"):
     assert "is trained on, too" in told(train=str(tmp_path), validation=validation)[-1]
   assert told(train="sample:text/train", validation="sample:text/validation") == []
+  (few,) = told(num_steps=100, train=f"{tmp_path}/a.txt", validation="")
+  assert f"{100 * config.model.context / 5:,.0f} times" in few
 
 
 def test_empty_files_of_a_folder_are_left_out_and_told(run_on_images, tmp_path, monkeypatch):

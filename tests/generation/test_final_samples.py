@@ -5,7 +5,7 @@ from PIL import Image
 from megabyte_jax.config import Config, DataConfig, Level, MegabyteConfig
 from megabyte_jax.data.media import patch_scan
 from megabyte_jax.data.open_data import open_source
-from megabyte_jax.generation.final_samples import write_samples
+from megabyte_jax.generation.final_samples import whole_letters, write_samples
 from megabyte_jax.parallel.sharding import make_mesh
 from megabyte_jax.training.state import initial_state
 
@@ -52,3 +52,9 @@ def test_recordings_real_completed_and_sampled(tmp_path):
   assert list(sounds) == ["real.wav", "completed.wav", "sampled.wav"] and {len(x) for x in sounds.values()} == {200}
   np.testing.assert_array_equal(sounds["real.wav"][:100], sounds["completed.wav"][:100])
   assert (sounds["real.wav"] != sounds["completed.wav"]).any()
+
+
+def test_a_letter_cut_off_at_the_end_is_left_out():
+  euro = "a€".encode()
+  assert [whole_letters(euro[:size]) for size in range(5)] == [b"", b"a", b"a", b"a", euro]
+  assert whole_letters(b"caf\xe9 au lait") == b"caf\xe9 au lait"  # Latin-1
