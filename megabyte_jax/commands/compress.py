@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -21,18 +22,20 @@ from megabyte_jax.commands import command_line
 from megabyte_jax.display.progress import Progress, duration, human
 from megabyte_jax.errors import ConfigError, DataError, require
 from megabyte_jax.files import inputs, outputs
+from megabyte_jax.files.atomic_file import is_standard_output, is_written_into, replacing
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   """Reads the command line (None: this process's own).
 
   Raises:
-    ConfigError: flags do not go together, or nothing can be written to OUT.
+    ConfigError: flags do not go together, OUT exists, or nothing can be written to it.
   """
   parser = flags.Parser(flags.called("compress"), description=__doc__)
   parser.add_argument("file", type=flags.path, help="what to compress; with --decompress the compressed file")
   parser.add_argument("out", type=flags.path, help="where the result goes")
   parser.add_argument("--decompress", action="store_true", help="get the original back")
+  parser.add_argument("--force", action="store_true", help="overwrite OUT, if it exists")
   flags.add_run_arguments(parser)
   parser.add_argument("--batch-size", type=int, default=0, help="windows side by side; default: 64")
   parser.add_argument("--window", type=int, default=0, help="bytes of a window; default: 2048, or the context if less")
@@ -43,6 +46,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     require(not (args.decompress and value), f"{flag} is for compressing; the file says the rest")
   inputs.check_readable(args.file, DataError)
   inputs.check_not_replaced("OUT", args.out, args.file)
+  lost = os.path.isfile(args.out) and not is_written_into(args.out)
+  require(args.force or not lost, f"OUT={args.out} exists; name another file, or give --force")
   outputs.check_output_file("OUT", args.out)
   return args
 
@@ -52,7 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
   args = parse_arguments(arguments)
   from megabyte_jax.checkpoints.saved_config import load_config
   from megabyte_jax.checkpoints.trained_model import load
-  from megabyte_jax.files.atomic_file import is_standard_output, replacing
   from megabyte_jax.generation import entropy_coding
   from megabyte_jax.generation.compression import BATCH, WINDOW, compress, decompress, read, what_bits_are_for
   from megabyte_jax.parallel.compilation_cache import keep_compiled_programs

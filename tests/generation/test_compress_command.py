@@ -100,6 +100,21 @@ def test_standard_output_gets_the_file_alone(model, monkeypatch, capfdbinary, tm
   assert b"9 bytes -> " in err
 
 
+def test_an_existing_file_is_kept_unless_it_may_be_lost(model, monkeypatch, tmp_path):
+  monkeypatch.setattr(trained_model, "load", lambda workdir, step: (model, None, 3))
+  monkeypatch.setattr(
+    saved_config, "load_config", lambda workdir: Config(model=model.config, batch_size=1, num_steps=3)
+  )
+  text, out = tmp_path / "text", tmp_path / "out"
+  for path in (text, out):
+    path.write_bytes(b"some text")
+  with pytest.raises(ConfigError, match=f"OUT={out} exists; name another file, or give --force"):
+    compress.main([str(text), str(out), "--workdir=run"])
+  assert out.read_bytes() == b"some text"
+  compress.main([str(text), str(out), "--workdir=run", "--force"])
+  assert compression.decompress(None, out.read_bytes()) == b"some text"
+
+
 def test_a_folder_to_write_to_is_refused_at_once(workdir, monkeypatch, capsys, tmp_path):
   (tmp_path / "text").write_bytes(b"abc")
   with pytest.raises(ConfigError, match=f"OUT={tmp_path} is a folder"):
