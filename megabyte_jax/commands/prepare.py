@@ -43,7 +43,7 @@ _HELP = {
   "raw": "take all files as they are, compressed ones and records, too",
   "cache_dir": "where indexes of records and copies of compressed files are kept",
 }
-_OF_IMAGES = ("image_size", "image_tiles", "convert_images", "scan", "scan_patch")
+_OF_IMAGES = ("image_size", "image_tiles", "max_pixels", "convert_images", "scan", "scan_patch")
 _OF_AUDIO = ("sample_rate", "encoding")
 
 

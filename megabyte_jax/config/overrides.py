@@ -195,7 +195,7 @@ def _item(holder: Any, part: int | str, change: Override) -> Any:
     return holder[part]
   if isinstance(part, int) and isinstance(holder, (tuple, list)) and -len(holder) <= part < len(holder):
     return holder[part]
-  near = did_you_mean(str(part), known, change.flag.rpartition(str(part))[0])
+  near = did_you_mean(str(part), known, change.flag.partition(f".{part}")[0] + ".")
   if not near:
     near = f"; there are {', '.join(known)}" if known else "; all are in megabyte_jax/config/run.py and model.py"
   raise FlagError(f"there is no such key: {change.written}{near}")

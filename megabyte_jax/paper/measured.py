@@ -99,8 +99,9 @@ def _what_differs(config: Config, evaluation: Mapping[str, Any], row: Config) ->
     other.append(f"trained on {human(trained, 'B')} of {human(planned, 'B')}")
   keys = changed_keys(row.to_dict(), config.to_dict())
   other += [f"other {key}" for key in keys if key.startswith(("optimizer", "batch_size") + ("data",) * is_same)]
-  if evaluation.get("data") not in (None, row.data.validation, row.data.test):
-    other.append(f"scored on {human(evaluation['bytes'], 'B')} of {evaluation['data']}")
+  known = (None, row.data.validation, row.data.test, config.data.validation, config.data.test)
+  if evaluation.get("data") not in known:
+    other.append(f"scored on {human(evaluation.get('bytes') or 0, 'B')} of {evaluation['data']}")
   cost, usual = evaluation.get("cost"), windows.cost_factor(row.eval.method, config.model)
   if cost is not None and not math.isclose(cost, usual):
     other.append(f"evaluated at {cost:g}x instead of {usual:g}x")

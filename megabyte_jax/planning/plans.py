@@ -105,14 +105,16 @@ def in_chips(name: str) -> str:
   if not found:
     return ""
   kind, number = found[1].replace("v5litepod", "v5e"), int(found[2])
-  chips = number // 2 if kind in ("v4", "v5p") and "-" in name else number  # these names count two cores for each
+  chips = number // 2 if kind in ("v4", "v5p", "tpu7x") and "-" in name else number  # they count cores
   dimensions = 2 if kind in ("v5e", "v6e") else 3
+  if chips < 4 or (chips > 256 and dimensions == 2):
+    return ""
   sides = [1] * dimensions
   for doubling in range(chips.bit_length() - 1):
     sides[doubling % dimensions] *= 2
   if math.prod(sides) != chips:
     return f"write its {chips} chips as sides, such as {kind}:{'x'.join('4' * dimensions)}"
-  return f"its {chips} chips are {kind}:{'x'.join(map(str, sorted(sides)))}"
+  return f"its {chips} chips are {kind}:{'x'.join(map(str, sorted(sides, key=lambda side: (side == 1, side))))}"
 
 
 def for_tpu(config: Config) -> Config:

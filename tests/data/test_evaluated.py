@@ -112,7 +112,7 @@ def test_pictures_and_recordings_that_are_read_as_bytes_are_told(train, form, to
   assert len(notices) == bool(told) and told in "".join(notices)
 
 
-def test_what_may_not_be_meant_is_told(tmp_path):
+def test_what_may_not_be_meant_is_told(tmp_path, monkeypatch):
   for name in ("a.txt", "notes.DOCX", "paper.pdf"):
     (tmp_path / name).write_bytes(b"words")
   config = Config.from_dict(tiny_config.get_config())
@@ -128,6 +128,11 @@ def test_what_may_not_be_meant_is_told(tmp_path):
   for validation in (f"{tmp_path}/a.txt", f"{tmp_path}/../{tmp_path.name}"):
     assert "is trained on, too" in told(train=str(tmp_path), validation=validation)[-1]
   assert told(train="sample:text/train", validation="sample:text/validation") == []
+  (tmp_path / ".hidden").mkdir()
+  (tmp_path / ".hidden/c.txt").write_bytes(b"words")
+  assert not any("too;" in line for line in told(train=str(tmp_path), validation=f"{tmp_path}/.hidden/c.txt"))
+  monkeypatch.chdir(tmp_path)
+  assert not any("too;" in line for line in told(train=".", validation="sample:text/validation"))
   (few,) = told(num_steps=100, train=f"{tmp_path}/a.txt", validation="")
   assert f"{100 * config.model.context / 5:,.0f} times" in few
 

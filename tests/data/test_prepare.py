@@ -37,6 +37,7 @@ def test_a_folder_packed_is_the_folder(tmp_path, capsys):
   ("flag", "message"),
   [
     ("--image-size=32", "--image-size goes with --form=image, but the form is bytes"),
+    ("--max-pixels=100", "--max-pixels goes with --form=image"),
     ("--convert-images", "--convert-images goes with --form=image"),
     ("--encoding=mulaw8", "--encoding goes with --form=audio"),
   ],

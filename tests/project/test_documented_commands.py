@@ -152,7 +152,7 @@ RUN_QUICKLY = [command for command in RUN_HERE if command not in RUN_SLOWLY]
 # Those of benchmarks are slow tests, which .ci/slow runs and .ci/run does not.
 RUN_BY = {
   "pip install -r requirements.txt": (".ci/run", "pip install -q -r requirements.txt"),
-  "pip install -e": (".ci/run", 'pip install -q -e ".[test]"'),
+  'pip install -e ".[test]"': (".ci/run", 'pip install -q -e ".[test]"'),
   "pytest": (".ci/run", "pytest -q"),
   "ruff": (".ci/run", "ruff check .; ruff format --check ."),
   "mypy": (".ci/run", "mypy"),
@@ -196,6 +196,8 @@ NOT_RUN = (
   "pip install .",
   'pip install -e ".[',
   'pip install -U "jax[',
+  "pip install -e . jupyterlab",
+  "pip install -e .",
   "JAX_PLATFORMS=cuda pytest",
 )
 
