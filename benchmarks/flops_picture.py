@@ -66,19 +66,19 @@ def validation(row: dict[str, Any], passes: int) -> float | None:
   return by_method.get(methods.get(passes, ""))
 
 
-def draw_byte_models(axes: Any, rows: dict[str, dict[str, Any]], title: str) -> None:
-  """Draws one corpus: the curve of each model, and its points after the curve's end."""
+def draw_byte_models(axes: Any, rows: dict[str, dict[str, Any]], legend: bool) -> None:
+  """Draws one corpus: the curve of each model, and its points after the curve's end; their names, if `legend`."""
   for name, label in _BYTE_MODELS.items():
     points = curve(rows[name]) if name in rows else []  # without a row its colour is used up all the same
-    (line,) = axes.plot([x for x, _ in points], [y for _, y in points], label=label)
+    (line,) = axes.plot([x for x, _ in points], [y for _, y in points], label=label if legend else None)
     for passes, (_, filled) in _POINTS.items():
       bits = validation(rows[name], passes) if points else None
       if bits is not None:
         at = training_flops(rows[name]) * (1 + 0.05 * passes)
         axes.plot([at], [bits], "o", color=line.get_color(), fillstyle=filled)
-  for shown_as, filled in _POINTS.values():
+  for shown_as, filled in _POINTS.values() if legend else ():
     axes.plot([], [], "o", color="gray", fillstyle=filled, label=f"validation, {shown_as}")
-  axes.set(title=title, xlabel="training FLOPs", ylabel="bits per byte: training, and validation (points)")
+  axes.set(xlabel="training FLOPs", ylabel="bits per byte: training, and validation (points)")
 
 
 def main() -> None:
@@ -90,11 +90,8 @@ def main() -> None:
   if arguments.results.is_dir():
     with panels(arguments.picture, len(_CORPORA)) as all_axes:
       for axes, (corpus, (title, bits)) in zip(all_axes, _CORPORA.items(), strict=True):
-        draw_byte_models(axes, rows_of(arguments.results, corpus), title)
-        axes.set_ylim(bits)
-      for axes in all_axes[1:]:  # the first panel's legend is that of all
-        for line in axes.get_lines():
-          line.set_label(None)
+        draw_byte_models(axes, rows_of(arguments.results, corpus), legend=axes is all_axes[0])
+        axes.set(title=title, ylim=bits)
     return
   systems = {row["row"].split(":")[1]: row for row in json.loads(arguments.results.read_text())["rows"]}
   with panels(arguments.picture, 1) as (axes,):

@@ -94,10 +94,11 @@ class FewDocuments(Windows):
   evaluate it, in an order drawn anew every time: all of them, or as many as a step has for each document.
 
   Raises:
-    ConfigError: the documents or the batch cannot be shared out equally.
+    ConfigError: the documents or the batch cannot be shared out equally, or the source has weights.
   """
 
   def __init__(self, source: Source, config: Config, documents: int):
+    require(not isinstance(source, Mixture), "--documents_per_step does not draw from data with train_weights")
     super().__init__(source, config.model.context, config.seed, "whole", config.model.num_latents)
     lengths, batch_size = np.unique(source.lengths), config.batch_size
     require(len(lengths) == 1, "--documents_per_step is for documents that are equally long, such as images")
@@ -121,7 +122,6 @@ class FewDocuments(Windows):
 def windows_for(source: Source, config: Config, documents_per_step: int) -> AnyWindows:
   """Opens the training windows: as train.py does, or those of a few documents a step."""
   if documents_per_step:
-    require(not isinstance(source, Mixture), "--documents_per_step does not draw from data with train_weights")
     return FewDocuments(source, config, documents_per_step)
   model, documents = config.model, config.data.documents
   return open_windows(source, context=model.context, seed=config.seed, documents=documents, latents=model.num_latents)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -22,7 +21,6 @@ from megabyte_jax.commands import command_line
 from megabyte_jax.display.progress import Progress, duration, human
 from megabyte_jax.errors import ConfigError, DataError, require
 from megabyte_jax.files import inputs, outputs
-from megabyte_jax.files.atomic_file import is_standard_output, is_written_into, replacing
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -46,8 +44,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     require(not (args.decompress and value), f"{flag} is for compressing; the file says the rest")
   inputs.check_readable(args.file, DataError)
   inputs.check_not_replaced("OUT", args.out, args.file)
-  lost = os.path.isfile(args.out) and not is_written_into(args.out)
-  require(args.force or not lost, f"OUT={args.out} exists; name another file, or give --force")
+  if not args.force:
+    outputs.check_new_file("OUT", args.out)
   outputs.check_output_file("OUT", args.out)
   return args
 
@@ -57,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   args = parse_arguments(arguments)
   from megabyte_jax.checkpoints.saved_config import load_config
   from megabyte_jax.checkpoints.trained_model import load
+  from megabyte_jax.files.atomic_file import is_standard_output, replacing
   from megabyte_jax.generation import entropy_coding
   from megabyte_jax.generation.compression import BATCH, WINDOW, compress, decompress, read, what_bits_are_for
   from megabyte_jax.parallel.compilation_cache import keep_compiled_programs

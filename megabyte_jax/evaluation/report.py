@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from megabyte_jax.config import Config
+from megabyte_jax.data.folders import inside_source
 from megabyte_jax.data.open_data import decodable_as
 from megabyte_jax.data.source_names import split_list
 from megabyte_jax.data.sources import Source
@@ -70,20 +71,10 @@ def notices(config: Config, source: Source) -> list[str]:
     told.append(f"the run reads these data {epochs:,.0f} times, and may learn them by heart")
   if data.validation.startswith("sample:") and not data.train.startswith("sample:"):
     told.append(f"scored on {data.validation}, which comes with the package; --config.data.validation=FILE names yours")
-  for place in split_list(data.validation) if data.validation else []:
-    if any(_is_within(place, whole) for whole in split_list(data.train)):
+  for place in split_list(data.validation) if data.validation else ():
+    if place in split_list(data.train) or (os.path.exists(place) and inside_source(place, data.train)):
       told.append(f"{place} is trained on, too; its score will be better than on texts not seen")
   return told
-
-
-def _is_within(place: str, whole: str) -> bool:
-  """True if one name of data is another, or a file or folder that is read with the folder of that name."""
-  if place == whole:
-    return True
-  if not os.path.isdir(whole) or not os.path.exists(place):
-    return False
-  below = os.path.relpath(os.path.realpath(place), os.path.realpath(whole))
-  return below == "." or not any(part.startswith(".") for part in below.split(os.sep))  # hidden ones are not read
 
 
 def attention_line(config: Config, mesh: Mesh) -> str:

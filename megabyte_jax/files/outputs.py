@@ -66,6 +66,16 @@ def check_folder_name(name: str, path: str) -> None:
   require(not kind, f"{name}={path} would be read as a name of the kind {kind and kind[0]}NAME; write ./{path}")
 
 
+def check_new_file(name: str, path: str) -> None:
+  """Checks that no file of a disk would be lost by writing one where the argument `name` says.
+
+  Raises:
+    ConfigError: a file is there.
+  """
+  lost = os.path.isfile(path) and not is_written_into(path)
+  require(not lost, f"{name}={path} exists; name another file, or give --force")
+
+
 def check_new_folder(name: str, path: str) -> None:
   """Checks that a folder can be made where the argument `name` says: nothing is there, or an empty folder.
 

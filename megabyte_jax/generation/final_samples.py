@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import codecs
 import dataclasses
 import os
 from typing import Any
@@ -22,11 +22,13 @@ from megabyte_jax.models.build import trained_model
 
 def whole_letters(text: bytes) -> bytes:
   """Returns text without the first bytes of a letter of UTF-8 that is cut off at its end; other text as it is."""
-  for cut in range(min(4, len(text))):
-    with contextlib.suppress(UnicodeDecodeError):
-      text[: len(text) - cut].decode()
-      return text[: len(text) - cut]
-  return text
+  decoder = codecs.getincrementaldecoder("utf-8")()
+  try:
+    decoder.decode(text)
+  except UnicodeDecodeError:
+    return text
+  begun, _ = decoder.getstate()
+  return text[: len(text) - len(begun)]
 
 
 def print_sample(config: Config, parameters: Any, source: Source) -> None:
