@@ -1,11 +1,13 @@
 """Draws bits per byte against training FLOPs, from the results of recipe_runs.py or of subword_systems.py.
 
   python benchmarks/flops_picture.py docs/results/recipe docs/results/flops.png
+  python benchmarks/flops_picture.py docs/results/recipe docs/results/contexts.png --contexts
   python benchmarks/flops_picture.py docs/results/table3.json docs/results/subwords.png
 
-Lines are bits per byte of training on the way to 1e17 FLOPs. The first picture, of a folder of results, has the
-byte-level models on C, books and photographs, with points for the validation data: full ones for one pass over them,
-hollow ones for two (sliding windows, and PerceiverAR). The second, of a file, has the systems of Table 3, on books.
+Lines are bits per byte of training on the way to 1e17 FLOPs, in the second picture to 3e16. The first, of a folder of
+results, has the byte-level models on C, books and photographs, with points for the validation data: full ones for one
+pass over them, hollow ones for two (sliding windows, and PerceiverAR). The second has MEGABYTE with other contexts on
+C, and its validation by one pass. The third, of a file, has the systems of Table 3, on books.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ _CORPORA = {  # title, and the bits shown
   "library": ("books", (1.25, 1.65)),
   "image64": ("photographs", (1.4, 2.2)),
 }
+_CONTEXTS = (4096, 8192, 32_768, 131_072)
 _POINTS = {1: ("one pass", "full"), 2: ("two passes", "none")}  # over the validation data: name, and how it is filled
 
 
@@ -81,12 +84,40 @@ def draw_byte_models(axes: Any, rows: dict[str, dict[str, Any]], legend: bool) -
   axes.set(xlabel="training FLOPs", ylabel="bits per byte: training, and validation (points)")
 
 
+def context_rows(folder: pathlib.Path, suffix: str) -> dict[int, dict[str, Any]]:
+  """Returns the rows of 3e16 FLOPs on C by their contexts: whole attention, or with `suffix` that of a window."""
+  paths = {context: folder / f"kernel_megabyte_context_{context}{suffix}_3e16.json" for context in _CONTEXTS}
+  return {context: json.loads(path.read_text()) for context, path in paths.items() if path.exists()}
+
+
+def draw_contexts(on_the_way: Any, at_the_end: Any, folder: pathlib.Path) -> None:
+  """Draws the curves of training, and the bits of validation against the context."""
+  colors: dict[int, str] = {}
+  for suffix, style, shown_as in (("", "-", "all patches seen"), ("_window", "--", "1,024 patches seen")):
+    rows = context_rows(folder, suffix)
+    for context, row in rows.items():
+      label = f"{context:,} bytes{', 1,024 patches seen' if suffix else ''}"
+      (line,) = on_the_way.plot(*zip(*curve(row), strict=True), style, color=colors.get(context), label=label)
+      colors[context] = line.get_color()
+    bits = [validation(row, 1) for row in rows.values()]
+    at_the_end.plot(list(rows), bits, f"o{style}", color="gray", label=shown_as)
+  on_the_way.set(ylim=(0.5, 4.8), xlabel="training FLOPs", ylabel="bits per byte of training")
+  at_the_end.set(xscale="log", xlabel="bytes of context", ylabel="validation bits per byte, one pass", ylim=(0.7, 2.6))
+  at_the_end.set_xticks(_CONTEXTS, [f"{context:,}" for context in _CONTEXTS], minor=False)
+  at_the_end.minorticks_off()
+
+
 def main() -> None:
   """Runs the command line."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("results", type=pathlib.Path, help="a folder of recipe_runs.py's, or subword_systems.py's file")
   parser.add_argument("picture")
+  parser.add_argument("--contexts", action="store_true", help="of a folder, the rows of other contexts")
   arguments = parser.parse_args()
+  if arguments.contexts:
+    with panels(arguments.picture, 2) as both:
+      draw_contexts(*both, arguments.results)
+    return
   if arguments.results.is_dir():
     with panels(arguments.picture, len(_CORPORA)) as all_axes:
       for axes, (corpus, (title, bits)) in zip(all_axes, _CORPORA.items(), strict=True):

@@ -17,12 +17,15 @@ RESULTS = ROOT / "docs" / "results"
   [
     (recipe_picture, ["recipe"]),
     (flops_picture, ["recipe"]),
+    (flops_picture, ["--contexts", "recipe"]),
     (flops_picture, ["table3.json"]),
   ],
 )
 def test_a_picture_is_drawn_from_the_files(tmp_path, monkeypatch, module, sources):
   picture = tmp_path / "picture.png"
-  monkeypatch.setattr(sys, "argv", ["picture", *(str(RESULTS / name) for name in sources), str(picture)])
+  monkeypatch.setattr(
+    sys, "argv", ["picture", *(name if name.startswith("-") else str(RESULTS / name) for name in sources), str(picture)]
+  )
   module.main()
   assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -46,7 +49,26 @@ def test_points_are_the_measured_figures():
       "windowed": [1.33448, 1.3256],
       "perceiver": [None, 1.32923],
     },
-    "image64": {"megabyte": [1.55845, None], "windowed": [1.48416, None], "perceiver": [None, 1.58114]},
+    "image64": {
+      "megabyte": [1.55845, None],
+      "transformer": [1.73769, 1.5783],
+      "windowed": [1.48416, None],
+      "perceiver": [None, 1.58114],
+    },
   }
   row = rows["kernel"]["megabyte"]
   assert flops_picture.curve(row)[-1] == (pytest.approx(1e17, rel=0.01), row["train_bpb_of_last_steps"])
+
+
+def test_contexts_are_the_measured_figures():
+  points = {
+    suffix: {
+      context: flops_picture.validation(row, 1)
+      for context, row in flops_picture.context_rows(RESULTS / "recipe", suffix).items()
+    }
+    for suffix in ("", "_window")
+  }
+  assert points == {
+    "": {4096: 0.83517, 8192: 0.84714, 32768: 1.29283, 131072: 2.46934},
+    "_window": {32768: 0.85888, 131072: 0.89794},
+  }

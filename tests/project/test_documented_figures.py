@@ -88,8 +88,7 @@ def test_results_can_be_found():
 
 def test_several_gpus():
   rows = {(row["case"], *row["mesh"]): row for row in result("scaling")}
-  alone = rows["text24", "seq"]["one"]["bytes/s"]  # one GPU that takes its rows at once
-  shares = {axis: rows["text24", axis]["many"]["bytes/s"] / alone / 2 for axis in ("data", "fsdp", "seq", "tensor")}
+  shares = {axis: rows["text24", axis]["of ideal"] for axis in ("data", "fsdp", "seq", "tensor")}
   image = rows["image640", "seq"]["of ideal"]
   item = passage(COMPARED, "(results.md#several-gpus)")
   said = dict(re.findall(r"(\d+)%[^%`]*`(\w+)`", item))

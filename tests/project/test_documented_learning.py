@@ -75,6 +75,7 @@ EQUAL_FLOPS = {
   "books: [PerceiverAR, 448 x 6, 1,024 latents of 4,096]": "library_perceiver",
   "books: [windowed, 448 x 6, 512 of 4,096]": "library_windowed",
   "photographs: [MEGABYTE, P = 12, 576 x 6 + 320 x 6]": "image64_megabyte",
+  "photographs: [Transformer, 448 x 6, 1,024 bytes]": "image64_transformer",
   "photographs: [PerceiverAR, 384 x 6, 1,024 latents of 12,288]": "image64_perceiver",
   "photographs: [windowed, 448 x 6, 512 of 12,288]": "image64_windowed",
 }
@@ -87,6 +88,7 @@ OTHER_SIZES = {
   "C, 1e17: [PerceiverAR, 512 x 6]": "kernel_perceiver_wider_1e17",
   "C, 1e17: [windowed, 512 x 6]": "kernel_windowed_wider_1e17",
   "books, 1e17: [windowed, 512 x 6]": "library_windowed_wider_1e17",
+  "photographs, 1e17: [MEGABYTE, P = 6, 576 x 6 + 320 x 6]": "image64_megabyte_patch6_1e17",
   "books, 3e16: [MEGABYTE, P = 4, 512 x 6 + 256 x 6]": "library_megabyte",
   "books, 3e16: [MEGABYTE, P = 4, 512 x 8 + 256 x 8]": "library_megabyte_deeper",
   "books, 3e16: [Transformer, 320 x 6]": "library_transformer",
@@ -123,7 +125,8 @@ def test_rows_of_equal_training_flops(label, name):
 @pytest.mark.parametrize(("label", "name"), OTHER_SIZES.items())
 def test_rows_of_other_sizes(label, name):
   run = result(f"recipe/{name}")
-  assert run["validation_bytes"] == (SCORED["kernel"] if label.startswith("C") else 3_670_016)
+  corpus = name.partition("_")[0]
+  assert run["validation_bytes"] == (3_670_016 if corpus == "library" else SCORED[corpus])
   tier = 3e16 if "3e16" in label else 1e17
   assert run["spacebyte_flops_per_byte"] * run["train_bytes"] == pytest.approx(tier, rel=1e-3)
   expected = [*size_and_bytes(run), f"{run['validation_bpb']:.3f}"]
@@ -147,7 +150,8 @@ def test_equal_training_flops():
   books_two = [two[f"library_{name}"] for name in ("transformer", "windowed", "megabyte", "perceiver")]
   books_one = [one[f"library_{name}"] for name in ("windowed", "megabyte", "transformer")]
   assert [on_c, books_two, books_one] == [sorted(bits) for bits in (on_c, books_two, books_one)]  # as said
-  images = [one["image64_megabyte"], two["image64_perceiver"]]
+  images = [one["image64_megabyte"], *(two[f"image64_{name}"] for name in ("transformer", "perceiver"))]
+  assert images == sorted(images)
   behind = f"{float(images[0]) - float(one['image64_windowed']):.3f}"
   mark = "](docs/results.md#equal-training-flops)"
   assert_shows(README, f"[1e17 training FLOPs{mark}", *on_c)
@@ -177,6 +181,35 @@ def test_sizes_and_outputs_at_equal_training_flops():
   ]
   first, *_ = passages(RESULTS.partition("## Other sizes and fewer FLOPs\n")[2])
   assert [number for number in numbers(first) if number.startswith("0.")] == [f"{bits:.3f}" for bits in larger]
+
+
+def test_another_seed_at_equal_training_flops():
+  bits = [b for name in ("megabyte", "transformer") for b in passes_of(f"kernel_{name}_seed1")]
+  assert_shows(RESULTS, "**Seeds.**", *bits)
+
+
+def test_patches_of_photographs():
+  worse = bits_of("image64_megabyte_patch6_1e17") - bits_of("image64_megabyte_1e17")
+  assert_shows(RESULTS, "[those of 12](#equal-training-flops)", f"{worse:.3f}")
+
+
+@pytest.mark.parametrize(
+  ("context", "suffix"), [(4096, ""), (8192, ""), (32768, ""), (131072, ""), (32768, "_window"), (131072, "_window")]
+)
+def test_contexts(context, suffix):
+  name = f"recipe/kernel_megabyte_context_{context}{suffix}_3e16"
+  run = result(name)
+  assert run["spacebyte_flops_per_byte"] * run["train_bytes"] == pytest.approx(3e16, rel=1e-3)
+  model = run["config"]["model"]
+  assert [model["context"], model["levels"][0]["attention_window"]] == [context, 1024 if suffix else 0]
+  at_300 = next(bits for step, bits, _ in run["curve"] if step == 300)
+  methods = run["bpb_by_method"]
+  bits = [at_300, run["train_bpb_of_last_steps"], methods["basic"], methods.get("sliding")]
+  label = f"[{context:,}{', window' if suffix else ''}](results/{name}.json)"
+  cells = [f"{1024 if suffix else context // 4:,}", f"{run['train_bytes'] / 1e6:.0f} MB"]
+  assert row(RESULTS, label) == [*cells, *(f"{b:.3f}" if b else "-" for b in bits)]
+  first, *_ = passages(RESULTS.partition("## Longer contexts\n")[2])
+  assert f"{methods['basic']:.3f}" in numbers(first)
 
 
 def test_epochs_at_equal_training_flops():
