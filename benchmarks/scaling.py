@@ -11,10 +11,14 @@ references, a device each. With --ahead=N all programs are compiled before, N at
 
 Columns: bytes/s; its share of N times the bytes/s of one device in the same run; seconds of a step beyond the ideal
 ones, which is communication that nothing hides (and whatever else gets slower); most memory of one device; bytes that a
-device sends in a step, from the compiled program; the largest difference of the first losses from those of one device
-that works through the same rows in parts (relative; its speed is taken without parts). After the last of these steps
-the run is saved, and one device goes on from there: the last column is how far its next loss is from that of the run
-that went on.
+device sends in a step, from the compiled program; the seconds that these take at the rate at which the same devices
+just summed large arrays, which is the limit where nothing can be hidden (`tensor`); the largest difference of the first
+losses from those of one device that works through the same rows in parts (relative; its speed is taken without parts).
+After the last of these steps the run is saved, and one device goes on from there: the last column is how far its next
+loss is from that of the run that went on.
+
+--flags=FLAGS, which may be given several times, measures every mesh once more with these added to XLA_FLAGS, without
+saving and resuming.
 
 On a CPU the virtual devices share its cores, so speeds mean nothing there; losses, resuming and bytes sent do.
 """
@@ -47,6 +51,7 @@ COLUMNS = {  # and how their numbers are shown
   "s beyond": "{:.3f}",
   "GiB": "{:.1f}",
   "MB sent": "{:,.1f}",
+  "s on wire": "{:.3f}",
   "loss differs": "{:.1e}",
   "resumed differs": "{:.1e}",
 }
@@ -101,7 +106,7 @@ def measure(args: argparse.Namespace) -> dict:
   with jax.set_mesh(made):
     state = initial_state(config, made)
     for number, batch in stream(config, made, 0):
-      if number == STEPS and not args.reference:
+      if number == STEPS and args.workdir:
         with Checkpoints(args.workdir, config.checkpoint) as checkpoints:
           checkpoints.save(STEPS, state.parameters, state.opt_state, {})
       state, values = step(state, batch.x_BT, None, None)
@@ -124,7 +129,30 @@ def measure(args: argparse.Namespace) -> dict:
     result["resumed"] = [resumed_loss(config, made, step, workdir) for workdir in args.resume.split(",") if workdir]
   predicted = timed.batch_size * flops.predicted_bytes(config.model)
   sent = sum(c.wire_bytes for c in collectives(step.as_text() or ""))
-  return result | {"seconds": taken, "bytes/s": predicted / taken, "sent": sent}
+  result |= {"seconds": taken, "bytes/s": predicted / taken, "sent": sent}
+  return result if args.reference else result | {"wire": wire_rate(made)}
+
+
+def wire_rate(mesh, megabytes: int = 128, sums: int = 20) -> float:
+  """Measures the bytes/s that a device sends while all devices of a mesh sum bfloat16 arrays that each of them has."""
+  import jax  # noqa: PLC0415
+  import jax.numpy as jnp  # noqa: PLC0415
+
+  axes, everywhere = mesh.axis_names, jax.sharding.PartitionSpec()
+
+  def summed(x):
+    mean = lambda _, x: jax.lax.psum(x, axes) / mesh.size  # noqa: E731  (each sum waits for the one before)
+    return jax.lax.fori_loop(0, sums, mean, x)
+
+  program = jax.jit(jax.shard_map(summed, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False))
+  dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16  # sums of bfloat16 end the process on CPUs
+  x = jnp.ones(megabytes * 2**20 // dtype.dtype.itemsize, dtype)
+  x = jax.device_put(x, jax.sharding.NamedSharding(mesh, everywhere))
+  jax.block_until_ready(program(x))
+  begin = time.perf_counter()
+  jax.block_until_ready(program(x))
+  taken = time.perf_counter() - begin
+  return sums * x.nbytes * 2 * (mesh.size - 1) / mesh.size / taken  # a ring sends each part twice
 
 
 def stream(config, mesh, first_step: int):
@@ -157,57 +185,74 @@ def resumed_loss(config, mesh, step, workdir: str) -> float:
   return float(values["nats"]) / float(values["bytes"])
 
 
-def in_own_process(arguments: list[str], devices: list[int]) -> dict:
-  """Returns what `measure` returns in a process that sees these devices."""
+def in_own_process(arguments: list[str], devices: list[int], flags: str = "") -> dict:
+  """Returns what `measure` returns in a process that sees these devices, with flags added to XLA's."""
   environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": str("--compile_only" not in arguments).lower()}
+  environment["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *flags.split()])
   if environment.get("JAX_PLATFORMS", "") == "cpu":
-    others = [f for f in environment.get("XLA_FLAGS", "").split() if "device_count" not in f]
+    others = [f for f in environment["XLA_FLAGS"].split() if "device_count" not in f]
     environment["XLA_FLAGS"] = " ".join([*others, f"--xla_force_host_platform_device_count={len(devices)}"])
   else:
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
   begin = time.perf_counter()
   found = own_process.last_line(__file__, arguments, environment)
-  print(f"{time.perf_counter() - begin:6.0f} s  {' '.join(arguments)}", file=sys.stderr, flush=True)
+  print(f"{time.perf_counter() - begin:6.0f} s  {' '.join(arguments)} {flags}", file=sys.stderr, flush=True)
   return found
 
 
-def run(wanted: list[tuple[str, dict[str, int]]], devices: int, args: argparse.Namespace) -> list[dict]:
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One row of the table: a case on a mesh, with flags added to XLA's."""
+
+  case: str
+  mesh: dict[str, int]
+  flags: str = ""
+
+  @property
+  def reference(self) -> tuple[str, int]:
+    """What rows have in common that are compared with the same run of one device."""
+    return self.case, config_of(self.case, self.mesh, reference=True).batch_size
+
+
+def run(rows: list[Row], devices: int, args: argparse.Namespace) -> list[dict]:
   """Measures the rows of cases on meshes."""
   on_cpu = os.environ.get("JAX_PLATFORMS", "") == "cpu"
   every = list(range(devices))
   common = [f"--seconds={args.seconds}", f"--batch_size={args.batch_size}"]
-  many = [[f"--only={case}", f"--mesh={json.dumps(mesh)}", *common] for case, mesh in wanted]
-  # Meshes whose steps take the same rows are compared with the same run of one device.
-  rows = [(case, config_of(case, mesh, reference=True).batch_size) for case, mesh in wanted]
-  groups = {key: [i for i, other in enumerate(rows) if other == key] for key in rows}
+  many = [[f"--only={row.case}", f"--mesh={json.dumps(row.mesh)}", *common] for row in rows]
+  groups = {row.reference: [i for i, other in enumerate(rows) if other.reference == row.reference] for row in rows}
   with tempfile.TemporaryDirectory() as folder:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/compiled"
-    workdirs = [f"{folder}/{i}" for i in range(len(wanted))]
+    workdirs = [f"{folder}/{i}" if not row.flags else "" for i, row in enumerate(rows)]
     references = {key: [*many[own[0]], "--reference"] for key, own in groups.items()}
     if args.ahead:
       with concurrent.futures.ThreadPoolExecutor(args.ahead) as pool:
-        jobs = [(each, every) for each in many] + [(each, every[:1]) for each in references.values()]
-        list(pool.map(lambda job: in_own_process([*job[0], "--compile_only"], job[1]), jobs))
-    made = [in_own_process([*each, f"--workdir={w}"], every) for each, w in zip(many, workdirs, strict=True)]
+        jobs = [(each, every, row.flags) for each, row in zip(many, rows, strict=True)]
+        jobs += [(each, every[:1], "") for each in references.values()]
+        list(pool.map(lambda job: in_own_process([*job[0], "--compile_only"], *job[1:]), jobs))
+    made = [
+      in_own_process([*each, f"--workdir={workdir}"], every, row.flags)
+      for each, workdir, row in zip(many, workdirs, rows, strict=True)
+    ]
     free: queue.Queue[int] = queue.Queue()
     for device in every[:1] if on_cpu else every:
       free.put(device)
 
+    saved = {key: [i for i in own if workdirs[i] and "error" not in made[i]] for key, own in groups.items()}
+
     def one_device(key):
-      saved = ",".join(workdirs[i] for i in groups[key] if "error" not in made[i])
       device = free.get()
-      found = in_own_process([*references[key], f"--resume={saved}"], [device])
+      found = in_own_process([*references[key], f"--resume={','.join(workdirs[i] for i in saved[key])}"], [device])
       free.put(device)
       return key, found
 
     with concurrent.futures.ThreadPoolExecutor(devices) as pool:
       ones = dict(pool.map(one_device, groups))
   found = []
-  for i, (case, mesh) in enumerate(wanted):
-    one = ones[rows[i]]
-    resumed = [j for j in groups[rows[i]] if "error" not in made[j]]
+  for i, row in enumerate(rows):
+    one, resumed = ones[row.reference], saved[row.reference]
     loss = one["resumed"][resumed.index(i)] if "error" not in one and i in resumed else None
-    found.append({"case": case, "mesh": mesh, "devices": devices} | compared(made[i], one, loss, devices))
+    found.append(dataclasses.asdict(row) | {"devices": devices} | compared(made[i], one, loss, devices))
   return found
 
 
@@ -217,21 +262,23 @@ def compared(many: dict, one: dict, resumed_loss: float | None, devices: int) ->
   if "error" in many or "error" in one:
     return found | {"error": "; ".join(part["error"] for part in (many, one) if "error" in part)}
   ideal = devices * one["bytes/s"]
-  assert resumed_loss is not None
+  last = many["losses"][-1]
   return found | {
     "bytes/s": many["bytes/s"],
     "of ideal": many["bytes/s"] / ideal,
     "s beyond": many["seconds"] * (1 - many["bytes/s"] / ideal),
     "GiB": many["peak"] / 2**30 if many["peak"] else None,
     "MB sent": many["sent"] / 1e6,
+    "s on wire": many["sent"] / many["wire"],
     "loss differs": max(abs(a / b - 1) for a, b in zip(many["losses"], one["losses"], strict=True)),
-    "resumed differs": abs(resumed_loss - many["losses"][-1]) / many["losses"][-1],
+    "resumed differs": None if resumed_loss is None else abs(resumed_loss - last) / last,
   }
 
 
 def show(found: dict) -> None:
   """Prints one line of the table."""
   name = f"{found['case']} {','.join(f'{axis}={size}' for axis, size in found['mesh'].items())}"
+  name += f" {found['flags']}" if found["flags"] else ""
   print(f"{name:<28} {found['error'][:200] if 'error' in found else cells(found, COLUMNS, 15)}", flush=True)
 
 
@@ -251,6 +298,7 @@ def main() -> None:
   parser.add_argument("--axes", default="data,fsdp,seq,tensor")
   parser.add_argument("--seconds", type=float, default=8.0, help="of steps that are timed")
   parser.add_argument("--batch-size", type=int, default=0, help="rows of one device; default: as train_speed.py has it")
+  parser.add_argument("--flags", action="append", default=[], help="further flags of XLA; may be given several times")
   parser.add_argument("--output", default="", help="the rows, as JSON")
   parser.add_argument("--ahead", type=int, default=0, help="programs compiled at a time before any runs; 0: none")
   for hidden in ("only", "mesh", "workdir", "resume"):
@@ -267,8 +315,8 @@ def main() -> None:
     raise SystemExit(f"found {devices} GPUs; scaling needs several (JAX_PLATFORMS=cpu tries it on virtual devices)")
   cases_ = (args.cases or ("tiny" if on_cpu else "text24,image640")).split(",")
   axes = args.axes.split(",")  # one sequence of Image640 has nothing to give to data; fsdp and tensor save it little
-  wanted = [(case, {axis: devices}) for case in cases_ for axis in axes if case != "image640" or axis == "seq"]
-  rows = run(wanted, devices, args)
+  meshes = [(case, {axis: devices}) for case in cases_ for axis in axes if case != "image640" or axis == "seq"]
+  rows = run([Row(case, mesh, flags) for flags in ("", *args.flags) for case, mesh in meshes], devices, args)
   print(" " * 28, *(f"{column:>15}" for column in COLUMNS))
   for found in rows:
     show(found)

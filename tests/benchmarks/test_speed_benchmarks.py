@@ -245,9 +245,13 @@ def test_how_fast_data_are_read():
 
 @pytest.mark.slow
 def test_several_devices_learn_as_one(tmp_path):
+  flag = "--xla_cpu_enable_fast_min_max=true"
   command = [sys.executable, "benchmarks/scaling.py", "--devices=2", "--seconds=0.1", f"--output={tmp_path / 'rows'}"]
   here = environment() | {"JAX_PLATFORMS": "cpu"}
+  command += [f"--flags={flag}"]
   subprocess.run(command, cwd=ROOT, env=here, capture_output=True, text=True, check=True, timeout=900)
   rows = json.loads((tmp_path / "rows").read_text())
-  assert [row["mesh"] for row in rows] == [{axis: 2} for axis in ("data", "fsdp", "seq", "tensor")]
-  assert all(row["loss differs"] < 1e-4 and row["resumed differs"] < 1e-5 and row["MB sent"] > 0 for row in rows)
+  meshes = [{axis: 2} for axis in ("data", "fsdp", "seq", "tensor")]
+  assert [(row["flags"], row["mesh"]) for row in rows] == [(f, mesh) for f in ("", flag) for mesh in meshes]
+  assert all(row["loss differs"] < 1e-4 and row["MB sent"] > 0 and row["s on wire"] > 0 for row in rows)
+  assert all(row["resumed differs"] < 1e-5 for row in rows[:4])
