@@ -115,8 +115,8 @@ def main() -> None:
   parser.add_argument("--contexts", action="store_true", help="of a folder, the rows of other contexts")
   arguments = parser.parse_args()
   if arguments.contexts:
-    with panels(arguments.picture, 2) as both:
-      draw_contexts(*both, arguments.results)
+    with panels(arguments.picture, 2) as (on_the_way, at_the_end):
+      draw_contexts(on_the_way, at_the_end, arguments.results)
     return
   if arguments.results.is_dir():
     with panels(arguments.picture, len(_CORPORA)) as all_axes:

@@ -38,7 +38,7 @@ def find_files(spec: str, suffixes: Sequence[str] = (), wanted: str = "") -> tup
     DataError: there are no such files, a folder cannot be listed, holds packed data, or is nested too deeply.
   """
   is_remote = object_stores.is_remote(spec)
-  if any(c in spec for c in "*?[") and not os.path.exists(spec):
+  if _is_glob(spec):
     base = _fixed_part(spec)
     paths = _remote_glob(base, spec) if is_remote else _local_glob(base, spec)
   else:
@@ -85,6 +85,15 @@ def inside_source(path: str, spec: str) -> str:
     if inner[0] != os.pardir and not (inner != ["."] and any(part.startswith(".") for part in inner)):
       return name
   return ""
+
+
+def is_matched(path: str, spec: str) -> bool:
+  """Tells whether a local file or folder lies in a folder of a list of sources, or matches a glob there."""
+  if inside_source(path, spec):
+    return True
+  globs = (folder for folder, _ in map(split_field, split_list(spec)) if _is_glob(folder))
+  matches = (match for pattern in globs for match in glob.iglob(pattern, recursive=True))
+  return any(os.path.realpath(match) == os.path.realpath(path) for match in matches)
 
 
 def _refuse_packed(folder: str, paths: Sequence[str]) -> None:
@@ -191,6 +200,10 @@ def _walk_remote(folder: str) -> list[str]:
     inside = os.fspath(root).removeprefix(f"{scheme}://").strip("/")  # file systems give it with the scheme or without
     found += [f"{scheme}://{inside}/{name}" for name in names if name]
   return found
+
+
+def _is_glob(spec: str) -> bool:
+  return any(c in spec for c in "*?[") and not os.path.exists(spec)
 
 
 def _local_glob(base: str, pattern: str) -> list[str]:

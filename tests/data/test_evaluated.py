@@ -127,6 +127,8 @@ def test_what_may_not_be_meant_is_told(tmp_path, monkeypatch):
   assert told(train=f"{tmp_path}/a.txt", validation=f"{tmp_path}/paper.pdf") == []
   for validation in (f"{tmp_path}/a.txt", f"{tmp_path}/../{tmp_path.name}"):
     assert "is trained on, too" in told(train=str(tmp_path), validation=validation)[-1]
+  assert "is trained on, too" in told(train=f"{tmp_path}/*.txt", validation=f"{tmp_path}/a.txt")[-1]
+  assert told(train=f"{tmp_path}/*.txt", validation=f"{tmp_path}/paper.pdf") == []
   assert told(train="sample:text/train", validation="sample:text/validation") == []
   (tmp_path / ".hidden").mkdir()
   (tmp_path / ".hidden/c.txt").write_bytes(b"words")
