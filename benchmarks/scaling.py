@@ -223,7 +223,7 @@ def run(rows: list[Row], devices: int, args: argparse.Namespace) -> list[dict]:
   groups = {row.reference: [i for i, other in enumerate(rows) if other.reference == row.reference] for row in rows}
   with tempfile.TemporaryDirectory() as folder:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/compiled"
-    workdirs = [f"{folder}/{i}" if not row.flags else "" for i, row in enumerate(rows)]
+    workdirs = ["" if row.flags or args.no_resume else f"{folder}/{i}" for i, row in enumerate(rows)]
     references = {key: [*many[own[0]], "--reference"] for key, own in groups.items()}
     if args.ahead:
       with concurrent.futures.ThreadPoolExecutor(args.ahead) as pool:
@@ -301,6 +301,9 @@ def main() -> None:
   parser.add_argument("--flags", action="append", default=[], help="further flags of XLA; may be given several times")
   parser.add_argument("--output", default="", help="the rows, as JSON")
   parser.add_argument("--ahead", type=int, default=0, help="programs compiled at a time before any runs; 0: none")
+  parser.add_argument(
+    "--no-resume", action="store_true", help="without saving and resuming, which takes a minute a row"
+  )
   for hidden in ("only", "mesh", "workdir", "resume"):
     parser.add_argument(f"--{hidden}", default="", help=argparse.SUPPRESS)
   for hidden in ("reference", "compile-only"):
