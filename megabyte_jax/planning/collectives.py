@@ -28,6 +28,8 @@ _BETWEEN_SLICES = re.compile(
 )
 _PIECE = re.compile(r"channel_id=(\d+),.*chain_id=\"(\d+)\"")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_LAYOUT = re.compile(r"\{[^}]*\}")
+_OPERANDS = re.compile(r"\(\(([^()]*)\)")  # of a start: a tuple before its results (JAX 0.11.2, all-reduces, too)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +174,9 @@ def _constant(line: str) -> int:
 def _arrays(shape: str, kind: str, started: bool) -> tuple[int, ...]:
   """Returns the bytes of each result in an instruction's shape; an asynchronous start also lists operands and flags."""
   sizes = _sizes(shape)
+  if started and (operands := _OPERANDS.match(_LAYOUT.sub("", shape))):
+    count = len(_sizes(operands[1]))
+    return tuple(sizes[count : 2 * count])
   if not started or kind == "all-reduce" or len(sizes) < 2:
     return tuple(sizes)
   if kind == "collective-permute":  # operand, result, two flags
@@ -183,7 +188,7 @@ def _sizes(shape: str) -> list[int]:
   """Returns the bytes of each array in a shape."""
   return [
     _BYTES.get(dtype, 1) * math.prod(int(d) for d in dims.split(",") if d)
-    for dtype, dims in _SHAPE.findall(re.sub(r"\{[^}]*\}", "", shape))
+    for dtype, dims in _SHAPE.findall(_LAYOUT.sub("", shape))
   ]
 
 

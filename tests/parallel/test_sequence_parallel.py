@@ -179,6 +179,25 @@ ENTRY %main (a: f32[4]) -> f32[4] {
   assert found["all-reduce"].group == 4
 
 
+@pytest.mark.parametrize(
+  ("start", "arrays", "sends"),
+  [
+    ("bf16[8,4]{1,0} all-reduce-start(%a)", (64,), 64),  # JAX 0.10.2
+    ("(f32[8]{0}, f32[2]{0}) all-reduce-start(%a, %b)", (32, 8), 40),
+    ("((bf16[8,4]{1,0:T(8,128)}), bf16[8,4]{1,0}) all-reduce-start(%a)", (64,), 64),  # JAX 0.11.2
+    ("((f32[8]{0}, f32[2]{0}), (f32[8]{0}, f32[2]{0})) all-reduce-start(%a, %b)", (32, 8), 40),
+    ("((f32[4]{0}, f32[1]{0}), (f32[8]{0}, f32[2]{0})) all-gather-start(%a, %b)", (32, 8), 20),
+    ("((f32[8]{0}), f32[4]{0}) reduce-scatter-start(%a)", (32,), 16),
+    ("((f32[8]{0}), f32[8]{0}) all-to-all-start(%a)", (32,), 16),
+    ("(f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%a)", (32,), 32),
+    ("((f32[8]{0}, f32[2]{0}), (f32[8]{0}, f32[2]{0})) collective-permute-start(%a, %b)", (32, 8), 40),
+  ],
+)
+def test_a_start_counts_its_results_alone(start, arrays, sends):
+  [one] = collectives(f"ENTRY %main (a: f32[4]) -> f32[4] {{\n  %s = {start}, replica_groups={{{{0,1}}}}\n}}\n")
+  assert (one.arrays, one.wire_bytes) == (arrays, sends)
+
+
 def test_collectives_spread_over_fusions_count_once():
   gather = 'all-gather(%p), channel_id={}, replica_groups=[2,4]<=[8], frontend_attributes={{chain_id="{}"}}'
   text = f"""HloModule a
