@@ -40,7 +40,6 @@ def cannot_write(error: OSError, path: object, unsaved: int | None, good: int | 
   """
   logging.getLogger("asyncio").addFilter(_is_no_orphan)  # tasks and threads of the save may end after this
   logging.getLogger("absl").addFilter(_is_news)
-  warnings.filterwarnings("ignore", r"coroutine '.*async_serialize.*' was never awaited", RuntimeWarning)
   remedy = "make room there, or move the run to another place" if error.errno in NO_ROOM else "see to it"
   lost = "" if unsaved is None else f"the checkpoint of step {unsaved} was not saved, "
   if good is None:
@@ -63,6 +62,7 @@ def quiet() -> Iterator[None]:
 
   logger.addFilter(_is_news)
   sys.unraisablehook = on_unraisable
+  warnings.filterwarnings("ignore", r"coroutine '.*async_serialize.*' was never awaited", RuntimeWarning)
   try:
     yield
   finally:
