@@ -210,7 +210,7 @@ class Row:
 
   @property
   def reference(self) -> tuple[str, int]:
-    """What rows have in common that are compared with the same run of one device."""
+    """Returns what rows share that are compared with the same run of one device: the case and the rows of a step."""
     return self.case, config_of(self.case, self.mesh, reference=True).batch_size
 
 
