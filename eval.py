@@ -38,7 +38,7 @@ from megabyte_jax.data.open_data import open_path, open_source
 from megabyte_jax.data.sources import Source
 from megabyte_jax.display import plots
 from megabyte_jax.errors import ConfigError, DataError, in_one_line, require
-from megabyte_jax.evaluation import image_report, perplexity, report
+from megabyte_jax.evaluation import image_report, perplexity, report, windows
 from megabyte_jax.evaluation.by_source import by_source
 from megabyte_jax.evaluation.evaluate import Evaluation
 from megabyte_jax.evaluation.nats_of_each_byte import PerByte
@@ -67,6 +67,11 @@ def run(args: argparse.Namespace) -> str:
   distributed.start_from_arguments(args, agree_on_sigterm=False)  # nothing is saved that could be resumed
   keep_compiled_programs()
   config = with_options(load_config(args.workdir), args)
+  windows.check_method(config.model, args.method or config.eval.method, args.stride)
+  require(
+    not args.per_byte_out or config.data.form != "subwords",
+    "--per-byte-out is for models that read bytes; this one reads subwords, whose bytes have no nats of their own",
+  )
   mesh = evaluation_mesh(config.mesh)
   if args.data:
     source = open_path(args.data, config.data, skip_empty=True)  # they have no byte that could be scored
@@ -127,10 +132,6 @@ def score(config: Config, args: argparse.Namespace, parameters: Any, source: Sou
   compare = args.compressors and not args.max_bytes
   with contextlib.ExitStack() as writing:
     per_byte = None
-    require(
-      not args.per_byte_out or config.data.form != "subwords",
-      "--per-byte-out is for models that read bytes; this one reads subwords, whose bytes have no nats of their own",
-    )
     if args.per_byte_out and jax.process_index() == 0:
       per_byte = PerByte(writing.enter_context(replacing(args.per_byte_out)), source.lengths)
     return report.evaluate_and_print(

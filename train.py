@@ -54,13 +54,16 @@ from megabyte_jax.training.stop_signal import Interrupted, StopSignal
 from megabyte_jax.training.trace import Trace
 
 
-def train(config: Config, workdir: str, init_from: str = "") -> None:
+def train(config: Config, workdir: str, init_from: str = "") -> bool:
   """Trains until `config.num_steps`, from the newest checkpoint in `workdir` if there is one.
 
   Args:
     config: of the run.
     workdir: where checkpoints, metrics and pictures go.
     init_from: the folder of a run whose parameters a new run starts from; '' draws them.
+
+  Returns:
+    Whether all steps are done; False where a signal stopped the run, which is saved.
 
   Raises:
     ConfigError: mesh, model, batch and evaluation do not suit each other, or the run did not start from `init_from`.
@@ -140,7 +143,8 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
           except Interrupted:
             folder.check()
             save(checkpoints, done, state, start.identity | step_metrics.so_far())
-            return say_stopped(checkpoints, done)
+            say_stopped(checkpoints, done)
+            return False
           metrics.write(done, {"validation_bpb": result.bpb})
           checkpoints.record(done, result.bpb)
           print(f"step {done}: validation bpb {result.bpb:.4f} ({result.bytes:,} bytes)", flush=True)
@@ -158,7 +162,8 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
           folder.check()
           save(checkpoints, step, state, start.identity | step_metrics.so_far())
         if stopping and step < config.num_steps:
-          return say_stopped(checkpoints, step)
+          say_stopped(checkpoints, step)
+          return False
 
     checkpoints.wait()
     metrics.flush()
@@ -173,6 +178,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> None:
       checkpoints.record(config.num_steps, part.bpb)
     closing.close()  # metrics are whole before they are drawn
     finish(config, workdir, state.parameters, source, validation, tracker)
+  return True
 
 
 def say_stopped(checkpoints: Checkpoints, step: int) -> None:

@@ -41,7 +41,6 @@ import jax
 from comparison_arguments import ROOT, parse_arguments
 from comparison_rows import COMPARISONS, Comparison
 
-from megabyte_jax.checkpoints.checkpoints import Checkpoints
 from megabyte_jax.commands import command_line
 from megabyte_jax.config import Config, overrides
 from megabyte_jax.data.open_data import open_source
@@ -105,10 +104,8 @@ class Run:
     command = ["python", "train.py", f"--config={self.config_file}:{self.row}", f"--workdir={workdir}", *flags]
     print("$", shlex.join(command), flush=True)
     config = self.config(*more)
-    train.train(config, str(workdir))
-    with Checkpoints(workdir, read_only=True) as checkpoints:
-      if checkpoints.latest_step() != config.num_steps:
-        raise SystemExit("stopped; give the same command again")
+    if not train.train(config, str(workdir)):
+      raise SystemExit("stopped; give the same command again")
 
   def evaluate(self, workdir: pathlib.Path, *more: str) -> dict:
     """Runs eval.py and returns the JSON object that it prints."""

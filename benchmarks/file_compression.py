@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import jax
 
 from megabyte_jax.checkpoints.trained_model import load
+from megabyte_jax.commands import command_line
 from megabyte_jax.commands.arguments import Parser, add_run_arguments
 from megabyte_jax.errors import DataError
 from megabyte_jax.evaluation.compressors import COMPRESSORS
@@ -97,4 +98,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  main()
+  command_line.run(main)

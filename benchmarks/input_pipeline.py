@@ -21,7 +21,7 @@ import time
 import numpy as np
 from PIL import Image
 
-from megabyte_jax.commands import prepare
+from megabyte_jax.commands import command_line, prepare
 from megabyte_jax.commands.arguments import Parser
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data.batches import batches
@@ -147,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  command_line.run(main)

@@ -25,7 +25,8 @@ def last_line(
   except subprocess.TimeoutExpired:
     return {"error": f"not done after {patience:.0f} s"}
   if done.returncode == 0:
-    return json.loads(done.stdout.splitlines()[-1])
+    lines = done.stdout.splitlines()
+    return json.loads(lines[-1]) if lines else {"error": "it printed nothing"}
   said = (line for line in done.stderr.splitlines()[::-1] if re.search("[Ee]rror|MEMORY|EXHAUSTED", line))
   memory = "out of memory: " if "RESOURCE_EXHAUSTED" in done.stderr or "OutOfMemory" in done.stderr else ""
   reason = next(said, f"exit code {done.returncode}")

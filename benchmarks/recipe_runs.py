@@ -46,8 +46,8 @@ from megabyte_jax.evaluation.windows import METHODS, check_method, windows_of
 from megabyte_jax.files.atomic_file import replacing
 from megabyte_jax.models.build import abstract_model
 from megabyte_jax.models.flops import flops_per_byte, parameter_count, predicted_bytes
+from megabyte_jax.models.global_and_local import finer_levels
 from megabyte_jax.models.loss import bits_per_byte, sum_of_nats
-from megabyte_jax.models.megabyte import finer_levels
 from megabyte_jax.parallel.sharding import batch_sharding, make_mesh
 from megabyte_jax.training.state import initial_state, make_train_step
 
@@ -178,10 +178,10 @@ def run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
   per_step = config.batch_size * predicted_bytes(config.model)
   windows = windows_for(source, config, arguments.documents_per_step)
   start = measured_from = time.perf_counter()
-  stream = draw_batches(windows, batch_size=config.batch_size, sharding=batch_sharding(mesh))
+  stream = draw_batches(
+    windows, batch_size=config.batch_size, num_steps=config.num_steps, sharding=batch_sharding(mesh)
+  )
   for number, batch in stream:
-    if number == config.num_steps:
-      break
     if number and number == first:
       step_function = make_train_step(config)
     with jax.set_mesh(mesh):
@@ -256,8 +256,8 @@ def main() -> None:
   parser.add_argument("--output", type=pathlib.Path, required=True)
   arguments = parser.parse_args()
   config = make_config(arguments)
-  if arguments.switch and not isinstance(config.model, MegabyteConfig):
-    parser.error("--switch is for MEGABYTE")
+  if (arguments.switch or arguments.diagnose) and not isinstance(config.model, MegabyteConfig):
+    parser.error("--switch and --diagnose are for MEGABYTE")
   row = run(config, arguments)
   arguments.output.parent.mkdir(parents=True, exist_ok=True)
   with replacing(arguments.output) as path:

@@ -242,9 +242,11 @@ def run(rows: list[Row], devices: int, args: argparse.Namespace) -> list[dict]:
 
     def one_device(key):
       device = free.get()
-      found = in_own_process([*references[key], f"--resume={','.join(workdirs[i] for i in saved[key])}"], [device])
-      free.put(device)
-      return key, found
+      try:
+        resume = f"--resume={','.join(workdirs[i] for i in saved[key])}"
+        return key, in_own_process([*references[key], resume], [device])
+      finally:
+        free.put(device)
 
     with concurrent.futures.ThreadPoolExecutor(devices) as pool:
       ones = dict(pool.map(one_device, groups))

@@ -32,16 +32,19 @@ from typing import Any
 import jax
 import recipe_runs
 
-import eval as eval_script
-import train
-from megabyte_jax.commands import eval as eval_command
+from megabyte_jax.commands import command_line
 from megabyte_jax.config import CheckpointConfig, Config, DataConfig, overrides
 from megabyte_jax.data.subwords.tokenizer import load_tokenizer
 from megabyte_jax.data.subwords.training import train_tokenizer
 from megabyte_jax.display.progress import human
 from megabyte_jax.files.atomic_file import replacing
 from megabyte_jax.models.flops import flops_per_byte, parameter_count, predicted_bytes
-from megabyte_jax.paper.rows_by_name import rows_of_file
+from megabyte_jax.paper.rows_by_name import ROOT, rows_of_file
+
+sys.path.insert(0, str(ROOT))
+
+import eval as evaluation
+import train
 
 _SMALL = pathlib.Path(__file__).parents[1] / "configs" / "small.py"
 
@@ -80,12 +83,13 @@ def evaluate(workdir: pathlib.Path, method: str) -> dict[str, Any]:
   """Returns what eval.py says of a trained system by an inference method."""
   flags = [f"--workdir={workdir}", f"--method={method}", "--words=count", "--no-compressors"]
   with contextlib.redirect_stdout(io.StringIO()):
-    return json.loads(eval_script.run(eval_command.parse_arguments(flags)))
+    return json.loads(evaluation.main(flags))
 
 
 def run(name: str, config: Config, workdir: pathlib.Path, flops: float) -> dict[str, Any]:
   """Trains and evaluates one system and returns its entry in the results; `curve` has (step, bits per byte)."""
-  train.train(config, str(workdir))
+  if not train.train(config, str(workdir)):
+    raise SystemExit("stopped; give the same command again")
   methods = list(dict.fromkeys(("basic", config.eval.method)))
   by_method = {method: evaluate(workdir, method) for method in methods}
   scored = by_method[config.eval.method]
@@ -159,4 +163,4 @@ def main(given: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  main()
+  command_line.run(main)

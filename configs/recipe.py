@@ -27,18 +27,16 @@ _CONTEXT, _SHORT_CONTEXT, _WINDOW = 4096, 1024, 512
 
 def get_config(name="megabyte:4:768x6:384x6+modern"):
   row, changes = recipe.split_name(name)
+  model = model_of(row)
   config = Config(
-    model=model_of(row),
+    model=model,
     optimizer=OptimizerConfig(learning_rate=5e-3, schedule="cosine", warmup_steps=64),
     eval=EvalConfig(every_steps=400, max_bytes=2**20),
-    batch_size=1,
+    batch_size=BYTES_PER_STEP // model.predicted_bytes,
     num_steps=1600,
     log_every=50,
   )
-  predicted = config.model.predicted_bytes
-  config = recipe.with_changes(config, tuple(change for change in changes if change != "init")).to_config_dict()
-  config.batch_size = BYTES_PER_STEP // predicted
-  return config
+  return recipe.with_changes(config, tuple(change for change in changes if change != "init")).to_config_dict()
 
 
 def model_of(row):
@@ -52,6 +50,9 @@ def model_of(row):
     and len(shapes) == len(parts) == wanted
     and (patch > 1) == (family == "megabyte"),
     f"{row}: write megabyte:P:WIDTHxLAYERS:WIDTHxLAYERS, transformer:, windowed: or perceiver:WIDTHxLAYERS",
+  )
+  require(
+    all(width and width % 64 == 0 for width, _ in shapes), f"{row}: widths must be multiples of 64, a head's width"
   )
   if family == "perceiver":
     (width, layers) = shapes[0]
@@ -76,7 +77,6 @@ def model_of(row):
     )
     for size, (width, layers) in zip(sizes, shapes, strict=True)
   )
-  require(all(width % 64 == 0 for width, _ in shapes), f"{row}: widths must be multiples of 64, a head's width")
   context = _SHORT_CONTEXT if family == "transformer" else _CONTEXT // sizes[0] * sizes[0]  # whole patches
   return MegabyteConfig(
     context=context, levels=levels, parent_init="balanced" if len(levels) > 1 else "paper", **options

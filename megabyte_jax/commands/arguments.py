@@ -29,7 +29,8 @@ class Parser(argparse.ArgumentParser):
   """
 
   def __init__(self, prog: str, **options: Any):
-    super().__init__(prog, **{"formatter_class": argparse.RawDescriptionHelpFormatter} | options)
+    ours: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    super().__init__(prog, **ours | options)
     self._configs: list[str] = []
     self.register("type", int, _whole_number)
 
@@ -81,7 +82,8 @@ class Parser(argparse.ArgumentParser):
       hyphens = name[0].replace("_", "-")
       return defined.get(hyphens, hyphens)
 
-    return [re.sub(r"^--\w[\w-]*", as_defined, argument) for argument in given], changes
+    end = given.index("--") if "--" in given else len(given)  # what follows are names
+    return [re.sub(r"^--\w[\w-]*", as_defined, argument) for argument in given[:end]] + given[end:], changes
 
   def _load(self, name: str, file: str, changes: Sequence[overrides.Override]) -> Any:
     try:

@@ -6,7 +6,7 @@ python -m megabyte_jax compress --decompress OUT COPY --workdir=runs/quickstart
 The model's probabilities are adapted to the file as it goes, unless --no-adapt is given. Decompression needs the same
 checkpoint on the same kind of device with the same versions: it must compute the same probabilities to the last bit.
 The file says what it was made with, and a difference is an error. What the model makes no smaller, such as a PNG or
-MP3 file, is stored as it is: the result is at most 0.01% and 128 bytes larger.
+MP3 file, is stored as it is: the result is at most 128 bytes larger.
 """
 
 from __future__ import annotations

@@ -131,12 +131,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
       else:
         made = generate(model, text, num_bytes, stop=stop, on_bytes=on_bytes, **options)
         texts = [x[:n].tobytes() for x, n in zip(made.bytes_, made.lengths, strict=True)]
-  except KeyboardInterrupt:
+  finally:
     if streams:
       show.end()
-    raise
   if streams:
-    show.end()
     seconds = progress.seconds
     speed = human(progress.done / seconds, "B/s")
     print(f"{int(progress.done):,} bytes in {duration(seconds)} ({speed}, compilation included)", file=sys.stderr)

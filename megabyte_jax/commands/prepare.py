@@ -8,7 +8,8 @@
   python -m megabyte_jax prepare tokenizer SOURCE... OUT.model    trains a SentencePiece model on texts, for
                                                              --config.data.form=subwords
 
-All show their progress and can be interrupted and started again; nothing that looks whole is ever half written.
+`pack`, `build` and `convert` show their progress, and after an interruption the same command goes on. Nothing that
+looks whole is ever half written.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from megabyte_jax.commands import command_line
 from megabyte_jax.config import DataConfig
 from megabyte_jax.config.parsing import dataclass_from_mapping
 from megabyte_jax.errors import ConfigError, require
-from megabyte_jax.files.outputs import check_folder_name, check_output_file, check_output_folder
+from megabyte_jax.files.outputs import check_folder_name, check_new_file, check_output_file, check_output_folder
 
 _SPLITS = ("train", "validation", "test", "train_weights", "documents")  # of no meaning here
 _SUBWORDS = ("tokenizer", "tokenizer_sha256")  # texts are packed as bytes: any tokenizer then cuts them
@@ -78,6 +79,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
   tokenizer = commands.add_parser("tokenizer", help="texts -> a SentencePiece model")
   tokenizer.add_argument("sources", nargs="+", metavar="SOURCE", type=flags.path)
   tokenizer.add_argument("out", type=flags.path)
+  tokenizer.add_argument("--force", action="store_true", help="overwrite OUT, if it exists")
   tokenizer.add_argument("--pieces", type=int, default=32_000, help="the size of the vocabulary, 256 bytes included")
   tokenizer.add_argument("--sample-bytes", type=int, default=10**8, help="of the texts, looked at evenly spaced")
   for name in ("skip-bad", "raw"):
@@ -118,6 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
       sources, out = given.pop("sources"), given.pop("out")
       pieces, sample_bytes = given.pop("pieces"), given.pop("sample_bytes")
       check_output_file("OUT", out)
+      if not given.pop("force"):
+        check_new_file("OUT", out)
       made = train_tokenizer(sources, out, pieces, dataclass_from_mapping(DataConfig, given, "option"), sample_bytes)
       print(f"{out}: {made.size:,} pieces, SHA-256 {made.sha256}")
     else:
@@ -125,7 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
       getattr(prepare_tfds, command)(given.pop("name").removeprefix("tfds:"), **given)
   except KeyboardInterrupt:
-    print("the same command goes on from here", file=sys.stderr)
+    if command in ("pack", "convert"):
+      print("the same command goes on from here", file=sys.stderr)
     raise
 
 

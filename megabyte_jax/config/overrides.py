@@ -196,8 +196,10 @@ def _item(holder: Any, part: int | str, change: Override) -> Any:
   if isinstance(part, int) and isinstance(holder, (tuple, list)) and -len(holder) <= part < len(holder):
     return holder[part]
   near = did_you_mean(str(part), known, change.flag.partition(f".{part}")[0] + ".")
-  if not near:
-    near = f"; there are {', '.join(known)}" if known else "; all are in megabyte_jax/config/run.py and model.py"
+  if not near and isinstance(holder, (tuple, list)):
+    near = f"; there are [0] to [{len(holder) - 1}]"
+  elif not near:
+    near = f"; there are {', '.join(known)}" if known else f"; before .{part} stands a value, which has no keys"
   raise FlagError(f"there is no such key: {change.written}{near}")
 
 

@@ -110,7 +110,7 @@ class OptimizerConfig:
   """Settings of the optimizer; defaults are the paper's (appendix A.1). See training/optimizer.py.
 
   Attributes:
-    name: adamw | muon (the blocks' matrices by Muon, everything else by AdamW).
+    name: adamw | muon (matrices by Muon, everything else and an output of its own by AdamW).
     schedule: after a linear warm-up: linear | cosine | half_cosine (the first quarter of a cosine's period, which falls
       late), all three to the end of the run | wsd (constant, and linear over the last `decay_share` of the steps) |
       constant. With the last two num_steps may change on resuming, before the decay.

@@ -213,6 +213,8 @@ def evaluate(
 def _rows_at_once(used: np.ndarray, config: Config, method: str, stride: int) -> int:
   """Returns the windows of a batch: fewer than usual where there are not so many, for empty rows cost as much."""
   most = config.scored_at_once
+  if config.model.recurrent:  # a row reads the windows of one document after another
+    return min(most, int(np.count_nonzero(used)))
   each = (1 for length in used if length for _ in windows.windows_of(int(length), config.model, method, stride))
   return min(most, sum(itertools.islice(each, most)))
 

@@ -78,7 +78,7 @@ def number_of_words(words: str, split: str, source: Source) -> int:
   if words in ("pg19", *(f"pg19-{name}" for name in PG19)):
     number = PG19[words.partition("-")[2] or split].words
   else:
-    known = words.isdigit() and int(words) > 0
+    known = words.isdecimal() and len(words) < 20 and int(words) > 0
     require(known, f"--words={words} is neither a number nor count nor pg19 nor pg19-{{train,validation,test}}")
     number = int(words)
   length = int(source.lengths.sum())

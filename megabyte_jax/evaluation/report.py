@@ -168,12 +168,12 @@ def what_next(workdir: str, picture: str, form: str) -> str:
   lines = [
     *([f"loss curve: {picture}"] if picture else []),
     "try next:",
-    f"  python eval.py --workdir={shlex.quote(workdir)} --data=YOUR_FILE_OR_FOLDER",
+    f"  python -m megabyte_jax eval --workdir={shlex.quote(workdir)} --data=YOUR_FILE_OR_FOLDER",
     f"  python -m megabyte_jax generate --workdir={shlex.quote(workdir)} {what} --temperature=0.7",
   ]
   if form == "bytes" and not workdir.rstrip("/").endswith("runs/mine"):  # of the default config
     data = "--config.data.train=YOUR_FOLDER --config.data.validation=YOUR_FILE"
-    lines.append(f"  python train.py --workdir=runs/mine {data}")
+    lines.append(f"  python -m megabyte_jax train --workdir=runs/mine {data}")
   return "\n".join(lines)
 
 

@@ -26,6 +26,9 @@ def check_output_file(name: str, path: str) -> None:
   Raises:
     ConfigError: `path` is a folder or lies where nothing can be written; names what to do.
   """
+  require(bool(path), f"{name} is empty; name a file")
+  scheme = object_stores.unknown_scheme(path)
+  require(not scheme, f"{name}={path}: nothing can be written to {scheme}; name a file or one in a bucket (gs://)")
   if object_stores.is_remote(path):
     return
   require(not os.path.isdir(path) and path[-1:] != "/", f"{name}={path} is a folder; name a file")

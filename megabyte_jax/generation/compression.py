@@ -2,7 +2,7 @@
 
 A file is `_MAGIC`, the length of the header (4 bytes, little-endian), the header as JSON, the code and a digest of all
 before it. The code is that of entropy_coding.py; where its file would not be smaller, the bytes stand as they are and
-the header has no `coding`. So a file is at most 128 bytes and 0.01% larger than what it is made of.
+the header has no `coding`. So a file is at most 128 bytes larger than what it is made of.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def read(packed: bytes) -> tuple[Header, bytes]:
     DataError: it is none, cut short, altered or of another version, or its header says what cannot be.
   """
   if packed[: len(_MAGIC)] != _MAGIC:
-    raise DataError("this is not a file that megabyte_jax.compress wrote")
+    raise DataError("this is not a file that `megabyte_jax compress` wrote")
   body, digest = packed[:-_DIGEST], packed[-_DIGEST:]
   if _digest(body) != digest:
     raise DataError(f"the compressed file is cut short or altered; {_REMEDY}")

@@ -87,6 +87,7 @@ def parse_mesh(text: str, data: int = -1) -> MeshConfig:
       known and re.fullmatch(r"-?\d+", size) is not None,
       f"--mesh={text}: give sizes of data, fsdp, seq and tensor; write it like fsdp=16,seq=4",
     )
+    require(name not in sizes, f"--mesh={text}: {name} is given twice; leave one out")
     sizes[name] = int(size)
   sizes.setdefault("data", 1 if -1 in sizes.values() else data)
   return MeshConfig(**sizes)
@@ -142,7 +143,10 @@ def check_mesh(mesh: Mesh | AbstractMesh, model: ModelConfig, batch_size: int) -
 def parameter_spec(info: ParameterInfo, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
   """Returns the partition spec of a parameter or moment; a mesh axis that does not divide its axis is left out."""
   wanted = (MESH_AXES.get(axis) for axis in info.axes)
-  spec = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(wanted, shape, strict=True)]
+  spec = [
+    axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
+    for axis, size in zip(wanted, shape, strict=True)
+  ]
   return P(*spec) if any(spec) else P()
 
 

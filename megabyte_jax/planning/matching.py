@@ -46,7 +46,7 @@ def match(candidate: Config, cost: Cost, level: int = -1) -> Match:
   Args:
     candidate: the config whose layers vary.
     cost: cost relative to the reference, such as `flops_ratio`; it must grow with the layers.
-    level: index among MEGABYTE's levels; -1 is the finest.
+    level: index among the model's levels; -1 is the finest.
 
   Raises:
     ConfigError: the candidate has no such level.

@@ -124,6 +124,17 @@ def for_tpu(config: Config) -> Config:
   return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="bfloat16"))
 
 
+def for_step(config: Config, step: str, replicas: int) -> Config:
+  """Returns the config with the rows of a step as its batch_size, over so many replicas (`data` x `fsdp`).
+
+  Evaluation scores so many windows at once, and pads them to whole replicas.
+  """
+  if step == "train":
+    return config
+  rows = config.batch_size if step == "generate" else config.scored_at_once + -config.scored_at_once % replicas
+  return dataclasses.replace(config, batch_size=rows, accumulate=1)
+
+
 def make_plan(
   config: Config, topology: str, devices: list[jax.Device], step: str = "train", *, quick: bool = False
 ) -> tuple[Plan, Any]:
@@ -144,10 +155,8 @@ def make_plan(
     ConfigError: the mesh does not suit the topology, the model or the batch.
   """
   config = for_tpu(config)
-  if step != "train":
-    rows = config.scored_at_once if step == "eval" else config.batch_size
-    config = dataclasses.replace(config, batch_size=rows, accumulate=1)
   mesh = make_mesh(config.mesh, devices)
+  config = for_step(config, step, mesh.shape["data"] * mesh.shape["fsdp"])
   per_chip, chip = hardware.devices_per_chip(devices[0]), hardware.tpu_chip(devices[0])
   plan = Plan(
     config=config,

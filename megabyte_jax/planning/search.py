@@ -24,7 +24,7 @@ from megabyte_jax.models import flops
 from megabyte_jax.parallel import hardware
 from megabyte_jax.parallel.sharding import check_mesh
 from megabyte_jax.planning import roofline
-from megabyte_jax.planning.plans import Plan, axes_text, changed, for_tpu, make_plan
+from megabyte_jax.planning.plans import Plan, axes_text, changed, for_step, for_tpu, make_plan
 
 _REMAT: tuple[Remat, ...] = ("none", "named", "full")  # from the fastest to the smallest
 _MOST_PARTS = 64
@@ -57,6 +57,8 @@ def search(
   Raises:
     ConfigError: nothing divides evenly, or nothing that was tried fits.
   """
+  if step == "eval" and config.eval.batch_size:
+    batch_sizes = [config.batch_size]  # how many windows are scored at once is given
   batch_sizes = batch_sizes or [config.batch_size << n for n in range(_DOUBLINGS + 1)]
   sized = [changed(config, batch_size=size) if size != config.batch_size else config for size in batch_sizes]
   ordered = sorted(
@@ -96,16 +98,17 @@ def candidates(config: Config, devices: list[jax.Device], step: str) -> list[Con
       continue
     sizes = dataclasses.asdict(mesh_config)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    rows = for_step(config, step, mesh_config.data * mesh_config.fsdp)
     for parts in _powers(_MOST_PARTS) if step == "train" else (1,):
-      if config.batch_size % parts:
+      if rows.batch_size % parts:
         break
       try:
-        check_mesh(mesh, config.model, config.batch_size // parts)
+        check_mesh(mesh, config.model, rows.batch_size // parts)
       except ConfigError:
         break
       for remat in _REMAT if step == "train" else (config.model.remat,):
         model = dataclasses.replace(config.model, remat=remat)
-        found.append(dataclasses.replace(config, mesh=mesh_config, accumulate=parts, model=model))
+        found.append(dataclasses.replace(rows, mesh=mesh_config, accumulate=parts, model=model))
   return found
 
 

@@ -16,10 +16,11 @@ from megabyte_jax.training.schedule import learning_rate
 def make_optimizer(config: OptimizerConfig, num_steps: int, infos: ParameterInfos) -> optax.GradientTransformation:
   """Makes the optimizer: clipping by the global norm, then AdamW with decoupled weight decay on all parameters.
 
-  With `muon` the blocks' matrices get Muon's updates, scaled to AdamW's size; AdamW with Nesterov momentum changes what
-  is left: tables, positions, pads, norms, biases and convolutions.
+  With `muon` matrices (the blocks', w_i, gates) get Muon's updates, scaled to AdamW's size. AdamW with Nesterov
+  momentum changes what is left: tables, positions, pads, an output of its own, norms, biases and convolutions.
 
   Args:
+    config: the optimizer and its rates.
     num_steps: of the run, for the schedule.
     infos: what the model's parameters declare (`models.build.parameter_info`).
   """

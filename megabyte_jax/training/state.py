@@ -112,7 +112,7 @@ def _make_initial_state(config: Config, mesh: Mesh, family: Family) -> jax.stage
 
 
 def make_train_step(config: Config, token_lengths: np.ndarray | None = None) -> jax.stages.Wrapped:
-  """Makes the jitted step (state, x_BT, length_B, fresh_B) -> (state, metrics); the old state's memory is reused.
+  """Makes the jitted step (state, x_BT, length_B, fresh_B) -> (state, metrics); the old state is donated.
 
   `length_B` is None where every row is full, `fresh_B` where the model is not recurrent. Metrics: nats (summed), bytes
   (counted), grad_norm, of recurrent models extra_loss (summed; see `Model.segment`); float32. The loss is nats plus

@@ -114,7 +114,18 @@ def test_a_flag_after_two_hyphens_is_none():
   parser = arguments.Parser("python test.py")
   parser.add_argument("--size", type=int)
   parser.add_argument("files", nargs="*")
-  assert parser.parse_args(["--size=1", "--", "--size=2", "--size=3"]).files == ["--size=2", "--size=3"]
+  parser.add_argument("--out-file")
+  names = ["--size=2", "--size=3", "--out_file"]
+  assert parser.parse_args(["--size=1", "--", *names]).files == names
+
+
+def test_flags_are_not_abbreviated(capsys):
+  """The beginning of a flag beside the flag itself would be a second value that nobody is told of."""
+  parser = arguments.Parser("python test.py")
+  parser.add_argument("--batch-size", type=int)
+  with pytest.raises(SystemExit):
+    parser.parse_args(["--batch=4", "--batch-size=8"])
+  assert "unknown flag --batch" in capsys.readouterr().err
 
 
 class FakeIPython:

@@ -131,6 +131,14 @@ def test_prepare_tokenizer_prints_the_checksum(tmp_path, monkeypatch, capsys):
   assert made.decode(made.encode(b"a\xffb")) == b"a\xffb"
 
 
+def test_a_tokenizer_without_a_name_overwrites_no_text(tmp_path):
+  for name in ("a.txt", "b.txt"):
+    (tmp_path / name).write_text("a text")
+  with pytest.raises(ConfigError, match=r"OUT=.*b\.txt exists; name another file, or give --force"):
+    prepare.main(["tokenizer", str(tmp_path / "a.txt"), str(tmp_path / "b.txt")])
+  assert (tmp_path / "b.txt").read_text() == "a text"
+
+
 def sentencepiece_model(**options):
   import sentencepiece  # noqa: PLC0415
 

@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from megabyte_jax.config import DataConfig
+from megabyte_jax.data.open_data import open_path
 from megabyte_jax.errors import ConfigError
 from megabyte_jax.evaluation import perplexity
 from megabyte_jax.evaluation.perplexity import PG19, count_words, word_perplexity
@@ -42,6 +44,13 @@ def test_words_are_counted_as_split_does(monkeypatch, chunk):
 
 def test_beyond_all_floats_it_is_infinite():
   assert word_perplexity(1e5, 1) == float("inf")
+
+
+@pytest.mark.parametrize("words", ["²", "0", "-1", "9" * 5000, "many"])
+def test_what_is_no_number_of_words(words, tmp_path):
+  (tmp_path / "text").write_bytes(b"a b")
+  with pytest.raises(ConfigError, match="is neither a number nor count"):
+    perplexity.number_of_words(words, "", open_path(str(tmp_path / "text"), DataConfig()))
 
 
 def test_no_words_is_an_error():

@@ -1,5 +1,6 @@
 """Recurrent models read whole documents, in evaluation, generation and compression, as their segments have them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from megabyte_jax.config import Config, ConfigError, EvalConfig, MeshConfig, TransformerXLConfig
-from megabyte_jax.evaluation.evaluate import evaluate
+from megabyte_jax.evaluation.evaluate import _rows_at_once, evaluate
 from megabyte_jax.evaluation.lanes import one_after_the_other, side_by_side
 from megabyte_jax.evaluation.windows import check_method
 from megabyte_jax.generation import entropy_coding
@@ -44,6 +45,13 @@ class Documents:
 @pytest.fixture(scope="module")
 def parameters():
   return jax.jit(functools.partial(initial_parameters, CONFIG.model))(jax.random.key(0))
+
+
+@pytest.mark.parametrize(("at_once", "rows"), [(2, 2), (32, 5)])
+def test_a_row_is_a_document(at_once, rows):
+  """Rows without one cost as much, and five of the six documents have bytes."""
+  config = dataclasses.replace(CONFIG, eval=EvalConfig(batch_size=at_once))
+  assert _rows_at_once(Documents.lengths, config, "basic", 0) == rows
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,23 @@ def test_what_can_be_written_leaves_nothing(check, tmp_path):
 
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize(
+  ("path", "message"), [("", "--output is empty; name a f"), ("https://a/b", "to https://; name a f")]
+)
+def test_where_nothing_can_be_written(check, path, message):
+  with pytest.raises(ConfigError, match=message):
+    check("--output", path)
+
+
+def test_the_longest_names_of_files(tmp_path):
+  path = tmp_path / ("n" * 255)
+  check_output_file("--output", str(path))
+  with replacing(path) as temporary:
+    temporary.write_text("whole")
+  assert path.read_text() == "whole"
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(
   ("number", "advice"),
   [
     (errno.EACCES, "choose another --output"),

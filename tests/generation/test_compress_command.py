@@ -124,5 +124,5 @@ def test_a_folder_to_write_to_is_refused_at_once(workdir, monkeypatch, capsys, t
 def test_the_command_says_which_file(workdir, monkeypatch, tmp_path):
   (tmp_path / "text").write_bytes(b"no compressed file")
   monkeypatch.setattr(sys, "argv", ["compress.py", "--decompress", str(tmp_path / "text"), "x", f"--workdir={workdir}"])
-  with pytest.raises(DataError, match=r"text: this is not a file that megabyte_jax\.compress wrote"):
+  with pytest.raises(DataError, match=r"text: this is not a file that `megabyte_jax compress` wrote"):
     compress.main()

@@ -43,6 +43,12 @@ def test_adamw_recipe():
   assert (config.optimizer.matrix_rate, config.optimizer.learning_rate) == ("fan_in", 0.04)
 
 
+@pytest.mark.parametrize("name", ["perceiver:100x2", "perceiver:32x2", "transformer:0x2", "megabyte:4:768x2:100x2"])
+def test_widths_are_whole_heads(name):
+  with pytest.raises(ConfigError, match="widths must be multiples of 64"):
+    get_config(name)
+
+
 @pytest.mark.parametrize("name", ["megabyte:768x8:384x8", "megabyte:8:768x8", "transformer:8:768x8", "gpt:768x8", ""])
 def test_names_of_nothing(name):
   with pytest.raises(ConfigError, match="write megabyte:P:WIDTHxLAYERS:WIDTHxLAYERS"):

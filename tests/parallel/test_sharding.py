@@ -261,6 +261,14 @@ def test_meshes_that_do_not_divide_the_model_name_sizes_that_do(name, mesh, batc
   assert "\n" not in str(error.value)
 
 
+def test_a_mesh_without_some_axes():
+  """A mesh of the user's own may have `data` alone: parameters are then on every device."""
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  model = MODELS["two levels"]
+  abstract = shard_abstract(abstract_model(model)[1], parameter_info(model), mesh)
+  assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(abstract))
+
+
 def test_patches_that_cannot_be_spread():
   model = MegabyteConfig(context=12, levels=(level(4, 64), level(1, 16)))
   with pytest.raises(ConfigError, match=r"number of patches .* is 3, which mesh\.seq = 8 .* could be \[1\]"):

@@ -15,7 +15,7 @@ import pytest
 from jax.experimental.serialize_executable import deserialize_and_load
 
 from megabyte_jax.commands import plan
-from megabyte_jax.config import Config, Level, MegabyteConfig, MeshConfig, PerceiverARConfig
+from megabyte_jax.config import Config, EvalConfig, Level, MegabyteConfig, MeshConfig, PerceiverARConfig
 from megabyte_jax.errors import ConfigError
 from megabyte_jax.evaluation.evaluate import make_eval_step
 from megabyte_jax.models import flops
@@ -48,6 +48,8 @@ def test_mesh_and_batch_of_the_command_line():
   assert parse_mesh("fsdp=-1,seq=4") == MeshConfig(data=1, fsdp=-1, seq=4)
   with pytest.raises(ConfigError, match="write it like"):
     parse_mesh("fdsp=16")
+  with pytest.raises(ConfigError, match="fsdp is given twice"):
+    parse_mesh("fsdp=2,fsdp=4")
   larger = plans.changed(SMALL, batch_size=16, accumulate=2, remat="full", mesh="seq=4")
   assert (larger.batch_size, larger.num_steps, larger.accumulate, larger.model.remat) == (16, 500, 2, "full")
 
@@ -172,6 +174,13 @@ def test_search_tries_batches_replicas_and_slices():
   model = dataclasses.replace(SMALL.model, levels=(level(8, 16_384), level(1, 64)))  # 6.4 billion parameters
   large = dataclasses.replace(SMALL, model=model)
   assert {one.mesh.fsdp * one.mesh.tensor for one in search.candidates(large, chips(2), "eval")} == {2, 4}
+  # Evaluation pads its windows to whole replicas, as `evaluate` does.
+  three = dataclasses.replace(SMALL, eval=EvalConfig(batch_size=3))
+  assert {(one.mesh.data * one.mesh.fsdp, one.batch_size) for one in search.candidates(three, chips(1), "eval")} >= {
+    (4, 4),
+    (2, 4),
+    (1, 3),
+  }
   # The links of a slice are faster than the network between slices, which gradients alone take.
   one = dataclasses.replace(SMALL, mesh=MeshConfig(data=2, fsdp=4))
   slow, fast = (search.estimate(one, devices, "train") for devices in (chips(2), chips(1) * 2))
