@@ -26,10 +26,10 @@ def test_an_altered_or_short_file_is_refused(model):
   for place in range(len(packed)):
     altered = bytearray(packed)
     altered[place] ^= 1
-    with pytest.raises(DataError, match="altered" if place >= 8 else "not a file that megabyte_jax"):
+    with pytest.raises(DataError, match="altered" if place >= 8 else "not a file that `megabyte_jax"):
       compression.read(bytes(altered))
   for length in range(len(packed)):
-    with pytest.raises(DataError, match=r"altered|not a file that megabyte_jax"):
+    with pytest.raises(DataError, match=r"altered|not a file that `megabyte_jax"):
       compression.read(packed[:length])
   with pytest.raises(DataError, match="altered"):
     compression.read(packed + b"\0")
