@@ -17,7 +17,7 @@ from megabyte_jax.models.layers.quantised import product
 from megabyte_jax.models.layers.stack import Stack
 from megabyte_jax.models.parameters import make_parameter
 from megabyte_jax.models.patch_embedder import PatchEmbedder
-from megabyte_jax.parallel.activation_layout import constrain
+from megabyte_jax.parallel.activation_layout import lay_out, spec_of
 
 
 class LevelModel(nnx.Module):
@@ -54,8 +54,7 @@ class LevelModel(nnx.Module):
     slots_BNMD = self.embedder.slots(x_BT.reshape(B, -1, min(self.span, T)))
     if parent_BNE is not None:
       slots_BNMD = self.add_parent(slots_BNMD, parent_BNE)
-    one_span = slots_BNMD.shape[1] == 1  # on a mesh its slots are spread over devices, of several whole spans are
-    return self.decoder(constrain(slots_BNMD, "slots" if one_span else "spans"), **options)
+    return self.decoder(lay_out(slots_BNMD, spec_of(slots_BNMD, None)), **options)
 
 
 def fold_level(dropout_key: jax.Array | None, i: int) -> jax.Array | None:

@@ -17,7 +17,7 @@ from megabyte_jax.config import BlockOptions, Level
 from megabyte_jax.config.model import check_bytes
 from megabyte_jax.errors import require
 from megabyte_jax.models.layers.attention import shift
-from megabyte_jax.models.layers.embedding_lookup import lookup, product_with_table
+from megabyte_jax.models.layers.embedding_lookup import logits, lookup
 from megabyte_jax.models.parameters import compute_dtype, make_output, make_parameter
 from megabyte_jax.parallel.activation_layout import refuse_explicit_axes
 
@@ -119,10 +119,7 @@ class PatchEmbedder(nnx.Module):
 
   def logits(self, h: jax.Array) -> jax.Array:
     """Computes eq. (6): the output of each byte, [..., d], times the byte table or `output`; float32 [..., V]."""
-    if self.logit_scale != 1.0:
-      h *= self.logit_scale
-    table = self.table if self.output is None else self.output
-    return product_with_table(h, table.astype(self.dtype))
+    return logits(h, self.table if self.output is None else self.output, self.logit_scale)
 
   # Stepwise decoding: the convolutions remember the bytes before the patch at hand.
 

@@ -15,10 +15,6 @@ from megabyte_jax.parallel.backend import platform
 
 AXES = ("data", "fsdp", "seq", "tensor")
 BATCH = ("data", "fsdp")  # the axes that rows are spread over
-ACTIVATIONS = {
-  "slots": P(BATCH, None, "seq", None),  # B 1 M D: the first level's slots are spread
-  "spans": P(BATCH, "seq", None, None),  # B N M D: whole spans are spread, so that they need no communication
-}
 
 
 def mesh_axes() -> dict[str, int]:
@@ -66,13 +62,12 @@ def lay_out(x: jax.Array, spec: P) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec)
 
 
-def constrain(x_BNMD: jax.Array, kind: str) -> jax.Array:
-  """Lays an activation out as ACTIVATIONS[kind] says; see `lay_out`."""
-  return lay_out(x_BNMD, ACTIVATIONS[kind])
-
-
 def spec_of(x: jax.Array | jax.ShapeDtypeStruct, *others: str | None) -> P:
-  """Returns how rows of x, [B, N, M, ..], lie on a mesh, as `ACTIVATIONS` says, and the given axes after them."""
+  """Returns how rows of x, [B, N, M, ..], lie on a mesh, and the given axes after them.
+
+  Of a single span, the first level's, the slots are spread over `seq`; of several whole spans are, so that they need no
+  communication.
+  """
   return P(BATCH, *((None, "seq") if x.shape[1] == 1 else ("seq", None)), *others)
 
 

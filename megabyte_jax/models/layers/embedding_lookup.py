@@ -102,6 +102,11 @@ ad.primitive_transposes[_rows] = _transpose
 batching.primitive_batchers[_rows] = _batch
 
 
+def logits(h: jax.Array, table_Vd: jax.Array, scale: float) -> jax.Array:
+  """Computes h [..., d], scaled, times each row of the table in h's dtype; float32 [..., V]."""
+  return product_with_table(h * scale if scale != 1.0 else h, table_Vd.astype(h.dtype))
+
+
 @jax.custom_jvp
 def product_with_table(h: jax.Array, table_Vd: jax.Array) -> jax.Array:
   """Computes h [..., d] times each row of the table, float32 [..., V]; its gradients are products in h's dtype.

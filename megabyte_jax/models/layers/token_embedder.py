@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from megabyte_jax.config import BlockOptions
-from megabyte_jax.models.layers.embedding_lookup import lookup, product_with_table
+from megabyte_jax.models.layers.embedding_lookup import logits, lookup
 from megabyte_jax.models.parameters import compute_dtype, make_output, make_parameter
 
 
@@ -36,7 +36,4 @@ class TokenEmbedder(nnx.Module):
 
   def logits(self, h: jax.Array) -> jax.Array:
     """Multiplies hidden states [..., D] with the table or `output`; float32 [..., V]."""
-    if self.logit_scale != 1.0:
-      h *= self.logit_scale
-    table = self.table if self.output is None else self.output
-    return product_with_table(h, table.astype(self.dtype))
+    return logits(h, self.table if self.output is None else self.output, self.logit_scale)
