@@ -1,1 +1,1 @@
-"""Holds one file a command and what all commands share; nothing else imports this room."""
+"""Holds one file a command and what all commands share; only train.py, eval.py and benchmarks/ import this room."""

@@ -53,7 +53,7 @@ def run(main: Callable[[], object], outlive_readers: bool = False) -> None:
     finally:
       sys.stdout, sys.stderr = streams
     return
-  stopping.hear()
+  stopping.install_signal_handlers()
   _prepare_streams()
   strict_settings.switch_off()
   if outlive_readers:

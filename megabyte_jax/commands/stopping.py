@@ -19,7 +19,7 @@ _PATIENCE = 5  # seconds for Python to act on a signal: it cannot while a librar
 _came: list[int] = []  # signals other than Ctrl-C
 
 
-def hear() -> None:
+def install_signal_handlers() -> None:
   """Has Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt, so that what is half written is removed on the way.
 
   What the user or another program has set stays, as SIGHUP under nohup. Where Python does not act on SIGTERM or SIGHUP

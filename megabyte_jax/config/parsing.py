@@ -52,7 +52,7 @@ def dataclass_from_mapping(cls: type[T], values: Mapping[str, Any], where: str) 
   Raises:
     ConfigError: a key is unknown or missing, or a value has the wrong type.
   """
-  require(isinstance(values, Mapping) or hasattr(values, "items"), f"{where} must be a group of keys, not {values!r}")
+  require(hasattr(values, "items"), f"{where} must be a group of keys, not {values!r}")
   hints = typing.get_type_hints(cls)
   fields = {field.name: field for field in dataclasses.fields(cls)}
   for key in values:

@@ -6,6 +6,7 @@ matplotlib is imported when the first picture is drawn. It is used without pyplo
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -123,7 +124,7 @@ def loss_by_position(
     if not np.isfinite(values).any():
       raise PlotError(f"no position of {name or 'the curve'} has a loss to draw in {out_png}")
   with _axes(out_png, title, xlabel, "bits per byte") as axes:
-    for (name, values), color in zip(curves.items(), _cycle(_COLORS), strict=False):
+    for (name, values), color in zip(curves.items(), itertools.cycle(_COLORS), strict=False):
       x = np.arange(len(values)) * bin_width + (bin_width - 1) / 2
       marker: dict[str, Any] = {"marker": "o", "markersize": 6, "markeredgecolor": "white"} if len(values) <= 64 else {}
       axes.plot(x, values, color=color, linewidth=2, label=name, **marker)
@@ -168,7 +169,7 @@ def flops_per_byte(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], 
   with _axes(out_png, "Compute per byte", "sequence length (bytes)", "forward FLOPs per byte", width=8) as axes:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    for (family, names), color in zip(families.items(), _cycle(_COLORS), strict=False):
+    for (family, names), color in zip(families.items(), itertools.cycle(_COLORS), strict=False):
       for i, name in enumerate(names):
         line: dict[str, Any] = {"color": color, "linestyle": _DASHES[i % len(_DASHES)], "linewidth": 2}
         axes.plot(*curves[name], label=family if i == 0 else None, **line)
@@ -176,7 +177,9 @@ def flops_per_byte(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], 
     ticks = lengths if len(lengths) <= 7 else lengths[:: -(-len(lengths) // 7)]
     axes.set_xticks(ticks, [f"{length:,}" for length in ticks])
     axes.minorticks_off()
-    colors = {name: color for names, color in zip(families.values(), _cycle(_COLORS), strict=False) for name in names}
+    colors = {
+      name: color for names, color in zip(families.values(), itertools.cycle(_COLORS), strict=False) for name in names
+    }
     _label_ends(axes, {name: (xs[-1], ys[-1], colors[name]) for name, (xs, ys) in curves.items()})
     axes.legend(loc="upper left")
 
@@ -299,8 +302,3 @@ def _smooth(values: np.ndarray) -> np.ndarray:
   reach = int(3 * width)
   bell = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
   return np.convolve(values, bell, "same") / np.convolve(np.ones_like(values), bell, "same")
-
-
-def _cycle(colors: Sequence[str]) -> Iterator[str]:
-  while True:
-    yield from colors

@@ -129,7 +129,7 @@ def evaluate_and_print(
   compressors = {}
   if compare:
     text = read_all(source)
-    if before and not (before.joinable and total + int(np.sum(text_of(before).lengths)) <= _COMPRESSED_BYTES):
+    if before and total + int(np.sum(text_of(before).lengths)) > _COMPRESSED_BYTES:
       before = None
     compressors = compress_all(text, read_all(before) if before else None)
   if jax.process_index() == 0:

@@ -157,16 +157,16 @@ class CompressiveTransformer(Recurrent):
     use_BLT = use_BLM = None
     if memory.use_BLM is not None and use_BLS is not None:
       use_BLM = memory.use_BLM + use_BLS[:, :, C : C + M]
-      use_BLT, use_BLM = use_BLM[:, :, :T], pushed(use_BLM, use_BLS[:, :, C + M :], axis=2)
+      use_BLT, use_BLM = use_BLM[:, :, :T], pushed(use_BLM, use_BLS[:, :, C + M :])
     if config.context == T:
       is_full_B = memory.filled_B >= M
       if new_BLJD is None:
         new_BLJD = self._compressed(memory.inputs_BLMD[:, :, :T], use_BLT)
-      longer = pushed(compressed_BLCD, jax.lax.stop_gradient(new_BLJD), axis=2)
+      longer = pushed(compressed_BLCD, jax.lax.stop_gradient(new_BLJD))
       compressed_BLCD = jnp.where(is_full_B[:, None, None, None], longer, compressed_BLCD)
       both_B = filled_after(memory.filled_B, T // config.compression_rate, C + M)
       filled_B = jnp.where(is_full_B, both_B, filled_B)
-    inputs_BLMD = pushed(memory.inputs_BLMD, inputs_BLTD, axis=2)
+    inputs_BLMD = pushed(memory.inputs_BLMD, inputs_BLTD)
     return Memory(compressed_BLCD, inputs_BLMD, use_BLM, filled_B, memory.previous_B)
 
   def _reconstruction(

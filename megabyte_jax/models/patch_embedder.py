@@ -119,7 +119,8 @@ class PatchEmbedder(nnx.Module):
 
   def logits(self, h: jax.Array) -> jax.Array:
     """Computes eq. (6): the output of each byte, [..., d], times the byte table or `output`; float32 [..., V]."""
-    return logits(h, self.table if self.output is None else self.output, self.logit_scale)
+    table = self.table if self.output is None else self.output
+    return logits(h, table.astype(self.dtype), self.logit_scale)
 
   # Stepwise decoding: the convolutions remember the bytes before the patch at hand.
 

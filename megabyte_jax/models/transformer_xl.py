@@ -93,7 +93,7 @@ class TransformerXL(Recurrent):
     """Reads the next segment of each row; see `Recurrent`. There is no loss of its own."""
     T, M = x_BT.shape[1], memory.inputs_BLMD.shape[2]
     h_BTD, inputs_LBTD = self.run_layers(x_BT, memory, dropout_key, keep=lambda h, slots: jax.lax.stop_gradient(h))
-    inputs_BLMD = pushed(memory.inputs_BLMD, jnp.moveaxis(inputs_LBTD, 0, 1), axis=2)
+    inputs_BLMD = pushed(memory.inputs_BLMD, jnp.moveaxis(inputs_LBTD, 0, 1))
     after = Memory(inputs_BLMD, filled_after(memory.filled_B, T, M), x_BT[:, -1].astype(jnp.int32))
     return h_BTD, after, jnp.float32(0)
 

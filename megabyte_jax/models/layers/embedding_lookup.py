@@ -1,4 +1,4 @@
-"""Looks bytes up in a table, with a deterministic gradient that JAX differentiates forwards and backwards.
+"""Looks bytes up in a table, with a deterministic gradient that JAX differentiates forwards and backwards; and logits.
 
 JAX's own gradient of a lookup is a scatter, whose sums devices take in any order. Here it is a product with one-hot
 vectors, with float32 sums: fast and deterministic on every device. `jax.custom_vjp` would say so, too, but forbids
@@ -103,8 +103,8 @@ batching.primitive_batchers[_rows] = _batch
 
 
 def logits(h: jax.Array, table_Vd: jax.Array, scale: float) -> jax.Array:
-  """Computes h [..., d], scaled, times each row of the table in h's dtype; float32 [..., V]."""
-  return product_with_table(h * scale if scale != 1.0 else h, table_Vd.astype(h.dtype))
+  """Computes h [..., d], scaled, times each row of the table; float32 [..., V]."""
+  return product_with_table(h * scale if scale != 1.0 else h, table_Vd)
 
 
 @jax.custom_jvp

@@ -24,10 +24,10 @@ def emptied(memory: Tree, empty: Tree, fresh_B: jax.Array | None) -> Tree:
   return jax.tree.map(choose, memory, empty)
 
 
-def pushed(memory: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-  """Returns the memory after `new` has come in at its end along `axis` and as much has left it at its front."""
-  slots, joined = memory.shape[axis], jnp.concatenate([memory, new.astype(memory.dtype)], axis=axis)
-  return jax.lax.slice_in_dim(joined, joined.shape[axis] - slots, joined.shape[axis], axis=axis)
+def pushed(memory_BLM: jax.Array, new_BLT: jax.Array) -> jax.Array:
+  """Returns the memory, [B, L, M, ..], after `new` has come in at its end and as much has left it at its front."""
+  joined = jnp.concatenate([memory_BLM, new_BLT.astype(memory_BLM.dtype)], axis=2)
+  return joined[:, :, joined.shape[2] - memory_BLM.shape[2] :]
 
 
 def filled_after(filled_B: jax.Array, new: int, slots: int) -> jax.Array:

@@ -36,4 +36,5 @@ class TokenEmbedder(nnx.Module):
 
   def logits(self, h: jax.Array) -> jax.Array:
     """Multiplies hidden states [..., D] with the table or `output`; float32 [..., V]."""
-    return logits(h, self.table if self.output is None else self.output, self.logit_scale)
+    table = self.table if self.output is None else self.output
+    return logits(h, table.astype(self.dtype), self.logit_scale)
