@@ -42,7 +42,7 @@ from megabyte_jax.evaluation.nats_of_each_byte import FirstBytes
 from megabyte_jax.files import outputs
 from megabyte_jax.files.folder_lock import locked
 from megabyte_jax.generation.final_samples import print_sample, write_samples
-from megabyte_jax.models.flops import flops_per_byte, predicted_bytes
+from megabyte_jax.models.flops import flops_per_byte
 from megabyte_jax.parallel import distributed
 from megabyte_jax.parallel.compilation_cache import keep_compiled_programs
 from megabyte_jax.parallel.sharding import batch_sharding, check_mesh, make_mesh
@@ -106,7 +106,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> bool:
       Metrics(
         workdir,
         num_steps=config.num_steps,
-        bytes_per_step=config.batch_size * predicted_bytes(config.model),
+        bytes_per_step=config.bytes_per_step,
         start_step=start.step,
         seconds=start.seconds,
         flops_per_byte=flops_per_byte(config.model, training=True),

@@ -22,7 +22,6 @@ from megabyte_jax.config import Config
 from megabyte_jax.display import plots
 from megabyte_jax.errors import ConfigError
 from megabyte_jax.files.atomic_file import replacing
-from megabyte_jax.models import flops
 
 _BINS = 64  # of a context, in files and pictures
 
@@ -75,7 +74,7 @@ def row_record(workdir: pathlib.Path, evaluations: dict[str, dict]) -> dict[str,
   return {
     "seed": config["seed"],
     "config": config,
-    "bytes_per_step": batch_size * flops.predicted_bytes(model),
+    "bytes_per_step": batch_size * model.predicted_bytes,
     "curve": curve,  # [step, bits per byte]
     "method": config["eval"]["method"],
     "results": results,

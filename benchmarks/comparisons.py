@@ -89,7 +89,7 @@ class Run:
   def steps(self, train_bytes: float) -> tuple[int, int]:
     """Returns the training steps for about `train_bytes` bytes, and the bytes that these predict."""
     config = self.config()
-    per_step = config.batch_size * flops.predicted_bytes(config.model)
+    per_step = config.bytes_per_step
     steps = max(2, round(train_bytes / per_step))
     return steps, steps * per_step
 
@@ -201,7 +201,7 @@ def complete(run: Run, comparison: Comparison, args: argparse.Namespace) -> tupl
     "trials": trials,
     "best_rate_is_the_last_tried": at_edge,
     "bytes_trained": bytes_trained,
-    "parameters": flops.parameter_count(config.model),
+    "parameters": config.model.parameter_count(),
     "training_flops": bytes_trained * flops.flops_per_byte(config.model, training=True),
     "matched": run.matched,
   }
@@ -325,7 +325,7 @@ def print_plan(runs: list[Run], args: argparse.Namespace) -> None:
     total += cost
     epochs = length / int(open_source(config.data, "train").lengths.sum())
     print(
-      f"{run.row:<44}{layers:>8}{human(flops.parameter_count(config.model)):>12}{human(per_byte):>11}"
+      f"{run.row:<44}{layers:>8}{human(config.model.parameter_count()):>12}{human(per_byte):>11}"
       f"{human(length):>9}{epochs:>8.1f}{steps:>8}{cost:>9.1e}"
     )
   print(f"{total:.1e} FLOPs in all: {total / 1e14 / 60:.0f} minutes at 100 TFLOP/s")

@@ -55,7 +55,7 @@ def copy_bandwidth(size: int = 1 << 30) -> float:
 def least_seconds(config: Config, ceiling: float, bandwidth: float) -> float:
   """Computes the roofline of a training step on one device: its products at `ceiling`, then its other traffic."""
   model = config.model
-  products = flops.flops_per_byte(model, training=True) * config.batch_size * flops.predicted_bytes(model)
+  products = flops.flops_per_byte(model, training=True) * config.bytes_per_step
   return products / ceiling + traffic_of_step(config) / bandwidth
 
 
@@ -67,7 +67,7 @@ def traffic_of_step(config: Config) -> float:
   the activation itself cost nothing here, nor does anything that is computed again.
   """
   model = config.model
-  parameters = flops.parameter_count(model)
+  parameters = model.parameter_count()
   stacks = zip(model.levels, model.slots, strict=True)
   blocks = sum(_block_traffic(model, level) * slots for level, slots in stacks)
   if cross := model.cross_attention:

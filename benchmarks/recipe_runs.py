@@ -45,7 +45,7 @@ from megabyte_jax.evaluation.evaluate import evaluate
 from megabyte_jax.evaluation.windows import METHODS, check_method, windows_of
 from megabyte_jax.files.atomic_file import replacing
 from megabyte_jax.models.build import abstract_model
-from megabyte_jax.models.flops import flops_per_byte, parameter_count, predicted_bytes
+from megabyte_jax.models.flops import flops_per_byte
 from megabyte_jax.models.global_and_local import finer_levels
 from megabyte_jax.models.loss import bits_per_byte, sum_of_nats
 from megabyte_jax.parallel.sharding import batch_sharding, make_mesh
@@ -79,7 +79,7 @@ def make_config(arguments: argparse.Namespace) -> Config:
     key, _, value = change.partition("=")
     changed(values, key, json.loads(value))
   config = Config.from_dict(values)
-  per_step = config.batch_size * predicted_bytes(config.model)
+  per_step = config.bytes_per_step
   total = arguments.bytes or arguments.flops / flops_per_byte(config.model, attention="whole", training=True)
   steps = max(2, round(total / per_step))
   share = arguments.warmup
@@ -175,7 +175,7 @@ def run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
   curve: list[tuple[int, float, float]] = []
   diagnoses: list[dict[str, Any]] = []
   waiting: list[dict[str, jax.Array]] = []
-  per_step = config.batch_size * predicted_bytes(config.model)
+  per_step = config.bytes_per_step
   windows = windows_for(source, config, arguments.documents_per_step)
   start = measured_from = time.perf_counter()
   stream = draw_batches(
@@ -208,7 +208,7 @@ def run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     "train_bpb_of_last_steps": curve[-1][1],
     "train_bytes": config.num_steps * per_step,
     "corpus_bytes": int(source.lengths.sum()),
-    "parameters": parameter_count(config.model),
+    "parameters": config.model.parameter_count(),
     "flops_per_byte": flops_per_byte(config.model, training=True),
     "spacebyte_flops_per_byte": flops_per_byte(config.model, attention="whole", training=True),
     "bytes_per_second": (config.num_steps - curve[0][0]) * per_step / seconds if len(curve) > 1 else None,

@@ -89,7 +89,6 @@ def measure(args: argparse.Namespace) -> dict:
   import jax  # noqa: PLC0415
 
   from megabyte_jax.checkpoints.checkpoints import Checkpoints  # noqa: PLC0415
-  from megabyte_jax.models import flops  # noqa: PLC0415
   from megabyte_jax.parallel import hardware  # noqa: PLC0415
   from megabyte_jax.parallel.sharding import make_mesh  # noqa: PLC0415
   from megabyte_jax.planning.collectives import collectives  # noqa: PLC0415
@@ -127,7 +126,7 @@ def measure(args: argparse.Namespace) -> dict:
     result["peak"] = hardware.memory_in_use(jax.devices())
     del state
     result["resumed"] = [resumed_loss(config, made, step, workdir) for workdir in args.resume.split(",") if workdir]
-  predicted = timed.batch_size * flops.predicted_bytes(config.model)
+  predicted = timed.bytes_per_step
   sent = sum(c.wire_bytes for c in collectives(step.as_text() or ""))
   result |= {"seconds": taken, "bytes/s": predicted / taken, "sent": sent}
   return result if args.reference else result | {"wire": wire_rate(made)}

@@ -38,7 +38,7 @@ from megabyte_jax.data.subwords.tokenizer import load_tokenizer
 from megabyte_jax.data.subwords.training import train_tokenizer
 from megabyte_jax.display.progress import human
 from megabyte_jax.files.atomic_file import replacing
-from megabyte_jax.models.flops import flops_per_byte, parameter_count, predicted_bytes
+from megabyte_jax.models.flops import flops_per_byte
 from megabyte_jax.paper.rows_by_name import ROOT, rows_of_file
 
 sys.path.insert(0, str(ROOT))
@@ -66,7 +66,7 @@ def make_config(name: str, arguments: argparse.Namespace, tokenizer: str) -> Con
     if of in ("", name):
       recipe_runs.changed(values, field, json.loads(value))
   config = Config.from_dict(values)
-  per_step = config.batch_size * predicted_bytes(config.model)
+  per_step = config.bytes_per_step
   steps = max(2, round(arguments.flops / flops_per_byte(config.model, attention="whole", training=True) / per_step))
   return dataclasses.replace(
     config,
@@ -98,7 +98,7 @@ def run(name: str, config: Config, workdir: pathlib.Path, flops: float) -> dict[
   bits = [(one["step"], one["bpb"]) for one in lines if "bpb" in one]
   curve = [point for point in bits if point[0] % recipe_runs.LOG_EVERY == 0 or point == bits[-1]]
   device = jax.devices()[0].device_kind
-  size = human(parameter_count(config.model))
+  size = human(config.model.parameter_count())
   return {
     "row": f"table3:{name}",
     **{key: scored[key] for key in ("bpb", "word_perplexity", "bytes", "words", "method", "cost", "split")},
@@ -107,8 +107,8 @@ def run(name: str, config: Config, workdir: pathlib.Path, flops: float) -> dict[
     "bytes_per_second": statistics.median(speeds[1:] or speeds) if speeds else None,  # the first may compile
     "train_bpb": curve[-1][1],
     "curve": curve,
-    "trained_on": config.num_steps * config.batch_size * predicted_bytes(config.model),  # bytes or tokens
-    "parameters": parameter_count(config.model),
+    "trained_on": config.num_steps * config.bytes_per_step,  # bytes or tokens
+    "parameters": config.model.parameter_count(),
     "flops": flops,
     "note": f"{human(flops, 'FLOP')} of training, {size} parameters, {device}",
     "device": f"{jax.device_count()} x {device}",

@@ -91,7 +91,7 @@ def products_of_step(config: Config) -> collections.Counter[Product]:
   if cross := model.cross_attention:
     block(model.levels[0], batch * model.context, batch * cross.queries, parts)
   last = model.levels[-1]
-  found[Product(batch * flops.predicted_bytes(model), last.byte_width, model.vocab_size)] += parts
+  found[Product(batch * model.predicted_bytes, last.byte_width, model.vocab_size)] += parts
   return found
 
 
@@ -126,7 +126,7 @@ def least_seconds_by_width(config: Config, ceiling: float, bandwidth: float, sec
   """
   products = products_of_step(config)
   weights = sum(times * product_seconds(product, seconds) for product, times in products.items())
-  step = flops.flops_per_byte(config.model, training=True) * config.batch_size * flops.predicted_bytes(config.model)
+  step = flops.flops_per_byte(config.model, training=True) * config.bytes_per_step
   attention = step - operations(products)
   return weights + attention / ceiling + traffic_of_step(config) / bandwidth
 

@@ -33,7 +33,6 @@ import re
 
 from megabyte_jax.config import EvalConfig, Level, MeshConfig
 from megabyte_jax.errors import require
-from megabyte_jax.models import flops
 from megabyte_jax.paper import recipe
 from megabyte_jax.paper.rows_by_name import config_of
 
@@ -51,8 +50,8 @@ def get_config(name="table2:books_megabyte"):
   require(divisor in ("", "1", "2", "4", "8"), f"{name}: @{divisor} is none of @1, @2, @4 and @8")
   config = recipe.with_changes(config_of(row), changes)
   model = shrink_model(config.model, int(divisor or 2))
-  batch_size = max(1, bytes_per_step(config.data) // flops.predicted_bytes(model))
-  num_steps = round(TRAIN_BYTES / (batch_size * flops.predicted_bytes(model)))
+  batch_size = max(1, bytes_per_step(config.data) // model.predicted_bytes)
+  num_steps = round(TRAIN_BYTES / (batch_size * model.predicted_bytes))
   return dataclasses.replace(
     config,
     model=model,
@@ -60,7 +59,7 @@ def get_config(name="table2:books_megabyte"):
     mesh=MeshConfig(),
     eval=EvalConfig(every_steps=max(1, num_steps // 8), max_bytes=2**20, method=config.eval.method),
     batch_size=batch_size,
-    accumulate=parts(batch_size, BYTES_AT_ONCE // flops.predicted_bytes(model)),
+    accumulate=parts(batch_size, BYTES_AT_ONCE // model.predicted_bytes),
     num_steps=num_steps,
   ).to_config_dict()
 

@@ -53,7 +53,7 @@ def describe(plan: Plan) -> str:
   how = "compiled quickly" if plan.quick else "compiled"
   lines = [
     f"topology    {plan.topology}: {plan.chips} chips, {plan.devices} devices ({plan.kind}), mesh {axes}",
-    f"model       {human(flops.parameter_count(model))} parameters, {human(cost, 'FLOP')} per {unit} of {plan.step}",
+    f"model       {human(model.parameter_count())} parameters, {human(cost, 'FLOP')} per {unit} of {plan.step}",
     f"step        {plan.step}, {', '.join(size)}; {how} in {duration(plan.seconds)}",
   ]
   of = f"of {plan.memory / _GIB:.1f} GiB a device"
@@ -73,10 +73,10 @@ def describe(plan: Plan) -> str:
       f"bounds      compute {1e3 * b.compute:.1f} ms, memory ~{1e3 * b.memory:.1f} ms, links {1e3 * b.links:.1f} ms"
       + network,
       f"at best     {1e3 * b.step:.1f} ms a step, MFU {100 * b.mfu:.0f}%, "
-      f"{human(config.batch_size * flops.predicted_bytes(model) / b.step, counted + '/s')}",
+      f"{human(config.bytes_per_step / b.step, counted + '/s')}",
     ]
   if plan.days is not None:
-    total = config.num_steps * config.batch_size * flops.predicted_bytes(model)
+    total = config.num_steps * config.bytes_per_step
     hours = 24 * plan.days
     time = f"{duration(3600 * hours)} and {hours * plan.chips:,.1f} chip-hours at best"
     lines.append(f"run         {config.num_steps:,} steps, {human(total, counted)}: {time}")
@@ -87,7 +87,7 @@ def to_json(plan: Plan) -> str:
   """Returns the plan as one JSON object on one line."""
   values = dataclasses.asdict(plan)
   values["config"] = plan.config.to_dict()
-  values["parameters"] = flops.parameter_count(plan.config.model)
+  values["parameters"] = plan.config.model.parameter_count()
   values["days"] = plan.days
   if plan.bounds:
     values["bounds"] |= {"step": plan.bounds.step, "mfu": plan.bounds.mfu}

@@ -316,6 +316,11 @@ class Config:
     return self.data.windows_may_be_short or self.model.recurrent
 
   @property
+  def bytes_per_step(self) -> int:
+    """Bytes (or tokens) that a training step predicts."""
+    return self.batch_size * self.model.predicted_bytes
+
+  @property
   def scored_at_once(self) -> int:
     """Windows that an evaluation takes at once."""
     return self.eval.batch_size or self.batch_size // self.accumulate

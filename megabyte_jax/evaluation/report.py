@@ -23,7 +23,7 @@ from megabyte_jax.display.progress import Progress, duration, human
 from megabyte_jax.evaluation.by_source import SourceBits, by_source
 from megabyte_jax.evaluation.compressors import Compressed, compress_all
 from megabyte_jax.evaluation.evaluate import Evaluation, evaluate
-from megabyte_jax.models.flops import flops_per_byte, parameter_count
+from megabyte_jax.models.flops import flops_per_byte
 from megabyte_jax.models.layers import attention
 
 _NOT_TEXT = (".pdf", ".doc", ".docx", ".odt", ".epub", ".ppt", ".pptx", ".xls", ".xlsx")
@@ -41,7 +41,7 @@ def describe_run(config: Config, mesh: Mesh, source: Source, first_step: int) ->
   return "\n".join(
     [
       f"device  {jax.device_count()} x {device.device_kind}" + (f" (mesh: {axes})" if axes else ""),
-      f"model   {model.family}, {human(parameter_count(model))} parameters, context {model.context:,} {unit}s, "
+      f"model   {model.family}, {human(model.parameter_count())} parameters, context {model.context:,} {unit}s, "
       f"{human(flops_per_byte(model, training=True), 'FLOP')} per {unit} of training",
       f"attention  {attention_line(config, mesh)}",
       f"data    {size:,} bytes in {count_documents(source)}{tokens}",
@@ -66,7 +66,7 @@ def notices(config: Config, source: Source) -> list[str]:
     if names:
       shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
       told.append(f"not plain text, read as raw bytes: {shown}; move such files out, or convert them to text")
-  epochs = config.num_steps * config.batch_size * config.model.predicted_bytes / max(1, int(source.lengths.sum()))
+  epochs = config.num_steps * config.bytes_per_step / max(1, int(source.lengths.sum()))
   if epochs >= _MANY_EPOCHS:
     told.append(f"the run reads these data {epochs:,.0f} times, and may learn them by heart")
   if data.validation.startswith("sample:") and not data.train.startswith("sample:"):

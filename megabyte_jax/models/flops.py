@@ -1,4 +1,4 @@
-"""Counts parameters and floating-point operations of every model, in closed form.
+"""Counts floating-point operations of every model, in closed form.
 
 The counts of a family are methods of its config (config/), those of a level are in config/counts.py.
 
@@ -42,16 +42,6 @@ STANDARD_SIZES = {  # by width
   2560: StandardSize(2.7e9, 32, 32),
   4096: StandardSize(6.7e9, 32, 32),
 }
-
-
-def parameter_count(config: ModelConfig) -> int:
-  """Returns the number of trainable parameters: tables, positions, pads, biases and norms included."""
-  return config.parameter_count()
-
-
-def predicted_bytes(config: ModelConfig) -> int:
-  """Returns the bytes that a training window predicts: all of them, but for PerceiverAR only its latents'."""
-  return config.predicted_bytes
 
 
 def flops_per_byte(

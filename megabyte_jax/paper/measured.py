@@ -21,7 +21,6 @@ from megabyte_jax.config import Config
 from megabyte_jax.display.progress import human
 from megabyte_jax.errors import ConfigError, require
 from megabyte_jax.evaluation import windows
-from megabyte_jax.models import flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +91,9 @@ def _row_of(run: pathlib.Path, config: Config, method: str | None, rows: Mapping
 def _what_differs(config: Config, evaluation: Mapping[str, Any], row: Config) -> str:
   """Lists the differences from the row: model size, bytes trained on, settings, data and cost of the evaluation."""
   is_same = config.model == row.model
-  other = [] if is_same else [f"{flops.parameter_count(config.model) / 1e6:.3g}M parameters"]
-  trained = (evaluation.get("step") or 0) * config.batch_size * flops.predicted_bytes(config.model)
-  planned = row.num_steps * row.batch_size * flops.predicted_bytes(row.model)
+  other = [] if is_same else [f"{config.model.parameter_count() / 1e6:.3g}M parameters"]
+  trained = (evaluation.get("step") or 0) * config.bytes_per_step
+  planned = row.num_steps * row.bytes_per_step
   if not 0.99 * planned <= trained <= 1.01 * planned:
     other.append(f"trained on {human(trained, 'B')} of {human(planned, 'B')}")
   keys = changed_keys(row.to_dict(), config.to_dict())

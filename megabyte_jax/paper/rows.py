@@ -107,7 +107,7 @@ def run(
   method: Method = "basic",
 ) -> Config:
   """Builds a whole run: the optimizer of appendix A.1, and the steps that predict `train_bytes` bytes."""
-  num_steps = round(train_bytes / (batch_size * flops.predicted_bytes(model)))
+  num_steps = round(train_bytes / (batch_size * model.predicted_bytes))
   return Config(
     model=model,
     data=data,

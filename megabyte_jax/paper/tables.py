@@ -49,7 +49,7 @@ def _describe_row(
     config = config_of(row.config)
     described |= {
       "nominal": nominal(config.model),
-      "parameters": flops.parameter_count(config.model),
+      "parameters": config.model.parameter_count(),
       "training_flops_per_byte": flops.flops_per_byte(config.model, training=True) / bytes_per_token(config),
       "context": config.model.context,
       "cut": cut(config.model),

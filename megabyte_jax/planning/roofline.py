@@ -92,7 +92,7 @@ def bounds(
   if peak is None or not hardware.is_known_tpu(device):
     raise ValueError(f"hardware.py does not know {device.device_kind}")
   chip, per_chip = hardware.tpu_chip(device), hardware.devices_per_chip(device)
-  predicted = config.batch_size * flops.predicted_bytes(config.model)
+  predicted = config.bytes_per_step
   forward = flops.flops_per_byte(config.model) * predicted / devices / peak
   counted = flops.flops_per_byte(config.model, training=step == "train") * predicted / devices / peak
   again = passes(config, step, tensor) - (flops.TRAINING_FACTOR if step == "train" else 1)
@@ -109,7 +109,7 @@ def bounds(
 def memory_traffic(config: Config, devices: int, tensor: int, step: str) -> float:
   """Estimates the bytes that each device moves to and from its HBM in one step; arguments as in `bounds`."""
   model, count = config.model, passes(config, step, tensor)
-  parameters = flops.parameter_count(model)
+  parameters = model.parameter_count()
   weights = 2 * parameters / tensor * count * (config.accumulate if step == "train" else 1)
   per_parameter = 8 * (2 + config.optimizer.moments)  # value, gradient and moments, float32, read and written
   optimizer = per_parameter * parameters / devices if step == "train" else 0.0

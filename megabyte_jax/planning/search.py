@@ -137,13 +137,13 @@ def _memory(devices: list[jax.Device]) -> float:
 def state_bytes(config: Config, mesh: MeshConfig, step: str) -> float:
   """Returns the bytes of one device for the parameters and, in training, the optimizer's moments, all float32."""
   values = 1 + config.optimizer.moments if step == "train" else 1
-  return 4 * values * flops.parameter_count(config.model) / (mesh.fsdp * mesh.tensor)
+  return 4 * values * config.model.parameter_count() / (mesh.fsdp * mesh.tensor)
 
 
 def estimate(config: Config, devices: list[jax.Device], step: str) -> float:
   """Estimates the seconds of a step in closed form, without overlap; it decides what is compiled first."""
   mesh, model = config.mesh, config.model
-  parameters, training = flops.parameter_count(model), step == "train"
+  parameters, training = model.parameter_count(), step == "train"
   forward_passes = flops.TRAINING_FACTOR if training else 1
   sent = 2 * parameters / mesh.tensor * (1 - 1 / mesh.fsdp) * forward_passes * config.accumulate
   slices = _slices(devices)

@@ -11,7 +11,6 @@ import numpy as np
 from megabyte_jax.config import Config
 from megabyte_jax.config.model import token_dtype
 from megabyte_jax.errors import require
-from megabyte_jax.models import flops
 from megabyte_jax.parallel.sharding import batch_sharding, make_mesh
 from megabyte_jax.training.state import initial_state, make_train_step
 
@@ -25,7 +24,7 @@ class TimedStep:
   """
 
   def __init__(self, config: Config):
-    self.bytes = config.batch_size * flops.predicted_bytes(config.model)
+    self.bytes = config.bytes_per_step
     self.nats = math.nan
     self.mesh = make_mesh(config.mesh)
     shape = (config.batch_size, config.model.context)

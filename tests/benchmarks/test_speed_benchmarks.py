@@ -177,9 +177,9 @@ def test_products_of_a_step_are_all_that_are_counted(monkeypatch):
     config = dataclasses.replace(tiers.tier_config(case), accumulate=2)
     parts = flops.flops_breakdown(config.model)
     a_byte = 3 * sum(number for name, number in parts.items() if not name.endswith("attention"))
-    per_step = a_byte * config.batch_size * flops.predicted_bytes(config.model)
+    per_step = a_byte * config.bytes_per_step
     assert tiers.operations(tiers.products_of_step(config)) == pytest.approx(per_step, rel=1e-9), case
-    assert 0.8e5 < config.batch_size * flops.predicted_bytes(config.model) <= 2**18
+    assert 0.8e5 < config.bytes_per_step <= 2**18
 
 
 def test_what_a_device_allows_at_the_widths_of_a_model(monkeypatch):
@@ -199,7 +199,7 @@ def test_the_roofline_of_a_step(monkeypatch):
   limits = module(monkeypatch, "device_limits")
   level = Level(patch_size=4, width=8, num_layers=1, num_heads=2)
   config = Config(model=MegabyteConfig(context=16, levels=(level,)), batch_size=2, num_steps=1)
-  parameters, products = flops.parameter_count(config.model), flops.flops_per_byte(config.model, training=True) * 32
+  parameters, products = config.model.parameter_count(), flops.flops_per_byte(config.model, training=True) * 32
   block = 2 * (2 * 2 + 4 + 2 * 4 + 7) * 8 + 2 * 3 * 32
   traffic = 2 * (4 * block + 16 * 256 * 4 * 3) + 38 * parameters
   assert limits.least_seconds(config, 1e3, 1e1) == pytest.approx(products / 1e3 + traffic / 1e1)

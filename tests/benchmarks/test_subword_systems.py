@@ -73,7 +73,7 @@ def test_all_systems_get_equal_flops(changes):
   for name in arguments.systems:
     config = benchmark.make_config(name, arguments, tokenizer_file())
     per_token = flops_per_byte(config.model, attention="whole", training=True)
-    spent = config.num_steps * config.batch_size * config.model.predicted_bytes * per_token
+    spent = config.num_steps * config.bytes_per_step * per_token
     assert spent == pytest.approx(1e17, rel=1e-3), name
     assert config.data.form != "subwords" or config.model.vocab_size == PIECES
 

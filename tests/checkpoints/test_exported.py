@@ -20,7 +20,6 @@ from megabyte_jax.checkpoints.trained_model import load
 from megabyte_jax.commands import export
 from megabyte_jax.config import Config, MeshConfig
 from megabyte_jax.errors import CheckpointError, ConfigError
-from megabyte_jax.models import flops
 from megabyte_jax.models.build import abstract_model, parameter_info
 from megabyte_jax.models.loss import bits_per_byte, byte_nats
 from megabyte_jax.parallel.sharding import make_mesh, shard_abstract
@@ -173,7 +172,7 @@ def test_shipped_models_are_whole_small_and_explained(name):
   card = (folder / "README.md").read_text()
   for heading in ("## Data", "## Size", "## Results", "## Licence", "## How it was made"):
     assert heading in card
-  assert f"{flops.parameter_count(config.model):,} parameters" in card
+  assert f"{config.model.parameter_count():,} parameters" in card
 
 
 def test_books_predict_english(tmp_path):

@@ -19,7 +19,7 @@ def test_counts_are_the_models(options):
   sizes = {"context": 8, "window": 4, "states": 3, "width": 8, "num_heads": 2, "recurrent_layers": (0, 2)}
   counted = BlockRecurrentConfig(num_layers=3, **sizes, **options)
   graph, p = abstract_model(counted)
-  assert sum(leaf.size for leaf in jax.tree.leaves(p)) == flops.parameter_count(counted)
+  assert sum(leaf.size for leaf in jax.tree.leaves(p)) == counted.parameter_count()
 
   def read_one(p, x_BT):
     one = nnx.merge(graph, p)
@@ -36,7 +36,7 @@ def test_counts_by_hand():
   paper = BlockRecurrentConfig(**sizes, bias=False, norm="rmsnorm")
   layer = 12 * 1024**2 + 2 * 1024 + 33 * 8
   cell = (2 + 4 + 2) * 1024**2 + 3 * 8 + 1024 + 2 * 512 * 1024 + 1024
-  assert flops.parameter_count(paper) == 257 * 1024 + 12 * layer + cell + 1024
+  assert paper.parameter_count() == 257 * 1024 + 12 * layer + cell + 1024
   parts = flops.flops_breakdown(paper)
   assert (
     parts["levels[0].attention"]

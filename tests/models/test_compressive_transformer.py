@@ -299,7 +299,7 @@ def test_evaluation_may_have_longer_memories():
 def test_counts_are_the_models(name):
   counted = CONFIGS.get(name) or config(compression="mean")
   graph, p = abstract_model(counted)
-  assert sum(leaf.size for leaf in jax.tree.leaves(p)) == flops.parameter_count(counted)
+  assert sum(leaf.size for leaf in jax.tree.leaves(p)) == counted.parameter_count()
 
   def read_one(p, x_BT):
     one = nnx.merge(graph, p)

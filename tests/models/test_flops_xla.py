@@ -72,4 +72,4 @@ def test_dense_count_is_xlas(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_parameter_count_is_the_models(name):
   parameters = abstract_model(MODELS[name])[1]
-  assert sum(leaf.size for leaf in jax.tree.leaves(parameters)) == flops.parameter_count(MODELS[name])
+  assert sum(leaf.size for leaf in jax.tree.leaves(parameters)) == MODELS[name].parameter_count()

@@ -20,7 +20,7 @@ from megabyte_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig
 from megabyte_jax.evaluation.evaluate import evaluate
 from megabyte_jax.generation import entropy_coding
 from megabyte_jax.generation.sampling import Sampling, generate
-from megabyte_jax.models import build, flops
+from megabyte_jax.models import build
 from megabyte_jax.models.family import Model
 from megabyte_jax.models.parameters import make_parameter
 from megabyte_jax.parallel.sharding import batch_sharding, make_mesh
@@ -148,7 +148,7 @@ def test_it_is_trained_evaluated_sampled_and_compressed_with(trained):
 
 
 def test_it_is_counted_declared_and_lowered(trained):
-  assert flops.parameter_count(CONFIG.model) == sum(leaf.size for leaf in jax.tree.leaves(trained))
+  assert CONFIG.model.parameter_count() == sum(leaf.size for leaf in jax.tree.leaves(trained))
   assert build.parameter_info(CONFIG.model)["table"].kind == "table"
   mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
   for step in ("train", "eval", "generate"):

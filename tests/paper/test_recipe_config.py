@@ -6,7 +6,6 @@ import pytest
 
 from megabyte_jax.config import Config, MegabyteConfig
 from megabyte_jax.errors import ConfigError
-from megabyte_jax.models.flops import predicted_bytes
 from megabyte_jax.paper.rows_by_name import ROOT
 
 get_config = runpy.run_path(str(ROOT / "configs/recipe.py"))["get_config"]
@@ -26,7 +25,7 @@ def test_sizes_and_equal_bytes_a_step(name, context, shapes):
   assert config.model.context == context
   assert [(x.patch_size, x.width, x.num_layers, x.num_heads) for x in config.model.levels] == shapes
   assert all(level.rotary and level.cross_patch == 0 for level in config.model.levels)
-  assert config.batch_size * predicted_bytes(config.model) == 2**18
+  assert config.bytes_per_step == 2**18
   assert (config.model.norm, config.model.init_std, config.optimizer.name) == ("rmsnorm", 0.04, "muon")
   windows = [level.attention_window for level in config.model.levels]
   assert windows == ([512] if name.startswith("windowed") else [0] * len(shapes))

@@ -7,7 +7,6 @@ import pytest
 
 from megabyte_jax.config import Config, MegabyteConfig
 from megabyte_jax.errors import ConfigError
-from megabyte_jax.models import flops
 from megabyte_jax.paper.rows_by_name import ROOT, all_rows, config_of
 
 SMALL = runpy.run_path(str(ROOT / "configs/small.py"))
@@ -60,7 +59,7 @@ def test_changes_of_the_recipe_come_before_the_rule():
 def test_rows_of_a_data_set_are_updated_equally_often_on_equally_many_bytes(group):
   configs = [small(row) for row in ROWS if row.startswith(group)]
   assert len(configs) >= 3
-  assert len({config.batch_size * flops.predicted_bytes(config.model) for config in configs}) == 1
+  assert len({config.bytes_per_step for config in configs}) == 1
   assert len({config.num_steps for config in configs}) == 1
 
 
@@ -68,4 +67,4 @@ def test_rows_of_a_data_set_are_updated_equally_often_on_equally_many_bytes(grou
 def test_parts_of_a_batch_are_of_bounded_size(row):
   config = small(row)
   at_once = config.batch_size // config.accumulate
-  assert at_once == 1 or at_once * flops.predicted_bytes(config.model) <= SMALL["BYTES_AT_ONCE"]
+  assert at_once == 1 or at_once * config.model.predicted_bytes <= SMALL["BYTES_AT_ONCE"]

@@ -203,7 +203,7 @@ def test_train_step_for_four_chips(tmp_path):
   assert found.config.model.compute_dtype == "bfloat16"
   assert "tpu_custom_call" in executable.as_text(), "the global model has 128 slots: auto takes splash"
   # Value and two moments in float32, halved over fsdp (small ones are whole), and the batch.
-  share = 12 * flops.parameter_count(SMALL.model)
+  share = 12 * SMALL.model.parameter_count()
   assert share / 2 < found.arguments < share
   assert found.wire and all(count > 0 and sent > 0 for count, sent in found.wire.values())
   assert found.bounds.mfu <= 1
@@ -232,7 +232,7 @@ def test_gradients_between_slices_go_at_the_networks_rate():
   found, _ = plans.make_plan(config, TOPOLOGY, plans.topology_devices(TOPOLOGY, 2), quick=True)
   [(count, sent)] = [size for kind, size in found.wire.items() if kind.endswith("between slices")]
   # In bfloat16, summed by two slices: each device sends its quarter of them once, and small ones whole.
-  gradients = 2 * flops.parameter_count(SMALL.model) / 4
+  gradients = 2 * SMALL.model.parameter_count() / 4
   assert count > 0 and gradients < sent < 2 * gradients
   assert found.bounds.network == pytest.approx(sent / 3.125e9)
   assert found.bounds.step == found.bounds.network, "this small model's links and compute take less"
