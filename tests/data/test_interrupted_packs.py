@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import numpy as np
@@ -18,6 +19,23 @@ from megabyte_jax.errors import DataError
 
 class Stop(Exception):
   pass
+
+
+def interrupted(monkeypatch, stop, *arguments):
+  """Packs, and raises Stop instead of item number `stop`."""
+  write_items = pack_writer.PackWriter._write_items
+
+  def until(items):
+    for i, item in enumerate(items):
+      if i == stop:
+        raise Stop
+      yield item
+
+  with monkeypatch.context() as patch:
+    patch.setattr(
+      pack_writer.PackWriter, "_write_items", lambda self, items, show: write_items(self, until(items), show)
+    )
+    pack(*arguments)
 
 
 def test_an_interrupted_pack_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -71,6 +89,26 @@ def test_an_interrupted_pack_of_compressed_records_goes_on(tmp_path, monkeypatch
     pack(path, tmp_path / "packed")
   assert seen[25] not in ("a.jsonl.gz[0]", "a.jsonl.gz[1]") and len(seen) < 25 + 40
   assert list(contents(open_path(str(tmp_path / "packed"), PLAIN)).values()) == [text.encode() for text in texts]
+
+
+@pytest.mark.parametrize("tar_first", [True, False])
+def test_archives_beside_other_sources_go_on_after_every_document(tmp_path, monkeypatch, tar_first):
+  monkeypatch.setattr(pack_writer, "_SAVE_EVERY", 1)
+  for name in ("plain", "archived"):
+    (tmp_path / name).mkdir()
+    for i in range(4):
+      (tmp_path / name / f"{name}{i}.txt").write_bytes(f"{name} {i} ".encode() * (i + 1))
+  with tarfile.open(tmp_path / "b.tar", "w") as archive:
+    for path in sorted((tmp_path / "archived").iterdir()):
+      archive.add(path, arcname=path.name)
+  parts = [f"{tmp_path}/b.tar", f"{tmp_path}/plain/"]
+  spec = ",".join(parts if tar_first else parts[::-1])
+  expected = {path.name: path.read_bytes() for path in tmp_path.glob("*/*.txt")}
+  for stop in range(1, len(expected)):
+    with pytest.raises(Stop):
+      interrupted(monkeypatch, stop, spec, tmp_path / f"packed{stop}")
+    pack(spec, tmp_path / f"packed{stop}")
+    assert contents(open_path(str(tmp_path / f"packed{stop}"), PLAIN)) == expected
 
 
 def test_killing_it_leaves_nothing_that_looks_whole(tmp_path):
