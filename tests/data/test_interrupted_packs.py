@@ -1,7 +1,10 @@
 """A pack that was interrupted, killed or ran out of room goes on, and nothing looks whole that is not."""
 
+import bz2
 import gzip
+import io
 import json
+import lzma
 import signal
 import subprocess
 import sys
@@ -109,6 +112,56 @@ def test_archives_beside_other_sources_go_on_after_every_document(tmp_path, monk
       interrupted(monkeypatch, stop, spec, tmp_path / f"packed{stop}")
     pack(spec, tmp_path / f"packed{stop}")
     assert contents(open_path(str(tmp_path / f"packed{stop}"), PLAIN)) == expected
+
+
+def damaged_archive(kind):
+  """A tar archive of three files, the second damaged inside, and of links to them."""
+  file = io.BytesIO()
+  rng = np.random.default_rng(0)
+  with tarfile.open(fileobj=file, mode="w") as archive:
+    for name in ("a", "link", "b", "c", "nothing"):
+      info = tarfile.TarInfo(name)
+      if name in ("link", "nothing"):
+        info.type, info.linkname = tarfile.LNKTYPE, {"link": "a", "nothing": "missing"}[name]
+        archive.addfile(info)
+      else:
+        info.size = 60_000
+        archive.addfile(info, io.BytesIO(rng.bytes(info.size)))
+  if kind == "tar":
+    return file.getvalue()[:90_000]
+  whole = bytearray({"tar.gz": gzip.compress, "tar.bz2": bz2.compress, "tar.xz": lzma.compress}[kind](file.getvalue()))
+  whole[len(whole) // 2] ^= 255
+  return bytes(whole)
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "tar.bz2", "tar.xz"])
+def test_a_damaged_archive_holds_no_document_twice_when_it_goes_on(tmp_path, monkeypatch, kind):
+  monkeypatch.setattr(pack_writer, "_SAVE_EVERY", 1)
+  folder = tmp_path / "set"
+  folder.mkdir()
+  (folder / f"1.{kind}").write_bytes(damaged_archive(kind))
+  for name in "23":
+    (folder / f"{name}.txt").write_text(name)
+  pack(folder, tmp_path / "at_once", "--skip-bad")
+  expected = open_path(str(tmp_path / "at_once"), PLAIN)
+  assert expected.skipped and list(expected.names)[-2:] == ["2.txt", "3.txt"]
+  for stop in range(1, len(expected.names) + expected.skipped):
+    with pytest.raises(Stop):
+      interrupted(monkeypatch, stop, folder, tmp_path / f"packed{stop}", "--skip-bad")
+    pack(folder, tmp_path / f"packed{stop}", "--skip-bad")
+    found = open_path(str(tmp_path / f"packed{stop}"), PLAIN)
+    assert (list(found.names), found.skipped) == (list(expected.names), expected.skipped)
+    assert contents(found) == contents(expected)
+
+
+def test_a_link_to_nothing_costs_no_files_after_it(tmp_path):
+  with tarfile.open(tmp_path / "x.tar", "w") as archive:
+    link, file = tarfile.TarInfo("link"), tarfile.TarInfo("after")
+    link.type, link.linkname, file.size = tarfile.LNKTYPE, "missing", 4
+    archive.addfile(link)
+    archive.addfile(file, io.BytesIO(b"text"))
+  pack(tmp_path / "x.tar", tmp_path / "packed", "--skip-bad")
+  assert contents(open_path(str(tmp_path / "packed"), PLAIN)) == {"after": b"text"}
 
 
 def test_killing_it_leaves_nothing_that_looks_whole(tmp_path):
