@@ -14,7 +14,10 @@ import time
 import numpy as np
 import pytest
 from packed_folders import NO_ROOM, PLAIN, contents, pack
+from PIL import Image
 
+from megabyte_jax.config import DataConfig
+from megabyte_jax.data.media.image_source import Images
 from megabyte_jax.data.open_data import open_path
 from megabyte_jax.data.packing import pack_writer
 from megabyte_jax.errors import DataError
@@ -66,6 +69,48 @@ def test_an_interrupted_pack_goes_on_where_it_was(tmp_path, monkeypatch):
   assert other.items_done == 0
   pack_writer.PackWriter(str(tmp_path / "p"), request).write(items(first, None))
   assert contents(open_path(str(tmp_path / "p"), PLAIN)) == dict(documents)
+
+
+def write_images(folder, *sides):
+  """PNG images of one colour each, of so many pixels."""
+  folder.mkdir()
+  for i, side in enumerate(sides):
+    Image.new("RGB", (side, side), (i, i, i)).save(folder / f"{i}.png")
+  return folder
+
+
+def test_a_pack_of_other_images_begins_anew(tmp_path, monkeypatch):
+  monkeypatch.setattr(pack_writer, "_SAVE_EVERY", 1)
+  flags = "--form=image", "--image-size=4", "--scan=raster"
+  folder = write_images(tmp_path / "images", 20, 5, 5, 5)
+  with pytest.raises(Stop):
+    interrupted(monkeypatch, 2, folder, tmp_path / "packed", *flags, "--skip-bad", "--max-pixels=100")
+  pack(folder, tmp_path / "packed", *flags, "--skip-bad", "--max-pixels=1000")
+  data = DataConfig(form="image", image_size=4, scan="raster")
+  expected = {f"{i}.png": bytes([i]) * 48 for i in range(4)}
+  assert contents(open_path(str(tmp_path / "packed"), data)) == expected
+  # Without --skip-bad a larger limit lets the same images be read: no work is lost.
+  folder = write_images(tmp_path / "more", 5, 5, 20)
+  with pytest.raises(DataError, match="too large"):
+    pack(folder, tmp_path / "again", *flags, "--max-pixels=100")
+  opened = []
+  read = Images._open
+  monkeypatch.setattr(Images, "_open", lambda self, i: opened.append(i) or read(self, i))
+  pack(folder, tmp_path / "again", *flags, "--max-pixels=1000")
+  assert opened == [2]
+
+
+def test_what_was_left_out_before_belongs_to_a_pack(tmp_path, monkeypatch):
+  monkeypatch.setattr(pack_writer, "_SAVE_EVERY", 1)
+  folder = write_images(tmp_path / "images", 5, 5, 5)
+  flags = "--form=image", "--image-size=4", "--scan=raster", "--skip-bad"
+  is_good = Images._is_good
+  with monkeypatch.context() as patch, pytest.raises(Stop):
+    patch.setattr(Images, "_is_good", lambda self, i: i > 0 and is_good(self, i))  # as where a disk fails for once
+    interrupted(monkeypatch, 1, folder, tmp_path / "packed", *flags)
+  pack(folder, tmp_path / "packed", *flags)
+  found = open_path(str(tmp_path / "packed"), DataConfig(form="image", image_size=4, scan="raster"))
+  assert contents(found) == {f"{i}.png": bytes([i]) * 48 for i in range(3)} and found.skipped == 0
 
 
 def test_an_interrupted_pack_of_compressed_records_goes_on(tmp_path, monkeypatch):
