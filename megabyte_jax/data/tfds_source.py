@@ -161,6 +161,8 @@ def _is_text(kind: Any) -> bool:
 class Records:
   """One feature of the records of a split, as stored (images encoded, text in UTF-8)."""
 
+  skipped = 0
+
   def __init__(self, builder: Any, split: str, feature: str, spec: str):
     from tensorflow_datasets.proto import tf_example_pb2  # noqa: PLC0415
 
