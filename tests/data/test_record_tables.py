@@ -227,6 +227,19 @@ def test_hugging_face_images(tmp_path, data):
   assert read_all(source) == image_files(tmp_path, encoded, config)
 
 
+def test_hugging_face_images_without_a_value(tmp_path, data):
+  datasets = pytest.importorskip("datasets")
+  encoded = pictures(2)
+  rows = [{"bytes": encoded[0], "path": None}, None, {"bytes": encoded[1], "path": None}]
+  features = datasets.Features({"image": datasets.Image()})
+  for name, chosen in (("saved", rows), ("other", [rows[0], None, rows[0]])):
+    datasets.Dataset.from_dict({"image": chosen}, features=features).save_to_disk(str(tmp_path / name))
+  config = dataclasses.replace(data, form="image", image_size=16, skip_bad=True)
+  source, other = (open_path(f"hf:{tmp_path}/{name}", config) for name in ("saved", "other"))
+  assert read_all(source) == image_files(tmp_path, encoded, config) and source.skipped == 1
+  assert source.fingerprint != other.fingerprint
+
+
 def test_two_columns_of_one_name(tmp_path, data):
   parquet.write_table(arrow.table([["a"], ["b"], ["c"]], names=["text", "text", "other"]), tmp_path / "a.parquet")
   with pytest.raises(ConfigError, match=r"a\.parquet has several columns called 'text'; rename all but one"):
