@@ -2,6 +2,7 @@
 
 import bz2
 import dataclasses
+import errno
 import gzip
 import lzma
 import os
@@ -215,6 +216,24 @@ def test_compressed_files_are_read_as_what_they_hold(tmp_path, data, ending, mon
   path.write_bytes(COMPRESS[ending](b""))
   with pytest.raises(DataError, match=rf"a\.txt{ending} holds nothing"):
     open_path(str(path), data)
+
+
+def test_a_compressed_file_that_cannot_be_opened_is_named_or_skipped(tmp_path, data, monkeypatch):
+  for name in ("a", "b"):
+    (tmp_path / f"{name}.txt.gz").write_bytes(gzip.compress(name.encode()))
+  opened = contents.open_file
+
+  def refuse(path):  # the superuser may read all
+    if path.endswith("a.txt.gz"):
+      raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+    return opened(path)
+
+  monkeypatch.setattr(contents, "open_file", refuse)
+  with pytest.raises(DataError, match=r"a\.txt\.gz cannot be read \(Permission denied\); skip such files"):
+    open_path(f"{tmp_path}/*.gz", data)
+  (tmp_path / "c.txt.gz").symlink_to("nothing")
+  source = open_path(f"{tmp_path}/*.gz", dataclasses.replace(data, skip_bad=True))
+  assert read_all(source) == [b"b"] and source.skipped == 2
 
 
 def test_what_is_too_large_or_an_archive_is_refused_with_the_command_that_packs_it(tmp_path, data, monkeypatch):

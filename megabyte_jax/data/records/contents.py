@@ -62,7 +62,8 @@ def decompressed(
     skip_empty: give None for a file that holds nothing.
 
   Raises:
-    DataError: a file is damaged, cut short or empty inside; all together are too large; there is no room for the copy.
+    DataError: a file cannot be read, is damaged, cut short or empty inside; all together are too large; there is no
+      room for the copy.
   """
   compressed = [path for path in paths if is_compressed(path)]
   total = sum(sizes_of(compressed))
@@ -83,11 +84,11 @@ def pack_command(spec: str, data: DataConfig) -> str:
 
 def _copy_of(path: str, data: DataConfig, skip_empty: bool) -> tuple[str, str] | None:
   """Where the decompressed copy of a file is, which is made if need be; None for a file to be skipped."""
-  belongs_to = cache.identity(path) | {"kind": "contents"}
   folder = os.path.join(cache.cache_folder(data.cache_dir), "contents")
-  name = cache.entry_name(belongs_to["path"])
-  copy = os.path.join(folder, f"{name}-{cache.entry_name(belongs_to)[:8]}")
   try:
+    belongs_to = cache.identity(path) | {"kind": "contents"}
+    name = cache.entry_name(belongs_to["path"])
+    copy = os.path.join(folder, f"{name}-{cache.entry_name(belongs_to)[:8]}")
     with cache.held(folder, name):
       length = _length_of_copy(copy, belongs_to)
       if length < 0:
@@ -125,11 +126,11 @@ def _decompress(path: str, copy: str, size: int) -> int:
   """Writes what a file holds to `copy` and returns how many bytes that are.
 
   Raises:
-    DataError: the file is damaged or cut short.
+    DataError: the file cannot be read, is damaged or cut short.
     OSError: the copy cannot be written.
   """
   with (
-    open_file(path) as file,
+    _opened(path) as file,
     replacing(copy) as temporary,
     open(temporary, "wb") as out,
     Progress(f"decompressing {path}", size, enabled=size > _SHOWN) as progress,
@@ -141,6 +142,13 @@ def _decompress(path: str, copy: str, size: int) -> int:
     out.flush()
     os.fsync(out.fileno())
     return out.tell()
+
+
+def _opened(path: str) -> IO[bytes]:
+  try:
+    return open_file(path)
+  except OSError as error:  # no fault of the folder of the copy
+    raise DataError(f"{path} cannot be read ({error.strerror or error}); skip such files with {SKIP_HINT}") from error
 
 
 def _next_block(opened: IO[bytes], path: str) -> bytes:
