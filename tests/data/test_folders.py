@@ -103,6 +103,18 @@ def test_pipes_are_no_files(folder):
   assert find_files(str(folder))[1] == find_files(f"{folder}/**")[1] == ["a.txt", "b/c.txt"]
 
 
+def test_the_parts_of_packed_folders_are_no_documents(folder, tmp_path, monkeypatch):
+  prepare.main(["pack", str(folder), str(tmp_path / "top" / "p")])
+  for spec in ("top", "top/**", "top/p/*", "top/*/*", "top/**/*.txt", "top/*/*.json", "**/data.*"):
+    with pytest.raises(DataError, match=r"has the packed folder .*top/p in it, whose files are not documents"):
+      open_path(f"{tmp_path}/{spec}", PLAIN)
+  monkeypatch.chdir(tmp_path / "top" / "p")
+  with pytest.raises(DataError, match=r"\* has the packed folder \. in it"):
+    open_path("*", PLAIN)
+  (tmp_path / "top" / "p" / "data.bin").unlink()
+  assert open_path("*.txt", PLAIN).names == ["names.txt"]
+
+
 def test_a_folder_of_other_files_says_what_it_has(folder):
   (folder / "notes.MD").touch()
   (folder / "b" / "README").touch()
