@@ -65,7 +65,14 @@ def find_files(spec: str, suffixes: Sequence[str] = (), wanted: str = "") -> tup
   if not paths:
     raise DataError(f"no file matches {spec}; name a file, a folder or another glob")
   paths.sort()
-  return paths, [p[len(base) :].lstrip("/") for p in paths]
+  return paths, [_below(base, path) for path in paths]
+
+
+def _below(base: str, path: str) -> str:
+  """The name of a file below a folder; globs write paths with fewer slashes than their patterns may have."""
+  if path.startswith(base) or object_stores.is_remote(path):
+    return path[len(base) :].lstrip("/")
+  return os.path.relpath(path, base)
 
 
 def inside_source(path: str, spec: str) -> str:

@@ -44,6 +44,13 @@ def test_linked_folders_and_files_are_read_and_loops_are_not(folder, tmp_path):
   assert contents(open_path(f"{folder}/**/*.txt", PLAIN)) == expected
 
 
+def test_names_are_the_same_however_many_slashes_a_glob_has(folder):
+  for spec in ("/*.txt", "//*.txt", "///*.txt"):
+    assert find_files(f"{folder}{spec}")[1] == ["a.txt"]
+  for spec in ("/**/*.txt", "//**/*.txt", "//**//*.txt", "", "/", "//"):
+    assert find_files(f"{folder}{spec}")[1] == ["a.txt", "b/c.txt"]
+
+
 def test_links_to_nothing_are_named_or_skipped_and_counted(folder):
   (folder / "b" / "gone.txt").symlink_to("nowhere")
   for spec in (folder, f"{folder}/**/*.txt"):
