@@ -92,9 +92,7 @@ def _copy_of(path: str, data: DataConfig, skip_empty: bool) -> tuple[str, str] |
     with cache.held(folder, name):
       length = _length_of_copy(copy, belongs_to)
       if length < 0:
-        for old in os.listdir(folder):  # of the file as it was before, or of an attempt that was killed
-          if old.lstrip(".").startswith(f"{name}-"):
-            os.unlink(os.path.join(folder, old))
+        cache.remove_versions(folder, name)
         length = _decompress(path, copy, belongs_to["size"])
         cache.save_index(f"{copy}.index", belongs_to, {}, {"length": length})
   except DataError:
