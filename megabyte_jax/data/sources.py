@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -72,8 +73,12 @@ class Joined:
     self.skipped = sum(source.skipped for source in sources)
     self.joinable = all(source.joinable for source in sources)
     self.unit = math.lcm(*(source.unit for source in sources))
-    self.fingerprint = combine_fingerprints(source.fingerprint for source in sources)
     self._first = np.cumsum([0] + [len(source.lengths) for source in sources])
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Changes with those of the sources, and with their order."""
+    return combine_fingerprints(source.fingerprint for source in self.sources)
 
   def read(self, document: int, start: int, stop: int) -> np.ndarray:
     """Reads bytes; see `Source`."""
@@ -106,7 +111,12 @@ class Mixture(Joined):
   def __init__(self, sources: Sequence[Source], weights: Sequence[float], specs: Sequence[str] = ()):
     super().__init__(sources, specs)
     self.weights = tuple(weights)
-    self.fingerprint = combine_fingerprints([self.fingerprint, repr(self.weights)])
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Changes with those of the sources, with their order, and with the weights."""
+    joined = combine_fingerprints(source.fingerprint for source in self.sources)
+    return combine_fingerprints([joined, repr(self.weights)])
 
 
 def check_range(source: Source, document: int, start: int, stop: int) -> None:

@@ -248,8 +248,12 @@ class Texts:
       raise DataError(f"all {count} texts of {records.spec} are empty or unreadable")
     self.lengths = lengths[self._kept]
     self.names = [records.names[i] for i in self._kept]
-    self.fingerprint = combine_fingerprints([records.fingerprint, str(self.skipped)])
     self._text = SharedCache(records.load, _RECORDS_KEPT)
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Changes with the records, and with how many were left out."""
+    return combine_fingerprints([self._records.fingerprint, str(self.skipped)])
 
   def _length(self, i: int, skip_bad: bool) -> int:
     try:

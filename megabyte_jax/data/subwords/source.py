@@ -8,6 +8,7 @@ replaces that of the same files as they were before.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -51,11 +52,15 @@ class Subwords:
   def __init__(self, text: Source, tokenizer: Tokenizer, cache_dir: str = ""):
     self.text, self.tokenizer, self.skipped = text, tokenizer, text.skipped
     require(text.joinable and text.unit == 1, "subwords are for texts; set config.data.form to what these data are")
-    self.fingerprint = combine_fingerprints([text.fingerprint, tokenizer.sha256])
     path, ends = _tokens_of(text, tokenizer, cache_dir)
     self.lengths = np.diff(ends, prepend=0)
     self._starts = ends - self.lengths
     self._file = ByteFiles([path], [path]) if len(ends) and ends[-1] else None
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Changes with the text and the tokenizer."""
+    return combine_fingerprints([self.text.fingerprint, self.tokenizer.sha256])
 
   @property
   def names(self) -> Sequence[str]:
@@ -108,7 +113,9 @@ def text_of(source: Source) -> Source:
   if isinstance(source, Subwords):
     return source.text
   if isinstance(source, Joined):  # a mixture's texts, too, are joined here: nothing is drawn of them
-    return Joined([text_of(part) for part in source.sources], source.specs)
+    texts = [text_of(part) for part in source.sources]
+    if any(text is not part for text, part in zip(texts, source.sources, strict=True)):
+      return Joined(texts, source.specs)
   return source
 
 
