@@ -77,9 +77,10 @@ def decompressed(
 
 
 def pack_command(spec: str, data: DataConfig) -> str:
-  """Returns the command that packs a source."""
+  """Returns the command that packs a source, as a shell takes it."""
+  where = f" --tfds-dir={shlex.quote(data.tfds_dir)}" if data.tfds_dir and spec.startswith("tfds:") else ""
   skip = " --skip-bad" if data.skip_bad else ""
-  return f"python -m megabyte_jax prepare pack {shlex.quote(spec)} FOLDER{skip}"
+  return f"python -m megabyte_jax prepare pack {shlex.quote(spec)} FOLDER{where}{skip}"
 
 
 def _copy_of(path: str, data: DataConfig, skip_empty: bool) -> tuple[str, str] | None:
