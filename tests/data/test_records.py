@@ -108,7 +108,8 @@ def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path, data, name):
   (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n' + line + b'\n\n{"text": ""}\n{"text": "two"}\r\n')
   with pytest.raises(DataError, match=rf"a\.jsonl, {message}") as error:
     open_path(f"{tmp_path}/a.jsonl", data)
-  assert "\n" not in str(error.value) and "skip_bad" in str(error.value) and "--raw" in str(error.value)
+  said = str(error.value)
+  assert "\n" not in said and "; leave such lines out with --config.data.skip_bad" in said and "--raw" in said
   source = open_path(f"{tmp_path}/a.jsonl", dataclasses.replace(data, skip_bad=True))
   assert read_all(source) == [b"one", b"two"] and source.skipped == 2
   with pytest.raises(DataError, match=message):  # also from the index that was just kept
