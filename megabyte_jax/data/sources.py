@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from megabyte_jax.data.fingerprints import combine_fingerprints
+from megabyte_jax.errors import require
 
 SKIP_HINT = "--config.data.skip_bad=True (eval.py and prepare: --skip-bad)"
 RAW_HINT = "--config.data.raw=True (eval.py and prepare: --raw)"
@@ -124,3 +125,17 @@ def check_range(source: Source, document: int, start: int, stop: int) -> None:
   length = int(source.lengths[document])
   if not 0 <= start <= stop <= length:
     raise IndexError(f"bytes {start} to {stop} of {source.names[document]}, which has {length}")
+
+
+def check_unit(source: Source, context: int) -> None:
+  """Raises ConfigError unless windows of `context` bytes, one after the other, hold whole samples."""
+  require(
+    context % source.unit == 0,
+    f"a context of {context} bytes cuts apart the {source.unit} bytes of a sample; make it a multiple",
+  )
+
+
+def subject(source: Source) -> str:
+  """Returns the beginning of a sentence about a source: "NAME has", "NAME ... NAME (N documents) have"."""
+  names = source.names
+  return f"{names[0]} has" if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names):,} documents) have"
