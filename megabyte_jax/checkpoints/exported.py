@@ -46,7 +46,7 @@ def export_model(
   """Writes a model to a new folder, which appears whole or not at all.
 
   Args:
-    folder: of the export; it must not exist yet, or be empty.
+    folder: of the export, on a disk; it must not exist yet, or be empty.
     config: of the run that trained it.
     parameters: nested dicts of float32 arrays.
     step: optimizer steps that they have had.
@@ -54,8 +54,8 @@ def export_model(
     max_file_bytes: tensors are spread over files of at most so many bytes.
 
   Raises:
-    ConfigError: the folder, or the one that a link leads to, holds something, one tensor is larger than a file may
-      be, or weights are in 8 bits.
+    ConfigError: the folder is not on a disk; it, or the one that a link leads to, holds something; one tensor is larger
+      than a file may be; or weights are in 8 bits.
   """
   from safetensors.numpy import save_file  # noqa: PLC0415 - only exports need it
 

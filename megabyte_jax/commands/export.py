@@ -31,6 +31,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
   parser.add_argument("--max-file-size", type=int, default=2**32, metavar="BYTES", help="of each file at most")
   args = parser.parse_args(arguments)
   require(args.max_file_size > 0, f"--max-file-size is {args.max_file_size}; it must be positive")
+  outputs.check_on_disk("FOLDER", args.folder)
   outputs.check_output_folder("FOLDER", args.folder)
   outputs.check_folder_name("FOLDER", args.folder)
   outputs.check_new_folder("FOLDER", args.folder)

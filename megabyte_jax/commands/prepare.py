@@ -25,7 +25,13 @@ from megabyte_jax.commands import command_line
 from megabyte_jax.config import DataConfig
 from megabyte_jax.config.parsing import dataclass_from_mapping
 from megabyte_jax.errors import ConfigError, require
-from megabyte_jax.files.outputs import check_folder_name, check_new_file, check_output_file, check_output_folder
+from megabyte_jax.files.outputs import (
+  check_folder_name,
+  check_new_file,
+  check_on_disk,
+  check_output_file,
+  check_output_folder,
+)
 
 _SPLITS = ("train", "validation", "test", "train_weights", "documents")  # of no meaning here
 _SUBWORDS = ("tokenizer", "tokenizer_sha256")  # texts are packed as bytes: any tokenizer then cuts them
@@ -100,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
       spec, folder = given.pop("source"), given.pop("folder")
       check_folder_name("FOLDER", folder)
+      check_on_disk("FOLDER", folder)
       check_output_folder("FOLDER", folder)
       inside = inside_source(folder, spec)
       require(not inside, f"FOLDER={folder} lies within the source {inside}, which it would change; take another place")

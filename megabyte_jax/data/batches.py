@@ -20,7 +20,7 @@ from grain.experimental import index_shuffle
 from megabyte_jax.config.model import check_bytes, latent_stride, token_dtype
 from megabyte_jax.data.consecutive_segments import ConsecutiveSegments, MixedSegments, open_segments
 from megabyte_jax.data.read_ahead import THREADS
-from megabyte_jax.data.sources import Mixture, Source
+from megabyte_jax.data.sources import Mixture, Source, check_unit, subject
 from megabyte_jax.errors import DataError, require
 
 _AHEAD = 2  # batches on their way to the devices while the current one is worked on
@@ -77,10 +77,7 @@ class Windows:
     self.total = int(source.lengths.sum())
     self._first_end = latents or context  # bytes of the first window of a document
     self._stride = latent_stride(latents) if latents else context
-    require(
-      context % source.unit == 0,
-      f"a context of {context} bytes cuts apart the {source.unit} bytes of a sample; make it a multiple",
-    )
+    check_unit(source, context)
     require(
       self._stride % source.unit == 0,
       f"{latents} latents, which move by half, cut apart the {source.unit} bytes of a sample; make the half a multiple",
@@ -88,7 +85,7 @@ class Windows:
     if self.packed:
       if self.total < context:
         raise DataError(
-          f"{_describe(source)} {self.total:,} bytes, fewer than the context of {context:,}; give more data, a shorter "
+          f"{subject(source)} {self.total:,} bytes, fewer than the context of {context:,}; give more data, a shorter "
           "context, or --config.data.documents=whole, which pads short documents"
         )
       self._ends = np.cumsum(source.lengths)
@@ -293,8 +290,3 @@ def _rows_sharding(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
 @functools.lru_cache(maxsize=64)  # the same for all draws of an epoch
 def _random_below(bound: int, seed: int, epoch: int) -> int:
   return int(np.random.default_rng((seed, epoch)).integers(bound))
-
-
-def _describe(source: Source) -> str:
-  names = source.names
-  return f"{names[0]} has" if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names):,} documents) have"

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megabyte_jax.data.sources import Mixture, Source
-from megabyte_jax.errors import ConfigError, DataError, require
+from megabyte_jax.data.sources import Mixture, Source, check_unit, subject
+from megabyte_jax.errors import ConfigError, DataError
 
 
 class Segment(NamedTuple):
@@ -51,16 +51,13 @@ class ConsecutiveSegments:
 
   def __init__(self, source: Source, context: int, seed: int, rows: int):
     self.source, self.context, self.seed, self.rows, self.slow = source, context, seed, rows, source.slow
-    require(
-      context % source.unit == 0,
-      f"a context of {context} bytes cuts apart the {source.unit} bytes of a sample; make it a multiple",
-    )
+    check_unit(source, context)
     self._counts = -(-np.asarray(source.lengths, np.int64) // context)
     self.segments = int(self._counts.sum())
     if self.segments < rows:
       raise DataError(
-        f"{source.names[0]} ... ({len(source.lengths):,} documents) have {self.segments:,} segments of {context:,} "
-        f"bytes, fewer than the {rows} rows of a batch; give more data, or a smaller batch_size or context"
+        f"{subject(source)} {self.segments:,} {'segment' if self.segments == 1 else 'segments'} of {context:,} bytes, "
+        f"fewer than the {rows} rows of a batch; give more data, or a smaller batch_size or context"
       )
     self.steps_per_epoch = self.segments // rows
     self._order = functools.lru_cache(maxsize=2)(self._draw_order)  # of the epochs at hand

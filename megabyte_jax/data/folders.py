@@ -19,6 +19,7 @@ from megabyte_jax.files import object_stores
 
 _DEEPEST = 200  # folders within folders
 _MOST_VISITS = 100  # of one folder, through links
+_PACKED = ("data.bin", "ends.npy", "ends", "names.txt", "manifest.json")  # see packing/packed_folder.py
 
 
 def find_files(spec: str, suffixes: Sequence[str] = (), wanted: str = "") -> tuple[list[str], list[str]]:
@@ -41,6 +42,7 @@ def find_files(spec: str, suffixes: Sequence[str] = (), wanted: str = "") -> tup
   if _is_glob(spec):
     base = _fixed_part(spec)
     paths = _remote_glob(base, spec) if is_remote else _local_glob(base, spec)
+    _refuse_packed(spec, paths)
   else:
     path = epath.Path(spec)
     if not path.exists():
@@ -63,7 +65,14 @@ def find_files(spec: str, suffixes: Sequence[str] = (), wanted: str = "") -> tup
   if not paths:
     raise DataError(f"no file matches {spec}; name a file, a folder or another glob")
   paths.sort()
-  return paths, [p[len(base) :].lstrip("/") for p in paths]
+  return paths, [_below(base, path) for path in paths]
+
+
+def _below(base: str, path: str) -> str:
+  """The name of a file below a folder; globs write paths with fewer slashes than their patterns may have."""
+  if path.startswith(base) or object_stores.is_remote(path):
+    return path[len(base) :].lstrip("/")
+  return os.path.relpath(path, base)
 
 
 def inside_source(path: str, spec: str) -> str:
@@ -96,15 +105,20 @@ def is_matched(path: str, spec: str) -> bool:
   return any(os.path.realpath(match) == os.path.realpath(path) for match in matches)
 
 
-def _refuse_packed(folder: str, paths: Sequence[str]) -> None:
-  """Raises DataError where a packed folder lies below the folder of these files: its parts are not documents."""
+def _refuse_packed(spec: str, paths: Sequence[str]) -> None:
+  """Raises DataError where files that a folder or a glob names are parts of packed folders: these are not documents."""
   there = set(paths)
+
+  def exists(path: str) -> bool:  # a glob may match one part alone
+    return path in there or epath.Path(path).exists()
+
   for path in paths:
     inner, name = os.path.split(path)
-    if name == "data.bin" and any(f"{inner}/{other}" in there for other in ("ends", "ends.npy")):
+    data, *ends = (os.path.join(inner, part) for part in ("data.bin", "ends.npy", "ends"))
+    if name in _PACKED and exists(data) and any(map(exists, ends)):
       raise DataError(
-        f"{folder} has the packed folder {inner} in it, whose files are not documents; move it elsewhere, or name "
-        "sources one by one, separated by commas"
+        f"{spec} has the packed folder {inner or os.curdir} in it, whose files are not documents; move it elsewhere, "
+        "or name sources one by one, separated by commas"
       )
 
 

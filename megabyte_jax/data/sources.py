@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from megabyte_jax.data.fingerprints import combine_fingerprints
+from megabyte_jax.errors import require
 
 SKIP_HINT = "--config.data.skip_bad=True (eval.py and prepare: --skip-bad)"
 RAW_HINT = "--config.data.raw=True (eval.py and prepare: --raw)"
@@ -72,8 +74,12 @@ class Joined:
     self.skipped = sum(source.skipped for source in sources)
     self.joinable = all(source.joinable for source in sources)
     self.unit = math.lcm(*(source.unit for source in sources))
-    self.fingerprint = combine_fingerprints(source.fingerprint for source in sources)
     self._first = np.cumsum([0] + [len(source.lengths) for source in sources])
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Changes with those of the sources, and with their order."""
+    return combine_fingerprints(source.fingerprint for source in self.sources)
 
   def read(self, document: int, start: int, stop: int) -> np.ndarray:
     """Reads bytes; see `Source`."""
@@ -106,7 +112,12 @@ class Mixture(Joined):
   def __init__(self, sources: Sequence[Source], weights: Sequence[float], specs: Sequence[str] = ()):
     super().__init__(sources, specs)
     self.weights = tuple(weights)
-    self.fingerprint = combine_fingerprints([self.fingerprint, repr(self.weights)])
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Changes with those of the sources, with their order, and with the weights."""
+    joined = combine_fingerprints(source.fingerprint for source in self.sources)
+    return combine_fingerprints([joined, repr(self.weights)])
 
 
 def check_range(source: Source, document: int, start: int, stop: int) -> None:
@@ -114,3 +125,17 @@ def check_range(source: Source, document: int, start: int, stop: int) -> None:
   length = int(source.lengths[document])
   if not 0 <= start <= stop <= length:
     raise IndexError(f"bytes {start} to {stop} of {source.names[document]}, which has {length}")
+
+
+def check_unit(source: Source, context: int) -> None:
+  """Raises ConfigError unless windows of `context` bytes, one after the other, hold whole samples."""
+  require(
+    context % source.unit == 0,
+    f"a context of {context} bytes cuts apart the {source.unit} bytes of a sample; make it a multiple",
+  )
+
+
+def subject(source: Source) -> str:
+  """Returns the beginning of a sentence about a source: "NAME has", "NAME ... NAME (N documents) have"."""
+  names = source.names
+  return f"{names[0]} has" if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names):,} documents) have"

@@ -25,6 +25,7 @@ from megabyte_jax.data.file_handles import Handles, require_descriptor
 from megabyte_jax.data.files import fingerprint_files, sizes_of
 from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.media.image_source import Images
+from megabyte_jax.data.records.contents import pack_command
 from megabyte_jax.data.records.store import Numbered
 from megabyte_jax.data.shared_cache import SharedCache
 from megabyte_jax.data.sources import SKIP_HINT, Source, check_range
@@ -71,7 +72,7 @@ def open_tfds(spec: str, data: DataConfig) -> Source:
   kinds = (tfds.features.Image,) if data.form == "image" else (tfds.features.Text, tfds.features.Tensor)
   feature = _find_feature(builder, kinds, feature, spec, data.form)
   records = Records(builder, split, feature, spec)
-  return Images(records, data, convert="colours") if data.form == "image" else Texts(records, data.skip_bad)
+  return Images(records, data, convert="colours") if data.form == "image" else Texts(records, data)
 
 
 def find_builder(name: str, tfds_dir: str) -> Any:
@@ -116,7 +117,7 @@ def find_builder(name: str, tfds_dir: str) -> Any:
 def prepare_command(action: str, name: str, tfds_dir: str) -> str:
   """Returns the command line that builds or converts a data set."""
   where = f" --tfds-dir={shlex.quote(tfds_dir)}" if tfds_dir else ""
-  return f"python -m megabyte_jax prepare {action} tfds:{name}{where}"
+  return f"python -m megabyte_jax prepare {action} {shlex.quote(f'tfds:{name}')}{where}"
 
 
 def _check_prepared(builder: Any, name: str, tfds_dir: str) -> None:
@@ -160,6 +161,8 @@ def _is_text(kind: Any) -> bool:
 
 class Records:
   """One feature of the records of a split, as stored (images encoded, text in UTF-8)."""
+
+  skipped = 0
 
   def __init__(self, builder: Any, split: str, feature: str, spec: str):
     from tensorflow_datasets.proto import tf_example_pb2  # noqa: PLC0415
@@ -229,14 +232,13 @@ class Texts:
 
   joinable, unit, slow = True, 1, True
 
-  def __init__(self, records: Records, skip_bad: bool):
-    self._records = records
+  def __init__(self, records: Records, data: DataConfig):
+    self._records, skip_bad = records, data.skip_bad
     count = len(records.names)
     if count > 1000:
       logging.warning(
-        "reading %s once to learn the lengths of its %d texts; pack it to start at once: "
-        "python -m megabyte_jax prepare pack %s DIR",
-        *(records.spec, count, records.spec),
+        "reading %s once to learn the lengths of its %d texts; pack it to start at once: %s",
+        *(records.spec, count, pack_command(records.spec, data)),
       )
     with ThreadPoolExecutor() as pool:
       lengths = np.array(list(pool.map(lambda i: self._length(i, skip_bad), range(count))), np.int64)
@@ -246,8 +248,12 @@ class Texts:
       raise DataError(f"all {count} texts of {records.spec} are empty or unreadable")
     self.lengths = lengths[self._kept]
     self.names = [records.names[i] for i in self._kept]
-    self.fingerprint = combine_fingerprints([records.fingerprint, str(self.skipped)])
     self._text = SharedCache(records.load, _RECORDS_KEPT)
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Changes with the records, and with how many were left out."""
+    return combine_fingerprints([self._records.fingerprint, str(self.skipped)])
 
   def _length(self, i: int, skip_bad: bool) -> int:
     try:

@@ -63,6 +63,12 @@ def check_output_folder(name: str, path: str) -> None:
   require(not problem, problem)
 
 
+def check_on_disk(name: str, path: str) -> None:
+  """Raises ConfigError where the argument `name` is a path of an object store; for what is written to disks only."""
+  on_disk = not object_stores.is_remote(path)
+  require(on_disk, f"{name}={path} is not on this machine's disks; write to a disk, then copy it there")
+
+
 def check_folder_name(name: str, path: str) -> None:
   """Raises ConfigError where the name of a new folder would be read as that of something else: `sample:x`, say."""
   kind = _NAMES.match(path)
@@ -83,11 +89,11 @@ def check_new_folder(name: str, path: str) -> None:
   """Checks that a folder can be made where the argument `name` says: nothing is there, or an empty folder.
 
   Raises:
-    ConfigError: something is there.
+    ConfigError: something is there, or it is a place in an object store.
   """
-  if not object_stores.is_remote(path):
-    place = final_path(path)
-    require(not os.path.isdir(place) or not os.listdir(place), f"{name}={path} is not empty; name a new folder")
+  check_on_disk(name, path)
+  place = final_path(path)
+  require(not os.path.isdir(place) or not os.listdir(place), f"{name}={path} is not empty; name a new folder")
 
 
 def _try_to_write(name: str, path: str, folder: str) -> None:

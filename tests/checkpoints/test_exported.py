@@ -78,11 +78,14 @@ def test_each_layer_is_a_tensor_and_no_file_is_larger_than_asked(tmp_path):
   assert not (tmp_path / "small").exists()
 
 
-def test_what_stands_there_is_left_alone(tmp_path):
+def test_what_stands_there_is_left_alone(tmp_path, monkeypatch):
   config = config_of("two_levels")
   (tmp_path / "mine").write_text("")
   with pytest.raises(ConfigError, match=r"is not empty; name a new folder"):
     export_model(str(tmp_path), config, parameters_of(config), step=7)
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ConfigError, match=r"gs://bucket/out is not on this machine's disks; write to a disk, then copy"):
+    export_model("gs://bucket/out", config, parameters_of(config), step=7)
   assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 

@@ -105,6 +105,8 @@ def test_a_mixture_shares_out_the_rows():
 def test_what_cannot_be_read_so_is_said():
   with pytest.raises(DataError, match="47 segments of 8 bytes, fewer than the 48 rows"):
     open_segments(Documents(*LENGTHS), context=8, seed=0, rows=48)
+  with pytest.raises(DataError, match=r"^document 0 has 1 segment of 8 bytes, fewer than the 2 rows"):
+    open_segments(Documents(5), context=8, seed=0, rows=2)
   with pytest.raises(ConfigError, match="cuts apart the 2 bytes"):
     open_segments(Documents(64, unit=2), context=7, seed=0, rows=1)
 

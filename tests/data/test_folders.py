@@ -44,6 +44,13 @@ def test_linked_folders_and_files_are_read_and_loops_are_not(folder, tmp_path):
   assert contents(open_path(f"{folder}/**/*.txt", PLAIN)) == expected
 
 
+def test_names_are_the_same_however_many_slashes_a_glob_has(folder):
+  for spec in ("/*.txt", "//*.txt", "///*.txt"):
+    assert find_files(f"{folder}{spec}")[1] == ["a.txt"]
+  for spec in ("/**/*.txt", "//**/*.txt", "//**//*.txt", "", "/", "//"):
+    assert find_files(f"{folder}{spec}")[1] == ["a.txt", "b/c.txt"]
+
+
 def test_links_to_nothing_are_named_or_skipped_and_counted(folder):
   (folder / "b" / "gone.txt").symlink_to("nowhere")
   for spec in (folder, f"{folder}/**/*.txt"):
@@ -101,6 +108,18 @@ def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
 def test_pipes_are_no_files(folder):
   os.mkfifo(folder / "pipe")
   assert find_files(str(folder))[1] == find_files(f"{folder}/**")[1] == ["a.txt", "b/c.txt"]
+
+
+def test_the_parts_of_packed_folders_are_no_documents(folder, tmp_path, monkeypatch):
+  prepare.main(["pack", str(folder), str(tmp_path / "top" / "p")])
+  for spec in ("top", "top/**", "top/p/*", "top/*/*", "top/**/*.txt", "top/*/*.json", "**/data.*"):
+    with pytest.raises(DataError, match=r"has the packed folder .*top/p in it, whose files are not documents"):
+      open_path(f"{tmp_path}/{spec}", PLAIN)
+  monkeypatch.chdir(tmp_path / "top" / "p")
+  with pytest.raises(DataError, match=r"\* has the packed folder \. in it"):
+    open_path("*", PLAIN)
+  (tmp_path / "top" / "p" / "data.bin").unlink()
+  assert open_path("*.txt", PLAIN).names == ["names.txt"]
 
 
 def test_a_folder_of_other_files_says_what_it_has(folder):

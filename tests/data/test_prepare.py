@@ -48,6 +48,13 @@ def test_settings_of_another_form_are_refused(tmp_path, flag, message):
   assert not (tmp_path / "packed").exists()
 
 
+def test_a_bucket_is_not_packed_into(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ConfigError, match=r"FOLDER=gs://b/p is not on this machine's disks; write to a disk, then copy"):
+    pack("nothing there", "gs://b/p")
+  assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz", "tar.xz", "txt.gz", "txt.bz2"])
 def test_archives_are_packed(tmp_path, kind):
   folder, path = write_texts(tmp_path / "texts"), tmp_path / f"texts.{kind}"

@@ -124,6 +124,22 @@ def test_recordings_in_parquet(tmp_path, data):
   assert read_all(source) == [samples.tobytes()] and source.unit == 2
 
 
+@pytest.mark.parametrize("form", ["image", "audio"])
+def test_files_that_are_left_out_are_counted_with_bad_items(tmp_path, data, form):
+  if form == "audio":
+    soundfile, file = pytest.importorskip("soundfile"), io.BytesIO()
+    soundfile.write(file, np.arange(2000, dtype=np.int16), 8000, format="FLAC")
+    good = [file.getvalue()] * 2
+  else:
+    good = pictures(2)
+  for name in ("a", "b"):
+    parquet.write_table(arrow.table({form: [*good, b"neither"]}), tmp_path / f"{name}.parquet")
+  (tmp_path / "b.parquet").write_bytes((tmp_path / "b.parquet").read_bytes()[:-20])
+  config = dataclasses.replace(data, form=form, image_size=16, skip_bad=True)
+  source = open_path(f"{tmp_path}/*.parquet", config)
+  assert len(source.names) == 2 and source.skipped == 2  # a file and a record
+
+
 @pytest.fixture
 def saved(tmp_path, monkeypatch):
   datasets = pytest.importorskip("datasets")
@@ -209,6 +225,19 @@ def test_hugging_face_images(tmp_path, data):
   config = dataclasses.replace(data, form="image", image_size=16)
   source = open_path(f"hf:{tmp_path}/saved", config)
   assert read_all(source) == image_files(tmp_path, encoded, config)
+
+
+def test_hugging_face_images_without_a_value(tmp_path, data):
+  datasets = pytest.importorskip("datasets")
+  encoded = pictures(2)
+  rows = [{"bytes": encoded[0], "path": None}, None, {"bytes": encoded[1], "path": None}]
+  features = datasets.Features({"image": datasets.Image()})
+  for name, chosen in (("saved", rows), ("other", [rows[0], None, rows[0]])):
+    datasets.Dataset.from_dict({"image": chosen}, features=features).save_to_disk(str(tmp_path / name))
+  config = dataclasses.replace(data, form="image", image_size=16, skip_bad=True)
+  source, other = (open_path(f"hf:{tmp_path}/{name}", config) for name in ("saved", "other"))
+  assert read_all(source) == image_files(tmp_path, encoded, config) and source.skipped == 1
+  assert source.fingerprint != other.fingerprint
 
 
 def test_two_columns_of_one_name(tmp_path, data):

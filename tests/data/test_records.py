@@ -2,6 +2,7 @@
 
 import bz2
 import dataclasses
+import errno
 import gzip
 import lzma
 import os
@@ -107,7 +108,8 @@ def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path, data, name):
   (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n' + line + b'\n\n{"text": ""}\n{"text": "two"}\r\n')
   with pytest.raises(DataError, match=rf"a\.jsonl, {message}") as error:
     open_path(f"{tmp_path}/a.jsonl", data)
-  assert "\n" not in str(error.value) and "skip_bad" in str(error.value) and "--raw" in str(error.value)
+  said = str(error.value)
+  assert "\n" not in said and "; leave such lines out with --config.data.skip_bad" in said and "--raw" in said
   source = open_path(f"{tmp_path}/a.jsonl", dataclasses.replace(data, skip_bad=True))
   assert read_all(source) == [b"one", b"two"] and source.skipped == 2
   with pytest.raises(DataError, match=message):  # also from the index that was just kept
@@ -215,6 +217,24 @@ def test_compressed_files_are_read_as_what_they_hold(tmp_path, data, ending, mon
   path.write_bytes(COMPRESS[ending](b""))
   with pytest.raises(DataError, match=rf"a\.txt{ending} holds nothing"):
     open_path(str(path), data)
+
+
+def test_a_compressed_file_that_cannot_be_opened_is_named_or_skipped(tmp_path, data, monkeypatch):
+  for name in ("a", "b"):
+    (tmp_path / f"{name}.txt.gz").write_bytes(gzip.compress(name.encode()))
+  opened = contents.open_file
+
+  def refuse(path):  # the superuser may read all
+    if path.endswith("a.txt.gz"):
+      raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+    return opened(path)
+
+  monkeypatch.setattr(contents, "open_file", refuse)
+  with pytest.raises(DataError, match=r"a\.txt\.gz cannot be read \(Permission denied\); skip such files"):
+    open_path(f"{tmp_path}/*.gz", data)
+  (tmp_path / "c.txt.gz").symlink_to("nothing")
+  source = open_path(f"{tmp_path}/*.gz", dataclasses.replace(data, skip_bad=True))
+  assert read_all(source) == [b"b"] and source.skipped == 2
 
 
 def test_what_is_too_large_or_an_archive_is_refused_with_the_command_that_packs_it(tmp_path, data, monkeypatch):

@@ -9,6 +9,7 @@ from megabyte_jax.data import files
 from megabyte_jax.data.open_data import open_path, open_source
 from megabyte_jax.data.read_ahead import read_ahead
 from megabyte_jax.data.sources import Joined, Mixture
+from megabyte_jax.data.subwords.source import text_of
 from megabyte_jax.errors import ConfigError, DataError
 
 PLAIN = DataConfig()
@@ -44,6 +45,18 @@ def test_file_folder_glob_and_list(tmp_path):
   both = open_path(f"{folder}/c.bin, {folder}/*.txt", PLAIN)
   assert isinstance(both, Joined) and list(both.names) == ["c.bin", "a.txt"]
   assert both.read(1, 1, 4).tobytes() == b"irs" and both.read(0, 255, 256)[0] == 255
+
+
+def test_fingerprints_are_made_once_and_when_they_are_asked_for(tmp_path, monkeypatch):
+  folder, looked_into = make_folder(tmp_path / "data"), []
+  looks = files.fingerprint_files
+  monkeypatch.setattr(files, "fingerprint_files", lambda *given: looked_into.append(given) or looks(*given))
+  data = DataConfig(train=f"{folder}/a.txt,{folder}/c.bin", train_weights=(1.0, 2.0))
+  joined, mixture = open_path(data.train, data), open_source(data, "train")
+  assert text_of(joined) is joined and text_of(mixture) is mixture and not looked_into
+  for source in (joined, mixture):
+    assert source.fingerprint == source.fingerprint
+  assert len(looked_into) == 4 and joined.fingerprint != mixture.fingerprint
 
 
 def test_reading_outside_a_document_is_an_error(tmp_path):

@@ -87,9 +87,28 @@ def test_tokens_are_made_once_and_read_at_any_place(tmp_path, tokenizer, monkeyp
     patched.setattr(Tokenizer, "encode_blocks", None)
     open_path(spec, data)
 
+  open_path(spec, data)
   [kept] = [name for name in os.listdir(tmp_path / "cache" / "tokens") if "." not in name]
   (tmp_path / "cache" / "tokens" / kept).write_bytes(b"")  # cut short: made again
   assert open_path(spec, data).read(0, 0, 9).tolist() == open_path(spec, data).read(0, 0, 9).tolist()
+
+
+def test_tokens_of_a_text_as_it_was_before_are_removed(tmp_path):
+  data, cached = data_config(tmp_path), tmp_path / "cache" / "tokens"
+  odd = os.fsdecode(b"\xe9.txt")  # which is not UTF-8
+  for name in ("a.txt", odd):
+    (tmp_path / name).write_bytes(b"Call me Ishmael.\n" * 30)
+  both = f"{tmp_path}/a.txt,{tmp_path}/{odd}"
+  first = open_path(both, data)
+  count = len(list(cached.iterdir()))
+  for second in range(3):
+    os.utime(tmp_path / "a.txt", (second, second))
+    open_path(both, data)
+  (tmp_path / "a.txt").write_bytes(b"It is not down on any map.\n")
+  changed = open_path(both, data)
+  assert len(list(cached.iterdir())) == count == 6  # tokens, where they end, a lock: of each text
+  assert changed.lengths[0] < first.lengths[0]
+  assert changed.read(1, 0, 5).tolist() == first.read(1, 0, 5).tolist()  # of the other text, which is still there
 
 
 def test_batches_and_mixtures_hold_tokens(tmp_path, tokenizer):

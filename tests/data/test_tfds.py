@@ -1,20 +1,23 @@
 import importlib.util
 import io
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 import tfds_copies
 from PIL import Image
 
+from megabyte_jax.commands.prepare import parse_arguments
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data.batches import batches
 from megabyte_jax.data.media import patch_scan
 from megabyte_jax.data.open_data import SAMPLE_FOLDER, open_path, open_source
-from megabyte_jax.data.tfds_source import parse_spec
+from megabyte_jax.data.tfds_source import Texts, parse_spec
 from megabyte_jax.errors import ConfigError, DataError
 
 
@@ -121,6 +124,18 @@ def test_missing_data_give_the_command_that_prepares_them(root, tmp_path):
     open_path("tfds:pg19:train#book", options(root))
   with pytest.raises(ConfigError, match="audio"):
     open_path("tfds:pg19:train", options(root, form="audio"))
+
+
+def test_many_texts_come_with_the_command_that_packs_them(caplog):
+  spec = "tfds:pg19:train[:90%]"
+  records = types.SimpleNamespace(spec=spec, names=[f"{i}" for i in range(1001)], load=lambda i: b"text")
+  assert Texts(records, DataConfig(tfds_dir="/my data", skip_bad=True)).lengths.sum() == 4004
+  command = f"python -m megabyte_jax prepare pack '{spec}' FOLDER --tfds-dir='/my data' --skip-bad"
+  assert caplog.messages == [
+    f"reading {spec} once to learn the lengths of its 1001 texts; pack it to start at once: {command}"
+  ]
+  arguments = vars(parse_arguments(shlex.split(command)[4:]))
+  assert (arguments["source"], arguments["tfds_dir"], arguments["skip_bad"]) == (spec, "/my data", True)
 
 
 @pytest.mark.parametrize("part", ["[:0]", "[5:2]"])

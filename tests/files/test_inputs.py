@@ -49,7 +49,8 @@ def test_where_an_export_cannot_go_is_said_before_any_work(tmp_path, text):
     str(tmp_path): "is not empty; name a new folder",
     str(tmp_path / "full"): "is not empty; name a new folder",
     str(text): "is a file, not a folder",
-    "http://x/y": "nothing can be written to http://",
+    "gs://x/y": "gs://x/y is not on this machine's disks; write to a disk, then copy it there",
+    "http://x/y": "is not on this machine's disks",
   }.items():
     with pytest.raises(ConfigError, match=message):
       export.parse_arguments([folder])

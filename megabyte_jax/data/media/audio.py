@@ -100,7 +100,7 @@ class AudioFiles:
     paths, names: where the files are and what they are called.
     records: holds the encoded recordings where they are not files of their own; `paths` is then for errors alone.
     data: sample_rate, encoding and skip_bad; with the latter every file is decoded once at the start, and unreadable
-      ones are left out and counted in `skipped`.
+      ones are left out and counted in `skipped`, beside those that `records` has left out.
 
   Raises:
     DataError: a file is empty or no such audio; or, when it is read, damaged.
@@ -118,9 +118,9 @@ class AudioFiles:
     with ThreadPoolExecutor() as pool:
       heads = list(pool.map(self._head, range(len(paths))))
     kept = [i for i, head in enumerate(heads) if head is not None]
-    self.skipped = len(paths) - len(kept)
     if not kept:
-      raise DataError(f"none of {self.skipped} recordings can be read, {names[0]} for one")
+      raise DataError(f"none of {len(paths)} recordings can be read, {names[0]} for one")
+    self.skipped = len(paths) - len(kept) + (records.skipped if records else 0)
     self._kept = kept
     self.paths, self.names = [self.paths[i] for i in kept], [self.names[i] for i in kept]
     self.lengths = np.array([head.resampled(rate) * self.unit for head in heads if head is not None], np.int64)

@@ -25,7 +25,13 @@ _TILE_BYTES = DOCUMENT_BYTES >> 2  # that are kept as documents: cutting one fro
 
 
 class EncodedImages(Protocol):
-  """The origin of encoded images: files, or records of a data set."""
+  """The origin of encoded images: files, or records of a data set.
+
+  Attributes:
+    skipped: items that it has left out itself, because they cannot be read.
+  """
+
+  skipped: int
 
   @property
   def names(self) -> Sequence[str]:
@@ -48,6 +54,8 @@ class EncodedImages(Protocol):
 
 class ImageFiles:
   """Image files, one image each."""
+
+  skipped = 0
 
   def __init__(self, paths: Sequence[str], names: Sequence[str]):
     self.paths, self.names = paths, names
@@ -75,7 +83,7 @@ class Images:
   Args:
     encoded: where the images are.
     data: size, scan and what to do with odd or bad images. With skip_bad every image is decoded once at the start;
-      unreadable ones are left out and counted in `skipped`.
+      unreadable ones are left out and counted in `skipped`, beside those that `encoded` has left out.
     convert: what is made RGB (see `image_decoding.open_image`) where data.convert_images does not ask for all.
   """
 
@@ -94,7 +102,7 @@ class Images:
       f"config.data.image_tiles {data.image_tiles} is smaller than image_size {data.image_size}",
     )
     self.encoded, self.data, self.convert = encoded, data, "all" if data.convert_images else convert
-    self.skipped = 0
+    self.skipped = encoded.skipped
     self._scaled = SharedCache(self._scale, DOCUMENT_BYTES, array_bytes)
     self._documents = SharedCache(self._document, _TILE_BYTES if data.image_tiles else DOCUMENT_BYTES, array_bytes)
     good = self._good_images() if data.skip_bad else range(len(encoded.names))
@@ -156,9 +164,9 @@ class Images:
     count = len(self.encoded.names)
     with ThreadPoolExecutor() as pool:
       good = [i for i, is_good in enumerate(pool.map(self._is_good, range(count))) if is_good]
-    self.skipped = count - len(good)
     if not good:
-      raise DataError(f"none of {self.skipped} images can be read, {self.encoded.place(0)} for one")
+      raise DataError(f"none of {count} images can be read, {self.encoded.place(0)} for one")
+    self.skipped += count - len(good)
     return good
 
   def _is_good(self, i: int) -> bool:

@@ -162,12 +162,24 @@ class _Links:
     self._path = path
     self._targets: list[int | None] = []  # of each link, the place of its file among all members
     self._copied: dict[int, tuple[int, int]] = {}  # member -> first and last byte of its copy
+    self._damage: Exception | None = None
 
   def open(self, number: int, name: str) -> _Readable:
-    """Opens what link number `number`, to `name`, leads to. Raises ValueError where that is not in the archive."""
+    """Opens what link number `number`, to `name`, leads to.
+
+    Raises:
+      ValueError: that is not in the archive.
+      Exception: one of `_ERRORS`, for every link, where the archive is damaged.
+    """
+    if self._damage:
+      raise self._damage
     if not self._targets:
-      self._find_targets()
-      self._copy_targets()
+      try:
+        self._find_targets()
+        self._copy_targets()
+      except _ERRORS as error:
+        self._damage = error
+        raise
     target = self._targets[number]
     if target is None:
       raise ValueError(f"it is a link to {name}, which is not in the archive")
@@ -210,17 +222,27 @@ class _Part:
 
 
 class _Watched:
-  """A stream that knows how it ended: tarfile takes an archive cut between files, or mid-stream, for a whole one."""
+  """A stream that knows how it ended: tarfile takes an archive cut between files, or mid-stream, for a whole one.
+
+  Once it is damaged it stays so: some decompressors would go on behind the damage, with other bytes.
+  """
 
   def __init__(self, file: _Readable):
     self._file, self._tail, self._again = file, b"", b""
+    self._damage: Exception | None = None
 
   def read(self, size: int) -> bytes:
+    if self._damage:
+      raise self._damage
     if self._again:
       block, self._again = self._again, b""
-    else:
+      return block
+    try:
       block = self._file.read(size)
-      self._tail = (self._tail + block)[-2 * _RECORD :]
+    except _ERRORS as error:
+      self._damage = error
+      raise
+    self._tail = (self._tail + block)[-2 * _RECORD :]
     return block
 
   def put_back(self, block: bytes) -> None:

@@ -37,7 +37,7 @@ def pack(spec: str, folder: str, data: DataConfig) -> None:
     _pack_streams(spec, list(zip(parts, streams, strict=True)), folder, data)
   else:
     source = open_path(spec, data)
-    writer = PackWriter(folder, _request(spec, source.fingerprint, data), source.unit)
+    writer = PackWriter(folder, _request(spec, source.fingerprint, data, source.skipped), source.unit)
     writer.write(_documents(source, writer.items_done), total_bytes=int(source.lengths.sum()), skipped=source.skipped)
   manifest = packed_folder.Packed(folder, data).manifest
   print(f"{folder}: {manifest['documents']:,} documents, {manifest['bytes']:,} bytes", end="")
@@ -49,31 +49,46 @@ def _pack_streams(spec: str, parts: list[tuple[str, Stream | None]], folder: str
   opened: list[Stream | Source] = [stream or open_path(part, data) for part, stream in parts]
   total = sum(sum(part.sizes) if isinstance(part, Stream) else int(part.lengths.sum()) for part in opened)
   skipped = sum(0 if isinstance(part, Stream) else part.skipped for part in opened)
-  writer = PackWriter(folder, _request(spec, combine_fingerprints(part.fingerprint for part in opened), data))
-  place = [0]
+  fingerprint = combine_fingerprints(part.fingerprint for part in opened)
+  writer = PackWriter(folder, _request(spec, fingerprint, data, skipped))
+  done, place = writer.items_done, 0
 
   def items() -> Iterator[Item]:
-    before = 0
+    nonlocal place
+    seen = before = 0
+
+    def reached(at: int) -> None:
+      nonlocal place
+      place = before + at
+
     for part in opened:
       if isinstance(part, Stream):
-        yield from stream_documents(part, data, lambda at, start=before: place.__setitem__(0, start + at))  # type: ignore[misc]
+        for item in stream_documents(part, data, reached):
+          seen += 1
+          if seen > done:  # those before are passed over without being decoded
+            yield item
         before += sum(part.sizes)
       else:
-        yield from _documents(part, 0)
+        yield from _documents(part, max(0, done - seen))
+        seen += len(part.lengths)
         before += int(part.lengths.sum())
-      place[0] = before
+      place = before
 
-  rest = itertools.islice(items(), writer.items_done, None)  # those before are passed over without being decoded
-  writer.write(rest, total_bytes=total, skipped=skipped, place=lambda: place[0])
+  writer.write(items(), total_bytes=total, skipped=skipped, place=lambda: place)
 
 
-def _request(spec: str, fingerprint: str, data: DataConfig) -> dict:
-  return {
+def _request(spec: str, fingerprint: str, data: DataConfig, skipped: int) -> dict:
+  """What decides which items there are; `skipped` were left out before."""
+  request = {
     "source": spec,
     "fingerprint": fingerprint,
     "settings": packed_folder.settings_of(data),
     "skip_bad": data.skip_bad,
+    "skipped": skipped,
   }
+  if data.form == "image" and data.skip_bad:  # without skip_bad, larger images are errors and no others are left out
+    request["max_pixels"] = data.max_pixels
+  return request
 
 
 def _documents(source: Source, first: int) -> Iterator[tuple[str, Iterator[bytes]]]:

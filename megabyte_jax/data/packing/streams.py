@@ -70,7 +70,8 @@ def stream_of(spec: str) -> Stream | None:
 def documents(stream: Stream, data: DataConfig, on_place: Callable[[int], None]) -> Iterator[Item]:
   """Yields (name, blocks of bytes) for each document of the files; None for one that is left out.
 
-  With data.skip_bad a damaged file costs what lies behind the place of damage, and counts as one.
+  With data.skip_bad a damaged file costs what lies behind the place of damage. That counts as one; so does the document
+  in an archive that the damage is in. A document whose blocks are not read changes nothing about those after it.
 
   Args:
     stream: the files.
@@ -82,13 +83,10 @@ def documents(stream: Stream, data: DataConfig, on_place: Callable[[int], None])
   """
   before = 0
   for path, name, kind, size in zip(stream.paths, stream.names, stream.kinds, stream.sizes, strict=True):
-    failed: list[str] = []
     try:
       inner = _file_documents(path, name, kind, stream, data, lambda at, start=before: on_place(start + at))  # type: ignore[misc]
       for item in inner:
-        yield item and (item[0], _or_bad_item(item[1], failed))
-        if failed:
-          break
+        yield item and (item[0], _or_bad_item(item[1]))
     except DataError:
       if not data.skip_bad:
         raise
@@ -97,14 +95,13 @@ def documents(stream: Stream, data: DataConfig, on_place: Callable[[int], None])
     on_place(before)
 
 
-def _or_bad_item(blocks: Iterator[bytes], failed: list[str]) -> Iterator[bytes]:
+def _or_bad_item(blocks: Iterator[bytes]) -> Iterator[bytes]:
   """The blocks of a document; damage among them need not end the reading of other files."""
   try:
     yield from blocks
-  except BadItem:  # the next document of this very file can be read
+  except BadItem:
     raise
   except DataError as error:
-    failed.append(str(error))
     raise BadItem(str(error)) from error
 
 

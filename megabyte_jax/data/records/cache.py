@@ -77,6 +77,17 @@ def held(folder: str, name: str) -> Iterator[None]:
     os.close(descriptor)
 
 
+def remove_versions(folder: str, name: str) -> None:
+  """Removes NAME-... of an entry that is held: of data as they were before, or of an attempt that was killed.
+
+  Raises:
+    OSError: one cannot be removed.
+  """
+  for old in os.listdir(folder):
+    if old.lstrip(".").startswith(f"{name}-"):
+      os.unlink(os.path.join(folder, old))
+
+
 def load_index(path: str, belongs_to: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
   """Returns the arrays and notes that `save_index` wrote; None if there are none, or they are damaged or of other data.
 

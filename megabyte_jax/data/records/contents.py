@@ -62,7 +62,8 @@ def decompressed(
     skip_empty: give None for a file that holds nothing.
 
   Raises:
-    DataError: a file is damaged, cut short or empty inside; all together are too large; there is no room for the copy.
+    DataError: a file cannot be read, is damaged, cut short or empty inside; all together are too large; there is no
+      room for the copy.
   """
   compressed = [path for path in paths if is_compressed(path)]
   total = sum(sizes_of(compressed))
@@ -76,24 +77,23 @@ def decompressed(
 
 
 def pack_command(spec: str, data: DataConfig) -> str:
-  """Returns the command that packs a source."""
+  """Returns the command that packs a source, as a shell takes it."""
+  where = f" --tfds-dir={shlex.quote(data.tfds_dir)}" if data.tfds_dir and spec.startswith("tfds:") else ""
   skip = " --skip-bad" if data.skip_bad else ""
-  return f"python -m megabyte_jax prepare pack {shlex.quote(spec)} FOLDER{skip}"
+  return f"python -m megabyte_jax prepare pack {shlex.quote(spec)} FOLDER{where}{skip}"
 
 
 def _copy_of(path: str, data: DataConfig, skip_empty: bool) -> tuple[str, str] | None:
   """Where the decompressed copy of a file is, which is made if need be; None for a file to be skipped."""
-  belongs_to = cache.identity(path) | {"kind": "contents"}
   folder = os.path.join(cache.cache_folder(data.cache_dir), "contents")
-  name = cache.entry_name(belongs_to["path"])
-  copy = os.path.join(folder, f"{name}-{cache.entry_name(belongs_to)[:8]}")
   try:
+    belongs_to = cache.identity(path) | {"kind": "contents"}
+    name = cache.entry_name(belongs_to["path"])
+    copy = os.path.join(folder, f"{name}-{cache.entry_name(belongs_to)[:8]}")
     with cache.held(folder, name):
       length = _length_of_copy(copy, belongs_to)
       if length < 0:
-        for old in os.listdir(folder):  # of the file as it was before, or of an attempt that was killed
-          if old.lstrip(".").startswith(f"{name}-"):
-            os.unlink(os.path.join(folder, old))
+        cache.remove_versions(folder, name)
         length = _decompress(path, copy, belongs_to["size"])
         cache.save_index(f"{copy}.index", belongs_to, {}, {"length": length})
   except DataError:
@@ -125,11 +125,11 @@ def _decompress(path: str, copy: str, size: int) -> int:
   """Writes what a file holds to `copy` and returns how many bytes that are.
 
   Raises:
-    DataError: the file is damaged or cut short.
+    DataError: the file cannot be read, is damaged or cut short.
     OSError: the copy cannot be written.
   """
   with (
-    open_file(path) as file,
+    _opened(path) as file,
     replacing(copy) as temporary,
     open(temporary, "wb") as out,
     Progress(f"decompressing {path}", size, enabled=size > _SHOWN) as progress,
@@ -141,6 +141,13 @@ def _decompress(path: str, copy: str, size: int) -> int:
     out.flush()
     os.fsync(out.fileno())
     return out.tell()
+
+
+def _opened(path: str) -> IO[bytes]:
+  try:
+    return open_file(path)
+  except OSError as error:  # no fault of the folder of the copy
+    raise DataError(f"{path} cannot be read ({error.strerror or error}); skip such files with {SKIP_HINT}") from error
 
 
 def _next_block(opened: IO[bytes], path: str) -> bytes:

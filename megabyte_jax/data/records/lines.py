@@ -160,7 +160,7 @@ def _problem(number: int, error: BadRecord, has_end: bool) -> str:
 
 def _with_remedies(path: str, what: str) -> DataError:
   remedies = f"leave such lines out with {SKIP_HINT}, or take the bytes as they are with {RAW_HINT}"
-  return DataError(f"{path}, {what}; or {remedies}")
+  return DataError(f"{path}, {what}; {remedies}")
 
 
 def _index(path: str, shown: str, field: str, data: DataConfig) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -1,12 +1,14 @@
 """Reads documents as subwords: tokenized once, into the cache folder, and read there at any place.
 
 An entry of the cache belongs to a text, by its fingerprint and the times when its files were changed, and to a
-tokenizer, by its checksum. It is a file of all tokens, two or four bytes each, and an index of where documents end.
+tokenizer, by its checksum. It is a file of all tokens, two or four bytes each, and an index of where documents end. It
+replaces that of the same files as they were before.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,7 +20,7 @@ from megabyte_jax.data.files import ByteFiles
 from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.read_ahead import THREADS
 from megabyte_jax.data.records import cache
-from megabyte_jax.data.sources import Joined, Mixture, Source, check_range
+from megabyte_jax.data.sources import Joined, Source, check_range
 from megabyte_jax.data.subwords.tokenizer import Tokenizer, load_tokenizer, sentencepiece
 from megabyte_jax.display.progress import Progress
 from megabyte_jax.errors import DataError, require
@@ -50,11 +52,15 @@ class Subwords:
   def __init__(self, text: Source, tokenizer: Tokenizer, cache_dir: str = ""):
     self.text, self.tokenizer, self.skipped = text, tokenizer, text.skipped
     require(text.joinable and text.unit == 1, "subwords are for texts; set config.data.form to what these data are")
-    self.fingerprint = combine_fingerprints([text.fingerprint, tokenizer.sha256])
     path, ends = _tokens_of(text, tokenizer, cache_dir)
     self.lengths = np.diff(ends, prepend=0)
     self._starts = ends - self.lengths
     self._file = ByteFiles([path], [path]) if len(ends) and ends[-1] else None
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Changes with the text and the tokenizer."""
+    return combine_fingerprints([self.text.fingerprint, self.tokenizer.sha256])
 
   @property
   def names(self) -> Sequence[str]:
@@ -107,7 +113,9 @@ def text_of(source: Source) -> Source:
   if isinstance(source, Subwords):
     return source.text
   if isinstance(source, Joined):  # a mixture's texts, too, are joined here: nothing is drawn of them
-    return Joined([text_of(part) for part in source.sources], source.specs)
+    texts = [text_of(part) for part in source.sources]
+    if any(text is not part for text, part in zip(texts, source.sources, strict=True)):
+      return Joined(texts, source.specs)
   return source
 
 
@@ -146,20 +154,22 @@ def tokens_within(source: Source, max_bytes: int) -> np.ndarray:
 
 def _tokens_of(text: Source, tokenizer: Tokenizer, cache_dir: str) -> tuple[str, np.ndarray]:
   """The file of all tokens, which is made if need be, and where each document ends in it, int64 [documents]."""
+  parts = list(_parts(text))
   belongs_to = {
     "kind": "tokens",
     "text": text.fingerprint,
-    "changed": combine_fingerprints(_times(text)),
+    "changed": combine_fingerprints(changed for _, changed in parts),
     "tokenizer": tokenizer.sha256,
     "sentencepiece": sentencepiece().__version__,
   }
   folder = os.path.join(cache.cache_folder(cache_dir), "tokens")
-  name = cache.entry_name(*sorted(belongs_to.items()))
-  path = os.path.join(folder, name)
+  name = cache.entry_name("tokens", tokenizer.sha256, *(part for part, _ in parts))
+  path = os.path.join(folder, f"{name}-{cache.entry_name(*sorted(belongs_to.items()))[:8]}")
   try:
     with cache.held(folder, name):
       ends = _kept(path, belongs_to, tokenizer)
       if ends is None:
+        cache.remove_versions(folder, name)
         ends = _tokenize(text, tokenizer, path)
         cache.save_index(f"{path}.index", belongs_to, {"ends": ends}, {})
   except OSError as error:
@@ -193,6 +203,8 @@ def _tokenize(text: Source, tokenizer: Tokenizer, path: str) -> np.ndarray:
         file.write(tokens.data)
         count += len(tokens)
       ends.append(count)
+    file.flush()
+    os.fsync(file.fileno())
   return np.array(ends, np.int64)
 
 
@@ -203,11 +215,17 @@ def _blocks(text: Source, document: int, length: int, progress: Progress) -> Ite
     progress.add(stop - start)
 
 
-def _times(text: Source) -> Iterator[int]:
-  """When the files of a text were last changed, as far as it says which they are."""
-  if isinstance(text, Joined | Mixture):
+def _parts(text: Source) -> Iterator[tuple[str, int]]:
+  """What stays the same of the parts of a text when it changes, and when each was last changed.
+
+  Of files that is where they are and what they are called; of other sources it is all that they hold, and no time.
+  """
+  if isinstance(text, Joined):
     for part in text.sources:
-      yield from _times(part)
-  if isinstance(text, ByteFiles):
-    for path in text.paths:
-      yield int(cache.identity(path)["modified"])
+      yield from _parts(part)
+  elif isinstance(text, ByteFiles):
+    for path, name in zip(text.paths, text.names, strict=True):
+      identity = cache.identity(path)
+      yield f"{identity['path']}\0{name}", int(identity["modified"])
+  else:
+    yield text.fingerprint, 0
