@@ -99,6 +99,7 @@ def test_a_measurement_in_its_own_process(monkeypatch, tmp_path):
   assert found("raise ValueError('no such card')")["error"] == "ValueError: no such card"
   assert found("sys.exit('RESOURCE_EXHAUSTED: 5 GiB')")["error"] == "out of memory: RESOURCE_EXHAUSTED: 5 GiB"
   assert found("sys.exit(3)")["error"] == "exit code 3"
+  assert found("pass") == {"error": "it printed nothing"}
   assert found("time.sleep(60)", patience=1.0) == {"error": "not done after 1 s"}
 
 

@@ -78,6 +78,14 @@ def test_all_systems_get_equal_flops(changes):
     assert config.data.form != "subwords" or config.model.vocab_size == PIECES
 
 
+def test_a_system_that_a_signal_stopped_is_no_result(tmp_path, monkeypatch):
+  monkeypatch.setattr(benchmark.train, "train", lambda config, workdir: False)
+  flags = ["--train=a", "--validation=b", "--flops=1e12", f"--output={tmp_path / 'rows'}", "--systems=megabyte"]
+  with pytest.raises(SystemExit, match="stopped; give the same command again"):
+    benchmark.main(flags)
+  assert not (tmp_path / "rows").exists()
+
+
 @pytest.mark.slow
 def test_tables_show_them_beside_the_papers(results):
   found = measured.from_results(results.parent, pathlib.Path(results.parent))
