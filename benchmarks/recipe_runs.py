@@ -175,6 +175,7 @@ def run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
   curve: list[tuple[int, float, float]] = []
   diagnoses: list[dict[str, Any]] = []
   waiting: list[dict[str, jax.Array]] = []
+  last: list[tuple[float, float]] = []  # nats and bytes of the last LOG_EVERY steps
   per_step = config.bytes_per_step
   windows = windows_for(source, config, arguments.documents_per_step)
   start = measured_from = time.perf_counter()
@@ -191,6 +192,7 @@ def run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     if done % LOG_EVERY == 0 or done == config.num_steps:
       nats, count, norms = (np.array([float(m[k]) for m in waiting]) for k in ("nats", "bytes", "grad_norm"))
       waiting.clear()
+      last = [*last, *zip(nats, count, strict=True)][-LOG_EVERY:]
       curve.append((done, round(float(bits_per_byte(nats.sum(), count.sum())), 5), round(float(norms.mean()), 5)))
       print(f"step {done}/{config.num_steps} bits {curve[-1][1]} {time.perf_counter() - start:.0f} s", flush=True)
       if len(curve) == 1:
@@ -205,7 +207,7 @@ def run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     "changes": arguments.changes,
     "switch": arguments.switch,
     "documents_per_step": arguments.documents_per_step,
-    "train_bpb_of_last_steps": curve[-1][1],
+    "train_bpb_of_last_steps": round(float(bits_per_byte(*np.sum(last, axis=0))), 5),
     "train_bytes": config.num_steps * per_step,
     "corpus_bytes": int(source.lengths.sum()),
     "parameters": config.model.parameter_count(),

@@ -100,7 +100,7 @@ class Parser(argparse.ArgumentParser):
         break
       flag = argument.partition("=")[0]
       action = self._option_string_actions.get(flag)
-      if action is None or not flag.startswith("--"):
+      if action is None or isinstance(action, argparse._AppendAction) or not flag.startswith("--"):
         continue
       if action.dest in seen:
         both = f"{seen[action.dest]} and {flag} are both given"

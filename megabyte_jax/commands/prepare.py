@@ -8,8 +8,8 @@
   python -m megabyte_jax prepare tokenizer SOURCE... OUT.model    trains a SentencePiece model on texts, for
                                                              --config.data.form=subwords
 
-`pack`, `build` and `convert` show their progress, and after an interruption the same command goes on. Nothing that
-looks whole is ever half written.
+`pack`, `build` and `convert` show their progress, and after an interruption the same command goes on with `pack` and
+`convert`. Nothing that looks whole is ever half written.
 """
 
 from __future__ import annotations

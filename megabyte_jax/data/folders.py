@@ -97,12 +97,13 @@ def inside_source(path: str, spec: str) -> str:
 
 
 def is_matched(path: str, spec: str) -> bool:
-  """Tells whether a local file or folder lies in a folder of a list of sources, or matches a glob there."""
+  """Tells whether a local file or folder lies in a folder of a list of sources, or is or has a file of a glob there."""
   if inside_source(path, spec):
     return True
+  place = os.path.realpath(path)
   globs = (folder for folder, _ in map(split_field, split_list(spec)) if _is_glob(folder))
-  matches = (match for pattern in globs for match in glob.iglob(pattern, recursive=True))
-  return any(os.path.realpath(match) == os.path.realpath(path) for match in matches)
+  files = (os.path.realpath(file) for pattern in globs for file in _local_glob(_fixed_part(pattern), pattern))
+  return any(file == place or file.startswith(f"{place}{os.sep}") for file in files)
 
 
 def _refuse_packed(spec: str, paths: Sequence[str]) -> None:

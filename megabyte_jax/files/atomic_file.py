@@ -114,7 +114,8 @@ def _is_temporary(path: object) -> bool:
 
 def _renamed(path: epath.Path) -> Iterator[epath.Path]:
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.parent / f".{uuid.uuid4().hex}.tmp"  # short: a long name may leave no room for more
+  short = path.name[:48]  # a file's name has at most 255 bytes
+  temporary = path.parent / f".{short}.{uuid.uuid4().hex[:12]}.tmp"
   with removed_at_the_end(temporary):
     yield temporary
     if not is_remote(path) and os.path.exists(path):

@@ -52,7 +52,7 @@ def search(
     step: train | eval | generate.
     tries: combinations that are compiled at most.
     batch_sizes: windows per step to try; empty tries the config's and up to 16 times as many. A doubling must save a
-      tenth of the time per byte to be preferred.
+      tenth of the time per byte to be preferred. Of no effect on evaluation whose config.eval.batch_size is set.
 
   Raises:
     ConfigError: nothing divides evenly, or nothing that was tried fits.
@@ -61,16 +61,11 @@ def search(
     batch_sizes = [config.batch_size]  # how many windows are scored at once is given
   batch_sizes = batch_sizes or [config.batch_size << n for n in range(_DOUBLINGS + 1)]
   sized = [changed(config, batch_size=size) if size != config.batch_size else config for size in batch_sizes]
-  ordered = sorted(
-    (one for each in sized for one in candidates(each, devices, step)),
-    key=lambda one: (
-      estimate(one, devices, step) / one.batch_size * _WORTH_DOUBLING ** math.log2(one.batch_size / config.batch_size)
-    ),
-  )
+  ordered = [one for _, one in sorted(_priced(config, sized, devices, step), key=lambda priced: priced[0])]
   if not ordered:
     raise ConfigError(
       f"no mesh of {len(devices)} devices has room for the parameters and divides a batch of "
-      f"{' or '.join(map(str, batch_sizes))}; try another --batch_size or more chips"
+      f"{' or '.join(str(windows_of(each, step)) for each in sized)}; try another --batch_size or more chips"
     )
   failed: list[Plan] = []
   for one in ordered:
@@ -87,6 +82,26 @@ def search(
     if len(failed) == tries:
       break
   raise ConfigError(f"none of the {len(failed)} combinations tried fits {topology}; raise --tries or take more chips")
+
+
+def windows_of(config: Config, step: str) -> int:
+  """Returns the windows of a step, without those that evaluation adds to fill its replicas."""
+  return config.scored_at_once if step == "eval" else config.batch_size
+
+
+def _priced(
+  config: Config, sized: Sequence[Config], devices: list[jax.Device], step: str
+) -> Iterator[tuple[float, Config]]:
+  """Yields all candidates with their estimated seconds per window, more for larger batches; each program once."""
+  seen = set()
+  for each in sized:
+    windows = windows_of(each, step)
+    worth = _WORTH_DOUBLING ** math.log2(windows / windows_of(config, step)) / windows
+    for one in candidates(each, devices, step):
+      program = (one.mesh, one.batch_size, one.accumulate, one.model.remat, windows)
+      if program not in seen:
+        seen.add(program)
+        yield estimate(one, devices, step) * worth, one
 
 
 def candidates(config: Config, devices: list[jax.Device], step: str) -> list[Config]:

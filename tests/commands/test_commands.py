@@ -119,6 +119,12 @@ def test_a_flag_after_two_hyphens_is_none():
   assert parser.parse_args(["--size=1", "--", *names]).files == names
 
 
+def test_a_flag_that_collects_values():
+  parser = arguments.Parser("python test.py")
+  parser.add_argument("--flags", action="append")
+  assert parser.parse_args(["--flags=--a=1", "--flags=--b"]).flags == ["--a=1", "--b"]
+
+
 def test_flags_are_not_abbreviated(capsys):
   """The beginning of a flag beside the flag itself would be a second value that nobody is told of."""
   parser = arguments.Parser("python test.py")

@@ -129,6 +129,10 @@ def test_what_may_not_be_meant_is_told(tmp_path, monkeypatch):
     assert "is trained on, too" in told(train=str(tmp_path), validation=validation)[-1]
   assert "is trained on, too" in told(train=f"{tmp_path}/*.txt", validation=f"{tmp_path}/a.txt")[-1]
   assert told(train=f"{tmp_path}/*.txt", validation=f"{tmp_path}/paper.pdf") == []
+  (tmp_path / "held_out").mkdir()
+  (tmp_path / "held_out/b.txt").write_bytes(b"other words")
+  assert told(train=f"{tmp_path}/*", validation=f"{tmp_path}/held_out")[-1].startswith("not plain text")  # files alone
+  assert "is trained on, too" in told(train=f"{tmp_path}/*/*.txt", validation=f"{tmp_path}/held_out")[-1]
   assert told(train="sample:text/train", validation="sample:text/validation") == []
   (tmp_path / ".hidden").mkdir()
   (tmp_path / ".hidden/c.txt").write_bytes(b"words")

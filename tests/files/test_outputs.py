@@ -34,6 +34,7 @@ def test_the_longest_names_of_files(tmp_path):
   check_output_file("--output", str(path))
   with replacing(path) as temporary:
     temporary.write_text("whole")
+    assert temporary.name.startswith(".nnnn")  # by which remains of a killed process are known
   assert path.read_text() == "whole"
 
 

@@ -181,6 +181,13 @@ def test_search_tries_batches_replicas_and_slices():
     (2, 4),
     (1, 3),
   }
+  # Windows that are added to fill replicas are not counted as work, and each program is tried once.
+  one_window = dataclasses.replace(SMALL, eval=EvalConfig(batch_size=1))
+  for batch in (one_window, SMALL):
+    priced = list(search._priced(batch, [batch, batch], chips(1), "eval"))
+    windows = batch.scored_at_once
+    assert all(price == pytest.approx(search.estimate(one, chips(1), "eval") / windows) for price, one in priced)
+    assert len({(str(one.mesh), one.batch_size) for _, one in priced}) == len(priced) > 3
   # The links of a slice are faster than the network between slices, which gradients alone take.
   one = dataclasses.replace(SMALL, mesh=MeshConfig(data=2, fsdp=4))
   slow, fast = (search.estimate(one, devices, "train") for devices in (chips(2), chips(1) * 2))

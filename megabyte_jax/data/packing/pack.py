@@ -84,8 +84,9 @@ def _request(spec: str, fingerprint: str, data: DataConfig, skipped: int) -> dic
     "fingerprint": fingerprint,
     "settings": packed_folder.settings_of(data),
     "skip_bad": data.skip_bad,
-    "skipped": skipped,
   }
+  if skipped:
+    request["skipped"] = skipped
   if data.form == "image" and data.skip_bad:  # without skip_bad, larger images are errors and no others are left out
     request["max_pixels"] = data.max_pixels
   return request

@@ -163,7 +163,7 @@ def _tokens_of(text: Source, tokenizer: Tokenizer, cache_dir: str) -> tuple[str,
     "sentencepiece": sentencepiece().__version__,
   }
   folder = os.path.join(cache.cache_folder(cache_dir), "tokens")
-  name = cache.entry_name("tokens", tokenizer.sha256, *(part for part, _ in parts))
+  name = cache.entry_name("tokens", tokenizer.sha256, belongs_to["sentencepiece"], *(part for part, _ in parts))
   path = os.path.join(folder, f"{name}-{cache.entry_name(*sorted(belongs_to.items()))[:8]}")
   try:
     with cache.held(folder, name):

@@ -6,6 +6,7 @@ Shapes: B batch, T slots of a segment, E earlier slots, S = E + T, D width, H he
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -132,9 +133,9 @@ class RelativeBlock(nnx.Module):
     k, v = (jnp.concatenate(pair, axis=1) for pair in zip(self.keys_values(earlier_BED), own, strict=True))
     u_HK, v_HK = self._offsets(offsets, q.dtype)
     r_SHK = self.distance(R_SD)
-    product = {"preferred_element_type": jnp.float32}
-    logits = jnp.einsum("BTHK,BSHK->BHTS", q + u_HK, k, **product)
-    logits += by_key(jnp.einsum("BTHK,SHK->BHTS", q + v_HK, r_SHK, **product))
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    logits = product("BTHK,BSHK->BHTS", q + u_HK, k)
+    logits += by_key(product("BTHK,SHK->BHTS", q + v_HK, r_SHK))
     keys = (None,) * 4 if dropout_key is None else jax.random.split(dropout_key, 4)
     attended_BTHK, use_BTS = self._attend(logits, v, visible_BTS, keys[0])
     return self._finish(x_BTD, attended_BTHK, keys[1:]), SlotsOfBlock(k, v, use_BTS)
@@ -162,12 +163,12 @@ class RelativeBlock(nnx.Module):
     q, own = self.queries(x_B1D), self.keys_values(x_B1D)
     k, v = (jnp.concatenate(pair, axis=1) for pair in zip((k_BSHK, v_BSHK), own, strict=True))
     u_HK, v_HK = self._offsets(offsets, q.dtype)
-    product = {"preferred_element_type": jnp.float32}
-    logits = jnp.einsum("BTHK,BSHK->BHTS", q + u_HK, k, **product)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    logits = product("BTHK,BSHK->BHTS", q + u_HK, k)
     # W_R goes to the query, of which there is one: there are many distances.
     kernel_DHK = self.distance.kernel.astype(q.dtype)
     turned_BTHD = jnp.einsum("BTHK,DHK->BTHD", q + v_HK, kernel_DHK)
-    logits += jnp.einsum("BTHD,SD->BHTS", turned_BTHD, R_SD.astype(q.dtype), **product)
+    logits += product("BTHD,SD->BHTS", turned_BTHD, R_SD.astype(q.dtype))
     visible = jnp.concatenate([visible_S, jnp.ones(1, bool)])
     attended_B1HK, use_BTS = self._attend(logits, v, visible[None, None], None)
     return self._finish(x_B1D, attended_B1HK, (None,) * 3), SlotsOfBlock(*own, use_BTS)
