@@ -92,13 +92,16 @@ def windows_of(config: Config, step: str) -> int:
 def _priced(
   config: Config, sized: Sequence[Config], devices: list[jax.Device], step: str
 ) -> Iterator[tuple[float, Config]]:
-  """Yields all candidates with their estimated seconds per window, more for larger batches; each program once."""
+  """Yields all candidates with their estimated seconds per window, more for larger batches.
+
+  Each program comes once: in evaluation with the most windows that fill it.
+  """
   seen = set()
-  for each in sized:
+  for each in sorted(sized, key=lambda config: windows_of(config, step), reverse=True):
     windows = windows_of(each, step)
     worth = _WORTH_DOUBLING ** math.log2(windows / windows_of(config, step)) / windows
     for one in candidates(each, devices, step):
-      program = (one.mesh, one.batch_size, one.accumulate, one.model.remat, windows)
+      program = (one.mesh, one.batch_size, one.accumulate, one.model.remat)
       if program not in seen:
         seen.add(program)
         yield estimate(one, devices, step) * worth, one
