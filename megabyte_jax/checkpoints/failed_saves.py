@@ -62,6 +62,7 @@ def quiet() -> Iterator[None]:
 
   logger.addFilter(_is_news)
   sys.unraisablehook = on_unraisable
+  # Not taken back: they are thrown away at any time after the save that failed.
   warnings.filterwarnings("ignore", r"coroutine '.*async_serialize.*' was never awaited", RuntimeWarning)
   try:
     yield

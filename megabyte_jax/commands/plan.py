@@ -41,7 +41,7 @@ _GIB = 2**30
 
 def describe(plan: Plan) -> str:
   """Returns the plan as text for people."""
-  from megabyte_jax.planning.plans import BETWEEN, axes_text
+  from megabyte_jax.planning.plans import BETWEEN, axes_text, windows_of
 
   config, model, unit = plan.config, plan.config.model, plan.config.data.unit
   counted = "B" if unit == "byte" else "tokens"
@@ -73,7 +73,7 @@ def describe(plan: Plan) -> str:
       f"bounds      compute {1e3 * b.compute:.1f} ms, memory ~{1e3 * b.memory:.1f} ms, links {1e3 * b.links:.1f} ms"
       + network,
       f"at best     {1e3 * b.step:.1f} ms a step, MFU {100 * b.mfu:.0f}%, "
-      f"{human(config.bytes_per_step / b.step, counted + '/s')}",
+      f"{human(windows_of(config, plan.step) * model.predicted_bytes / b.step, counted + '/s')}",
     ]
   if plan.days is not None:
     total = config.num_steps * config.bytes_per_step

@@ -199,7 +199,8 @@ def _item(holder: Any, part: int | str, change: Override) -> Any:
   if not near and isinstance(holder, (tuple, list)):
     near = f"; there are [0] to [{len(holder) - 1}]"
   elif not near:
-    near = f"; there are {', '.join(known)}" if known else f"; before .{part} stands a value, which has no keys"
+    shown = f".{part}" if isinstance(part, str) else f"[{part}]"
+    near = f"; there are {', '.join(known)}" if known else f"; before {shown} stands a value, which has no keys"
   raise FlagError(f"there is no such key: {change.written}{near}")
 
 

@@ -96,7 +96,7 @@ def inside_source(path: str, spec: str) -> str:
   return ""
 
 
-def is_matched(path: str, spec: str) -> bool:
+def overlaps(path: str, spec: str) -> bool:
   """Tells whether a local file or folder lies in a folder of a list of sources, or is or has a file of a glob there."""
   if inside_source(path, spec):
     return True
@@ -147,7 +147,7 @@ def _warn_once(line: str) -> None:
 def _fixed_part(pattern: str) -> str:
   """The folders of a glob before the first wildcard."""
   parts = pattern.split("/")
-  first = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
+  first = next(i for i, part in enumerate(parts) if _has_wildcards(part))
   return "/".join(parts[:first]) + "/" if first else ""
 
 
@@ -218,7 +218,11 @@ def _walk_remote(folder: str) -> list[str]:
 
 
 def _is_glob(spec: str) -> bool:
-  return any(c in spec for c in "*?[") and not os.path.exists(spec)
+  return _has_wildcards(spec) and not os.path.exists(spec)
+
+
+def _has_wildcards(text: str) -> bool:
+  return any(c in text for c in "*?[")
 
 
 def _local_glob(base: str, pattern: str) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from megabyte_jax.config import Config
-from megabyte_jax.data.folders import is_matched
+from megabyte_jax.data.folders import overlaps
 from megabyte_jax.data.open_data import decodable_as
 from megabyte_jax.data.source_names import split_list
 from megabyte_jax.data.sources import Source
@@ -72,7 +72,7 @@ def notices(config: Config, source: Source) -> list[str]:
   if data.validation.startswith("sample:") and not data.train.startswith("sample:"):
     told.append(f"scored on {data.validation}, which comes with the package; --config.data.validation=FILE names yours")
   for place in split_list(data.validation) if data.validation else ():
-    if place in split_list(data.train) or (os.path.exists(place) and is_matched(place, data.train)):
+    if place in split_list(data.train) or (os.path.exists(place) and overlaps(place, data.train)):
       told.append(f"{place} is trained on, too; its score will be better than on texts not seen")
   return told
 

@@ -17,7 +17,7 @@ from megabyte_jax.config import BlockOptions, Level
 from megabyte_jax.config.model import check_bytes
 from megabyte_jax.errors import require
 from megabyte_jax.models.layers.attention import shift
-from megabyte_jax.models.layers.embedding_lookup import logits, lookup
+from megabyte_jax.models.layers.embedding_lookup import logits_of, lookup
 from megabyte_jax.models.parameters import compute_dtype, make_output, make_parameter
 from megabyte_jax.parallel.activation_layout import refuse_explicit_axes
 
@@ -120,7 +120,7 @@ class PatchEmbedder(nnx.Module):
   def logits(self, h: jax.Array) -> jax.Array:
     """Computes eq. (6): the output of each byte, [..., d], times the byte table or `output`; float32 [..., V]."""
     table = self.table if self.output is None else self.output
-    return logits(h, table.astype(self.dtype), self.logit_scale)
+    return logits_of(h, table.astype(self.dtype), self.logit_scale)
 
   # Stepwise decoding: the convolutions remember the bytes before the patch at hand.
 

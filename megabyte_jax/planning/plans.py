@@ -127,12 +127,20 @@ def for_tpu(config: Config) -> Config:
 def for_step(config: Config, step: str, replicas: int) -> Config:
   """Returns the config with the rows of a step as its batch_size, over so many replicas (`data` x `fsdp`).
 
-  Evaluation scores so many windows at once, and pads them to whole replicas.
+  Evaluation pads the windows that it scores at once, which `windows_of` still tells, to whole replicas.
   """
   if step == "train":
     return config
-  rows = config.batch_size if step == "generate" else config.scored_at_once + -config.scored_at_once % replicas
-  return dataclasses.replace(config, batch_size=rows, accumulate=1)
+  if step == "generate":
+    return dataclasses.replace(config, accumulate=1)
+  windows = windows_of(config, step)
+  scored = dataclasses.replace(config.eval, batch_size=windows)
+  return dataclasses.replace(config, batch_size=windows + -windows % replicas, accumulate=1, eval=scored)
+
+
+def windows_of(config: Config, step: str) -> int:
+  """Returns the windows of a step, without those that evaluation adds to fill its replicas."""
+  return config.scored_at_once if step == "eval" else config.batch_size
 
 
 def make_plan(

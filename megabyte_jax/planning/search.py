@@ -24,7 +24,7 @@ from megabyte_jax.models import flops
 from megabyte_jax.parallel import hardware
 from megabyte_jax.parallel.sharding import check_mesh
 from megabyte_jax.planning import roofline
-from megabyte_jax.planning.plans import Plan, axes_text, changed, for_step, for_tpu, make_plan
+from megabyte_jax.planning.plans import Plan, axes_text, changed, for_step, for_tpu, make_plan, windows_of
 
 _REMAT: tuple[Remat, ...] = ("none", "named", "full")  # from the fastest to the smallest
 _MOST_PARTS = 64
@@ -82,11 +82,6 @@ def search(
     if len(failed) == tries:
       break
   raise ConfigError(f"none of the {len(failed)} combinations tried fits {topology}; raise --tries or take more chips")
-
-
-def windows_of(config: Config, step: str) -> int:
-  """Returns the windows of a step, without those that evaluation adds to fill its replicas."""
-  return config.scored_at_once if step == "eval" else config.batch_size
 
 
 def _priced(

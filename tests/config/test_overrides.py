@@ -77,6 +77,7 @@ def test_groups_are_given_as_dicts():
     (["--config.batch_sise=1"], r"--config\.batch_sise=1; did you mean --config\.batch_size\?$"),
     (["--config.mesh.x=1"], r"--config\.mesh\.x=1; there are data, fsdp, seq, tensor$"),
     (["--config.seed.x=1"], r"there is no such key: --config\.seed\.x=1; before \.x stands a value, which has no keys"),
+    (["--config.seed[0]=1"], r"--config\.seed\[0\]=1; before \[0\] stands a value, which has no keys$"),
     (["--config.model.levels.x=1"], r"there is no such key: --config\.model\.levels\.x=1; there are \[0\] to \[1\]"),
     (["--config.model.levels[5].width=1"], r"levels\[5\]\.width=1; there are \[0\] to \[1\]$"),
     (["--config.__class__=1"], r"there is no such key: --config\.__class__=1"),

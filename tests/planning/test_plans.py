@@ -181,6 +181,8 @@ def test_search_tries_batches_replicas_and_slices():
     (2, 4),
     (1, 3),
   }
+  padded = plans.for_step(three, "eval", 4)
+  assert (padded.batch_size, plans.windows_of(padded, "eval")) == (4, 3) and plans.for_step(padded, "eval", 4) == padded
   # Windows that are added to fill replicas are not counted as work, and each program is tried once.
   one_window = dataclasses.replace(SMALL, eval=EvalConfig(batch_size=1))
   for batch in (one_window, SMALL):

@@ -102,7 +102,7 @@ ad.primitive_transposes[_rows] = _transpose
 batching.primitive_batchers[_rows] = _batch
 
 
-def logits(h: jax.Array, table_Vd: jax.Array, scale: float) -> jax.Array:
+def logits_of(h: jax.Array, table_Vd: jax.Array, scale: float) -> jax.Array:
   """Computes h [..., d], scaled, times each row of the table; float32 [..., V]."""
   return product_with_table(h * scale if scale != 1.0 else h, table_Vd)
 

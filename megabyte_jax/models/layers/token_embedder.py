@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from megabyte_jax.config import BlockOptions
-from megabyte_jax.models.layers.embedding_lookup import logits, lookup
+from megabyte_jax.models.layers.embedding_lookup import logits_of, lookup
 from megabyte_jax.models.parameters import compute_dtype, make_output, make_parameter
 
 
@@ -37,4 +37,4 @@ class TokenEmbedder(nnx.Module):
   def logits(self, h: jax.Array) -> jax.Array:
     """Multiplies hidden states [..., D] with the table or `output`; float32 [..., V]."""
     table = self.table if self.output is None else self.output
-    return logits(h, table.astype(self.dtype), self.logit_scale)
+    return logits_of(h, table.astype(self.dtype), self.logit_scale)
