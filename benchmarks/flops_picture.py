@@ -5,9 +5,10 @@
   python benchmarks/flops_picture.py docs/results/table3.json docs/results/subwords.png
 
 Lines are bits per byte of training on the way to 1e17 FLOPs, in the second picture to 3e16. The first, of a folder of
-results, has the byte-level models on C, books and photographs, with points for the validation data: full ones for one
-pass over them, hollow ones for two (sliding windows, and PerceiverAR). The second has MEGABYTE with other contexts on
-C, and its validation by one pass. The third, of a file, has the systems of Table 3, on books.
+results, has the byte-level models on C (two of them also on the way to 3e17), books and photographs, with points for
+the validation data: full ones for one pass over them, hollow ones for two (sliding windows, and PerceiverAR). The
+second has MEGABYTE with other contexts on C, and its validation by one pass. The third, of a file, has the systems of
+Table 3, on books.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ _BYTE_MODELS = {
   "perceiver": "PerceiverAR",
 }
 _CORPORA = {  # title, and the bits shown
-  "kernel": ("C", (0.55, 1.15)),
+  "kernel": ("C", (0.5, 1.2)),
   "library": ("books", (1.25, 1.65)),
-  "image64": ("photographs", (1.4, 2.2)),
+  "image64": ("photographs", (1.1, 2.2)),
 }
+_TIERS = ("1e17", "3e17")  # training FLOPs, as in the names of files
 _CONTEXTS = (4096, 8192, 32_768, 131_072)
 _POINTS = {1: ("one pass", "full"), 2: ("two passes", "none")}  # over the validation data: name, and how it is filled
 
@@ -54,9 +56,9 @@ def curve(row: dict[str, Any]) -> list[tuple[float, float]]:
   return [(step * per_step, bits) for step, bits, *_ in row["curve"]]
 
 
-def rows_of(folder: pathlib.Path, corpus: str) -> dict[str, dict[str, Any]]:
-  """Returns the rows of 1e17 FLOPs on a corpus, by the names of those byte-level models that have one."""
-  paths = {name: folder / f"{corpus}_{name}_1e17.json" for name in _BYTE_MODELS}
+def rows_of(folder: pathlib.Path, corpus: str, tier: str) -> dict[str, dict[str, Any]]:
+  """Returns the rows of so many FLOPs on a corpus, by the names of those byte-level models that have one."""
+  paths = {name: folder / f"{corpus}_{name}_{tier}.json" for name in _BYTE_MODELS}
   return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
@@ -69,19 +71,21 @@ def validation(row: dict[str, Any], passes: int) -> float | None:
   return by_method.get(methods.get(passes, ""))
 
 
-def draw_byte_models(axes: Any, rows: dict[str, dict[str, Any]], legend: bool) -> None:
-  """Draws one corpus: the curve of each model, and its points after the curve's end; their names, if `legend`."""
+def draw_byte_models(axes: Any, tiers: list[dict[str, dict[str, Any]]], legend: bool) -> None:
+  """Draws one corpus: curves of each model, and its points after a curve's end; the models' names, if `legend`."""
   for name, label in _BYTE_MODELS.items():
-    points = curve(rows[name]) if name in rows else []  # without a row its colour is used up all the same
-    (line,) = axes.plot([x for x, _ in points], [y for _, y in points], label=label if legend else None)
-    for passes, (_, filled) in _POINTS.items():
-      bits = validation(rows[name], passes) if points else None
-      if bits is not None:
-        at = training_flops(rows[name]) * (1 + 0.05 * passes)
-        axes.plot([at], [bits], "o", color=line.get_color(), fillstyle=filled)
+    (named,) = axes.plot([], [], label=label if legend else None)  # without a row its colour is used up all the same
+    for row in (rows[name] for rows in tiers if name in rows):
+      first = row is tiers[0][name]
+      axes.plot(*zip(*curve(row), strict=True), color=named.get_color(), **({} if first else {"alpha": 0.4, "lw": 1}))
+      for passes, (_, filled) in _POINTS.items():
+        bits = validation(row, passes)
+        if bits is not None:
+          at = training_flops(row) * (1 + 0.08 * passes)
+          axes.plot([at], [bits], "o", color=named.get_color(), fillstyle=filled)
   for shown_as, filled in _POINTS.values() if legend else ():
     axes.plot([], [], "o", color="gray", fillstyle=filled, label=f"validation, {shown_as}")
-  axes.set(xlabel="training FLOPs", ylabel="bits per byte: training, and validation (points)")
+  axes.set(xscale="log", xlabel="training FLOPs", ylabel="bits per byte: training, and validation (points)")
 
 
 def context_rows(folder: pathlib.Path, suffix: str) -> dict[int, dict[str, Any]]:
@@ -121,8 +125,9 @@ def main() -> None:
   if arguments.results.is_dir():
     with panels(arguments.picture, len(_CORPORA)) as all_axes:
       for axes, (corpus, (title, bits)) in zip(all_axes, _CORPORA.items(), strict=True):
-        draw_byte_models(axes, rows_of(arguments.results, corpus), legend=axes is all_axes[0])
-        axes.set(title=title, ylim=bits)
+        tiers = [rows_of(arguments.results, corpus, tier) for tier in _TIERS]
+        draw_byte_models(axes, tiers, legend=axes is all_axes[-1])
+        axes.set(title=title, xlim=(5e15, 5e17 if any(tiers[1:]) else 1.5e17), ylim=bits)
     return
   systems = {row["row"].split(":")[1]: row for row in json.loads(arguments.results.read_text())["rows"]}
   with panels(arguments.picture, 1) as (axes,):

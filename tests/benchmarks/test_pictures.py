@@ -31,7 +31,8 @@ def test_a_picture_is_drawn_from_the_files(tmp_path, monkeypatch, module, source
 
 
 def test_points_are_the_measured_figures():
-  rows = {corpus: flops_picture.rows_of(RESULTS / "recipe", corpus) for corpus in ("kernel", "library", "image64")}
+  folder = RESULTS / "recipe"
+  rows = {corpus: flops_picture.rows_of(folder, corpus, "1e17") for corpus in ("kernel", "library", "image64")}
   points = {
     corpus: {name: [flops_picture.validation(row, n) for n in (1, 2)] for name, row in found.items()}
     for corpus, found in rows.items()
@@ -55,6 +56,11 @@ def test_points_are_the_measured_figures():
       "windowed": [1.48416, None],
       "perceiver": [None, 1.58114],
     },
+  }
+  more = flops_picture.rows_of(folder, "kernel", "3e17")
+  assert {name: [flops_picture.validation(row, n) for n in (1, 2)] for name, row in more.items()} == {
+    "megabyte": [0.60249, 0.54387],
+    "transformer": [0.69475, 0.58753],
   }
   row = rows["kernel"]["megabyte"]
   assert flops_picture.curve(row)[-1] == (pytest.approx(1e17, rel=0.01), row["train_bpb_of_last_steps"])

@@ -96,9 +96,9 @@ OTHER_SIZES = {
 }
 
 
-def passes_of(name):
+def passes_of(name, tier="1e17"):
   """Returns the bits per byte with one pass and with two, as shown: PerceiverAR has no other way than two."""
-  methods = result(f"recipe/{name}_1e17")["bpb_by_method"]
+  methods = result(f"recipe/{name}_{tier}")["bpb_by_method"]
   one, two = methods["basic"], methods.get("sliding")
   if "perceiver" in name:
     one, two = None, one
@@ -111,15 +111,22 @@ def size_and_bytes(run):
   return [f"{run['parameters'] / 1e6:.1f} M", f"{run['train_bytes'] / 1e6:,.0f} MB", each]
 
 
-@pytest.mark.parametrize(("label", "name"), EQUAL_FLOPS.items())
-def test_rows_of_equal_training_flops(label, name):
-  run = result(f"recipe/{name}_1e17")
+@pytest.mark.parametrize(
+  ("label", "name", "tier"),
+  [
+    *((label, name, "1e17") for label, name in EQUAL_FLOPS.items()),
+    ("C, 3e17: [MEGABYTE, P = 4, 640 x 6 + 320 x 6]", "kernel_megabyte", "3e17"),
+    ("C, 3e17: [Transformer, 576 x 6, 1,024 bytes]", "kernel_transformer", "3e17"),
+  ],
+)
+def test_rows_of_equal_training_flops(label, name, tier):
+  run = result(f"recipe/{name}_{tier}")
   corpus = name.partition("_")[0]
   assert run["validation_bytes"] == SCORED[corpus]
-  assert run["spacebyte_flops_per_byte"] * run["train_bytes"] == pytest.approx(1e17, rel=1e-3)
+  assert run["spacebyte_flops_per_byte"] * run["train_bytes"] == pytest.approx(float(tier), rel=1e-3)
   assert run["config"]["model"]["tied_output"] is (corpus == "image64")
-  expected = [*size_and_bytes(run), f"{run['train_bpb_of_last_steps']:.3f}", *passes_of(name)]
-  assert row(RESULTS, f"{label}(results/recipe/{name}_1e17.json)") == expected
+  expected = [*size_and_bytes(run), f"{run['train_bpb_of_last_steps']:.3f}", *passes_of(name, tier)]
+  assert row(RESULTS, f"{label}(results/recipe/{name}_{tier}.json)") == expected
 
 
 @pytest.mark.parametrize(("label", "name"), OTHER_SIZES.items())
@@ -163,6 +170,20 @@ def test_equal_training_flops():
   assert_shows(RESULTS.partition("**Contents**")[0], "1e17", *by)
   four = [result(f"recipe/{name}_megabyte_1e17")["bpb_by_method"]["both"] for name in ("kernel", "library")]
   assert_shows(RESULTS, "**Four passes.**", *(f"{bits:.3f}" for bits in four))
+
+
+def test_three_times_the_flops():
+  ahead, two = [], {}
+  for tier in ("3e17", "1e17"):
+    bits = {name: [float(b) for b in passes_of(f"kernel_{name}", tier)] for name in ("megabyte", "transformer")}
+    ahead.append([f"{b - a:.3f}" for a, b in zip(*bits.values(), strict=True)])
+    two[tier] = [f"{each[1]:.3f}" for each in bits.values()]
+  runs = [result(f"recipe/kernel_{name}_3e17") for name in ("megabyte", "transformer")]
+  epochs = [f"{run['train_bytes'] / run['corpus_bytes']:.1f}" for run in runs]
+  (one_3, two_3), (one_1, two_1) = ahead
+  assert_shows(RESULTS, "**Three times the FLOPs.**", two_3, two_1, one_3, one_1, *epochs)
+  assert_shows(README, "[1e17 training FLOPs](docs/results.md#equal-training-flops)", *two["3e17"])
+  assert f"At 3e17 it is ahead of the Transformer by {two_3}" in RESULTS.partition("**Contents**")[0]
 
 
 def test_sizes_and_outputs_at_equal_training_flops():
