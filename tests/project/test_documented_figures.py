@@ -104,6 +104,23 @@ def test_several_gpus():
     assert f"| {measured['many']['bytes/s']:,.0f} | {share:.1%} | " in RESULTS, (case, axis)
 
 
+def test_flags_for_several_gpus():
+  shown = {"": "none", "latency_hiding_scheduler": "latency-hiding scheduler", "nccl_user_buffers": "NCCL user buffers"}
+  rows = result("scaling_flags")
+  for one in rows:
+    ((axis, _),) = one["mesh"].items()
+    flag = one["flags"].removeprefix("--xla_gpu_enable_").removesuffix("=true")
+    mesh = f"{'Image640, ' if one['case'] == 'image640' else ''}{axis}=2"
+    expected = [f"{one['of ideal']:.1%}", *(f"{1000 * one[name]:.0f}" for name in ("s beyond", "s on wire"))]
+    assert row(RESULTS, f"{mesh}, {shown[flag]}") == expected
+  rates = [one["many"]["wire"] / 1e9 for one in rows]
+  assert_shows(RESULTS, "(results/scaling_flags.json)", f"{min(rates):.0f}", f"{max(rates):.0f}")
+  tensor = next(one for one in rows if "tensor" in one["mesh"] and not one["flags"])
+  ideal = tensor["many"]["seconds"] - tensor["s beyond"]
+  allowed = f"{(ideal + tensor['s on wire']) / tensor['many']['seconds']:.0%}"
+  assert_shows(RESULTS.partition("## Several GPUs\n")[2], "which run at the rate of the wire", allowed.rstrip("%"))
+
+
 def test_long_sequences():
   steps = result("long_sequences")["measured"]
   for step in steps:
