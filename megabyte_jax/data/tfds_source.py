@@ -193,7 +193,7 @@ class Records:
     return combine_fingerprints([fingerprint_files(paths, names, sizes_of(paths)), part, self.feature])
 
   def place(self, i: int) -> str:
-    """Returns where it is; see `EncodedImages`."""
+    """Returns where it is; see `EncodedMedia`."""
     return self.names[i]
 
   def load(self, i: int) -> bytes:

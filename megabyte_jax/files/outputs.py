@@ -26,9 +26,7 @@ def check_output_file(name: str, path: str) -> None:
   Raises:
     ConfigError: `path` is a folder or lies where nothing can be written; names what to do.
   """
-  require(bool(path), f"{name} is empty; name a file")
-  scheme = object_stores.unknown_scheme(path)
-  require(not scheme, f"{name}={path}: nothing can be written to {scheme}; name a file or one in a bucket (gs://)")
+  _check_place(name, path, "a file")
   if object_stores.is_remote(path):
     return
   require(not os.path.isdir(path) and path[-1:] != "/", f"{name}={path} is a folder; name a file")
@@ -51,9 +49,7 @@ def check_output_folder(name: str, path: str) -> None:
   Raises:
     ConfigError: they cannot; names what to do.
   """
-  require(bool(path), f"{name} is empty; name a folder")
-  scheme = object_stores.unknown_scheme(path)
-  require(not scheme, f"{name}={path}: nothing can be written to {scheme}; name a folder or a bucket (gs://)")
+  _check_place(name, path, "a folder")
   problem = ""
   if not object_stores.is_remote(path):
     try:
@@ -94,6 +90,12 @@ def check_new_folder(name: str, path: str) -> None:
   check_on_disk(name, path)
   place = final_path(path)
   require(not os.path.isdir(place) or not os.listdir(place), f"{name}={path} is not empty; name a new folder")
+
+
+def _check_place(name: str, path: str, wanted: str) -> None:
+  require(bool(path), f"{name} is empty; name {wanted}")
+  scheme = object_stores.unknown_scheme(path)
+  require(not scheme, f"{name}={path}: nothing can be written to {scheme}; name {wanted} of a disk or bucket (gs://)")
 
 
 def _try_to_write(name: str, path: str, folder: str) -> None:

@@ -20,7 +20,7 @@ from megabyte_jax.config import DataConfig
 from megabyte_jax.data.files import fingerprint_files, open_file, read_whole, sizes_of
 from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.media import flac_files
-from megabyte_jax.data.media.image_source import EncodedImages
+from megabyte_jax.data.media.encoded_media import EncodedMedia
 from megabyte_jax.data.media.sound_files import JOINED, chunk_problem, is_joined_mp3, ogg_problem
 from megabyte_jax.data.shared_cache import DOCUMENT_BYTES, SharedCache, array_bytes
 from megabyte_jax.data.sources import SKIP_HINT, check_range, said
@@ -108,9 +108,7 @@ class AudioFiles:
 
   joinable, slow = True, True
 
-  def __init__(
-    self, paths: Sequence[str], names: Sequence[str], data: DataConfig, records: EncodedImages | None = None
-  ):
+  def __init__(self, paths: Sequence[str], names: Sequence[str], data: DataConfig, records: EncodedMedia | None = None):
     self._records = records
     self.data, self.paths, self.names, self._all = data, list(paths), list(names), (paths, names)
     rate, self.unit = data.sample_rate, sample_width(data.encoding)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from megabyte_jax.config import DataConfig
 from megabyte_jax.data.files import fingerprint_files, read_whole, sizes_of
 from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.media import image_decoding, image_scaling, patch_scan
+from megabyte_jax.data.media.encoded_media import EncodedMedia
 from megabyte_jax.data.shared_cache import DOCUMENT_BYTES, SharedCache, array_bytes
 from megabyte_jax.data.sources import SKIP_HINT, check_range
 from megabyte_jax.errors import DataError, require
@@ -22,34 +23,6 @@ if TYPE_CHECKING:
 
 _REMEDY = f"remove it, or skip such images with {SKIP_HINT}; a run that has begun can only skip them"
 _TILE_BYTES = DOCUMENT_BYTES >> 2  # that are kept as documents: cutting one from an image that is kept takes little
-
-
-class EncodedImages(Protocol):
-  """The origin of encoded images: files, or records of a data set.
-
-  Attributes:
-    skipped: items that it has left out itself, because they cannot be read.
-  """
-
-  skipped: int
-
-  @property
-  def names(self) -> Sequence[str]:
-    """One name per image."""
-    ...
-
-  @property
-  def fingerprint(self) -> str:
-    """See `Source.fingerprint`."""
-    ...
-
-  def load(self, i: int) -> bytes:
-    """Returns the encoded image number i."""
-    ...
-
-  def place(self, i: int) -> str:
-    """Returns where it is, for errors."""
-    ...
 
 
 class ImageFiles:
@@ -66,11 +39,11 @@ class ImageFiles:
     return fingerprint_files(self.paths, self.names, sizes_of(self.paths))
 
   def load(self, i: int) -> bytes:
-    """Reads a file; see `EncodedImages`."""
+    """Reads a file; see `EncodedMedia`."""
     return read_whole(self.paths[i])
 
   def place(self, i: int) -> str:
-    """Returns its path; see `EncodedImages`."""
+    """Returns its path; see `EncodedMedia`."""
     return self.paths[i]
 
 
@@ -89,7 +62,7 @@ class Images:
 
   joinable, unit, slow = False, 1, True
 
-  def __init__(self, encoded: EncodedImages, data: DataConfig, convert: str = ""):
+  def __init__(self, encoded: EncodedMedia, data: DataConfig, convert: str = ""):
     if data.scan == "patch":
       p = patch_scan.patch_side(data.scan_patch)
       require(

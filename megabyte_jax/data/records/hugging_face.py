@@ -32,7 +32,7 @@ def is_saved(folder: str) -> bool:
 
 
 class HuggingFace(TableColumn):
-  """One column of a data set that the package `datasets` reads; a `RecordStore`, and an `EncodedImages`.
+  """One column of a data set that the package `datasets` reads; a `RecordStore`.
 
   Args:
     spec: hf:NAME:SPLIT, hf:NAME/CONFIG:SPLIT or hf:FOLDER:SPLIT, with #FIELD if need be; SPLIT may be a part, such as

@@ -28,7 +28,7 @@ _SHOWN = 1 << 27  # bytes of a column from which on its first reading is shown
 
 
 class Parquet(TableColumn):
-  """The values of one column of Parquet files; a `RecordStore`, and an `EncodedImages`.
+  """The values of one column of Parquet files; a `RecordStore`.
 
   The lengths of texts are found by reading the column once; they are kept in the cache folder. Rows whose text is empty
   are left out and counted. A read decodes the row group that it falls into; half a gigabyte of them is kept.

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from megabyte_jax.data.fingerprints import combine_fingerprints
+from megabyte_jax.data.media.encoded_media import EncodedMedia
 from megabyte_jax.data.shared_cache import SharedCache, array_bytes
 from megabyte_jax.data.sources import check_range
 from megabyte_jax.errors import DataError
@@ -16,39 +17,18 @@ from megabyte_jax.errors import DataError
 _TEXT_BYTES = 1 << 28  # of texts kept at hand: an evaluation reads the windows of a book one after the other
 
 
-class RecordStore(Protocol):
-  """One field of many records with random access; also an `EncodedImages`, where the field holds images.
+class RecordStore(EncodedMedia, Protocol):
+  """One field of many records with random access: texts, or encoded images or recordings.
 
   Attributes:
-    sizes: int64 [records], bytes of each value, none of which is empty; for text alone.
-    skipped: records that were left out because they are empty or cannot be read.
     slow: whether reading takes work that threads can share, or waiting.
   """
 
-  skipped: int
   slow: bool
 
   @property
-  def names(self) -> Sequence[str]:
-    """One name per record."""
-    ...
-
-  @property
   def sizes(self) -> np.ndarray:
-    """See above."""
-    ...
-
-  @property
-  def fingerprint(self) -> str:
-    """See `Source.fingerprint`."""
-    ...
-
-  def load(self, i: int) -> bytes:
-    """Returns the value of record i. Raises DataError that names its place."""
-    ...
-
-  def place(self, i: int) -> str:
-    """Returns the file and line, or row, of record i."""
+    """int64 [records], bytes of each value, none of which is empty; for text alone."""
     ...
 
 
