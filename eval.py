@@ -65,7 +65,6 @@ def run(args: argparse.Namespace) -> str:
     The last line that it prints, one JSON object; '' in all but one of several processes.
   """
   distributed.start_from_arguments(args, agree_on_sigterm=False)  # nothing is saved that could be resumed
-  keep_compiled_programs()
   config = with_options(load_config(args.workdir), args)
   windows.check_method(config.model, args.method or config.eval.method, args.stride)
   require(
@@ -78,10 +77,15 @@ def run(args: argparse.Namespace) -> str:
   else:
     named = getattr(config.data, args.split)
     require(bool(named), f"config.data.{args.split} is empty; name a file, folder or data set with --data")
-    source = open_source(config.data, args.split)
+    try:
+      source = open_source(config.data, args.split)
+    except (ConfigError, DataError) as error:
+      raise type(error)(*error.args, "--data=FILE_OR_FOLDER scores other data than those that the run names") from error
   words = perplexity.number_of_words(args.words, "" if args.data else args.split, source) if args.words else 0
+  keep_compiled_programs()
   model, _, step = load(args.workdir, args.step, mesh)
-  print(f"step {step} of {args.workdir}, {report.count_documents(source)} of {args.data or args.split}")
+  unfinished = f" (of {config.num_steps:,} steps)" if step < config.num_steps else ""
+  print(f"step {step} of {args.workdir}{unfinished}, {report.count_documents(source)} of {args.data or args.split}")
   if config.data.image_tiles and config.data.form == "image":
     print(f"images are scaled to {config.data.image_tiles} pixels and cut into tiles; --image-tiles=0 takes them whole")
 

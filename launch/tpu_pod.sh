@@ -25,6 +25,10 @@
 # To stop: STOP=1 launch/tpu_pod.sh (with TPU and ZONE). All hosts agree on a step, save it and end. (Ctrl-C only ends
 # the connection.)
 set -euo pipefail
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+  sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"
+  exit
+fi
 : "${TPU:?name of the TPU slice}" "${ZONE:?its zone}"
 
 on_all_hosts() {

@@ -37,8 +37,8 @@ _FREE = (  # other ways to compute the same numbers, and where data lie whose co
 )
 
 _LENGTH_HINT = (
-  "num_steps may change only where the learning rates of all steps so far stay the same: with "
-  "optimizer.schedule=constant, or wsd before its decay begins"
+  "num_steps sets when the learning rate falls, so it may change only with optimizer.schedule=constant, or with wsd "
+  "(warm-up, stable, decay) before the decay begins; --init_from=DIR trains this run's model for longer in another run"
 )
 # How items become bytes: a model reads no other bytes than those that it was trained on.
 _MAKES_BYTES = (
@@ -137,6 +137,7 @@ def check_same_run(
   validation_fingerprint: str = "",
   skipped: Sequence[int] = (0, 0),
   free: Collection[str] = (),
+  workdir: str = "",
 ) -> None:
   """Checks that a checkpoint can be continued exactly under `config` on the data of `fingerprint`.
 
@@ -150,6 +151,7 @@ def check_same_run(
     validation_fingerprint: of the validation data; '' where there are none.
     skipped: items left out as unreadable, of the training and of the validation data.
     free: further keys that may differ.
+    workdir: of the run, for the message.
 
   Raises:
     CheckpointError: naming every key that differs, with both values.
@@ -175,9 +177,11 @@ def check_same_run(
     elif validation_fingerprint:
       differences["data of validation"] = saved, validation_fingerprint
   if differences:
-    lines = [f"  {key}: {show_value(was)} -> {show_value(given)}" for key, (was, given) in sorted(differences.items())]
+    ordered = sorted(differences.items(), key=lambda item: ("fingerprint" in item[0], item[0]))  # digests tell little
+    lines = [f"  {key}: {show_value(was)} -> {show_value(given)}" for key, (was, given) in ordered]
+    where = f" in {workdir}" if workdir else ""
     raise CheckpointError(
-      f"the checkpoint at step {meta.get('step', '?')} belongs to another run (saved -> given):",
+      f"the checkpoint at step {meta.get('step', '?')}{where} belongs to another run (saved -> given):",
       *lines,
       *([_LENGTH_HINT] if "num_steps" in differences else []),
       "give the saved values, or start a new run in another --workdir (--init_from=DIR takes this one's parameters)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import re
 import sys
@@ -47,8 +48,10 @@ class Parser(argparse.ArgumentParser):
     if unknown:
       flag = next((argument.partition("=")[0] for argument in unknown if argument.startswith("-")), "")
       near = did_you_mean(flag[2:], (option[2:] for option in self._option_string_actions if option[2:]), "--")
+      near = near or next(filter(None, (self._near_key(flag[2:], name, found) for name in self._configs)), "")
       only_flags = all(action.option_strings for action in self._actions)
-      unexpected = f"unexpected {' '.join(unknown)}{'; flags begin with --' if only_flags else ''}"
+      hint = "; flags begin with --, and names with spaces are put in quotes" if only_flags else ""
+      unexpected = f"unexpected {' '.join(unknown)}{hint}"
       self.error(f"unknown flag {flag}{near}" if flag else unexpected)
     files = {name: getattr(found, name) for name in self._configs}
     for name, file in files.items():
@@ -92,6 +95,16 @@ class Parser(argparse.ArgumentParser):
     except FlagError as error:
       self._refuse(str(error))
 
+  def _near_key(self, flag: str, name: str, found: argparse.Namespace) -> str:
+    """Returns `; did you mean --NAME.KEY?` where a key of the config `name` is nearly called as an unknown flag."""
+    file = getattr(found, name)
+    keys = overrides.keys(self._load(name, file, ())) if file else []
+    by_end = {key.removesuffix(".KEY").split(".")[-1]: key for key in reversed(keys)}
+    wanted = flag.replace("-", "_")
+    parts = [end for end in reversed(by_end) if wanted in (end, *end.split("_"))]
+    close = [wanted] if wanted in by_end else parts or difflib.get_close_matches(wanted, by_end, n=1)
+    return f"; did you mean --{name}.{by_end[close[0]]}?" if close else ""
+
   def _check_given_once(self, arguments: Sequence[str]) -> None:
     """Refuses a second value of one flag; argparse would take the last without a word."""
     seen: dict[str, str] = {}
@@ -131,7 +144,8 @@ def in_notebook() -> bool:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds --workdir and --step: which run, and which of its checkpoints."""
-  parser.add_argument("--workdir", type=path, default="runs/quickstart", help="the folder of a train.py run")
+  text = "the folder of a train.py run; default: runs/quickstart"
+  parser.add_argument("--workdir", type=path, default="runs/quickstart", help=text)
   parser.add_argument("--step", type=step_argument, metavar="N|best", help="checkpoint; default: the newest")
 
 

@@ -37,11 +37,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
   parser.add_argument(
     "--stop", default="", help=r"a text that ends a sample; \n, \t, \r, \0, \\ and \xHH stand for one byte each"
   )
-  parser.add_argument("--num-samples", type=int, default=1, help="continuations, generated side by side")
-  parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most probable byte")
+  parser.add_argument("--num-samples", type=int, default=1, help="continuations, generated side by side; default: 1")
+  parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most probable byte; default: 1.0")
   parser.add_argument("--top-k", type=int, default=0, help="only the k most probable bytes; 0: all")
   parser.add_argument("--top-p", type=float, default=1.0, help="only the most probable bytes that reach p together")
-  parser.add_argument("--seed", type=int, default=0, help="of the samples, which come again with the same one")
+  parser.add_argument("--seed", type=int, default=0, help="of the samples; the same gives the same ones; default: 0")
   parser.add_argument(
     "--output",
     type=flags.path,

@@ -18,6 +18,7 @@ import dataclasses
 import json
 import os
 import pickle
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_args
 
@@ -167,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     mesh=args.mesh,
   )
   devices = topology_devices(args.topology, args.slices)
+  print(f"compiling for {args.topology}, which can take minutes", file=sys.stderr, flush=True)
   with stopping.at_once():  # compilers hold Python for minutes, and nothing is lost
     if args.search:
       sizes = (config.batch_size,) if args.batch_size else ()

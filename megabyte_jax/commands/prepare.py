@@ -70,7 +70,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
       packing.add_argument(name, action="store_true", help=_HELP[field.name])
     else:
       wanted = flags.path if isinstance(field.default, str) else type(field.default)
-      choices = () if field.name == "form" else get_args(types[field.name])
+      choices = get_args(types[field.name])
       text = _HELP[field.name] + (f"; default: {field.default}" if field.default else "")
       packing.add_argument(name, type=wanted, default=field.default, choices=choices or None, help=text)
   for name, text in (("build", "download and prepare a TFDS data set"), ("convert", "TFRecord -> ArrayRecord")):

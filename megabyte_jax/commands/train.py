@@ -21,10 +21,10 @@ from megabyte_jax.parallel import distributed
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   """Reads the command line (None: this process's own) and the config that it names."""
   parser = flags.Parser(flags.called("train"), description=__doc__)
-  parser.add_config("config", "what to train, and any --config.KEY=VALUE", str(shipped("configs/quickstart.py")))
-  parser.add_argument(
-    "--workdir", type=flags.path, default="runs/quickstart", help="where checkpoints, metrics and pictures go"
-  )
+  text = "what to train (default: configs/quickstart.py); --config.KEY=VALUE changes any of it"
+  parser.add_config("config", text, str(shipped("configs/quickstart.py")))
+  text = "where checkpoints, metrics and pictures go; default: runs/quickstart"
+  parser.add_argument("--workdir", type=flags.path, default="runs/quickstart", help=text)
   parser.add_argument(
     "--init_from",
     type=flags.path,

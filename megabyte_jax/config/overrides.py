@@ -99,6 +99,14 @@ def load(flag: str, reference: str, changes: Sequence[Override] = ()) -> ConfigD
   return config
 
 
+def keys(config: ConfigDict) -> list[str]:
+  """Returns all dotted keys of a config, groups before what is in them; a group's ends with KEY: `data.KEY`."""
+  found = [f"{name}.KEY" if isinstance(value, ConfigDict) else name for name, value in config.items()]
+  for name, value in config.items():
+    found += [f"{name}.{key}" for key in keys(value)] if isinstance(value, ConfigDict) else []
+  return found
+
+
 def expanded(text: str) -> str:
   """Replaces `~` and `~name`, where comma-separated paths begin with them, by home folders."""
   return re.sub(r"(^|,)(~[^/,]*)", lambda found: found[1] + os.path.expanduser(found[2]), text)

@@ -9,6 +9,7 @@ from typing import TextIO
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 _EVERY = 0.25  # seconds between two updates, at least
+_LINE_EVERY = 60.0  # the same where the stream is a file
 
 
 def human(value: float, unit: str = "") -> str:
@@ -44,7 +45,7 @@ def duration(seconds: float) -> str:
 class Progress:
   """A line on a terminal with rate and time left, rewritten a few times a second; a context manager.
 
-  Where the stream is not a terminal, only the last line appears, when all is done.
+  Where the stream is not a terminal, a line appears every minute, and the last one when all is done.
 
     with Progress("scoring", total=len(data)) as progress:
       for window in windows:
@@ -77,7 +78,7 @@ class Progress:
     self._enabled = enabled
     self._live = enabled and self._stream.isatty()
     self._start = time.monotonic()
-    self._shown = -math.inf
+    self._shown = -math.inf if self._live else self._start
 
   def __enter__(self) -> Progress:
     return self
@@ -101,9 +102,10 @@ class Progress:
     """Sets the bytes done and, if given, their total."""
     self.done, self._total = done, total or self._total
     now = time.monotonic()
-    if self._live and now - self._shown >= _EVERY:
+    if self._enabled and now - self._shown >= (_EVERY if self._live else _LINE_EVERY):
       self._shown = now
-      self._stream.write(f"\r{self._line(now - self._start)}\x1b[K")
+      line = self._line(now - self._start)
+      self._stream.write(f"\r{line}\x1b[K" if self._live else f"{line}\n")
       self._stream.flush()
 
   def finish(self) -> None:

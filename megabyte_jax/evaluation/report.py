@@ -69,6 +69,9 @@ def notices(config: Config, source: Source) -> list[str]:
   epochs = config.num_steps * config.bytes_per_step / max(1, int(source.lengths.sum()))
   if epochs >= _MANY_EPOCHS:
     told.append(f"the run reads these data {epochs:,.0f} times, and may learn them by heart")
+  warmup = config.optimizer.warmup_steps
+  if warmup > config.num_steps:
+    told.append(f"the warm-up of {warmup:,} steps is cut to the run's {config.num_steps:,}")
   if data.validation.startswith("sample:") and not data.train.startswith("sample:"):
     told.append(f"scored on {data.validation}, which comes with the package; --config.data.validation=FILE names yours")
   for place in split_list(data.validation) if data.validation else ():

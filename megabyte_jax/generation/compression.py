@@ -153,15 +153,15 @@ def decompress(model: Model | None, packed: bytes, *, on_bytes: Callable[[int], 
     text = code
   else:
     if model is None:
-      raise ConfigError("it was compressed with a model, which is missing; give the same one")
+      raise ConfigError("it was compressed with a model; give the --workdir with which it was compressed")
     here = _circumstances(model)
     was = {key: getattr(coding, key) for key in here}
     other = [f"{key} {_word(was[key])} (here {_word(here[key])})" for key in here if was[key] != here[key]]
     if other:
-      at = f", step {coding.step} of its run" if was["model"] != here["model"] else ""
-      raise ConfigError(
-        f"it was compressed with another {', '.join(other)}{at}; it can be decompressed with these alone"
-      )
+      at, remedy = "", "decompress it where they are the same"
+      if was["model"] != here["model"]:
+        at, remedy = f", step {coding.step} of its run", "give the --workdir and --step with which it was compressed"
+      raise ConfigError(f"it was compressed with another {', '.join(other)}{at}; {remedy}")
     short = for_windows(model, coding.window)
     text = entropy_coding.decode(short, code, header.length, coding.batch, on_bytes, adapt=coding.adapt).tobytes()
   if len(text) != header.length or _digest(text).hex() != header.digest:

@@ -85,7 +85,7 @@ def parse_mesh(text: str, data: int = -1) -> MeshConfig:
     known = name in {field.name for field in dataclasses.fields(MeshConfig)}
     require(
       known and re.fullmatch(r"-?\d+", size) is not None,
-      f"--mesh={text}: give sizes of data, fsdp, seq and tensor; write it like fsdp=16,seq=4",
+      f"--mesh={text}: {part!r} is not the size of data, fsdp, seq or tensor; write it like fsdp=16,seq=4",
     )
     require(name not in sizes, f"--mesh={text}: {name} is given twice; leave one out")
     sizes[name] = int(size)
@@ -134,7 +134,9 @@ def check_mesh(mesh: Mesh | AbstractMesh, model: ModelConfig, batch_size: int) -
       fits = [n for n in _divisors(mesh.size) if size % n == 0]
       below = size - size % parts
       larger = (f"{below} or " if below else "") + str(below + parts)
-      flag = f"--config.batch_size={larger} (times config.accumulate)" if "batch_size" in what else f"{larger} here"
+      flag = f"{larger} here"
+      if "batch_size" in what:
+        flag = f"fewer devices, a smaller config.accumulate or --config.batch_size={larger} (times config.accumulate)"
       raise ConfigError(
         f"{what} is {size}, which {axis} = {parts} does not divide; {axis} could be {fits}, or take {flag}"
       )

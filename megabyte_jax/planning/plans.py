@@ -93,8 +93,10 @@ def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
   except Exception as error:
     if advice := in_chips(topology):
       raise ConfigError(f"{topology} is not KIND:SIZE; {advice}") from None
-    text = " ".join(str(error).split())[:300]
-    raise ConfigError(f"libtpu has no topology {topology!r} ({text}); try v5p:4x4x4, v5e:16x16 or v6e:4x4") from None
+    raise ConfigError(
+      f"libtpu has no topology {topology!r}; write KIND:SIZE, such as v5p:4x4x4, v5e:16x16 or v6e:4x4 "
+      f"(libtpu: {' '.join(str(error).split())[:300]})"
+    ) from None
   require(hardware.is_known_tpu(devices[0]), f"hardware.py does not know {devices[0].device_kind}")
   return devices
 

@@ -73,6 +73,7 @@ def resume_or_start(
     identity["validation_fingerprint"],
     skipped=identity["skipped"],
     free=free,
+    workdir=checkpoints.workdir,
   )
   if begins_to_skip(meta, identity["config"]) and jax.process_index() == 0:
     print(f"skip    {source.skipped:,} items that cannot be read, from step {step:,} on: windows come in another order")

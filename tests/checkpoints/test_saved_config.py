@@ -102,8 +102,9 @@ def test_a_run_is_continued_only_with_its_config_and_data():
   meta = {"config": saved_by_json(CONFIG), "fingerprint": {"train": "a1", "bytes": 10}, "step": 50}
   check_same_run(meta, CONFIG.to_dict(), {"train": "a1", "bytes": 10})
   with pytest.raises(CheckpointError) as error:
-    check_same_run(meta, make_config(seed=2).to_dict(), {"train": "b2", "bytes": 10})
+    check_same_run(meta, make_config(seed=2).to_dict(), {"train": "b2", "bytes": 10}, workdir="runs/mine")
   message = str(error.value)
+  assert "step 50 in runs/mine belongs to another run" in message and message.index("seed") < message.index("finger")
   assert "seed: 0 -> 2" in message
   assert 'data fingerprint.train: "a1" -> "b2"' in message and "data.train" not in message
   with pytest.raises(CheckpointError, match=r'data\.train: "sample:text/train" -> "elsewhere"'):

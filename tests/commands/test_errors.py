@@ -19,6 +19,13 @@ CASES = {
     2,
     r"unknown flag --confg; did you mean --config\? \(see python train\.py --help\)$",
   ),
+  "a key without --config": (
+    ["train.py", "--learning-rate=3"],
+    2,
+    r"unknown flag --learning-rate; did you mean --config\.optimizer\.learning_rate\? \(see",
+  ),
+  "a group without --config": (["train.py", "--data=x"], 2, r"unknown flag --data; did you mean --config\.data\.KEY\?"),
+  "part of a key": (["train.py", "--steps=3"], 2, r"did you mean --config\.num_steps\?"),
   "unknown key": (
     ["train.py", "--config.nokey=1"],
     2,

@@ -295,7 +295,7 @@ def test_wrong_arguments_are_told_before_anything_is_generated(text_run, image_r
       "--output=x.png",
       f"--prompt-file={tmp_path}/bad.png",
     ),
-    (ConfigError, "--mesh=x=3: give sizes", text_run, "--mesh=x=3"),
+    (ConfigError, "--mesh=x=3: 'x=3' is not the size", text_run, "--mesh=x=3"),
     (ConfigError, "does not fit 8 devices", text_run, "--mesh=fsdp=3"),
   ):
     workdir, *rest = arguments

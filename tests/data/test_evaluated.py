@@ -119,7 +119,9 @@ def test_what_may_not_be_meant_is_told(tmp_path, monkeypatch):
 
   def told(num_steps=1, **data):
     changed = dataclasses.replace(config, data=DataConfig(**data), num_steps=num_steps, batch_size=1)
-    return report.notices(changed, open_source(changed.data, "train"))
+    told = report.notices(changed, open_source(changed.data, "train"))
+    assert ("the warm-up of 5 steps is cut to the run's" in "".join(told)) == (num_steps < 5)
+    return [line for line in told if "warm-up" not in line]
 
   not_text, scored = told(train=str(tmp_path), validation="sample:text/validation")
   assert "notes.DOCX, paper.pdf; move" in not_text and "scored on sample:text/validation" in scored

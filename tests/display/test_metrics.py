@@ -205,6 +205,17 @@ def test_progress_elsewhere_is_one_line_when_done():
   assert stream.getvalue() == ""
 
 
+def test_progress_elsewhere_is_told_every_minute(clock):
+  stream = io.StringIO()
+  with Progress("scoring", 20_000, stream=stream) as progress:
+    for _ in range(20):
+      clock[0] += 8
+      progress.add(1000)
+  first, second, last = stream.getvalue().splitlines()
+  assert first == "scoring:  40%  8.00 kB of 20.0 kB (125 B/s), 1m36s left"
+  assert second.startswith("scoring:  80%") and last == "scoring: 20.0 kB in 2m40s (125 B/s)"
+
+
 def test_progress_says_that_compiling_is_included(clock):
   stream = io.StringIO()
   with Progress("scoring", compiles=True, stream=stream) as progress:

@@ -113,7 +113,7 @@ def test_other_models_and_circumstances_are_named(model):
     compression.decompress(model_of(MEGABYTE, seed=1), packed)
   with pytest.raises(ConfigError, match="another model"):
     compression.decompress(model_of(dataclasses.replace(MEGABYTE, activation="gelu")), packed)
-  with pytest.raises(ConfigError, match=r"another xla_flags --xla_a --xla_b \(here .*; it can be decompressed"):
+  with pytest.raises(ConfigError, match=r"another xla_flags --xla_a --xla_b \(here .*; decompress it where"):
     compression.decompress(model, repacked(packed, xla_flags="--xla_a --xla_b"))
   for key, value in {
     "dtype": "bfloat16",

@@ -72,6 +72,8 @@ def test_tpu_pod(tmp_path):
   stop = run("tpu_pod.sh", programs=tmp_path, TPU="pod", ZONE="z", STOP="1")
   assert "--command=kill -TERM" in stop.stdout
   assert "TPU: name of the TPU slice" in run("tpu_pod.sh", programs=tmp_path).stderr
+  shown = run("tpu_pod.sh", "--help", programs=tmp_path).stdout
+  assert shown.startswith("Trains on a TPU slice") and "gcloud" in shown and "set -euo" not in shown
 
 
 def test_the_run_of_a_tpu_pod_outlives_the_connection(tmp_path):

@@ -67,7 +67,8 @@ def open_image(
     raise
   except Exception as error:  # decoders of damaged files raise nearly everything
     raise _unreadable(name, error, remedy) from error
-  make_rgb = "make it RGB with --config.data.convert_images=True (eval.py: --convert-images)" if convertible else ""
+  flags = "--config.data.convert_images=True (eval.py and prepare: --convert-images)"
+  make_rgb = f"make it RGB with {flags}" if convertible else ""
   remedies = ", or ".join(filter(None, (remedy, make_rgb)))
   raise DataError(f"{name} is {odd}, not an 8-bit RGB image{remedies and '; ' + remedies}")
 
