@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator
 
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data.fingerprints import combine_fingerprints
-from megabyte_jax.data.open_data import open_path
+from megabyte_jax.data.open_data import decodable_as, open_path
 from megabyte_jax.data.packing import archives, packed_folder
 from megabyte_jax.data.packing.archives import Item
 from megabyte_jax.data.packing.pack_writer import PackWriter
@@ -37,6 +38,8 @@ def pack(spec: str, folder: str, data: DataConfig) -> None:
     _pack_streams(spec, list(zip(parts, streams, strict=True)), folder, data)
   else:
     source = open_path(spec, data)
+    if data.form == "bytes" and (form := decodable_as(source.names)):
+      print(f"notice  these files are packed as they are; --form={form} decodes them", file=sys.stderr, flush=True)
     writer = PackWriter(folder, _request(spec, source.fingerprint, data, source.skipped), source.unit)
     writer.write(_documents(source, writer.items_done), total_bytes=int(source.lengths.sum()), skipped=source.skipped)
   manifest = packed_folder.Packed(folder, data).manifest
