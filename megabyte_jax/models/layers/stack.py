@@ -234,8 +234,11 @@ def rematerialised(layer: Callable, remat: str, *, is_in_loop: bool) -> Callable
   if remat == "none":
     return layer
   kept = ["qkv", "attended", "hidden"] if remat == "named" else []
-  if kept and mesh_axes().get("tensor", 1) > 1:
-    kept.append("mixed")  # what devices have summed after attention: recomputed, it would be sent again
+  axes = mesh_axes()
+  if kept and max(axes.get("tensor", 1), axes.get("fsdp", 1)) > 1:
+    # After attention: recomputed, it would be summed over devices again, or be a product with weights gathered again,
+    # which XLA cannot merge with the first.
+    kept.append("mixed")
   policy = jax.checkpoint_policies.save_only_these_names(*kept)
   # Inside a loop nothing can be merged anyway. Outside, XLA may keep what is cheap to keep, unless memory is short.
   return jax.checkpoint(layer, policy=policy, prevent_cse=remat == "full" and not is_in_loop)
