@@ -14,11 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from megabyte_jax.config import MegabyteConfig
 from megabyte_jax.models.family import Model, counted
 from megabyte_jax.models.global_and_local import LevelModel, finer_levels
 from megabyte_jax.models.layers.cross_entropy import cross_entropy
+from megabyte_jax.parallel.activation_layout import AXES, BATCH, divides, mesh_axes
+
+_SPREAD = P(None, BATCH, "seq")  # how arrays [g, B, G, ..] lie on a mesh
 
 
 class PatchGroups(Model):
@@ -76,7 +80,9 @@ class PatchGroups(Model):
       logits = _logits([None, *nnx.merge(graph, levels)], h_BGD, x_BGP, key)
       return jnp.sum(jnp.where(scored_BGP, cross_entropy(logits, x_BGP), 0.0))
 
-    return _sum_in_one_pass(group_sum, levels, h_gBGD, (x_gBGP, scored_gBGP, keys)), jnp.sum(scored_BT)
+    alone = keys is None and _may_work_alone(h_gBGD)
+    nats = _sum_in_one_pass(group_sum, levels, h_gBGD, (x_gBGP, scored_gBGP, keys), alone=alone)
+    return nats, jnp.sum(scored_BT)
 
   def _groups(self, h_BKD: jax.Array | None, x_BT: jax.Array) -> tuple[jax.Array, ...]:
     """Returns each group's first-level outputs [g, B, G, D] (if given) and what x says of its bytes [g, B, G, P].
@@ -94,10 +100,22 @@ class PatchGroups(Model):
     return tuple(jnp.moveaxis(a.reshape(B, patches // g, g, -1), 2, 0) for a in arrays)
 
 
+def _may_work_alone(h_gBGD: jax.Array) -> bool:
+  """Returns whether devices that share rows or sequences, and have all parameters, can each take a part of a group."""
+  axes = mesh_axes()
+  if not axes.keys() >= set(AXES) or axes["fsdp"] * axes["tensor"] > 1:
+    return False
+  return axes["data"] * axes["seq"] > 1 and divides(axes, _SPREAD, h_gBGD.shape)
+
+
 def _sum_in_one_pass(
-  function: Callable[..., jax.Array], parameters: Any, inputs_g: jax.Array, rest_g: Any
+  function: Callable[..., jax.Array], parameters: Any, inputs_g: jax.Array, rest_g: Any, *, alone: bool
 ) -> jax.Array:
-  """sum over g of function(parameters, inputs_g[g], *rest_g[g]), differentiable in parameters and inputs."""
+  """sum over g of function(parameters, inputs_g[g], *rest_g[g]), differentiable in parameters and inputs.
+
+  With `alone` each device takes its part of every group, and gradients are summed over devices after the last group;
+  XLA alone would sum them after each.
+  """
 
   @jax.custom_vjp
   def total(parameters, inputs_g):
@@ -106,13 +124,21 @@ def _sum_in_one_pass(
 
     return jax.lax.scan(add, jnp.float32(0), (inputs_g, rest_g))[0]
 
-  def forward(parameters, inputs_g):
+  def sums_and_gradients(parameters, inputs_g, rest_g):
     def add(carry, group):
       value, gradients = jax.value_and_grad(function, (0, 1))(parameters, group[0], *group[1])
       return jax.tree.map(jnp.add, carry, (value, gradients[0])), gradients[1]
 
     zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, parameters))
-    (sum_, of_parameters), of_inputs_g = jax.lax.scan(add, zeros, (inputs_g, rest_g))
+    sums, of_inputs_g = jax.lax.scan(add, zeros, (inputs_g, rest_g))
+    return jax.lax.psum(sums, AXES) if alone else sums, of_inputs_g
+
+  def forward(parameters, inputs_g):
+    run = sums_and_gradients
+    if alone:
+      specs = (P(), _SPREAD, _SPREAD)
+      run = jax.shard_map(run, in_specs=specs, out_specs=specs[:2], check_vma=False)
+    (sum_, of_parameters), of_inputs_g = run(parameters, inputs_g, rest_g)
     return sum_, (of_parameters, of_inputs_g)
 
   def backward(gradients, scale):

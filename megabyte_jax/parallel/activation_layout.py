@@ -86,12 +86,12 @@ def row_major(x: jax.Array, spec: P | None = None) -> jax.Array:
   axes = mesh_axes()
   if math.prod(axes.values()) == 1:
     return constrained(x)
-  if spec is None or not axes.keys() >= set(AXES) or not _divides(axes, spec, x.shape):
+  if spec is None or not axes.keys() >= set(AXES) or not divides(axes, spec, x.shape):
     return x
   return jax.shard_map(constrained, in_specs=spec, out_specs=spec)(x)
 
 
-def _divides(axes: dict[str, int], spec: P, shape: tuple[int, ...]) -> bool:
+def divides(axes: dict[str, int], spec: P, shape: tuple[int, ...]) -> bool:
   """Returns whether axes of these sizes cut an array into equal parts, if it is spread over them as `spec` says."""
   parts = (math.prod(axes[name] for name in ((entry,) if isinstance(entry, str) else entry or ())) for entry in spec)
   return not any(size % count for size, count in zip(shape, parts, strict=False))

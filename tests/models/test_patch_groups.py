@@ -69,8 +69,15 @@ def test_nats_loss_and_gradient_are_those_of_all_patches_together(levels, groups
     np.testing.assert_allclose(other, leaf, atol=2e-5 * scale, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.slow
-def test_a_sequence_spread_over_devices():
+@pytest.mark.parametrize(
+  ("groups", "mesh"),
+  [
+    (3, {"data": 2, "seq": 4}),  # each device alone with a patch of every group
+    pytest.param(4, {"data": 2, "seq": 4}, marks=pytest.mark.slow),  # 3 patches of a group on 4 devices
+    pytest.param(3, {"data": 1, "seq": 4, "fsdp": 2}, marks=pytest.mark.slow),
+  ],
+)
+def test_a_sequence_spread_over_devices(groups, mesh):
   x_BT = random_bytes(rows=2)
 
   def measure(groups, mesh):
@@ -79,11 +86,25 @@ def test_a_sequence_spread_over_devices():
       x = jax.device_put(x_BT, batch_sharding(mesh))
       return jax.jit(jax.value_and_grad(lambda p: sum_of_nats(nnx.merge(graph, p), x)[0]))(parameters)
 
-  value, gradient = measure(3, make_mesh(MeshConfig(data=2, seq=4)))
+  value, gradient = measure(groups, make_mesh(MeshConfig(**mesh)))
   expected_value, expected = measure(1, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
   assert value == pytest.approx(float(expected_value), rel=1e-6)
   for leaf, other in zip(jax.tree.leaves(expected), jax.tree.leaves(gradient), strict=True):
     np.testing.assert_allclose(other, leaf, atol=2e-5 * np.abs(leaf).max())
+
+
+@pytest.mark.slow
+def test_dropout_is_the_same_on_a_mesh():
+  graph, parameters = build(TWO, 3, dropout=0.5)
+
+  def loss(mesh):
+    with jax.set_mesh(mesh):
+      x = jax.device_put(random_bytes(rows=2), batch_sharding(mesh))
+      gradient = jax.value_and_grad(lambda p: sum_of_nats(nnx.merge(graph, p), x, dropout_key=jax.random.key(1))[0])
+      return float(jax.jit(gradient)(parameters)[0])
+
+  one = loss(make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+  assert loss(make_mesh(MeshConfig(data=2, seq=4))) == pytest.approx(one, rel=1e-6)
 
 
 def test_dropout_is_repeatable():

@@ -18,7 +18,7 @@ from megabyte_jax.config import Config, DataConfig, Level, MegabyteConfig, MeshC
 from megabyte_jax.data.batches import batches
 from megabyte_jax.data.open_data import open_source
 from megabyte_jax.models.build import abstract_model, parameter_info
-from megabyte_jax.models.loss import byte_nats
+from megabyte_jax.models.loss import byte_nats, sum_of_nats
 from megabyte_jax.parallel.sharding import batch_sharding, make_mesh, shard_abstract
 from megabyte_jax.planning.collectives import collectives
 from megabyte_jax.planning.lowering import lower
@@ -133,6 +133,22 @@ def test_backward_adds_transposes_and_the_parameters_all_reduce():
   summed = sum(size * one.times for one in both if one.kind == "all-reduce" for size in one.arrays)
   keys_and_values = 2 * LAYERS * PATCHES * GLOBAL["width"] * 4
   assert summed == pytest.approx(keys_and_values + sum(4 * p.size for p in parameters), rel=0.15)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_gradients_are_summed_once_however_many_groups_of_patches_there_are(groups):
+  config = model(patch_groups=groups)
+
+  def gradient(model, x_BT):
+    graph, parameters = nnx.split(model)
+    return jax.grad(lambda parameters: sum_of_nats(nnx.merge(graph, parameters), x_BT)[0])(parameters)
+
+  summed = sum(
+    size * one.times for one in compiled(config, gradient) if one.kind == "all-reduce" for size in one.arrays
+  )
+  keys_and_values = 2 * LAYERS * PATCHES * GLOBAL["width"] * 4
+  parameters = sum(4 * p.size for p in jax.tree.leaves(abstract_model(config)[1]))
+  assert summed == pytest.approx(keys_and_values + parameters, rel=0.15)
 
 
 @pytest.mark.slow
