@@ -60,11 +60,16 @@ def gradient_of(config, mesh):
   return jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings)), (laid_out, x_BT)
 
 
-def sent(config, mesh):
-  """Bytes that a device sends for a gradient, by kind of collective."""
+def program(config, mesh):
+  """The compiled gradient, as text."""
   with jax.set_mesh(mesh):
     step, shapes = gradient_of(config, mesh)
-    found = collectives(step.lower(*shapes).compile().as_text())
+    return step.lower(*shapes).compile().as_text()
+
+
+def sent(config, mesh):
+  """Bytes that a device sends for a gradient, by kind of collective."""
+  found = collectives(program(config, mesh))
   total = dict.fromkeys({one.kind for one in found}, 0.0)
   for one in found:
     total[one.kind] += one.wire_bytes
@@ -111,6 +116,14 @@ def test_rows_spread_over_devices_send_gradients_alone(full_compile, form):
   assert kind == "all-reduce"
   tables = config.vocab_size * config.levels[-1].width  # summed apart, as the input's and as the output's
   assert size == pytest.approx(2 * 7 / 8 * 4 * (parameters + tables), rel=1e-3)
+
+
+@pytest.mark.parametrize("form", ["gpu"], indirect=True)
+def test_parameters_spread_over_devices_take_no_further_products_and_exchange_no_activations(full_compile, form):
+  config = model(remat="named")
+  spread, whole = (program(config, mesh) for mesh in (mesh_of(fsdp=2), mesh_of(data=2)))
+  assert spread.count(" dot(") == whole.count(" dot(")
+  assert {one.kind for one in collectives(spread)} == {"all-gather", "all-reduce"}  # a CPU scatters no sums
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}])
