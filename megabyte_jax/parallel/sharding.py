@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from megabyte_jax.config import MeshConfig, ModelConfig
 from megabyte_jax.errors import ConfigError, require
-from megabyte_jax.parallel.activation_layout import AXES, BATCH
+from megabyte_jax.parallel.activation_layout import AXES, BATCH, row_major
 from megabyte_jax.parallel.parameter_info import ParameterInfo, ParameterInfos, map_with_info
 
 # Logical axes of parameters (parameter_info.py) -> axes of the mesh. An axis that is not here is not cut: layers, byte
@@ -177,6 +177,15 @@ def constrain_state(tree: Any, infos: ParameterInfos) -> Any:
   """Lays parameters or moments out as declared: XLA may choose otherwise, and the next step be compiled again."""
   mesh = jax.sharding.get_abstract_mesh()
   return tree if mesh.empty else _with_specs(jax.lax.with_sharding_constraint, tree, infos, mesh)
+
+
+def lay_out_gradient(gradient: Any, infos: ParameterInfos) -> Any:
+  """Lays the gradient of parameters that `fsdp` spreads out row-major, as they lie themselves.
+
+  XLA for GPUs scatters sums along the first axis in memory, and would transpose parameters and moments to match.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return gradient if mesh.shape.get("fsdp", 1) == 1 else _with_specs(row_major, gradient, infos, mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

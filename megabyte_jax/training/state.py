@@ -25,7 +25,13 @@ from megabyte_jax.models.build import (
 from megabyte_jax.models.loss import byte_nats, segment_nats, sum_of_nats
 from megabyte_jax.parallel.activation_layout import BATCH, lay_out
 from megabyte_jax.parallel.backend import platform
-from megabyte_jax.parallel.sharding import batch_sharding, check_mesh, constrain_state, shard_abstract
+from megabyte_jax.parallel.sharding import (
+  batch_sharding,
+  check_mesh,
+  constrain_state,
+  lay_out_gradient,
+  shard_abstract,
+)
 from megabyte_jax.training.optimizer import make_optimizer
 
 
@@ -186,7 +192,7 @@ def _train_step(
       start = (jax.tree.map(jnp.zeros_like, state.parameters), zeros)
       (gradient, sums), memory = jax.lax.scan(part, start, (jnp.arange(parts), rows))
       memory = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:]), memory)
-    gradient = jax.tree.map(lambda g: g / sums[names[-1]], gradient)
+    gradient = jax.tree.map(lambda g: g / sums[names[-1]], lay_out_gradient(gradient, infos))
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.parameters)
     parameters = optax.apply_updates(state.parameters, updates)
     metrics = {name: value.astype(jnp.float32) for name, value in sums.items()}

@@ -15,7 +15,9 @@ from megabyte_jax.config import Config, Level, MegabyteConfig, MeshConfig, Perce
 from megabyte_jax.errors import ConfigError
 from megabyte_jax.models.build import abstract_model, parameter_info
 from megabyte_jax.models.loss import byte_nats
-from megabyte_jax.parallel.sharding import batch_sharding, check_mesh, make_mesh, shard_abstract
+from megabyte_jax.parallel import activation_layout
+from megabyte_jax.parallel.sharding import batch_sharding, check_mesh, lay_out_gradient, make_mesh, shard_abstract
+from megabyte_jax.planning.collectives import collectives
 from megabyte_jax.training.state import abstract_state, initial_state
 
 assert jax.device_count() == 8
@@ -185,6 +187,19 @@ def test_loss_and_gradient_are_those_of_one_device(name, mesh):
     scale = np.abs(leaf).max()
     assert scale > 0, path
     np.testing.assert_allclose(other, leaf, rtol=2e-4, atol=2e-5 * scale, err_msg=jax.tree_util.keystr(path))
+
+
+def test_asking_for_a_gradients_layout_moves_nothing(monkeypatch):
+  monkeypatch.setattr(activation_layout, "platform", lambda: "gpu")
+  model, mesh = MODELS["two levels"], mesh_of("fsdp4 tensor2")
+  infos = parameter_info(model)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, shard_abstract(abstract_model(model)[1], infos, mesh))
+  gradient = jax.device_put(jax.tree.map(np.asarray, draw_parameters(model)), shardings)
+  with jax.set_mesh(mesh):
+    program = jax.jit(lambda gradient: lay_out_gradient(gradient, infos), out_shardings=shardings)
+    laid_out = program(gradient)
+    assert not collectives(program.lower(gradient).compile().as_text())
+  jax.tree.map(np.testing.assert_array_equal, laid_out, gradient)
 
 
 # -- Meshes that do not fit --
