@@ -70,6 +70,9 @@ def config_of(case: str, mesh: dict[str, int], *, reference: bool, batch_size: i
       config, model=MegabyteConfig(context=1024, levels=levels, dropout=0.0, init_std=0.02), batch_size=batch_size or 2
     )
   replicas = mesh.get("data", 1) * mesh.get("fsdp", 1)
+  if not reference:  # groups of patches that are as large on each device as on one
+    groups = max(1, config.model.patch_groups // mesh.get("seq", 1))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, patch_groups=groups))
   rows = config.batch_size * (replicas if mesh.get("seq", 1) == 1 else 1) * mesh.get("tensor", 1)
   return dataclasses.replace(
     config,
