@@ -163,7 +163,7 @@ TABLES = {
         "megabyte": (3.52, 3.158, 2.282),
       },
     ),
-    "For the baselines this table prints contexts of 1,024 and 12,000; Table 15 has those used here.",
+    "For the baselines the paper's Table 5 prints contexts of 1,024 and 12,000; Table 15 has those used here.",
   ),
   "9": Table(
     "Generating 8,192 bytes; trained on PG-19 with equal compute",

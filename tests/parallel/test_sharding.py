@@ -259,7 +259,7 @@ def test_sizes_that_do_not_multiply(mesh, message):
       "two levels",
       "data8",
       12,
-      r"batch_size .* is 12, which mesh\.data \* mesh\.fsdp = 8 .*\[1, 2, 4\], or .*fewer devices, .*batch_size=8 or 16",
+      r"batch_size .* is 12, which mesh\.data \* mesh\.fsdp = 8 .*\[1, 2, 4\], or .*devices, .*batch_size=8 or 16",
     ),
     ("two levels", "tensor8", 8, r"levels\[0\]\.num_heads is 4, which mesh\.tensor = 8 does not divide.*\[1, 2, 4\]"),
     ("cross-patch", "seq8", 8, None),

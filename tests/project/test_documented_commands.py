@@ -44,12 +44,12 @@ TEXT = "megabyte_jax/data/sample/text/validation/pride_and_prejudice_last_tenth.
 # What is added to a command to make it small. Those that name no config get tests/tiny_config.py:1. In this order.
 RUN_HERE = {
   "python train.py": [],
-  "python train.py --workdir=runs/mine --config.data.train='docs/*.md' --config.data.validation=README.md": [
+  "python train.py --workdir=runs/pages --config.data.train='docs/*.md' --config.data.validation=README.md": [
     "--config.eval.max_bytes=200",
   ],
-  "python train.py --init_from=runs/mine --workdir=runs/tuned --config.data.train='docs/*.md' "
+  "python train.py --init_from=runs/pages --workdir=runs/tuned --config.data.train='docs/*.md' "
   "--config.model.context=512": ["--config.batch_size=1"],
-  "python eval.py --workdir=runs/mine --data=CONTRIBUTING.md": ["--max-bytes=500", "--no-compressors"],
+  "python eval.py --workdir=runs/pages --data=CONTRIBUTING.md": ["--max-bytes=500", "--no-compressors"],
   "python train.py --config=configs/quickstart_images.py --workdir=runs/images": [
     *TINY_IMAGES,
     "--config.model.levels[0].width=48",
@@ -144,7 +144,7 @@ RUN_HERE = {
 }
 # Those of RUN_HERE that a slow test runs, as other tests do nearly the same: in this order, after the others.
 _SLOW = re.compile(
-  r"--init_from=|runs/mine|image64|LICENSE|license|runs/text\.|runs/sharded|runs/a\b|XLA_FLAGS|--coordinator"
+  r"--init_from=|runs/pages|image64|LICENSE|license|runs/text\.|runs/sharded|runs/a\b|XLA_FLAGS|--coordinator"
 )
 RUN_SLOWLY = [command for command in RUN_HERE if _SLOW.search(command)]
 RUN_QUICKLY = [command for command in RUN_HERE if command not in RUN_SLOWLY]
@@ -341,7 +341,7 @@ def test_they_do_what_the_text_says(said, folder):
 
 @pytest.mark.slow
 def test_the_slow_ones_do_what_the_text_says(said_slowly, folder):
-  mine = said_slowly["python eval.py --workdir=runs/mine --data=CONTRIBUTING.md"][1]
+  mine = said_slowly["python eval.py --workdir=runs/pages --data=CONTRIBUTING.md"][1]
   assert json.loads(mine.splitlines()[-1])["bytes"] == 500
   assert (folder / "runs/text.txt").read_bytes() == (ROOT / TEXT).read_bytes()
   assert (folder / "runs/license.txt").read_bytes() == (ROOT / "LICENSE").read_bytes()
