@@ -141,12 +141,19 @@ def _length(path: str) -> tuple[int, str]:
   try:
     length = _size_of(path)
   except OSError as error:
-    return 0, f"cannot be read ({error.strerror or error})"
+    return 0, why_unreadable(path, error)
   if length and not is_remote(path) and not os.access(path, os.R_OK):
     return 0, "cannot be read (permission denied)"
   if not length and not is_remote(path) and _holds_bytes(path):
     return 0, "has no size, though it holds bytes, as files of /proc do: copy it, and name the copy"
   return length, "" if length else _EMPTY
+
+
+def why_unreadable(path: str, error: OSError) -> str:
+  """Returns the end of a sentence about a file that cannot be opened or looked at."""
+  if isinstance(error, FileNotFoundError) and os.path.islink(path):
+    return f"is a link whose target {os.path.realpath(path)} is missing"
+  return f"cannot be read ({error.strerror or error})"
 
 
 def _holds_bytes(path: str) -> bool:
@@ -180,7 +187,7 @@ def read_block(path: str, start: int, stop: int) -> bytes:
       file.seek(start)
       return file.read(stop - start)
   except OSError as error:
-    raise DataError(f"{path} cannot be read ({error.strerror or error})") from error
+    raise DataError(f"{path} {why_unreadable(path, error)}") from error
 
 
 def read_whole(path: str) -> bytes:
@@ -189,7 +196,7 @@ def read_whole(path: str) -> bytes:
     with open_file(path) as file:
       return file.read()
   except OSError as error:
-    raise DataError(f"{path} cannot be read ({error.strerror or error})") from error
+    raise DataError(f"{path} {why_unreadable(path, error)}") from error
 
 
 def sizes_of(paths: Sequence[str]) -> list[int]:
