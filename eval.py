@@ -82,6 +82,8 @@ def run(args: argparse.Namespace) -> str:
   words = perplexity.number_of_words(args.words, "" if args.data else args.split, source) if args.words else 0
   model, _, step = load(args.workdir, args.step, mesh)
   print(f"step {step} of {args.workdir}, {report.count_documents(source)} of {args.data or args.split}")
+  for line in report.notice_lines(report.data_notices(config.data, source)):
+    print(line)
   if config.data.image_tiles and config.data.form == "image":
     print(f"images are scaled to {config.data.image_tiles} pixels and cut into tiles; --image-tiles=0 takes them whole")
 

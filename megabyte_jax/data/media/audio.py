@@ -118,6 +118,7 @@ class AudioFiles:
     kept = [i for i, head in enumerate(heads) if head is not None]
     if not kept:
       raise DataError(f"none of {len(paths)} recordings can be read, {names[0]} for one")
+    self.skipped_names = [names[i] for i, head in enumerate(heads) if head is None]
     self.skipped = len(paths) - len(kept) + (records.skipped if records else 0)
     self._kept = kept
     self.paths, self.names = [self.paths[i] for i in kept], [self.names[i] for i in kept]
