@@ -214,7 +214,7 @@ def sizes_of(paths: Sequence[str]) -> list[int]:
 
 
 class Beginnings(NamedTuple):
-  """What the beginnings of files hold.
+  """Says what the beginnings of files hold.
 
   Attributes:
     looked_at: files that were looked at.
