@@ -86,6 +86,8 @@ def run(args: argparse.Namespace) -> str:
   model, _, step = load(args.workdir, args.step, mesh)
   unfinished = f" (of {config.num_steps:,} steps)" if step < config.num_steps else ""
   print(f"step {step} of {args.workdir}{unfinished}, {report.count_documents(source)} of {args.data or args.split}")
+  for line in report.notice_lines(report.data_notices(config.data, source)):
+    print(line)
   if config.data.image_tiles and config.data.form == "image":
     print(f"images are scaled to {config.data.image_tiles} pixels and cut into tiles; --image-tiles=0 takes them whole")
 

@@ -110,15 +110,19 @@ def _prepare_streams() -> None:
 
 
 class _Warnings(logging.Handler):
-  """Prints warnings as `logging.basicConfig` does, ours in one line each, whatever the names in them hold."""
+  """Prints ours as commands print warnings, in one line each, whatever the names in them hold.
+
+  Those of other packages look as `logging.basicConfig` makes them, so that nobody takes them for ours.
+  """
 
   def __init__(self) -> None:
     super().__init__()
     self.setFormatter(logging.Formatter(logging.BASIC_FORMAT))
 
   def emit(self, record: logging.LogRecord) -> None:
-    text = self.format(record)
-    print(in_one_line(text) if record.name == "root" else text, file=sys.stderr, flush=True)
+    ours = record.name == "root" and not record.exc_info
+    text = in_one_line(f"{record.levelname.lower()}: {record.getMessage()}") if ours else self.format(record)
+    print(text, file=sys.stderr, flush=True)
 
 
 def _setting(name: str) -> Any:

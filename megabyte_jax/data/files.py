@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import functools
 import hashlib
+import itertools
 import logging
 import os
-from collections.abc import Sequence
-from typing import IO
+import re
+from collections.abc import Iterator, Sequence
+from typing import IO, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from megabyte_jax.data.file_handles import BUDGET, Handles
-from megabyte_jax.data.sources import SKIP_HINT, check_range
+from megabyte_jax.data.sources import SKIP_HINT, Joined, Source, check_range
 from megabyte_jax.errors import DataError
 from megabyte_jax.files.object_stores import in_parallel, is_remote
 
 _BLOCK = 4096  # bytes per place looked at for a fingerprint
 _SAMPLED_FILES = 1024  # files whose contents are looked at; names and sizes of all are
+_BEGINNING = 1 << 14  # bytes that tell whether a file is text
+_ENDINGS_OF, _MOST_ENDINGS = 100_000, 100  # of so many files, so many different endings are looked at
+_CONTROLS = re.compile(rb"[\x01-\x06\x10-\x19\x1c-\x1f]")  # those that texts in old encodings have none of
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _WHOLE_FILE, _WHOLE_TOTAL = 1 << 20, 1 << 27  # bytes of one file, and of all, that are looked at as a whole
 
 
@@ -35,7 +42,8 @@ class ByteFiles:
   joinable, unit = True, 1
 
   def __init__(self, paths: Sequence[str], names: Sequence[str], skip_bad: bool = False, skip_empty: bool = False):
-    self.paths, self.names, lengths, self.skipped = [], [], [], 0
+    self.paths, self.names, lengths = [], [], []
+    self.skipped, self.skipped_names = 0, list[str]()
     self.slow = any(map(is_remote, paths))
     found = in_parallel(_length, paths, self.slow)
     for path, name, (length, problem) in zip(paths, names, found, strict=True):
@@ -44,6 +52,7 @@ class ByteFiles:
         raise DataError(f"{path} {problem}; remove it, or skip such files with {SKIP_HINT}")
       if problem:
         self.skipped += 1
+        self.skipped_names.append(name)
       else:
         self.paths.append(path)
         self.names.append(name)
@@ -141,12 +150,19 @@ def _length(path: str) -> tuple[int, str]:
   try:
     length = _size_of(path)
   except OSError as error:
-    return 0, f"cannot be read ({error.strerror or error})"
+    return 0, why_unreadable(path, error)
   if length and not is_remote(path) and not os.access(path, os.R_OK):
     return 0, "cannot be read (permission denied)"
   if not length and not is_remote(path) and _holds_bytes(path):
     return 0, "has no size, though it holds bytes, as files of /proc do: copy it, and name the copy"
   return length, "" if length else _EMPTY
+
+
+def why_unreadable(path: str, error: OSError) -> str:
+  """Returns the end of a sentence about a file that cannot be opened or looked at."""
+  if isinstance(error, FileNotFoundError) and os.path.islink(path):
+    return f"is a link whose target {os.path.realpath(path)} is missing"
+  return f"cannot be read ({error.strerror or error})"
 
 
 def _holds_bytes(path: str) -> bool:
@@ -180,7 +196,7 @@ def read_block(path: str, start: int, stop: int) -> bytes:
       file.seek(start)
       return file.read(stop - start)
   except OSError as error:
-    raise DataError(f"{path} cannot be read ({error.strerror or error})") from error
+    raise DataError(f"{path} {why_unreadable(path, error)}") from error
 
 
 def read_whole(path: str) -> bytes:
@@ -189,12 +205,75 @@ def read_whole(path: str) -> bytes:
     with open_file(path) as file:
       return file.read()
   except OSError as error:
-    raise DataError(f"{path} cannot be read ({error.strerror or error})") from error
+    raise DataError(f"{path} {why_unreadable(path, error)}") from error
 
 
 def sizes_of(paths: Sequence[str]) -> list[int]:
   """Returns the bytes of each file; -1 where it cannot be looked at."""
   return in_parallel(_size, paths, any(map(is_remote, paths)))
+
+
+class Beginnings(NamedTuple):
+  """Says what the beginnings of files hold.
+
+  Attributes:
+    looked_at: files that were looked at.
+    binary: names of those that hold no text.
+    not_utf8: names of those that hold text, but not in UTF-8 or, with a byte-order mark, UTF-16.
+  """
+
+  looked_at: int
+  binary: list[str]
+  not_utf8: list[str]
+
+
+def files_of(source: Source) -> Iterator[tuple[ByteFiles, bool]]:
+  """Yields the files that are documents themselves, of each part of a source; and whether records are beside them."""
+  for part in source.sources if isinstance(source, Joined) and source.specs else [source]:
+    for files in part.sources if isinstance(part, Joined) else [part]:
+      if isinstance(files, ByteFiles):
+        yield files, isinstance(part, Joined)
+
+
+def look_at_beginnings(files: ByteFiles) -> Beginnings:
+  """Looks at the first 16 KiB of local files.
+
+  Of more than 1,024 these are the evenly spaced ones that the fingerprint looks into, and the first with each ending.
+  """
+  chosen = [i for i in _to_look_at(files.paths) if not is_remote(files.paths[i])]
+  kinds = {i: _kind(files.paths[i]) for i in chosen}
+  binary, not_utf8 = ([files.names[i] for i in chosen if kinds[i] == kind] for kind in ("binary", "not UTF-8"))
+  return Beginnings(sum(map(bool, kinds.values())), binary, not_utf8)
+
+
+def _to_look_at(paths: Sequence[str]) -> list[int]:
+  first: dict[str, int] = {}
+  for i, path in enumerate(itertools.islice(paths, _ENDINGS_OF)):
+    if len(first) < _MOST_ENDINGS:
+      first.setdefault(os.path.splitext(path)[1].lower(), i)
+  return sorted({*first.values(), *_evenly_spaced(len(paths))})
+
+
+def _kind(path: str) -> str:
+  """text | binary | not UTF-8, by the beginning of a file; '' where it cannot be read, which is said when it is."""
+  try:
+    begins = read_block(path, 0, _BEGINNING)
+  except DataError:
+    return ""
+  if begins.startswith(UTF16_MARKS):
+    return "text"
+  if b"\0" in begins or begins.startswith(b"%PDF-"):
+    return "binary"
+  try:
+    codecs.getincrementaldecoder("utf-8")().decode(begins, final=len(begins) < _BEGINNING)
+  except UnicodeDecodeError:
+    return "binary" if _CONTROLS.search(begins) else "not UTF-8"
+  return "text"
+
+
+def _evenly_spaced(count: int) -> list[int]:
+  """Which of many files are looked into."""
+  return np.unique(np.linspace(0, count - 1, min(count, _SAMPLED_FILES)).astype(int)).tolist()
 
 
 def fingerprint_files(paths: Sequence[str], names: Sequence[str], lengths: Sequence[int] | np.ndarray) -> str:
@@ -205,7 +284,7 @@ def fingerprint_files(paths: Sequence[str], names: Sequence[str], lengths: Seque
   those of at most 128 MiB / files (128 KiB where there are 1,024) as a whole. So it is cheap for data of any size.
   Times of change are left out: a copy of the data counts as the same data.
   """
-  sampled = np.unique(np.linspace(0, len(paths) - 1, min(len(paths), _SAMPLED_FILES)).astype(int))
+  sampled = _evenly_spaced(len(paths))
   whole = min(_WHOLE_FILE, _WHOLE_TOTAL // len(sampled))
   files = [(paths[i], int(lengths[i]), whole) for i in sampled]
   looked_into = in_parallel(_contents, files, any(map(is_remote, paths)))

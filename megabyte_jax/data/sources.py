@@ -26,7 +26,8 @@ class Source(Protocol):
       without its first pixel's place, so images may not be joined).
     unit: bytes that belong together, such as the two of a 16-bit sample; windows start at multiples of it.
     slow: whether reading takes work or waiting (decoding, a network), so that threads help.
-    skipped: items that were left out because they could not be read (see DataConfig.skip_bad).
+    skipped: items that were left out because they could not be read (see DataConfig.skip_bad). Sources that know
+      names of them have these, too; see `skipped_names`.
   """
 
   lengths: np.ndarray
@@ -72,6 +73,7 @@ class Joined:
     self.lengths = np.concatenate([source.lengths for source in sources])
     self.slow = any(source.slow for source in sources)
     self.skipped = sum(source.skipped for source in sources)
+    self.skipped_names = [name for source in sources for name in skipped_names(source)]
     self.joinable = all(source.joinable for source in sources)
     self.unit = math.lcm(*(source.unit for source in sources))
     self._first = np.cumsum([0] + [len(source.lengths) for source in sources])
@@ -133,6 +135,18 @@ def check_unit(source: Source, context: int) -> None:
     context % source.unit == 0,
     f"a context of {context} bytes cuts apart the {source.unit} bytes of a sample; make it a multiple",
   )
+
+
+def skipped_names(source: Source) -> list[str]:
+  """Returns what the items that were left out are called, of those that the source knows; `skipped` counts all."""
+  return getattr(source, "skipped_names", [])
+
+
+def first_names(names: Sequence[str], count: int) -> str:
+  """Returns up to three of the names of `count` items, and how many more there are."""
+  shown = names[:3]
+  more = f" and {count - len(shown):,} more" if count > len(shown) else ""
+  return ", ".join(shown) + more
 
 
 def subject(source: Source) -> str:

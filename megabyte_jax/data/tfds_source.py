@@ -244,6 +244,7 @@ class Texts:
       lengths = np.array(list(pool.map(lambda i: self._length(i, skip_bad), range(count))), np.int64)
     self._kept = np.flatnonzero(lengths)
     self.skipped = count - len(self._kept)
+    self.skipped_names = [records.names[i] for i in np.flatnonzero(lengths == 0)]
     if not len(self._kept):
       raise DataError(f"all {count} texts of {records.spec} are empty or unreadable")
     self.lengths = lengths[self._kept]

@@ -13,13 +13,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from megabyte_jax.config import Config
+from megabyte_jax.config import Config, DataConfig
+from megabyte_jax.data.files import files_of, look_at_beginnings
 from megabyte_jax.data.folders import overlaps
 from megabyte_jax.data.open_data import decodable_as
 from megabyte_jax.data.source_names import split_list
-from megabyte_jax.data.sources import Source
+from megabyte_jax.data.sources import Source, first_names, skipped_names
 from megabyte_jax.data.subwords.source import text_of
 from megabyte_jax.display.progress import Progress, duration, human
+from megabyte_jax.errors import in_one_line
 from megabyte_jax.evaluation.by_source import SourceBits, by_source
 from megabyte_jax.evaluation.compressors import Compressed, compress_all
 from megabyte_jax.evaluation.evaluate import Evaluation, evaluate
@@ -45,27 +47,26 @@ def describe_run(config: Config, mesh: Mesh, source: Source, first_step: int) ->
       f"{human(flops_per_byte(model, training=True), 'FLOP')} per {unit} of training",
       f"attention  {attention_line(config, mesh)}",
       f"data    {size:,} bytes in {count_documents(source)}{tokens}",
-      *(f"notice  {notice}" for notice in notices(config, source)),
+      *notice_lines(notices(config, source)),
       f"steps   {first_step:,} of {config.num_steps:,} done, {config.batch_size} x {model.context:,} {unit}s each"
       + ("; now compiling" if first_step < config.num_steps else ""),
     ]
   )
 
 
+def notice_lines(told: Sequence[str]) -> list[str]:
+  """Returns notices as they are printed, whatever the names of files in them hold."""
+  return [f"notice  {in_one_line(notice)}" for notice in told]
+
+
 def notices(config: Config, source: Source) -> list[str]:
   """Returns what a user of these training data may not have meant, a line each."""
   told, data = [], config.data
   decoded = {"image": ("pictures", "pixels"), "audio": ("recordings", "sound")}
-  if data.form == "bytes":
-    if form := decodable_as(source.names):
-      kind, content = decoded[form]
-      told.append(f"all are {kind}, read as the raw bytes of their files; --config.data.form={form} reads {content}")
-    names = [
-      os.path.basename(name) for name in itertools.islice(source.names, 10_000) if name.lower().endswith(_NOT_TEXT)
-    ]
-    if names:
-      shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-      told.append(f"not plain text, read as raw bytes: {shown}; move such files out, or convert them to text")
+  if data.form == "bytes" and (form := decodable_as(source.names)):
+    kind, content = decoded[form]
+    told.append(f"all are {kind}, read as the raw bytes of their files; --config.data.form={form} reads {content}")
+  told += data_notices(data, source)
   epochs = config.num_steps * config.bytes_per_step / max(1, int(source.lengths.sum()))
   if epochs >= _MANY_EPOCHS:
     told.append(f"the run reads these data {epochs:,.0f} times, and may learn them by heart")
@@ -77,6 +78,37 @@ def notices(config: Config, source: Source) -> list[str]:
   for place in split_list(data.validation) if data.validation else ():
     if place in split_list(data.train) or (os.path.exists(place) and overlaps(place, data.train)):
       told.append(f"{place} is trained on, too; its score will be better than on texts not seen")
+  return told
+
+
+def data_notices(data: DataConfig, source: Source) -> list[str]:
+  """Returns what was left out of data, and what among texts is none, or not in UTF-8; a line each."""
+  told = []
+  if names := skipped_names(source):
+    told.append(f"skipped: {first_names(names, source.skipped)}")
+  if data.form == "bytes":
+    told += _text_notices(source, look_inside=not data.raw)
+  return told
+
+
+def _text_notices(source: Source, look_inside: bool) -> list[str]:
+  """Which files are no text, or not in UTF-8. Files that hold no text at all, one and all, are meant to be read so."""
+  not_text = {name: None for name in itertools.islice(source.names, 10_000) if name.lower().endswith(_NOT_TEXT)}
+  not_utf8: list[str] = []
+  looked_at = there = 0
+  for files, beside_records in files_of(source) if look_inside else ():
+    found = look_at_beginnings(files)
+    if beside_records or len(found.binary) < found.looked_at:
+      not_text |= dict.fromkeys(found.binary)
+    not_utf8 += found.not_utf8
+    looked_at, there = looked_at + found.looked_at, there + len(files.names)
+  told, of = [], f" (of {looked_at:,} files looked at)" if 0 < looked_at < there else ""
+  if not_text:
+    shown = first_names(list(not_text), len(not_text))
+    told.append(f"not plain text, read as raw bytes: {shown}{of}; move such files out, or convert them to text")
+  if not_utf8 := [name for name in not_utf8 if name not in not_text]:
+    shown = first_names(not_utf8, len(not_utf8))
+    told.append(f"not in UTF-8: {shown}{of}; if that is Latin-1, convert it: iconv -f latin1 -t utf-8 OLD > NEW")
   return told
 
 

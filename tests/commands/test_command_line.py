@@ -46,7 +46,9 @@ def test_names_in_flags_and_warnings_are_one_line(monkeypatch, capsys, tmp_path)
   assert capsys.readouterr().err == r"error: unknown flag --a\nb (see train --help)" + "\n"
   monkeypatch.setattr(logging.root, "handlers", [command_line._Warnings()])
   logging.warning("%s is a pipe", "a\nb")
-  assert capsys.readouterr().err == r"WARNING:root:a\nb is a pipe" + "\n"
+  logging.getLogger("another").warning("goes its own way")
+  said = capsys.readouterr().err
+  assert said == r"warning: a\nb is a pipe" + "\n" + "WARNING:another:goes its own way\n"
 
 
 def test_help_for_a_reader_that_is_gone(monkeypatch):

@@ -118,7 +118,7 @@ def test_cut_recordings_are_named_or_skipped(tmp_path, kind, keep):
   with pytest.raises(DataError, match=r"cut\.flac"):
     all_of(open_path(str(tmp_path), DataConfig(form="audio")))
   source = open_path(str(tmp_path), DataConfig(form="audio", skip_bad=True))
-  assert source.names == ["fine.wav"] and source.skipped == 1
+  assert source.names == ["fine.wav"] and source.skipped == 1 and source.skipped_names == ["cut.flac"]
 
 
 def ogg_pages(data):

@@ -15,7 +15,9 @@ from run_commands import evaluate_command
 from megabyte_jax.checkpoints.checkpoints import Checkpoints
 from megabyte_jax.checkpoints.saved_config import save_config
 from megabyte_jax.config import Config, DataConfig, EvalConfig
-from megabyte_jax.data.open_data import open_source
+from megabyte_jax.data import files
+from megabyte_jax.data.files import read_block
+from megabyte_jax.data.open_data import open_path, open_source
 from megabyte_jax.errors import ConfigError, DataError
 from megabyte_jax.evaluation import report
 from megabyte_jax.parallel.sharding import make_mesh
@@ -143,6 +145,87 @@ def test_what_may_not_be_meant_is_told(tmp_path, monkeypatch):
   assert not any("too;" in line for line in told(train=".", validation="sample:text/validation"))
   (few,) = told(num_steps=100, train=f"{tmp_path}/a.txt", validation="")
   assert f"{100 * config.model.context / 5:,.0f} times" in few
+
+
+def text_notices(spec, **data):
+  data = DataConfig(**data)
+  return report.data_notices(data, open_path(str(spec), data))
+
+
+def write_all(folder, **files):
+  folder.mkdir(exist_ok=True)
+  for name, contents in files.items():
+    (folder / name.replace("_", ".")).write_bytes(contents)
+
+
+PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+LATIN = "Stra\xdfe, caf\xe9\n".encode("latin1")
+
+
+def test_files_among_texts_that_are_not_text_are_told_by_their_contents(tmp_path):
+  texts, binary = tmp_path / "texts", tmp_path / "binary"
+  write_all(texts, a_txt="Stra\xdfe \u4e2d".encode(), b_png=PNG, c=b"\x7fELF\2\1\1\0", x_pdf=b"words")
+  write_all(texts, u_txt="text".encode("utf-16"), esc_txt=b"\x1b[1mbold\x1b[0m\n\xef\xbb\xbf")
+  write_all(binary, a_bin=b"\0\1", b_exe=b"MZ\0", c_mp3=b"\xff\xfb\x90\x04\x01\xd2")
+  told = "not plain text, read as raw bytes: x.pdf, b.png, c; move such files out, or convert them to text"
+  assert text_notices(texts) == [told]
+  assert text_notices(f"{texts}/*") == [told]
+  assert text_notices(texts, raw=True) == [told.replace("x.pdf, b.png, c;", "x.pdf;")]  # all bytes were asked for
+  write_all(texts, d_png=PNG, e_bin=b"\xff\x80\3")
+  assert "bytes: x.pdf, b.png, c and 2 more; move" in text_notices(texts)[0]
+  assert text_notices(binary) == text_notices(f"{binary},{texts}/a.txt") == text_notices(texts / "b.png") == []
+  write_all(binary, r_jsonl=b'{"text": "of a record"}\n')
+  assert "bytes: a.bin, b.exe, c.mp3; move" in text_notices(binary)[0]
+
+
+def test_files_that_are_not_in_utf8_are_told_with_a_remedy(tmp_path):
+  whole = b"x" * ((1 << 14) - 1) + "\xe9".encode()  # what is looked at ends within a character
+  write_all(tmp_path, a_txt=LATIN, b_txt=whole, c_txt=b"words", d_txt=b"x" * (1 << 14) + LATIN, e_txt=b"cut \xc3")
+  remedy = "; if that is Latin-1, convert it: iconv -f latin1 -t utf-8 OLD > NEW"
+  assert text_notices(tmp_path) == [f"not in UTF-8: a.txt, e.txt{remedy}"]
+  assert text_notices(tmp_path / "a.txt") == [f"not in UTF-8: a.txt{remedy}"]
+  write_all(tmp_path, f_txt=LATIN, g_txt=LATIN, h_doc=LATIN)
+  not_text, not_utf8 = text_notices(tmp_path)
+  assert "bytes: h.doc; move" in not_text and not_utf8 == f"not in UTF-8: a.txt, e.txt, f.txt and 1 more{remedy}"
+  (tmp_path / "new\nline.txt").write_bytes(LATIN)
+  assert r"new\nline.txt" in report.notice_lines(text_notices(tmp_path / "new\nline.txt"))[0]
+
+
+def test_few_of_many_files_are_looked_at(tmp_path, monkeypatch):
+  for i in range(40):
+    (tmp_path / f"{i:02}.txt").write_bytes(b"words")
+  write_all(tmp_path, **{"01_png": PNG, "02_png": PNG, "39_txt": LATIN})
+  monkeypatch.setattr(files, "_SAMPLED_FILES", 3)
+  opened = []
+  monkeypatch.setattr(files, "read_block", lambda path, *place: opened.append(path) or read_block(path, *place))
+  not_text, not_utf8 = text_notices(tmp_path)
+  assert "raw bytes: 01.png (of 4 files looked at); move" in not_text  # the first with its ending
+  assert "UTF-8: 39.txt (of 4 files looked at); if" in not_utf8 and len(opened) == 4
+  monkeypatch.setattr(files, "is_remote", lambda path: True)
+  source = files.ByteFiles.__new__(files.ByteFiles)
+  source.paths = source.names = ["gs://bucket/a.png"]
+  assert files.look_at_beginnings(source) == (0, [], []) and len(opened) == 4
+
+
+def test_what_is_skipped_is_named(tmp_path):
+  write_all(tmp_path, a_txt=b"words", b_zip=b"PK", c_txt=b"", d_txt_gz=b"no gzip")
+  assert text_notices(tmp_path, skip_bad=True) == ["skipped: c.txt, b.zip, d.txt.gz"]
+  write_all(tmp_path, r_jsonl=b'{"text": "a"}\n{\n')
+  assert text_notices(f"{tmp_path},{tmp_path}/*", skip_bad=True) == ["skipped: c.txt, b.zip, d.txt.gz and 5 more"]
+  write_all(tmp_path, p_png=PNG)
+  (tmp_path / "q.jpg").write_bytes(tfds_copies.jpeg(tfds_copies.PHOTOS[0], 20))
+  assert text_notices(tmp_path, form="image", skip_bad=True) == ["skipped: p.png"]
+  assert text_notices(tmp_path / "a.txt", skip_bad=True) == []
+
+
+def test_evaluation_tells_of_what_is_no_text_and_of_what_it_leaves_out(run_on_images, tmp_path, monkeypatch):
+  config, _ = run_on_images
+  workdir = save_run(tmp_path / "run", dataclasses.replace(config, data=dataclasses.replace(config.data, form="bytes")))
+  write_all(tmp_path / "texts", a_txt=b"words " * 40, b_png=PNG, c_txt=LATIN, d_txt=b"")
+  lines, _ = evaluate_command(monkeypatch, "--workdir", workdir, "--no-compressors", "--data", tmp_path / "texts")
+  told = [line.split("; ")[0] for line in lines if line.startswith("notice")]
+  plain = "notice  not plain text, read as raw bytes: b.png"
+  assert told == ["notice  skipped: d.txt", plain, "notice  not in UTF-8: c.txt"]
 
 
 def test_empty_files_of_a_folder_are_left_out_and_told(run_on_images, tmp_path, monkeypatch):

@@ -54,12 +54,20 @@ def test_names_are_the_same_however_many_slashes_a_glob_has(folder):
 def test_links_to_nothing_are_named_or_skipped_and_counted(folder):
   (folder / "b" / "gone.txt").symlink_to("nowhere")
   for spec in (folder, f"{folder}/**/*.txt"):
-    with pytest.raises(DataError, match=r"b/gone\.txt cannot be read \(No such file"):
+    with pytest.raises(DataError, match=r"b/gone\.txt is a link whose target /.*/nowhere is missing; remove it"):
       open_path(str(spec), PLAIN)
     assert (source := open_path(str(spec), SKIPPING)).skipped == 1 and len(source.names) == 2
+  with pytest.raises(DataError, match=r"b/gone\.txt is a link whose target /.*/nowhere is missing; name"):
+    open_path(f"{folder}/b/gone.txt", PLAIN)
+  (folder / "gone.txt.gz").symlink_to("b/gone.txt")
+  with pytest.raises(DataError, match=r"gone\.txt\.gz is a link whose target /.*/nowhere is missing"):
+    open_path(str(folder), PLAIN)
   (folder / "p.png").symlink_to("nowhere")
-  with pytest.raises(DataError, match=r"p\.png cannot be read"):
+  with pytest.raises(DataError, match=r"p\.png is a link whose target /.*/nowhere is missing"):
     open_path(str(folder), DataConfig(form="image")).read(0, 0, 1)
+  (folder / "s.flac").symlink_to("nowhere")
+  with pytest.raises(DataError, match=r"s\.flac is a link whose target /.*/nowhere is missing; "):
+    open_path(str(folder), DataConfig(form="audio"))
 
 
 @pytest.mark.parametrize("form", ["bytes", "image"])
@@ -162,7 +170,7 @@ def test_empty_files_of_a_folder_cost_an_evaluation_nothing(folder):
   with pytest.raises(DataError, match=r"__init__\.py is empty"):  # it was named itself
     open_path(str(folder / "__init__.py"), PLAIN, skip_empty=True)
   (folder / "gone").symlink_to("nowhere")
-  with pytest.raises(DataError, match="gone cannot be read"):
+  with pytest.raises(DataError, match="gone is a link whose target"):
     open_path(str(folder), PLAIN, skip_empty=True)
 
 

@@ -55,6 +55,13 @@ def test_any_bytes_come_back_however_they_are_cut(text, cuts):
   np.testing.assert_array_equal(np.concatenate([*tokenizer.encode_blocks(parts), tokens[:0]]), tokens)
 
 
+def test_texts_that_are_skipped_are_named(tmp_path):
+  for name, text in {"a.txt": b"the sea", "b.txt": b""}.items():
+    (tmp_path / name).write_bytes(text)
+  source = open_path(f"{tmp_path}/*.txt", data_config(tmp_path, skip_bad=True))
+  assert (source.skipped, source.skipped_names) == (1, ["b.txt"])
+
+
 def test_pieces_are_more_than_bytes(tokenizer):
   text = b"the whale and the ship of the sea"
   assert tokenizer.size == PIECES and len(tokenizer.encode(text)) < len(text)

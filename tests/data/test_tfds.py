@@ -126,6 +126,13 @@ def test_missing_data_give_the_command_that_prepares_them(root, tmp_path):
     open_path("tfds:pg19:train", options(root, form="audio"))
 
 
+def test_texts_that_are_skipped_are_named():
+  texts = {"a": b"text", "b": b"", "c": b"more"}
+  records = types.SimpleNamespace(spec="tfds:a:b", names=list(texts), load=lambda i: texts["abc"[i]])
+  source = Texts(records, DataConfig(skip_bad=True))
+  assert (source.names, source.skipped, source.skipped_names) == (["a", "c"], 1, ["b"])
+
+
 def test_many_texts_come_with_the_command_that_packs_them(caplog):
   spec = "tfds:pg19:train[:90%]"
   records = types.SimpleNamespace(spec=spec, names=[f"{i}" for i in range(1001)], load=lambda i: b"text")

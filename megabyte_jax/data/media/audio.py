@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from megabyte_jax.config import DataConfig
-from megabyte_jax.data.files import fingerprint_files, open_file, read_whole, sizes_of
+from megabyte_jax.data.files import fingerprint_files, open_file, read_whole, sizes_of, why_unreadable
 from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.media import flac_files
 from megabyte_jax.data.media.encoded_media import EncodedMedia
@@ -118,6 +118,7 @@ class AudioFiles:
     kept = [i for i, head in enumerate(heads) if head is not None]
     if not kept:
       raise DataError(f"none of {len(paths)} recordings can be read, {names[0]} for one")
+    self.skipped_names = [names[i] for i, head in enumerate(heads) if head is None]
     self.skipped = len(paths) - len(kept) + (records.skipped if records else 0)
     self._kept = kept
     self.paths, self.names = [self.paths[i] for i in kept], [self.names[i] for i in kept]
@@ -194,6 +195,8 @@ def read_head(path: str, data: bytes | None = None) -> Recording:
       info = soundfile.info(file)
   except DataError:
     raise
+  except FileNotFoundError as error:
+    raise _bad(path, why_unreadable(path, error)) from error
   except Exception as error:  # soundfile's own errors, OSError, and whatever the parsing of damaged heads raises
     raise _bad(path, f"is not a readable {_KINDS} file ({said(error)})") from error
   if not 0 < info.frames < 1 << 40 or not 0 < info.samplerate < 1 << 24:

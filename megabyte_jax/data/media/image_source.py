@@ -136,10 +136,12 @@ class Images:
   def _good_images(self) -> list[int]:
     count = len(self.encoded.names)
     with ThreadPoolExecutor() as pool:
-      good = [i for i, is_good in enumerate(pool.map(self._is_good, range(count))) if is_good]
+      is_good = list(pool.map(self._is_good, range(count)))
+    good = [i for i in range(count) if is_good[i]]
     if not good:
       raise DataError(f"none of {count} images can be read, {self.encoded.place(0)} for one")
     self.skipped += count - len(good)
+    self.skipped_names = [self.encoded.names[i] for i in range(count) if not is_good[i]]
     return good
 
   def _is_good(self, i: int) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from megabyte_jax.config import DataConfig
-from megabyte_jax.data.files import fingerprint_files, open_file, sizes_of
+from megabyte_jax.data.files import fingerprint_files, open_file, sizes_of, why_unreadable
 from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.folders import find_files
 from megabyte_jax.data.packing import archives, packed_folder
@@ -128,7 +128,7 @@ def _plain_blocks(path: str) -> Iterator[bytes]:
       while block := file.read(_BLOCK):
         yield block
   except OSError as error:
-    raise DataError(f"{path} cannot be read ({error.strerror or error}); skip such files with {SKIP_HINT}") from error
+    raise DataError(f"{path} {why_unreadable(path, error)}; skip such files with {SKIP_HINT}") from error
 
 
 def _records(path: str, name: str, field: str, skip_bad: bool, on_place: Callable[[int], None]) -> Iterator[Item]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from etils import epath
 
+from megabyte_jax.data.files import why_unreadable
 from megabyte_jax.errors import DataError
 from megabyte_jax.files.atomic_file import replacing
 from megabyte_jax.files.object_stores import is_remote
@@ -50,7 +51,7 @@ def identity(path: str) -> dict[str, Any]:
     status = os.stat(path)
     return {"path": os.path.realpath(path), "size": status.st_size, "modified": status.st_mtime_ns}
   except OSError as error:
-    raise DataError(f"{path} cannot be read ({error.strerror or error})") from error
+    raise DataError(f"{path} {why_unreadable(path, error)}") from error
 
 
 def entry_name(*parts: object) -> str:

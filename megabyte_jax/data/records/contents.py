@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import IO
 
 from megabyte_jax.config import DataConfig
-from megabyte_jax.data.files import open_file, sizes_of
+from megabyte_jax.data.files import open_file, sizes_of, why_unreadable
 from megabyte_jax.data.packing.decompression import Decompressed
 from megabyte_jax.data.packing.zstd import ZstdFile
 from megabyte_jax.data.records import cache
@@ -147,7 +147,7 @@ def _opened(path: str) -> IO[bytes]:
   try:
     return open_file(path)
   except OSError as error:  # no fault of the folder of the copy
-    raise DataError(f"{path} cannot be read ({error.strerror or error}); skip such files with {SKIP_HINT}") from error
+    raise DataError(f"{path} {why_unreadable(path, error)}; skip such files with {SKIP_HINT}") from error
 
 
 def _next_block(opened: IO[bytes], path: str) -> bytes:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megabyte_jax.config import DataConfig
-from megabyte_jax.data.files import ByteFiles
+from megabyte_jax.data.files import UTF16_MARKS, ByteFiles
 from megabyte_jax.data.folders import find_files
 from megabyte_jax.data.records.contents import decompressed, is_compressed, pack_command, stem
 from megabyte_jax.data.records.lines import Lines
@@ -67,10 +67,10 @@ def open_documents(path: str, field: str, data: DataConfig, spec: str, skip_empt
       f"{spec} names a field, but {path} has no records (.jsonl, .json, .parquet, compressed or not)",
     )
     kinds = [kind if kind in ("lines", "parquet") else "" for kind in kinds]
-  skipped = _check_archives(paths, kinds, data, spec)
+  skipped = [names[i] for i in _check_archives(paths, kinds, data, spec)]
   chosen = [i for i, kind in enumerate(kinds) if kind in ("bytes", "lines", "parquet")]
   copies = decompressed([paths[i] for i in chosen], data, spec, skip_empty)
-  sources: list[Source] = []
+  sources: list[ByteFiles | RecordTexts] = []
   for kind in ("bytes", "lines", "parquet"):
     files = [(*copy, names[i]) for i, copy in zip(chosen, copies, strict=True) if copy and kinds[i] == kind]
     if files:
@@ -83,15 +83,15 @@ def open_documents(path: str, field: str, data: DataConfig, spec: str, skip_empt
         sources.append(RecordTexts(Lines(where, called, field or "text", data, shown)))
       else:
         sources.append(RecordTexts(Parquet(where, called, field or "text", data, spec)))
-  skipped += copies.count(None)
+  skipped += [names[i] for i, copy in zip(chosen, copies, strict=True) if copy is None]
   if not sources:
-    raise DataError(f"none of {skipped:,} files of {spec} can be read; they are empty, damaged or archives")
+    raise DataError(f"none of {len(skipped):,} files of {spec} can be read; they are empty, damaged or archives")
   for source in sources[:1]:
-    source.skipped += skipped
+    source.skipped += len(skipped)
+    source.skipped_names += skipped
   return sources[0] if len(sources) == 1 else Joined(sources)
 
 
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _LOOKED_AT = 64  # files whose first bytes are looked at
 _noticed: set[str] = set()
 
@@ -101,7 +101,7 @@ def _notice_utf16(files: Source) -> None:
   count = len(files.names)
   for i in np.unique(np.linspace(0, count - 1, min(count, _LOOKED_AT)).astype(int)):
     begins = files.read(int(i), 0, min(2, int(files.lengths[i]))).tobytes()
-    if begins in _UTF16 and (name := files.names[i]) not in _noticed:
+    if begins in UTF16_MARKS and (name := files.names[i]) not in _noticed:
       _noticed.add(name)
       logging.warning(
         "%s begins with the byte-order mark of UTF-16, so every other byte of Latin text is zero; it is read as it is; "
@@ -120,14 +120,14 @@ def unread(path: str) -> DataError:
   )
 
 
-def _check_archives(paths: Sequence[str], kinds: Sequence[str], data: DataConfig, spec: str) -> int:
-  """Returns how many archives are left out. Raises DataError where there is one, and skip_bad is False."""
-  archives = [path for path, kind in zip(paths, kinds, strict=True) if kind == "archive"]
-  others = [path for path, kind in zip(paths, kinds, strict=True) if kind == "unread"]
-  if data.skip_bad or not archives + others:
-    return len(archives + others)
+def _check_archives(paths: Sequence[str], kinds: Sequence[str], data: DataConfig, spec: str) -> list[int]:
+  """Returns which files are archives and left out. Raises DataError where there is one, and skip_bad is False."""
+  found = [i for i, kind in enumerate(kinds) if kind in ("archive", "unread")]
+  if data.skip_bad or not found:
+    return found
+  archives = [paths[i] for i in found if kinds[i] == "archive"]
   if not archives:
-    raise unread(others[0])
+    raise unread(paths[found[0]])
   raise DataError(
     f"{archives[0]} is an archive; pack the files that it holds, and name that folder:",
     f"  {pack_command(spec if paths == [spec] else archives[0], data)}",

@@ -40,6 +40,7 @@ class RecordTexts:
   def __init__(self, store: RecordStore):
     self._store = store
     self.lengths, self.slow, self.skipped = store.sizes, store.slow, store.skipped
+    self.skipped_names = list[str]()  # of files
     self._text = SharedCache(self._load, _TEXT_BYTES, array_bytes)
 
   @property

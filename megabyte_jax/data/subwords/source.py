@@ -20,7 +20,7 @@ from megabyte_jax.data.files import ByteFiles
 from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.read_ahead import THREADS
 from megabyte_jax.data.records import cache
-from megabyte_jax.data.sources import Joined, Source, check_range
+from megabyte_jax.data.sources import Joined, Source, check_range, skipped_names
 from megabyte_jax.data.subwords.tokenizer import Tokenizer, load_tokenizer, sentencepiece
 from megabyte_jax.display.progress import Progress
 from megabyte_jax.errors import DataError, require
@@ -50,7 +50,8 @@ class Subwords:
   joinable, unit, slow = True, 1, False
 
   def __init__(self, text: Source, tokenizer: Tokenizer, cache_dir: str = ""):
-    self.text, self.tokenizer, self.skipped = text, tokenizer, text.skipped
+    self.text, self.tokenizer = text, tokenizer
+    self.skipped, self.skipped_names = text.skipped, skipped_names(text)
     require(text.joinable and text.unit == 1, "subwords are for texts; set config.data.form to what these data are")
     path, ends = _tokens_of(text, tokenizer, cache_dir)
     self.lengths = np.diff(ends, prepend=0)
