@@ -205,7 +205,7 @@ def finish(
     print(f"samples: {path}")
     if path.endswith(".png"):
       tracker.picture(path)
-  print(report.what_next(workdir, picture, config.data.form))
+  print(report.what_next(workdir, picture, config.data))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

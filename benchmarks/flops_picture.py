@@ -32,7 +32,7 @@ _SUBWORDS = {
 _BYTE_MODELS = {
   "megabyte": "MEGABYTE",
   "transformer": "Transformer, 1,024 bytes",
-  "windowed": "windowed Transformer",
+  "windowed": "windowed attention",
   "perceiver": "PerceiverAR",
 }
 _CORPORA = {  # title, and the bits shown

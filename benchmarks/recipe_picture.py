@@ -48,7 +48,7 @@ def main() -> None:
       found = row["diagnoses"]
       right.plot([d["step"] * per_step for d in found], [d["first_level_bits"] for d in found], label=label)
     left.set(ylim=(0.8, 3), xlabel="megabytes", ylabel="bits per byte of training")
-    right.set(xlabel="megabytes", ylabel="bits per byte worse with another text's first level")
+    right.set(xlabel="megabytes", ylabel="bits lost if the global model reads another text")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ def main() -> None:
     command_line.run(lambda: print(describe(), flush=True))
   else:
     near = did_you_mean(name, COMMANDS)
-    print(f"error: there is no command {name!r}{near or '; see megabyte_jax --help'}", file=sys.stderr)
+    known = f"{near} There" if near else "; there"
+    print(f"error: there is no command {name!r}{known} are {', '.join(COMMANDS)}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -82,10 +82,11 @@ def loss_curve(metrics_jsonl: epath.PathLike, out_png: epath.PathLike) -> None:
       axes.plot(
         validation_steps, validation, "o", color=_COLORS[1], markersize=5, markeredgecolor="white", label="validation"
       )
+      below = len(steps) and bpb[-1] > validation[-1]  # the curve; else its number would cover that
       axes.annotate(
         f"{validation[-1]:.3f}",
         (validation_steps[-1], validation[-1]),
-        xytext=(0, 9),
+        xytext=(-7, -4) if below else (0, 9),
         textcoords="offset points",
         ha="right" if len(validation_steps) > 1 or len(steps) else "center",
         color=_COLORS[1],

@@ -196,19 +196,19 @@ def results_table(
   return "\n".join(lines)
 
 
-def what_next(workdir: str, picture: str, form: str) -> str:
-  """Returns commands to try after training on data of a form (config.data.form); `picture`: the loss curve, or ''."""
-  prompt = '--prompt="It is a truth" --bytes=400'
-  what = {"image": "--output=sampled.png", "audio": "--output=sampled.wav"}.get(form, prompt)
+def what_next(workdir: str, picture: str, data: DataConfig) -> str:
+  """Returns commands to try after training on such data; `picture`: the loss curve, or ''."""
+  text = "--bytes=400" if data.train != DataConfig.train else '--prompt="It is a truth" --bytes=400'
+  what = {"image": "--output=sampled.png", "audio": "--output=sampled.wav"}.get(data.form, text)
   lines = [
     *([f"loss curve: {picture}"] if picture else []),
     "try next:",
     f"  python -m megabyte_jax eval --workdir={shlex.quote(workdir)} --data=YOUR_FILE_OR_FOLDER",
     f"  python -m megabyte_jax generate --workdir={shlex.quote(workdir)} {what} --temperature=0.7",
   ]
-  if form == "bytes" and not workdir.rstrip("/").endswith("runs/mine"):  # of the default config
-    data = "--config.data.train=YOUR_FOLDER --config.data.validation=YOUR_FILE"
-    lines.append(f"  python -m megabyte_jax train --workdir=runs/mine {data}")
+  if data.form == "bytes" and not workdir.rstrip("/").endswith("runs/mine"):  # of the default config
+    yours = "--config.data.train=YOUR_FOLDER --config.data.validation=YOUR_FILE"
+    lines.append(f"  python -m megabyte_jax train --workdir=runs/mine {yours}")
   return "\n".join(lines)
 
 

@@ -64,7 +64,7 @@ class StopSignal:
     self.requested = self._alone
     if not self._alone:
       signal.raise_signal(signal.SIGTERM)
-    _say("\nstopping soon (Ctrl-C: at once, without saving)\n")
+    _say("\nstopping after the steps under way; a second Ctrl-C stops at once, without saving\n")
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -10,6 +10,7 @@ from run_commands import ROOT, environment
 from megabyte_jax import __main__ as package
 from megabyte_jax.commands import arguments, command_line, compress, generate, plan, prepare, tables, train
 from megabyte_jax.commands import eval as evaluation
+from megabyte_jax.config import DataConfig
 from megabyte_jax.errors import FlagError
 from megabyte_jax.evaluation.report import what_next
 
@@ -32,13 +33,13 @@ def test_commands_are_listed_with_one_line_each(monkeypatch, capsys):
   }
 
 
-@pytest.mark.parametrize(("name", "hint"), [("trian", "did you mean train?"), ("x", "see megabyte_jax --help")])
+@pytest.mark.parametrize(("name", "hint"), [("trian", "did you mean train? There"), ("x", "there")])
 def test_an_unknown_command_is_one_line(monkeypatch, capsys, name, hint):
   monkeypatch.setattr(sys, "argv", ["megabyte_jax", name])
   with pytest.raises(SystemExit) as end:
     package.main()
   assert end.value.code == 2
-  assert capsys.readouterr().err == f"error: there is no command {name!r}; {hint}\n"
+  assert capsys.readouterr().err == f"error: there is no command {name!r}; {hint} are {', '.join(package.COMMANDS)}\n"
 
 
 HELP = """
@@ -193,9 +194,11 @@ def test_the_home_folder_in_every_path(tmp_path, monkeypatch, command, given, na
 def test_commands_to_try_next_can_be_copied():
   """Whatever the folder is called."""
   folder = "my runs/it's"
-  commands = [line for line in what_next(folder, "loss.png", "bytes").splitlines() if line.startswith("  python")]
+  told = what_next(folder, "loss.png", DataConfig())
+  commands = [line for line in told.splitlines() if line.startswith("  python")]
   flags = [flag for line in commands for flag in shlex.split(line) if flag.startswith("--workdir=")]
   assert flags == [f"--workdir={folder}", f"--workdir={folder}", "--workdir=runs/mine"]
+  assert '--prompt="It is a truth"' in told and "--prompt" not in what_next(folder, "", DataConfig(train="my texts"))
 
 
 NOTEBOOK = """
