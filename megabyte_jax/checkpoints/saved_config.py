@@ -38,7 +38,7 @@ _FREE = (  # other ways to compute the same numbers, and where data lie whose co
 
 _LENGTH_HINT = (
   "num_steps sets when the learning rate falls, so it may change only with optimizer.schedule=constant, or with wsd "
-  "(warm-up, stable, decay) before the decay begins; --init_from=DIR trains this run's model for longer in another run"
+  "(warm-up, stable, decay) before the decay begins"
 )
 # How items become bytes: a model reads no other bytes than those that it was trained on.
 _MAKES_BYTES = (

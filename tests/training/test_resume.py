@@ -106,9 +106,7 @@ def test_a_run_that_cannot_grow_says_which_can(config, tmp_path):
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, schedule=schedule, decay_share=0.5)
     run = dataclasses.replace(config, optimizer=optimizer)
     train.train(run, str(tmp_path / schedule))
-    with pytest.raises(
-      CheckpointError, match=r"num_steps: 4 -> 9\n.*schedule=constant, or wsd before.*\n.*--init_from"
-    ):
+    with pytest.raises(CheckpointError, match=r"num_steps: 4 -> 9\n.*schedule=constant, or with wsd .*\n.*--init_from"):
       train.train(dataclasses.replace(run, num_steps=9), str(tmp_path / schedule))
 
 
