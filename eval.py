@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> str:
     try:
       source = open_source(config.data, args.split)
     except (ConfigError, DataError) as error:
-      raise type(error)(*error.args, "--data=FILE_OR_FOLDER scores other data than those that the run names") from error
+      raise type(error)(*error.args, "use --data=FILE_OR_FOLDER to score other data") from error
   words = perplexity.number_of_words(args.words, "" if args.data else args.split, source) if args.words else 0
   keep_compiled_programs()
   model, _, step = load(args.workdir, args.step, mesh)

@@ -47,8 +47,9 @@ class Parser(argparse.ArgumentParser):
     found, unknown = super().parse_known_args(given, namespace)
     if unknown:
       flag = next((argument.partition("=")[0] for argument in unknown if argument.startswith("-")), "")
-      near = did_you_mean(flag[2:], (option[2:] for option in self._option_string_actions if option[2:]), "--")
-      near = near or next(filter(None, (self._near_key(flag[2:], name, found) for name in self._configs)), "")
+      called = flag.lstrip("-")
+      near = did_you_mean(called, (option[2:] for option in self._option_string_actions if option[2:]), "--")
+      near = near or next(filter(None, (self._near_key(called, name, found) for name in self._configs)), "")
       only_flags = all(action.option_strings for action in self._actions)
       hint = "; flags begin with --, and names with spaces are put in quotes" if only_flags else ""
       unexpected = f"unexpected {' '.join(unknown)}{hint}"
@@ -101,8 +102,9 @@ class Parser(argparse.ArgumentParser):
     keys = overrides.keys(self._load(name, file, ())) if file else []
     by_end = {key.removesuffix(".KEY").split(".")[-1]: key for key in reversed(keys)}
     wanted = flag.replace("-", "_")
-    parts = [end for end in reversed(by_end) if wanted in (end, *end.split("_"))]
-    close = [wanted] if wanted in by_end else parts or difflib.get_close_matches(wanted, by_end, n=1)
+    begin = [end for end in reversed(by_end) if end.startswith(wanted)]
+    parts = [end for end in reversed(by_end) if wanted in end.split("_")]
+    close = [wanted] if wanted in by_end else begin or parts or difflib.get_close_matches(wanted, by_end, n=1)
     return f"; did you mean --{name}.{by_end[close[0]]}?" if close else ""
 
   def _check_given_once(self, arguments: Sequence[str]) -> None:

@@ -36,7 +36,7 @@ from megabyte_jax.files.outputs import (
 _SPLITS = ("train", "validation", "test", "train_weights", "documents")  # of no meaning here
 _SUBWORDS = ("tokenizer", "tokenizer_sha256")  # texts are packed as bytes: any tokenizer then cuts them
 _HELP = {
-  "form": "what becomes of an item: bytes, as it is | image, its pixels | audio, its samples",
+  "form": "what becomes of an item: bytes, as it is, also for subwords | image, its pixels | audio, its samples",
   "image_size": "pixels: images are scaled by their short side and centre-cropped to this square",
   "image_tiles": "pixels of the short side of images that are cut into tiles of image_size instead; 0 crops them",
   "max_pixels": "images of more pixels are unreadable",
@@ -70,7 +70,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
       packing.add_argument(name, action="store_true", help=_HELP[field.name])
     else:
       wanted = flags.path if isinstance(field.default, str) else type(field.default)
-      choices = get_args(types[field.name])
+      choices = tuple(choice for choice in get_args(types[field.name]) if choice != "subwords")
       text = _HELP[field.name] + (f"; default: {field.default}" if field.default else "")
       packing.add_argument(name, type=wanted, default=field.default, choices=choices or None, help=text)
   for name, text in (("build", "download and prepare a TFDS data set"), ("convert", "TFRecord -> ArrayRecord")):
@@ -110,7 +110,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
       check_output_folder("FOLDER", folder)
       inside = inside_source(folder, spec)
       require(not inside, f"FOLDER={folder} lies within the source {inside}, which it would change; take another place")
-      require(given["form"] != "subwords", "texts are packed as bytes, which any tokenizer cuts; leave out --form")
       data = dataclass_from_mapping(DataConfig, given, "option")
       for form, names in (("image", _OF_IMAGES), ("audio", _OF_AUDIO)):
         for name in (name for name in names if data.form != form and getattr(data, name) != getattr(DataConfig, name)):

@@ -260,7 +260,7 @@ def _kind(path: str) -> str:
     begins = read_block(path, 0, _BEGINNING)
   except DataError:
     return ""
-  if begins.startswith(UTF16_MARKS):
+  if begins.startswith(UTF16_MARKS) and not begins.startswith(b"\xff\xfe\0\0"):  # which marks UTF-32
     return "text"
   if b"\0" in begins or begins.startswith(b"%PDF-"):
     return "binary"

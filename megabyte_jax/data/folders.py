@@ -47,7 +47,9 @@ def find_files(spec: str, suffixes: Sequence[str] = (), wanted: str = "") -> tup
     path = epath.Path(spec)
     if not path.exists():
       if os.path.islink(spec):
-        raise DataError(f"{spec} is a link whose target {os.path.realpath(spec)} is missing; name what is there")
+        raise DataError(
+          f"{spec} is a link whose target {os.path.realpath(spec)} is missing; name a file or folder that exists"
+        )
       raise DataError(f"{spec} does not exist; name a file, a folder, a glob, sample:NAME or tfds:NAME:SPLIT")
     if not path.is_dir():
       if spec.endswith("/") and not is_remote:

@@ -86,27 +86,27 @@ def data_notices(data: DataConfig, source: Source) -> list[str]:
   told = []
   if names := skipped_names(source):
     told.append(f"skipped: {first_names(names, source.skipped)}")
-  if data.form == "bytes":
-    told += _text_notices(source, look_inside=not data.raw)
+  if data.form in ("bytes", "subwords") and not data.raw:
+    told += _text_notices(text_of(source))
   return told
 
 
-def _text_notices(source: Source, look_inside: bool) -> list[str]:
+def _text_notices(source: Source) -> list[str]:
   """Which files are no text, or not in UTF-8. Files that hold no text at all, one and all, are meant to be read so."""
-  not_text = {name: None for name in itertools.islice(source.names, 10_000) if name.lower().endswith(_NOT_TEXT)}
+  not_text = [name for name in itertools.islice(source.names, 10_000) if name.lower().endswith(_NOT_TEXT)]
   not_utf8: list[str] = []
   looked_at = there = 0
-  for files, beside_records in files_of(source) if look_inside else ():
+  for files, beside_records in files_of(source):
     found = look_at_beginnings(files)
     if beside_records or len(found.binary) < found.looked_at:
-      not_text |= dict.fromkeys(found.binary)
-    not_utf8 += found.not_utf8
+      not_text += [name for name in found.binary if not name.lower().endswith(_NOT_TEXT)]
+    not_utf8 += [name for name in found.not_utf8 if not name.lower().endswith(_NOT_TEXT)]
     looked_at, there = looked_at + found.looked_at, there + len(files.names)
   told, of = [], f" (of {looked_at:,} files looked at)" if 0 < looked_at < there else ""
   if not_text:
-    shown = first_names(list(not_text), len(not_text))
+    shown = first_names(not_text, len(not_text))
     told.append(f"not plain text, read as raw bytes: {shown}{of}; move such files out, or convert them to text")
-  if not_utf8 := [name for name in not_utf8 if name not in not_text]:
+  if not_utf8:
     shown = first_names(not_utf8, len(not_utf8))
     told.append(f"not in UTF-8: {shown}{of}; if that is Latin-1, convert it: iconv -f latin1 -t utf-8 OLD > NEW")
   return told

@@ -95,7 +95,9 @@ def check_new_folder(name: str, path: str) -> None:
 def _check_place(name: str, path: str, wanted: str) -> None:
   require(bool(path), f"{name} is empty; name {wanted}")
   scheme = object_stores.unknown_scheme(path)
-  require(not scheme, f"{name}={path}: nothing can be written to {scheme}; name {wanted} of a disk or bucket (gs://)")
+  require(
+    not scheme, f"{name}={path}: nothing can be written to {scheme}; name {wanted} on a disk or in a bucket (gs://)"
+  )
 
 
 def _try_to_write(name: str, path: str, folder: str) -> None:

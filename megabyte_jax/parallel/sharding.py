@@ -136,7 +136,7 @@ def check_mesh(mesh: Mesh | AbstractMesh, model: ModelConfig, batch_size: int) -
       larger = (f"{below} or " if below else "") + str(below + parts)
       flag = f"{larger} here"
       if "batch_size" in what:
-        flag = f"fewer devices, a smaller config.accumulate or --config.batch_size={larger} (times config.accumulate)"
+        flag = f"fewer devices, or --config.batch_size={larger} (times config.accumulate, which could be smaller, too)"
       raise ConfigError(
         f"{what} is {size}, which {axis} = {parts} does not divide; {axis} could be {fits}, or take {flag}"
       )

@@ -1,6 +1,7 @@
 """The lookup of bytes is differentiated forwards and backwards, mapped and spread, always as a plain lookup is."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from megabyte_jax.config import MeshConfig
 from megabyte_jax.models.layers.embedding_lookup import lookup, product_with_table
+from megabyte_jax.parallel.sharding import make_mesh
 
 TABLE = jax.random.normal(jax.random.key(0), (256, 8))
 BYTES = jax.random.randint(jax.random.key(1), (4, 5, 7), 0, 256)
@@ -76,6 +79,16 @@ def test_gradients_within_shard_map_are_summed_over_devices(check):
   )
   equal(made, expected, rtol=1e-4)
   equal(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("axes", [{"data": 1}, {"data": 2, "seq": 4}, {"fsdp": 8}])
+def test_nothing_need_be_traced_under_a_mesh(axes):
+  with jax.set_mesh(make_mesh(MeshConfig(**{"data": 1} | axes), jax.devices()[: math.prod(axes.values())])):
+    bytes_ = jnp.tile(BYTES, (8, 8))
+    equal(lookup(TABLE, bytes_, jnp.float32), TABLE[bytes_])
+    equal(
+      jax.grad(lambda table: jnp.sum(lookup(table, bytes_, jnp.float32)))(TABLE).sum(), bytes_.size * TABLE.shape[1]
+    )
 
 
 HIDDEN = jax.random.normal(jax.random.key(3), (4, 5, 8))

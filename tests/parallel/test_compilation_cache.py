@@ -135,7 +135,8 @@ def test_the_commands_keep_their_programs(command, tmp_path, monkeypatch):
     if command in ("train", "eval"):
       module = scripts.load(command)
       monkeypatch.setattr(module, "keep_compiled_programs", keep)
-      module.main([f"--workdir={tmp_path / 'run'}" if command == "train" else "--workdir=pretrained:books"])
+      others = [f"--workdir={tmp_path / 'run'}"], ["--workdir=pretrained:books", f"--data={tmp_path / 'a'}"]
+      module.main(others[command == "eval"])
     elif command == "generate":
       generate.main(["--workdir=pretrained:books"])
     else:

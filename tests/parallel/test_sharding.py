@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from megabyte_jax.models.loss import byte_nats
 from megabyte_jax.parallel import activation_layout
 from megabyte_jax.parallel.sharding import batch_sharding, check_mesh, lay_out_gradient, make_mesh, shard_abstract
 from megabyte_jax.planning.collectives import collectives
+from megabyte_jax.planning.lowering import lower
+from megabyte_jax.training import state as training_state
 from megabyte_jax.training.state import abstract_state, initial_state
 
 assert jax.device_count() == 8
@@ -197,9 +200,18 @@ def test_asking_for_a_gradients_layout_moves_nothing(monkeypatch):
   gradient = jax.device_put(jax.tree.map(np.asarray, draw_parameters(model)), shardings)
   with jax.set_mesh(mesh):
     program = jax.jit(lambda gradient: lay_out_gradient(gradient, infos), out_shardings=shardings)
-    laid_out = program(gradient)
-    assert not collectives(program.lower(gradient).compile().as_text())
+    laid_out, lowered = program(gradient), program.lower(gradient)
+    asked = len(re.findall(r"custom_call @LayoutConstraint", lowered.as_text()))
+    assert asked == len(jax.tree.leaves(gradient))
+    assert not collectives(lowered.compile().as_text())
   jax.tree.map(np.testing.assert_array_equal, laid_out, gradient)
+
+
+def test_a_training_step_asks_for_the_layout_of_its_gradients(monkeypatch):
+  asked = []
+  monkeypatch.setattr(training_state, "lay_out_gradient", lambda gradient, infos: asked.append(infos) or gradient)
+  lower(dataclasses.replace(config_for(MODELS["transformer"]), seed=77), mesh_of("fsdp8"), "train")
+  assert asked == [parameter_info(MODELS["transformer"])]
 
 
 # -- Meshes that do not fit --

@@ -38,7 +38,7 @@ def pack(spec: str, folder: str, data: DataConfig) -> None:
     _pack_streams(spec, list(zip(parts, streams, strict=True)), folder, data)
   else:
     source = open_path(spec, data)
-    if data.form == "bytes" and (form := decodable_as(source.names)):
+    if data.form == "bytes" and not data.raw and (form := decodable_as(source.names)):
       print(f"notice  these files are packed as they are; --form={form} decodes them", file=sys.stderr, flush=True)
     writer = PackWriter(folder, _request(spec, source.fingerprint, data, source.skipped), source.unit)
     writer.write(_documents(source, writer.items_done), total_bytes=int(source.lengths.sum()), skipped=source.skipped)

@@ -17,7 +17,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec as P
 
-from megabyte_jax.parallel.activation_layout import lay_out, refuse_explicit_axes
+from megabyte_jax.parallel.activation_layout import BATCH, lay_out, mesh_axes, refuse_explicit_axes
 
 _ONE_HOT = 1 << 30  # numbers of one-hot vectors that may be in memory together: 2 GiB of bfloat16
 
@@ -31,8 +31,12 @@ def lookup(table_Vd: jax.Array, bytes_: jax.Array, dtype: jnp.dtype) -> jax.Arra
   refuse_explicit_axes(table_Vd, "the model's parameters lie")
   if spread := _varying(bytes_) - _varying(table_Vd):  # within shard_map: devices have bytes of their own
     table_Vd = jax.lax.pcast(table_Vd, tuple(spread), to="varying")  # so that gradients are summed over them
-  if len(table_Vd) < bytes_.size:  # each device gets the whole table, or XLA would exchange parts of the many rows
-    table_Vd = lay_out(table_Vd, P())
+  axes = mesh_axes()
+  rows = bytes_.size // math.prod(axes.get(axis, 1) for axis in BATCH)  # that a device looks up
+  if axes.get("fsdp", 1) > 1 and len(table_Vd) <= rows:
+    # Each device gets the whole table, or XLA would exchange halves of the many rows. In a jit of its own, as an array
+    # that lies on one device cannot be laid out otherwise.
+    table_Vd = jax.jit(lay_out, static_argnums=1)(table_Vd, P())
   return _rows.bind(table_Vd, bytes_, dtype=jnp.dtype(dtype))
 
 
