@@ -170,7 +170,7 @@ def test_files_among_texts_that_are_not_text_are_told_by_their_contents(tmp_path
   told = "not plain text, read as raw bytes: x.pdf, b.png, c; move such files out, or convert them to text"
   assert text_notices(texts) == [told]
   assert text_notices(f"{texts}/*") == [told]
-  assert report.data_notices(DataConfig(form="subwords"), open_path(str(texts), DataConfig())) == [told]
+  assert report.data_notices(DataConfig(form="subwords", tokenizer="t"), open_path(str(texts), DataConfig())) == [told]
   assert text_notices(texts, raw=True) == []  # all bytes were asked for
   write_all(texts, d_png=PNG, e_bin=b"\xff\x80\3")
   assert "bytes: x.pdf, b.png, c and 2 more; move" in text_notices(texts)[0]
