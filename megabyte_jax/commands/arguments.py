@@ -100,10 +100,12 @@ class Parser(argparse.ArgumentParser):
     """Returns `; did you mean --NAME.KEY?` where a key of the config `name` is nearly called as an unknown flag."""
     file = getattr(found, name)
     keys = overrides.keys(self._load(name, file, ())) if file else []
-    by_end = {key.removesuffix(".KEY").split(".")[-1]: key for key in reversed(keys)}
+    by_end: dict[str, str] = {}
+    for key in keys:  # a group before what is in it
+      by_end.setdefault(key.removesuffix(".KEY").split(".")[-1], key)
     wanted = flag.replace("-", "_")
-    begin = [end for end in reversed(by_end) if end.startswith(wanted)]
-    parts = [end for end in reversed(by_end) if wanted in end.split("_")]
+    begin = [end for end in by_end if end.startswith(wanted)]
+    parts = [end for end in by_end if wanted in end.split("_")]
     close = [wanted] if wanted in by_end else begin or parts or difflib.get_close_matches(wanted, by_end, n=1)
     return f"; did you mean --{name}.{by_end[close[0]]}?" if close else ""
 
