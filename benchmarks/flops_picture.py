@@ -4,11 +4,10 @@
   python benchmarks/flops_picture.py docs/results/recipe docs/results/contexts.png --contexts
   python benchmarks/flops_picture.py docs/results/table3.json docs/results/subwords.png
 
-Lines are bits per byte of training on the way to 1e17 FLOPs, in the second picture to 3e16. The first, of a folder of
-results, has the byte-level models on C (two of them also on the way to 3e17), books and photographs, with points for
-the validation data: full ones for one pass over them, hollow ones for two (sliding windows, and PerceiverAR). The
-second has MEGABYTE with other contexts on C, and its validation by one pass. The third, of a file, has the systems of
-Table 3, on books.
+Lines are bits per byte of training on the way to 1e17 FLOPs, on C to 3e17, too, in the second picture to 3e16. The
+first, of a folder of results, has the byte-level models on C, books and photographs, with points for the validation
+data: full ones for one pass over them, hollow ones for two (sliding windows, and PerceiverAR). The second has MEGABYTE
+with other contexts on C, and its validation by one pass. The third, of a file, has the systems of Table 3, on books.
 """
 
 from __future__ import annotations

@@ -61,6 +61,8 @@ def test_points_are_the_measured_figures():
   assert {name: [flops_picture.validation(row, n) for n in (1, 2)] for name, row in more.items()} == {
     "megabyte": [0.60249, 0.54387],
     "transformer": [0.69475, 0.58753],
+    "windowed": [0.63441, 0.60838],
+    "perceiver": [None, 0.59233],
   }
   row = rows["kernel"]["megabyte"]
   assert flops_picture.curve(row)[-1] == (pytest.approx(1e17, rel=0.01), row["train_bpb_of_last_steps"])
