@@ -128,6 +128,18 @@ def test_flags_for_several_gpus():
     assert row(RESULTS, f"{mesh}, {shown[one['flags']]}") == expected
 
 
+def test_muon_before_and_after():
+  rows = {(one["code"], one["case"]): one for one in result("muon")}
+  faster = []
+  for case, label in (("1e18_megabyte8", "12 x 768 + 12 x 384"), ("1e17_megabyte8", "8 x 768 + 8 x 384")):
+    pair = [rows[code, case] for code in ("before", "after")]
+    expected = [figure for one in pair for figure in (f"{one['bytes/s']:,.0f}", f"{one['Muon']:.1%}")]
+    assert row(RESULTS, f"{label} (`{case}`)") == expected
+    before, after = (one["step_seconds"] * (1 - one["Muon"]) for one in pair)
+    faster.append(f"{100 * (before / after - 1):.1f}")
+  assert_shows(RESULTS, "(results/muon.json)", *faster)
+
+
 def test_long_sequences():
   steps = result("long_sequences")["measured"]
   for step in steps:
