@@ -26,7 +26,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
   """Reads the command line (None: this process's own).
 
   Raises:
-    ConfigError: flags do not go together, or one names no file that can be read or written.
+    ConfigError: flags do not go together, one names no file that can be read or written, or --output exists.
   """
   parser = flags.Parser(flags.called("generate"), description=__doc__)
   flags.add_run_arguments(parser)
@@ -49,6 +49,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     help="write samples, prompt included, here instead of to standard output; {} numbers them: .png of an image model "
     "(without {} a grid), .wav of an audio model, else raw bytes",
   )
+  parser.add_argument("--force", action="store_true", help="overwrite the files of --output, if they exist")
   parser.add_argument(
     "--weights", default="", choices=["", "int8"], help="int8: matrices in 8 bits, half the memory to read for a byte"
   )
@@ -67,8 +68,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     found = os.path.exists(args.prompt_file) and not os.path.isdir(args.prompt_file)  # a file, or a pipe
     require(found, f"--prompt-file={args.prompt_file} {what}; name one file")
     inputs.check_readable(args.prompt_file, DataError)
+  require(bool(args.output) or not args.force, "--force is for --output")
   if args.output:
-    inputs.check_not_replaced("--output", args.output, args.prompt_file)
+    for number in range(args.num_samples if "{}" in args.output else 1):
+      path = args.output.replace("{}", str(number))
+      inputs.check_not_replaced("--output", path, args.prompt_file)
+      if not args.force:
+        outputs.check_new_file("--output", path)
     outputs.check_output_file("--output", args.output)
   return args
 

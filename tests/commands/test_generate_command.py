@@ -172,7 +172,7 @@ def test_a_sample_stops_at_a_text(text_run, monkeypatch, tmp_path):
   whole = (tmp_path / "x").read_bytes()
   assert len(whole) == 403
   stop = next(whole[i : i + 1] for i in range(20, 403) if whole[i] < 128 and whole[i] > 32)
-  run(monkeypatch, *arguments, f"--stop={stop.decode()}")
+  run(monkeypatch, *arguments, f"--stop={stop.decode()}", "--force")
   assert (tmp_path / "x").read_bytes() == whole[: whole.index(stop, 3) + 1]
 
 
@@ -226,7 +226,7 @@ def test_a_photograph_is_completed(image_run, monkeypatch, tmp_path):
   assert made.shape == (8, 8, 3)
   np.testing.assert_array_equal(made[:4], square[:4])
   assert (made[4:] != square[4:]).any()
-  run(monkeypatch, f"--workdir={image_run}", f"--prompt-file={photo}", "--keep=1", "--output", out)
+  run(monkeypatch, f"--workdir={image_run}", f"--prompt-file={photo}", "--keep=1", "--output", out, "--force")
   np.testing.assert_array_equal(Image.open(out), square)
 
 
@@ -239,7 +239,7 @@ def test_a_grid_of_images(image_run, monkeypatch, tmp_path):
   np.testing.assert_array_equal(grid[2:10, 2:10], square)
   for top, left in ((2, 12), (12, 2), (12, 12)):
     np.testing.assert_array_equal(grid[top : top + 4, left : left + 8], square[:4])
-  run(monkeypatch, f"--workdir={image_run}", "--num-samples=3", f"--output={out}")
+  run(monkeypatch, f"--workdir={image_run}", "--num-samples=3", f"--output={out}", "--force")
   assert Image.open(out).size == (22, 22)
   run(monkeypatch, f"--workdir={image_run}", "--num-samples=2", f"--output={tmp_path}/one_{{}}.png")
   assert all(Image.open(tmp_path / f"one_{i}.png").size == (8, 8) for i in (0, 1))
@@ -259,7 +259,7 @@ def test_a_recording_is_continued(audio_run, monkeypatch, tmp_path):
   run(monkeypatch, f"--workdir={audio_run}", f"--prompt-file={clip}", "--bytes=60", f"--output={out}")
   np.testing.assert_array_equal(made()[:100], samples)
   assert made().size == 130
-  run(monkeypatch, f"--workdir={audio_run}", f"--prompt-file={clip}", "--keep=0.255", f"--output={out}")
+  run(monkeypatch, f"--workdir={audio_run}", f"--prompt-file={clip}", "--keep=0.255", f"--output={out}", "--force")
   np.testing.assert_array_equal(made()[:25], samples[:25])  # whole samples
   assert made().size == 100 and (made()[25:] != samples[25:]).any()
 
@@ -286,6 +286,7 @@ def test_wrong_arguments_are_told_before_anything_is_generated(text_run, image_r
     (ConfigError, "names one file for 2 samples", text_run, "--num-samples=2", "--output=x"),
     (ConfigError, "names one file for 2 samples", audio_run, "--num-samples=2", "--output=x.wav"),
     (ConfigError, "no text to print", image_run),
+    (ConfigError, "--force is for --output", text_run, "--force"),
     (ConfigError, "100 bytes, prompt included, are not an image", image_run, "--output=x.png", "--bytes=100"),
     (ConfigError, "--stop is for models of text", image_run, "--output=x.png", "--stop=a"),
     (
@@ -301,6 +302,20 @@ def test_wrong_arguments_are_told_before_anything_is_generated(text_run, image_r
     workdir, *rest = arguments
     with pytest.raises(error, match=message):
       run(monkeypatch, f"--workdir={workdir}", *rest)
+
+
+@pytest.mark.parametrize(("output", "existing"), [("out", "out"), ("{}.bin", "1.bin")])
+def test_an_existing_file_is_kept_unless_it_may_be_lost(text_run, monkeypatch, tmp_path, output, existing):
+  """Each of the numbered files; that is said before the run is looked at."""
+  (tmp_path / existing).write_bytes(b"mine")
+  arguments = ["--num-samples=2"] if "{}" in output else []
+  arguments += ["--prompt=abc", "--bytes=9", f"--output={tmp_path}/{output}"]
+  with pytest.raises(ConfigError, match=f"--output={tmp_path}/{existing} exists; name another file, or give --force"):
+    run(monkeypatch, "--workdir=no run", *arguments)
+  assert [path.name for path in tmp_path.iterdir()] == [existing]
+  assert (tmp_path / existing).read_bytes() == b"mine"
+  run(monkeypatch, f"--workdir={text_run}", *arguments, "--force")
+  assert (tmp_path / existing).read_bytes().startswith(b"abc")
 
 
 def test_a_model_spread_over_a_mesh(text_run, monkeypatch, tmp_path):
