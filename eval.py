@@ -6,7 +6,8 @@
 
 The last line is one JSON object with bpb, bytes, nats, seconds and more. It is also kept in the work directory as
 eval.json and, where a whole split was scored, as eval_SPLIT_METHOD.json (eval_SPLIT_METHOD_strideN.json with --stride),
-which `python -m megabyte_jax tables` reads.
+which `python -m megabyte_jax tables` reads. The next evaluation replaces eval.json and the pictures beside it; in the
+folder of each evaluation, evaluations/NAME, they stay.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from megabyte_jax.data.open_data import open_path, open_source
 from megabyte_jax.data.sources import Source
 from megabyte_jax.display import plots
 from megabyte_jax.errors import ConfigError, DataError, in_one_line, require
-from megabyte_jax.evaluation import image_report, perplexity, report, windows
+from megabyte_jax.evaluation import image_report, kept, perplexity, report, windows
 from megabyte_jax.evaluation.by_source import by_source
 from megabyte_jax.evaluation.evaluate import Evaluation
 from megabyte_jax.evaluation.nats_of_each_byte import PerByte
@@ -172,22 +173,33 @@ def keep(
 ) -> None:
   """Writes the result, bits by position and pictures into the work directory; warns where that is not possible.
 
+  They go into a folder of this evaluation, so that those of other data stay, and are copied as the newest ones.
   Nothing is written into the package, where a shipped model lies.
   """
   if is_shipped(args.workdir):
     return
-  names = ["eval.json"]
-  if not (args.data or args.max_bytes or args.weights):
-    names.append(f"eval_{args.split}_{result.method}{f'_stride{args.stride}' if args.stride else ''}.json")
+  method = f"{result.method}_stride{args.stride}" if args.stride else result.method
   try:
-    write_positions(args.workdir, result, config.data.unit)
+    folder = os.path.join(args.workdir, kept.FOLDER, folder_name(args, method))
+    for place in (folder, args.workdir):
+      kept.write_line(place, "eval.json", line)
+    if not (args.data or args.max_bytes or args.weights):
+      kept.write_line(args.workdir, f"eval_{args.split}_{method}.json", line)
+    write_positions(folder, result, config.data.unit)
     if images:
-      print("pictures:", *image_report.write_best_and_worst(images, source, config.data, args.workdir))
-    for name in names:
-      with replacing(os.path.join(args.workdir, name)) as path:
-        path.write_text(line + "\n")
+      print("pictures:", *image_report.write_best_and_worst(images, source, config.data, folder))
+    kept.copy_newest(folder, args.workdir)
+    print(in_one_line(f"kept in {folder}"))
   except (OSError, plots.PlotError) as error:  # somebody else's run, perhaps; the result is worth more than its files
     print(in_one_line(f"warning: not all is kept in {args.workdir}: {outputs.in_words(error)}"), file=sys.stderr)
+
+
+def folder_name(args: argparse.Namespace, method: str) -> str:
+  """Returns a name for what is kept of an evaluation: what is scored, how, and what else was asked for."""
+  parts = [kept.name_of_data(args.data) if args.data else args.split, method]
+  parts += ["raw"] * args.raw + ([] if args.image_tiles is None else [f"tiles{args.image_tiles}"])
+  parts += ([f"first{args.max_bytes}"] if args.max_bytes else []) + ([args.weights] if args.weights else [])
+  return "_".join(parts)
 
 
 if __name__ == "__main__":

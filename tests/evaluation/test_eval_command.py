@@ -4,6 +4,8 @@ import dataclasses
 import gzip
 import json
 import math
+import pathlib
+import re
 import shutil
 import subprocess
 import types
@@ -21,6 +23,7 @@ from megabyte_jax.data.open_data import open_path
 from megabyte_jax.errors import ConfigError
 from megabyte_jax.evaluation.compressors import compress_all
 from megabyte_jax.evaluation.evaluate import Evaluation
+from megabyte_jax.evaluation.kept import name_of_data
 from megabyte_jax.evaluation.perplexity import number_of_words
 from megabyte_jax.evaluation.positions import write_positions
 from megabyte_jax.evaluation.report import read_all
@@ -185,6 +188,42 @@ def test_evaluations_of_a_split_are_kept_by_split_and_method(workdir, monkeypatc
   assert kept.keys() == {f"eval_validation_{name}.json" for name in ("basic", "sliding", "sliding_stride4")}
   assert kept["eval_validation_sliding_stride4.json"]["stride"] == 4
   assert kept["eval_validation_sliding.json"]["bpb"] < kept["eval_validation_basic.json"]["bpb"]
+
+
+def test_nothing_is_lost_where_other_data_are_scored(workdir, folder, monkeypatch, tmp_path):
+  """Each evaluation has a folder with what the work directory has of the newest."""
+  run = shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("eval*"))
+  monkeypatch.setattr(
+    command.plots, "loss_by_position", lambda values, path, *_, **__: pathlib.Path(path).write_text(f"{values[:9]}")
+  )
+  texts = [folder / "validation" / "a.txt", tmp_path / "a.txt"]  # of one name
+  texts[1].write_bytes(b"another text " * 30)
+  commands = {
+    "validation_basic": [],
+    "train_basic_first64": ["--split=train", "--max-bytes=64"],
+    "validation_sliding_stride4_raw": ["--method=sliding", "--stride=4", "--raw"],
+    "validation_basic_int8": ["--weights=int8"],
+    f"{name_of_data(str(texts[0]))}_basic": [f"--data={texts[0]}"],
+    f"{name_of_data(str(texts[1]))}_basic": [f"--data={texts[1]}"],
+  }
+  lines, files = {}, {}
+  names = ("eval.json", "eval_positions.json", "eval_by_context.png")
+  for name, flags in commands.items():
+    lines[name] = command.main([f"--workdir={run}", "--no-compressors", *flags])
+    files[name] = [(run / file).read_text() for file in names]
+  assert len(set(map(tuple, files.values()))) == len(commands)
+  assert {path.name for path in (run / "evaluations").iterdir()} == commands.keys()
+  for name in commands:
+    assert [(run / "evaluations" / name / file).read_text() for file in names] == files[name]
+    assert files[name][0] == lines[name] + "\n"
+
+
+def test_names_of_data_suit_every_file_system():
+  odd = "/a/b c:\n\udcff/\u4e2d" + "x" * 300, "hf:corpora/saved:test", "a/*.txt,b/", "/", ".."
+  for spec in odd:
+    assert re.fullmatch(r"([\w.]+(-[\w.]+)*-)?[0-9a-f]{8}", name_of_data(spec)), spec
+  assert name_of_data("x/notes.txt").startswith("notes.txt-") and name_of_data("hf:a/b:test").startswith("b-test-")
+  assert len({name_of_data(spec) for spec in (*odd, "x/a", "y/a", "a")}) == len(odd) + 3
 
 
 def test_long_contexts_are_written_in_bins(tmp_path):
