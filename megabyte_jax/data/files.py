@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from megabyte_jax.data.file_handles import BUDGET, Handles
-from megabyte_jax.data.sources import SKIP_HINT, Joined, Source, check_range
+from megabyte_jax.data.sources import SKIP_HINT, Joined, Source, check_range, first_names
 from megabyte_jax.errors import DataError
 from megabyte_jax.files.object_stores import in_parallel, is_remote
 
@@ -46,10 +46,13 @@ class ByteFiles:
     self.skipped, self.skipped_names = 0, list[str]()
     self.slow = any(map(is_remote, paths))
     found = in_parallel(_length, paths, self.slow)
+    tolerated = {"", _EMPTY} if skip_empty else {""}
+    bad = [f"{path} {problem}" for path, (_, problem) in zip(paths, found, strict=True) if problem not in tolerated]
+    if bad and not skip_bad:
+      several = f"{len(bad):,} files are empty or unreadable: " if len(bad) > 1 else ""
+      remedy = f"remove {'them' if several else 'it'}, or skip such files with {SKIP_HINT}"
+      raise DataError(f"{several}{first_names(bad, len(bad))}; {remedy}")
     for path, name, (length, problem) in zip(paths, names, found, strict=True):
-      skip = skip_bad or (skip_empty and problem == _EMPTY)
-      if problem and not skip:
-        raise DataError(f"{path} {problem}; remove it, or skip such files with {SKIP_HINT}")
       if problem:
         self.skipped += 1
         self.skipped_names.append(name)

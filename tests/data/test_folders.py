@@ -159,6 +159,25 @@ def test_names_need_not_be_utf8(folder, tmp_path):
     open_path(str(folder), PLAIN)
 
 
+def test_all_bad_files_are_counted_and_the_first_named(folder):
+  bad = [folder / name for name in ("d.txt", "e.txt", "f.txt", "g.txt")]
+  bad[0].write_bytes(b"")
+  with pytest.raises(DataError, match=rf"^{bad[0]} is empty; remove it, or skip such files with --config"):
+    open_path(str(folder), PLAIN)
+  bad[1].symlink_to("nowhere")
+  bad[2].write_bytes(b"")
+  bad[3].write_bytes(b"")
+  with pytest.raises(DataError) as error:
+    open_path(str(folder), PLAIN)
+  missing = f"{bad[1]} is a link whose target {folder}/nowhere is missing"
+  told = f"4 files are empty or unreadable: {bad[0]} is empty, {missing}, {bad[2]} is empty and 1 more; remove them, or"
+  assert str(error.value).startswith(told)
+  # Empty files cost an evaluation nothing; the link does.
+  with pytest.raises(DataError, match=rf"^{bad[1]} is a link whose [^,]* missing; remove it"):
+    open_path(str(folder), PLAIN, skip_empty=True)
+  assert open_path(str(folder), SKIPPING).skipped == 4
+
+
 def test_empty_files_of_a_folder_cost_an_evaluation_nothing(folder):
   (folder / "__init__.py").write_bytes(b"")
   with pytest.raises(DataError, match=r"__init__\.py is empty.*eval\.py and prepare: --skip-bad"):

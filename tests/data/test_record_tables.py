@@ -66,6 +66,9 @@ def test_rows_without_a_text(tmp_path, data):
   source = open_path(f"{tmp_path}/a.parquet", dataclasses.replace(data, skip_bad=True))
   assert read_all(source) == [b"one", b"two"] and source.skipped == 2
   assert list(source.names) == ["a.parquet[0]", "a.parquet[3]"]
+  write_parquet(tmp_path / "b.parquet", ["one", None, "two", None, None])
+  with pytest.raises(DataError, match=r"b\.parquet, row 1 has no value in 'text', the first of 3 such rows; skip"):
+    open_path(f"{tmp_path}/b.parquet", data)
 
 
 def test_a_damaged_parquet_file_is_named_or_skipped(tmp_path, data):

@@ -109,7 +109,8 @@ def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path, data, name):
   with pytest.raises(DataError, match=rf"a\.jsonl, {message}") as error:
     open_path(f"{tmp_path}/a.jsonl", data)
   said = str(error.value)
-  assert "\n" not in said and "; leave such lines out with --config.data.skip_bad" in said and "--raw" in said
+  assert "\n" not in said and "--raw" in said
+  assert "; leave out and count all such lines with --config.data.skip_bad" in said
   source = open_path(f"{tmp_path}/a.jsonl", dataclasses.replace(data, skip_bad=True))
   assert read_all(source) == [b"one", b"two"] and source.skipped == 2
   with pytest.raises(DataError, match=message):  # also from the index that was just kept
@@ -252,8 +253,11 @@ def test_what_is_too_large_or_an_archive_is_refused_with_the_command_that_packs_
   (tmp_path / "folder" / "x.txt").write_bytes(b"text")
   with pytest.raises(DataError, match=r"x\.zip is an archive.*\n.*\n.*leave it out"):
     open_path(f"{tmp_path}/folder", data)
+  (tmp_path / "folder" / "y.zip").write_bytes(b"PK")
+  with pytest.raises(DataError, match=r"x\.zip is an archive, one of 2; pack"):
+    open_path(f"{tmp_path}/folder", data)
   source = open_path(f"{tmp_path}/folder", dataclasses.replace(data, skip_bad=True))
-  assert read_all(source) == [b"text"] and source.skipped == 1
+  assert read_all(source) == [b"text"] and source.skipped == 2
 
 
 @pytest.mark.parametrize(

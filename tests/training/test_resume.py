@@ -207,7 +207,7 @@ def test_a_run_that_meets_a_bad_image_goes_on_as_it_is_advised(config, tmp_path,
   windows = open_windows(open_source(data, "train"), context=8 * 8 * 3, seed=config.seed)
   bad = tmp_path / f"images/{windows.place_of(3 * 8).document:02}.png"  # the first of step 4
   bad.write_bytes(bad.read_bytes()[:100] + bytes(len(bad.read_bytes()) - 100))
-  with pytest.raises(DataError, match=r"\.png.*skip such images with --config\.data\.skip_bad=True"):
+  with pytest.raises(DataError, match=r"\.png.*skip and count all such images with --config\.data\.skip_bad=True"):
     train.train(config, str(tmp_path / "run"))
   step = saved_state(tmp_path / "run")[0]
   assert 1 <= step <= 3

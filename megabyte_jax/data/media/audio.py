@@ -32,7 +32,8 @@ _MU = 255.0
 _MOST_LONGER = 64  # times as many samples after resampling: a head that says 1 Hz would fill the memory
 _KINDS = "WAV, FLAC, OGG, Opus, MP3, AIFF, AU or CAF"
 _REMEDY = (
-  f"write it anew, remove it before a run begins, or skip such files with {SKIP_HINT}, also in a run that has begun"
+  f"write it anew, remove it before a run begins, or skip and count all such files with {SKIP_HINT}, also in a run "
+  "that has begun"
 )
 _AT_ONCE = 1 << 20  # samples decoded at once: a head may promise more than there are
 

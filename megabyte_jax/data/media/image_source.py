@@ -21,7 +21,9 @@ from megabyte_jax.errors import DataError, require
 if TYPE_CHECKING:
   from PIL import Image
 
-_REMEDY = f"remove it before a run begins, or skip such images with {SKIP_HINT}, also in a run that has begun"
+_REMEDY = (
+  f"remove it before a run begins, or skip and count all such images with {SKIP_HINT}, also in a run that has begun"
+)
 _TILE_BYTES = DOCUMENT_BYTES >> 2  # that are kept as documents: cutting one from an image that is kept takes little
 
 

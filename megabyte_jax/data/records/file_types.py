@@ -128,8 +128,9 @@ def _check_archives(paths: Sequence[str], kinds: Sequence[str], data: DataConfig
   archives = [paths[i] for i in found if kinds[i] == "archive"]
   if not archives:
     raise unread(paths[found[0]])
+  more = f", one of {len(archives):,}" if len(archives) > 1 else ""
   raise DataError(
-    f"{archives[0]} is an archive; pack the files that it holds, and name that folder:",
+    f"{archives[0]} is an archive{more}; pack the files that it holds, and name that folder:",
     f"  {pack_command(spec if paths == [spec] else archives[0], data)}",
     f"or take the archive's own bytes: {RAW_HINT}" + ("" if len(paths) == 1 else f", or leave it out: {SKIP_HINT}"),
   )

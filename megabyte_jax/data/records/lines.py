@@ -159,7 +159,7 @@ def _problem(number: int, error: BadRecord, has_end: bool) -> str:
 
 
 def _with_remedies(path: str, what: str) -> DataError:
-  remedies = f"leave such lines out with {SKIP_HINT}, or take the bytes as they are with {RAW_HINT}"
+  remedies = f"leave out and count all such lines with {SKIP_HINT}, or take the bytes as they are with {RAW_HINT}"
   return DataError(f"{path}, {what}; {remedies}")
 
 

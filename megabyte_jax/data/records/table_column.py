@@ -37,8 +37,9 @@ class TableColumn:
     Raises:
       DataError: no row is left; or a row has no value, and `skip_bad` is False.
     """
-    if (sizes < 0).any() and not skip_bad:
-      raise self._no_value(int(np.argmax(sizes < 0)))
+    without = np.flatnonzero(sizes < 0)
+    if len(without) and not skip_bad:
+      raise self._no_value(int(without[0]), len(without))
     if (sizes <= 0).any():
       self._kept = np.flatnonzero(sizes > 0)
       self.skipped += int(len(sizes) - len(self._kept))
@@ -67,5 +68,6 @@ class TableColumn:
   def _place_of_row(self, row: int) -> str:
     return self._rows[row]
 
-  def _no_value(self, row: int) -> DataError:
-    return DataError(f"{self._place_of_row(row)} has no value in {self._field!r}; skip such rows with {SKIP_HINT}")
+  def _no_value(self, row: int, count: int = 1) -> DataError:
+    what = f"has no value in {self._field!r}" + (f", the first of {count:,} such rows" if count > 1 else "")
+    return DataError(f"{self._place_of_row(row)} {what}; skip such rows with {SKIP_HINT}")
