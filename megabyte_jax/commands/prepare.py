@@ -23,7 +23,7 @@ from typing import get_args, get_type_hints
 from megabyte_jax.commands import arguments as flags
 from megabyte_jax.commands import command_line
 from megabyte_jax.config import DataConfig
-from megabyte_jax.config.parsing import dataclass_from_mapping
+from megabyte_jax.config.parsing import attribute_texts, dataclass_from_mapping
 from megabyte_jax.errors import ConfigError, require
 from megabyte_jax.files.outputs import (
   check_folder_name,
@@ -35,21 +35,7 @@ from megabyte_jax.files.outputs import (
 
 _SPLITS = ("train", "validation", "test", "train_weights", "documents")  # of no meaning here
 _SUBWORDS = ("tokenizer", "tokenizer_sha256")  # texts are packed as bytes: any tokenizer then cuts them
-_HELP = {
-  "form": "what becomes of an item: bytes, as it is, also for subwords | image, its pixels | audio, its samples",
-  "image_size": "pixels: images are scaled by their short side and centre-cropped to this square",
-  "image_tiles": "pixels of the short side of images that are cut into tiles of image_size instead; 0 crops them",
-  "max_pixels": "images of more pixels are unreadable",
-  "convert_images": "make grey, alpha, CMYK and 16-bit images RGB instead of calling them unreadable",
-  "scan": "order of an image's bytes",
-  "scan_patch": "bytes of a patch of the scan, 3 for each of its pixels",
-  "sample_rate": "samples per second that recordings are resampled to; 0 keeps their own",
-  "encoding": "of a recording's samples",
-  "tfds_dir": "where TFDS data sets lie",
-  "skip_bad": "skip and count unreadable items instead of stopping",
-  "raw": "take all files as they are, compressed ones and records, too",
-  "cache_dir": "where indexes of records and copies of compressed files are kept",
-}
+_FORM = "what becomes of an item: bytes, as it is, also for subwords | image, its pixels | audio, its samples"
 _OF_IMAGES = ("image_size", "image_tiles", "max_pixels", "convert_images", "scan", "scan_patch")
 _OF_AUDIO = ("sample_rate", "encoding")
 
@@ -61,22 +47,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
   packing = commands.add_parser("pack", help="any source or archive -> one packed folder")
   packing.add_argument("source", type=flags.path)
   packing.add_argument("folder", type=flags.path)
-  types = get_type_hints(DataConfig)
+  types, texts = get_type_hints(DataConfig), attribute_texts(DataConfig) | {"form": _FORM}
   for field in dataclasses.fields(DataConfig):
     if field.name in _SPLITS + _SUBWORDS:
       continue
     name = f"--{field.name.replace('_', '-')}"
     if isinstance(field.default, bool):
-      packing.add_argument(name, action="store_true", help=_HELP[field.name])
+      packing.add_argument(name, action="store_true", help=texts.get(field.name))
     else:
       wanted = flags.path if isinstance(field.default, str) else type(field.default)
       choices = tuple(choice for choice in get_args(types[field.name]) if choice != "subwords")
-      text = _HELP[field.name] + (f"; default: {field.default}" if field.default else "")
+      text = "; ".join(filter(None, (texts.get(field.name), f"default: {field.default}" * bool(field.default))))
       packing.add_argument(name, type=wanted, default=field.default, choices=choices or None, help=text)
   for name, text in (("build", "download and prepare a TFDS data set"), ("convert", "TFRecord -> ArrayRecord")):
     command = commands.add_parser(name, help=text)
     command.add_argument("name", help="tfds:NAME")
-    command.add_argument("--tfds-dir", type=flags.path, default="")
+    command.add_argument("--tfds-dir", type=flags.path, default="", help=texts.get("tfds_dir"))
     if name == "convert":
       command.add_argument(
         "--out", type=flags.path, default="", help="another TFDS folder to write to; default: beside the old files"
@@ -88,10 +74,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
   tokenizer.add_argument("--force", action="store_true", help="overwrite OUT, if it exists")
   tokenizer.add_argument("--pieces", type=int, default=32_000, help="the size of the vocabulary, 256 bytes included")
   tokenizer.add_argument("--sample-bytes", type=int, default=10**8, help="of the texts, looked at evenly spaced")
-  for name in ("skip-bad", "raw"):
-    tokenizer.add_argument(f"--{name}", action="store_true")
-  for name in ("cache-dir", "tfds-dir"):
-    tokenizer.add_argument(f"--{name}", type=flags.path, default="")
+  for name in ("skip_bad", "raw"):
+    tokenizer.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=texts.get(name))
+  for name in ("cache_dir", "tfds_dir"):
+    tokenizer.add_argument(f"--{name.replace('_', '-')}", type=flags.path, default="", help=texts.get(name))
   return parser.parse_args(arguments)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,6 +40,16 @@ def require_known(what: str, name: str, known: Iterable[str]) -> None:
   names = list(known)
   near = did_you_mean(name, names)
   require(name in names, f"there is no {what}{f'{near} All are' if near else '; choose one of'} {', '.join(names)}")
+
+
+def attribute_texts(cls: type) -> dict[str, str]:
+  """Returns what the docstring of a class says of its attributes, each in one line; nothing under python -OO."""
+  section = (inspect.getdoc(cls) or "").partition("Attributes:")[2].partition("\n\n")[0]
+  found: dict[str, str] = {}
+  for entry in re.split(r"\n  (?! )", section)[1:]:
+    names, _, text = entry.partition(": ")
+    found |= dict.fromkeys(names.split(", "), " ".join(text.split()).removesuffix("."))
+  return found
 
 
 def wrong_type(name: str, wanted: type, value: object) -> str:

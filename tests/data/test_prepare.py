@@ -1,6 +1,7 @@
 """What is packed is what was there: folders, archives, records, images and books."""
 
 import bz2
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -14,6 +15,7 @@ from packed_folders import PLAIN, TEXTS, contents, pack, write_texts
 
 from megabyte_jax.commands import prepare
 from megabyte_jax.config import DataConfig
+from megabyte_jax.config.parsing import attribute_texts
 from megabyte_jax.data.batches import batches
 from megabyte_jax.data.open_data import SAMPLE_FOLDER, open_path, open_source
 from megabyte_jax.errors import ConfigError, DataError
@@ -46,6 +48,26 @@ def test_settings_of_another_form_are_refused(tmp_path, flag, message):
   with pytest.raises(ConfigError, match=message):
     prepare.main(["pack", str(write_texts(tmp_path / "texts")), str(tmp_path / "packed"), flag])
   assert not (tmp_path / "packed").exists()
+
+
+def help_of(capsys, command):
+  with pytest.raises(SystemExit):
+    prepare.parse_arguments([command, "--help"])
+  return "".join(capsys.readouterr().out.split())  # lines are broken at hyphens, too
+
+
+def test_the_help_says_what_the_config_does(capsys, monkeypatch):
+  texts = attribute_texts(DataConfig)
+  assert texts.keys() == {field.name for field in dataclasses.fields(DataConfig)}
+  assert texts["validation"] == texts["train"] and texts["train"].endswith("Empty where a split does not exist")
+  shown = {"pack": ("image_tiles", "max_pixels", "scan_patch", "sample_rate", "tfds_dir", "skip_bad", "cache_dir")}
+  shown["tokenizer"] = ("raw", "skip_bad", "tfds_dir", "cache_dir")
+  for command, names in shown.items():
+    said = help_of(capsys, command)
+    for name in names:
+      assert "".join(texts[name].split()) in said
+  monkeypatch.setattr(DataConfig, "__doc__", None)  # as under python -OO
+  assert "{pcm16,mulaw8}default:pcm16" in help_of(capsys, "pack")
 
 
 def test_a_bucket_is_not_packed_into(tmp_path, monkeypatch):
