@@ -100,7 +100,7 @@ def train(config: Config, workdir: str, init_from: str = "") -> bool:
     state = start.state
     save_config(workdir, config)
     folder = closing.enter_context(SameFolder(workdir, config))
-    print(report.describe_run(config, mesh, source, start.step), flush=True)
+    print(report.describe_run(config, mesh, source, start.step, validation), flush=True)
     tracker = ending.enter_context(Tracker(config, workdir))
     metrics = closing.enter_context(
       Metrics(

@@ -33,7 +33,7 @@ _MANY_EPOCHS = 50
 _COMPRESSED_BYTES = 20_000_000  # with those of the primer; beyond this xz would run for minutes
 
 
-def describe_run(config: Config, mesh: Mesh, source: Source, first_step: int) -> str:
+def describe_run(config: Config, mesh: Mesh, source: Source, first_step: int, validation: Source | None = None) -> str:
   """Describes the device, the model and its attention, the data, and where the run stands."""
   device = jax.devices()[0]
   axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
@@ -47,7 +47,7 @@ def describe_run(config: Config, mesh: Mesh, source: Source, first_step: int) ->
       f"{human(flops_per_byte(model, training=True), 'FLOP')} per {unit} of training",
       f"attention  {attention_line(config, mesh)}",
       f"data    {size:,} bytes in {count_documents(source)}{tokens}",
-      *notice_lines(notices(config, source)),
+      *notice_lines(notices(config, source, validation)),
       f"steps   {first_step:,} of {config.num_steps:,} done, {config.batch_size} x {model.context:,} {unit}s each"
       + ("; now compiling" if first_step < config.num_steps else ""),
     ]
@@ -59,14 +59,15 @@ def notice_lines(told: Sequence[str]) -> list[str]:
   return [f"notice  {in_one_line(notice)}" for notice in told]
 
 
-def notices(config: Config, source: Source) -> list[str]:
-  """Returns what a user of these training data may not have meant, a line each."""
+def notices(config: Config, source: Source, validation: Source | None = None) -> list[str]:
+  """Returns what a user of these data, of training and validation, may not have meant, a line each."""
   told, data = [], config.data
   decoded = {"image": ("pictures", "pixels"), "audio": ("recordings", "sound")}
   if data.form == "bytes" and (form := decodable_as(source.names)):
     kind, content = decoded[form]
     told.append(f"all are {kind}, read as the raw bytes of their files; --config.data.form={form} reads {content}")
   told += data_notices(data, source)
+  told += [f"validation: {notice}" for notice in (data_notices(data, validation) if validation is not None else ())]
   epochs = config.num_steps * config.bytes_per_step / max(1, int(source.lengths.sum()))
   if epochs >= _MANY_EPOCHS:
     told.append(f"the run reads these data {epochs:,.0f} times, and may learn them by heart")

@@ -121,18 +121,20 @@ def test_what_may_not_be_meant_is_told(tmp_path, monkeypatch):
 
   def told(num_steps=1, **data):
     changed = dataclasses.replace(config, data=DataConfig(**data), num_steps=num_steps, batch_size=1)
-    told = report.notices(changed, open_source(changed.data, "train"))
+    validation = open_source(changed.data, "validation") if changed.data.validation else None
+    told = report.notices(changed, open_source(changed.data, "train"), validation)
     assert ("the warm-up of 5 steps is cut to the run's" in "".join(told)) == (num_steps < 5)
     return [line for line in told if "warm-up" not in line]
 
   not_text, scored = told(train=str(tmp_path), validation="sample:text/validation")
   assert "notes.DOCX, paper.pdf; move" in not_text and "scored on sample:text/validation" in scored
   assert told(train=f"{tmp_path}/a.txt", validation="") == []
-  assert told(train=f"{tmp_path}/a.txt", validation=f"{tmp_path}/paper.pdf") == []
+  odd = "validation: not plain text, read as raw bytes: paper.pdf; move such files out, or convert them to text"
+  assert told(train=f"{tmp_path}/a.txt", validation=f"{tmp_path}/paper.pdf") == [odd]
   for validation in (f"{tmp_path}/a.txt", f"{tmp_path}/../{tmp_path.name}"):
     assert "is trained on, too" in told(train=str(tmp_path), validation=validation)[-1]
   assert "is trained on, too" in told(train=f"{tmp_path}/*.txt", validation=f"{tmp_path}/a.txt")[-1]
-  assert told(train=f"{tmp_path}/*.txt", validation=f"{tmp_path}/paper.pdf") == []
+  assert told(train=f"{tmp_path}/*.txt", validation=f"{tmp_path}/paper.pdf") == [odd]
   (tmp_path / "held_out").mkdir()
   (tmp_path / "held_out/b.txt").write_bytes(b"other words")
   assert told(train=f"{tmp_path}/*", validation=f"{tmp_path}/held_out")[-1].startswith("not plain text")  # files alone

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import jax
@@ -129,10 +130,14 @@ def test_a_transformer_and_what_its_run_leaves_behind(config, tmp_path, monkeypa
   monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
   options = {"profile_steps": (2, 3), "sample_bytes": 8, "checkpoint": CheckpointConfig(every_steps=25)}
   options["tracker"] = "wandb"
+  validation = shutil.copytree(config.data.validation, tmp_path / "validation")
+  (validation / "b.txt").write_bytes((validation / "b.txt").read_bytes().replace(b"e", b"\xe9", 1))
+  options["data"] = dataclasses.replace(config.data, validation=str(validation))
   config = dataclasses.replace(config, model=TRANSFORMER, num_steps=40, log_every=10, **options)
   check_run(config, workdir, monkeypatch, "Transformer")
   output = capsys.readouterr().out
   words = ["step 40/40  loss ", "bits per byte on 1,000 bytes (2 documents", "primed", "a sample", "try next"]
+  words.append("notice  validation: not in UTF-8: b.txt; if that is Latin-1")
   assert not [word for word in words if word not in output]
   lines = metric_lines(workdir)
   assert [line["step"] for line in lines] == [10, 20, 30, 40, 40]
