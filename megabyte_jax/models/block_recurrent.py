@@ -153,73 +153,97 @@ class BlockRecurrent(Recurrent):
     distance_WW = W + np.arange(W)[:, None] - key_2W  # to the keys of the window before and then of its own
     in_reach = (distance_WW >= 0) & (distance_WW < W)
     later_N = np.arange(x_BNWD.shape[1]) > 0
-    there = later_N[:, None] | (key_2W >= W - filled_B[:, None, None])  # B N 2W
-    there_BN12W = there[:, :, None]
-    graph, stacked = nnx.split(self.blocks)
+    there_BN2W = later_N[:, None] | (key_2W >= W - filled_B[:, None, None])
+    seen = there_BN2W[:, :, None], in_reach
+    (graph, stacked), (cell_graph, stacked_cells) = nnx.split(self.blocks), nnx.split(self.cells)
     keys_L3 = None if dropout_key is None else jax.random.split(dropout_key, (config.num_layers, 3))
+    of_layers, of_cells = (stacked, past_LBWHK, keys_L3), (stacked_cells, states_BCSD)
 
-    def layer(x_BNWD, inputs, cell=None, states_BSD=None):
+    def layer(x_BNWD, inputs, of_cell=None, states_BSD=None):
       parameters, past, keys = inputs
-      keys = (None,) * 3 if keys is None else tuple(keys)
-      block: TokenLayer = nnx.merge(graph, parameters)
-      normed = block.attention_norm(x_BNWD)
-      q, *own = block.project(normed)
-      k, v = both = tuple(_with_previous(a, b) for a, b in zip(own, past, strict=True))  # B N 2W H K
-      bias = in_windows(bias_by_distance(block.relative[...], W))
-      attended = attend(
-        q,
-        k,
-        v,
-        block.scale[...],
-        bias_HMS=bias,
-        visible=there_BN12W & in_reach,
-        rate=config.attention_dropout,
-        dropout_key=keys[0],
-      )
-      from_states = 0.0
-      if cell is not None:
-        states_NBSD, read = self._through_windows(cell, states_BSD, both, there_BN12W)
-        from_states = cell.read(normed, *read)
-      x_BNWD = block.finish(x_BNWD, attended, from_states, keys[1:])
+      block, cell = nnx.merge(graph, parameters), None if of_cell is None else nnx.merge(cell_graph, of_cell)
+      x_BNWD, own, states_NBSD = self._layer(block, x_BNWD, past, keys, *seen, cell, states_BSD)
       return x_BNWD, keep(own) if cell is None else (keep(own), states_NBSD)
 
-    scans = scans_layers(config)
-    cell_graph, stacked_cells = nnx.split(self.cells)
-    of_layers = stacked, past_LBWHK, keys_L3
-
-    def run_layers(x_BNWD, run, count):
-      one = rematerialised(layer, config.remat, is_in_loop=scans and count > 1)
-      return jax.lax.scan(one, x_BNWD, run, unroll=1 if scans else max(count, 1))
-
-    def recurrent(x_BNWD, one, of_cell, states_BSD):
-      return layer(x_BNWD, one, nnx.merge(cell_graph, of_cell), states_BSD)
-
-    kept, states, end = [], [], 0
-    for start, before, first, count in config.groups:
-      end = start + count * (before + 1)
-      rematted = rematerialised(recurrent, config.remat, is_in_loop=scans and count > 1)
-
-      def group(x_BNWD, inputs, before=before, rematted=rematted):
-        run, one, of_cell, states_BSD = inputs
-        x_BNWD, of_run = run_layers(x_BNWD, run, before)
-        x_BNWD, (of_one, states_NBSD) = rematted(x_BNWD, one, of_cell, states_BSD)
-        joined = jax.tree.map(lambda many, last: jnp.concatenate([many, last[None]]), of_run, of_one)
-        return x_BNWD, (joined, jax.lax.dynamic_index_in_dim(states_NBSD, window, 0, keepdims=False))
-
-      def grouped(a, start=start, end=end, count=count, before=before):
-        return a[start:end].reshape(count, before + 1, *a.shape[1:])
-
-      both = jax.tree.map(grouped, of_layers)
-      run, one = jax.tree.map(lambda a: a[:, :-1], both), jax.tree.map(lambda a: a[:, -1], both)
-      of_cells = jax.tree.map(lambda a, first=first, count=count: a[first : first + count], stacked_cells)
-      inputs = run, one, of_cells, states_BCSD[:, first : first + count].swapaxes(0, 1)
-      x_BNWD, (of_group, states_CBSD) = jax.lax.scan(group, x_BNWD, inputs, unroll=1 if scans else count)
-      kept.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), of_group))
+    kept, states = [], []
+    for group in config.groups:
+      x_BNWD, of_group, states_CBSD = self._group(layer, group, x_BNWD, of_layers, of_cells, window)
+      kept.append(of_group)
       states.append(states_CBSD)
-    rest = jax.tree.map(lambda a: a[end:], of_layers)
-    x_BNWD, of_rest = run_layers(x_BNWD, rest, config.num_layers - end)
+    rest = jax.tree.map(lambda a: a[config.cells[-1] + 1 :], of_layers)
+    x_BNWD, of_rest = self._run(layer, x_BNWD, rest, config.num_layers - config.cells[-1] - 1)
     kept_L = tuple(jnp.concatenate(parts) for parts in zip(*kept, of_rest, strict=True))
     return x_BNWD, kept_L, jnp.concatenate(states).swapaxes(0, 1)
+
+  def _layer(self, block, x_BNWD, past, keys, there_BN12W, in_reach, cell, states_BSD):
+    """Runs one layer, `block`, over whole windows.
+
+    Args:
+      past: keys and values of the window before, [B, W, H, K] each.
+      keys: three of dropout, or None.
+      there_BN12W, in_reach: which keys of two windows are there, and which a token may attend to, [W, 2 W].
+      cell: of a recurrent layer, or None; `states_BSD` are as its first window reads them.
+
+    Returns:
+      The residual stream; the layer's own keys and values, [B, N, W, H, K] each; and the states of its cell, or None.
+    """
+    keys = (None,) * 3 if keys is None else tuple(keys)
+    normed = block.attention_norm(x_BNWD)
+    q, *own = block.project(normed)
+    k, v = both = tuple(_with_previous(a, b) for a, b in zip(own, past, strict=True))  # B N 2W H K
+    bias = in_windows(bias_by_distance(block.relative[...], self.config.window))
+    attended = attend(
+      q,
+      k,
+      v,
+      block.scale[...],
+      bias_HMS=bias,
+      visible=there_BN12W & in_reach,
+      rate=self.config.attention_dropout,
+      dropout_key=keys[0],
+    )
+    from_states, states_NBSD = 0.0, None
+    if cell is not None:
+      states_NBSD, read = self._through_windows(cell, states_BSD, both, there_BN12W)
+      from_states = cell.read(normed, *read)
+    return block.finish(x_BNWD, attended, from_states, keys[1:]), own, states_NBSD
+
+  def _run(self, layer, x_BNWD, of_layers, count):
+    """Runs `count` layers without cells; returns the residual stream and what is kept of them."""
+    scans = scans_layers(self.config)
+    one = rematerialised(layer, self.config.remat, is_in_loop=scans and count > 1)
+    return jax.lax.scan(one, x_BNWD, of_layers, unroll=1 if scans else max(count, 1))
+
+  def _group(self, layer, group, x_BNWD, of_layers, of_cells, window):
+    """Runs one of the config's groups of layers, each time a run without cells and then a layer with one.
+
+    Args:
+      of_layers: what `layer` takes of each of all layers.
+      of_cells: the parameters of all cells, and the states [B, C, S, D] that the first window reads.
+
+    Returns:
+      The residual stream; what is kept of the layers; and the states of its cells [C, B, S, D] that `window` reads.
+    """
+    start, before, first, count = group
+    (cells, states_BCSD), scans = of_cells, scans_layers(self.config)
+    recurrent = rematerialised(layer, self.config.remat, is_in_loop=scans and count > 1)
+
+    def run_and_cell(x_BNWD, inputs):
+      run, one, of_cell, states_BSD = inputs
+      x_BNWD, of_run = self._run(layer, x_BNWD, run, before)
+      x_BNWD, (of_one, states_NBSD) = recurrent(x_BNWD, one, of_cell, states_BSD)
+      joined = jax.tree.map(lambda many, last: jnp.concatenate([many, last[None]]), of_run, of_one)
+      return x_BNWD, (joined, jax.lax.dynamic_index_in_dim(states_NBSD, window, 0, keepdims=False))
+
+    def grouped(a):
+      return a[start : start + count * (before + 1)].reshape(count, before + 1, *a.shape[1:])
+
+    both = jax.tree.map(grouped, of_layers)
+    run, one = jax.tree.map(lambda a: a[:, :-1], both), jax.tree.map(lambda a: a[:, -1], both)
+    cells = jax.tree.map(lambda a: a[first : first + count], cells)
+    inputs = run, one, cells, states_BCSD[:, first : first + count].swapaxes(0, 1)
+    x_BNWD, (kept, states_CBSD) = jax.lax.scan(run_and_cell, x_BNWD, inputs, unroll=1 if scans else count)
+    return x_BNWD, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), kept), states_CBSD
 
   def _through_windows(self, cell, states_BSD, both_BN2WHK, there_BN12W):
     """The states before each window and after the last, [N + 1, B, S, D]; and the keys and values that each reads."""
