@@ -154,7 +154,7 @@ def check_same_run(
     workdir: of the run, for the message.
 
   Raises:
-    CheckpointError: naming every key that differs, with both values.
+    CheckpointError: the files have changed; or names every key that differs, with both values.
   """
   differences = _differences(meta["config"], config)
   for key in free:
@@ -163,25 +163,31 @@ def check_same_run(
     differences.pop("data.skip_bad")
   elif list(skipped) != list(meta.get("skipped", skipped)):
     differences["items of the data that cannot be read"] = list(meta["skipped"]), list(skipped)
-  before, now = _flat(meta.get("fingerprint"), "fingerprint"), _flat(_plain(fingerprint), "fingerprint")
-  for key in sorted(before.keys() | now.keys()):
-    if before.get(key, _ABSENT) != now.get(key, _ABSENT):
-      differences[f"data {key}"] = before.get(key, _ABSENT), now.get(key, _ABSENT)
-  if any(key.startswith("data fingerprint") for key in differences):  # the name that led to other data
-    names = tuple(of.get("data", {}).get("train") for of in (meta["config"], config))
-    if names[0] != names[1]:
-      differences["data.train"] = names
-  if saved := meta.get("validation_fingerprint"):  # then it does not matter where they lie
-    if saved == validation_fingerprint:
+  prints = {"train": (_plain(meta.get("fingerprint")), _plain(fingerprint))}
+  if saved := meta.get("validation_fingerprint"):
+    if validation_fingerprint:  # then it does not matter where they lie
       differences.pop("data.validation", None)
-    elif validation_fingerprint:
-      differences["data of validation"] = saved, validation_fingerprint
-  if differences:
-    ordered = sorted(differences.items(), key=lambda item: ("fingerprint" in item[0], item[0]))  # digests tell little
-    lines = [f"  {key}: {show_value(was)} -> {show_value(given)}" for key, (was, given) in ordered]
-    where = f" in {workdir}" if workdir else ""
+      prints["validation"] = saved, validation_fingerprint
+  explained = any(f"data.{name}" in differences for name in (*_MAKES_BYTES, "raw", "train_weights"))
+  changed, lines = [], []
+  for split in (split for split, (was, given) in prints.items() if was != given and not explained):
+    was, given = (of.get("data", {}).get(split) for of in (meta["config"], config))
+    if was == given:
+      changed.append(was)
+      lines.append(f"  data.{split}: the files in {was} have changed")
+    else:
+      which = "which hold different data (a folder and its packed form count as different)"
+      lines.append(f"  data.{split}: {show_value(was)} -> {show_value(given)}, {which}")
+  where = f" in {workdir}" if workdir else ""
+  if changed and not differences and len(changed) == len(lines):
+    raise CheckpointError(
+      f"the files in {' and '.join(changed)} have changed since the run{where} began (one was added, removed, renamed "
+      f"or edited); put them back, or start a new run, e.g. with --workdir=NEW --init_from={workdir or 'OLD'}"
+    )
+  if differences or lines:
     raise CheckpointError(
       f"the checkpoint at step {meta.get('step', '?')}{where} belongs to another run (saved -> given):",
+      *(f"  {key}: {show_value(was)} -> {show_value(given)}" for key, (was, given) in sorted(differences.items())),
       *lines,
       *([_LENGTH_HINT] if "num_steps" in differences else []),
       "give the saved values, or start a new run in another --workdir (--init_from=DIR takes this one's parameters)",

@@ -104,22 +104,42 @@ def test_a_run_is_continued_only_with_its_config_and_data():
   with pytest.raises(CheckpointError) as error:
     check_same_run(meta, make_config(seed=2).to_dict(), {"train": "b2", "bytes": 10}, workdir="runs/mine")
   message = str(error.value)
-  assert "step 50 in runs/mine belongs to another run" in message and message.index("seed") < message.index("finger")
-  assert "seed: 0 -> 2" in message
-  assert 'data fingerprint.train: "a1" -> "b2"' in message and "data.train" not in message
-  with pytest.raises(CheckpointError, match=r'data\.train: "sample:text/train" -> "elsewhere"'):
+  assert "step 50 in runs/mine belongs to another run" in message
+  assert "seed: 0 -> 2" in message and "data.train: the files in sample:text/train have changed" in message
+  assert "--workdir" in message and "--init_from=DIR" in message
+  with pytest.raises(CheckpointError, match=r'data\.train: "sample:text/train" -> "elsewhere", which hold different'):
     other = make_config(data=DataConfig(train="elsewhere"))
     check_same_run(meta, other.to_dict(), {"train": "b2", "bytes": 10})
-  assert "bytes" not in message
-  assert "--workdir" in message and "--init_from=DIR" in message and "step 50" in message
+
+
+def test_files_that_have_changed_are_told_in_words():
+  meta = {"config": saved_by_json(CONFIG), "fingerprint": "t1", "validation_fingerprint": "v1"}
+  with pytest.raises(CheckpointError) as error:
+    check_same_run(meta, CONFIG.to_dict(), "t2", "v1", workdir="runs/mine")
+  assert str(error.value) == (
+    "the files in sample:text/train have changed since the run in runs/mine began (one was added, removed, renamed or "
+    "edited); put them back, or start a new run, e.g. with --workdir=NEW --init_from=runs/mine"
+  )
+  with pytest.raises(CheckpointError, match="files in sample:text/train and sample:text/validation have changed since"):
+    check_same_run(meta, CONFIG.to_dict(), "t2", "v2")
+
+
+def test_settings_that_make_other_bytes_explain_other_fingerprints():
+  meta = {"config": saved_by_json(CONFIG), "fingerprint": "t1"}
+  with pytest.raises(CheckpointError, match=r"data\.image_size: 64 -> 256") as error:
+    check_same_run(meta, make_config(data=DataConfig(image_size=256)).to_dict(), "t2")
+  assert "data.train" not in str(error.value) and "fingerprint" not in str(error.value)
 
 
 def test_validation_data_count_by_their_contents_not_by_where_they_lie():
   moved = make_config(data=DataConfig(train="t", validation="elsewhere"))
   meta = {"config": saved_by_json(CONFIG), "fingerprint": "t1", "validation_fingerprint": "v1"}
   check_same_run(meta, moved.to_dict(), "t1", "v1")
-  with pytest.raises(CheckpointError, match='data of validation: "v1" -> "v2"'):
+  with pytest.raises(CheckpointError, match=r"^the files in sample:text/validation have changed since the run began"):
     check_same_run(meta, CONFIG.to_dict(), "t1", "v2")
+  with pytest.raises(CheckpointError, match=r'data\.validation: ".*" -> "elsewhere", which hold') as error:
+    check_same_run(meta, moved.to_dict(), "t1", "v2")
+  assert "data.train" not in str(error.value)  # it lies elsewhere, and holds the same
   with pytest.raises(CheckpointError, match=r"data\.validation: "):
     check_same_run(meta | {"validation_fingerprint": ""}, moved.to_dict(), "t1", "v1")
 
