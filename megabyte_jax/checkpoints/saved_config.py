@@ -21,6 +21,8 @@ from megabyte_jax.files.object_stores import unknown_scheme
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.model"  # of a model of subwords, beside its config
 SHIPPED = "pretrained:"  # before the name of a model that the package holds
+# The configs that have the shipped models' sizes.
+SHIPPED_CONFIGS = {"books": "configs/recipe.py:megabyte:4:256x4:192x5+modern"}
 _SHIPPED_FOLDER = epath.Path(__file__).parent / "pretrained"
 
 # A run continues exactly only where these agree; the rest is about where it runs, what it prints and when it saves.
@@ -164,10 +166,9 @@ def check_same_run(
   elif list(skipped) != list(meta.get("skipped", skipped)):
     differences["items of the data that cannot be read"] = list(meta["skipped"]), list(skipped)
   prints = {"train": (_plain(meta.get("fingerprint")), _plain(fingerprint))}
-  if saved := meta.get("validation_fingerprint"):
-    if validation_fingerprint:  # then it does not matter where they lie
-      differences.pop("data.validation", None)
-      prints["validation"] = saved, validation_fingerprint
+  if (saved := meta.get("validation_fingerprint")) and validation_fingerprint:  # it does not matter where they lie
+    differences.pop("data.validation", None)
+    prints["validation"] = saved, validation_fingerprint
   explained = any(f"data.{name}" in differences for name in (*_MAKES_BYTES, "raw", "train_weights"))
   changed, lines = [], []
   for split in (split for split, (was, given) in prints.items() if was != given and not explained):
@@ -231,7 +232,7 @@ def check_saved_config(workdir: epath.PathLike, config: Config, meta: Mapping[st
 
 def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
   """Decisive keys that differ, each with its saved and its current value."""
-  return {key: values for key, values in all_differences(saved, current).items() if _matters(key)}
+  return {key: values for key, values in all_differences(saved, current).items() if matters(key)}
 
 
 def all_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -249,7 +250,8 @@ def all_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dic
   }
 
 
-def _matters(key: str) -> bool:
+def matters(key: str) -> bool:
+  """Returns whether a run continues exactly only where this dotted key is the same."""
   return key.replace("[", ".").split(".")[0] in _DECISIVE and key not in _FREE
 
 
@@ -294,6 +296,11 @@ def _flat(values: Any, key: str = "") -> dict[str, Any]:
 def _plain(values: Any) -> Any:
   """Returns values as JSON gives them back: tuples are lists, keys are strings."""
   return json.loads(json.dumps(values))
+
+
+def is_absent(value: Any) -> bool:
+  """Returns whether `all_differences` found no such key on this side."""
+  return value is _ABSENT
 
 
 def show_value(value: Any) -> str:

@@ -1,6 +1,7 @@
 """Exported models come back exactly, or not at all."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from megabyte_jax.checkpoints.init_from import parameters_from
 from megabyte_jax.checkpoints.saved_config import load_config
 from megabyte_jax.checkpoints.trained_model import load
 from megabyte_jax.commands import export
-from megabyte_jax.config import Config, MeshConfig
+from megabyte_jax.config import Config, MeshConfig, overrides
 from megabyte_jax.errors import CheckpointError, ConfigError
 from megabyte_jax.models.build import abstract_model, parameter_info
 from megabyte_jax.models.loss import bits_per_byte, byte_nats
@@ -176,6 +177,16 @@ def test_shipped_models_are_whole_small_and_explained(name):
   for heading in ("## Data", "## Size", "## Results", "## Licence", "## How it was made"):
     assert heading in card
   assert f"{config.model.parameter_count():,} parameters" in card
+  same = Config.from_dict(overrides.load("--config", saved_config.SHIPPED_CONFIGS[name]))
+  assert same.model == config.model
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_config_that_does_not_fit_a_shipped_model_is_told_the_one_that_does(name):
+  config = Config.from_dict(overrides.load("--config", "configs/quickstart.py"))
+  fits = re.escape(f"give --config={saved_config.SHIPPED_CONFIGS[name]}, which has its sizes")
+  with pytest.raises(CheckpointError, match=rf"the model of pretrained:{name} does not fit this config; {fits}$"):
+    parameters_from(f"pretrained:{name}", parameters_of(config), config, MESH)
 
 
 def test_books_predict_english(tmp_path):

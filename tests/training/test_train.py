@@ -231,10 +231,16 @@ def test_fine_tuning_from_what_does_not_fit(one_level, trained, tmp_path):
   config = dataclasses.replace(one_level, data=no_validation(one_level))
   levels = (*config.model.levels, Level(patch_size=1, **SMALL))
   deeper = dataclasses.replace(config, model=dataclasses.replace(config.model, levels=levels))
-  with pytest.raises(CheckpointError, match=r"of .*trained does not fit this config; different: .*levels\.1\."):
+  has_settings = r"of .*trained does not fit this config; give .*; .*trained/config\.json has its"
+  with pytest.raises(CheckpointError, match=has_settings):
     train.train(deeper, str(tmp_path / "new"), init_from=str(trained))
+  wide = dataclasses.replace(config.model.levels[0], num_layers=3, conv_filters=(3,))
+  wider = dataclasses.replace(config, model=dataclasses.replace(config.model, levels=(wide,), context=64, dropout=0.0))
+  flags = r"or its settings: --config.model.levels\[0\].conv_filters='\(\)' --config.model.levels\[0\].num_layers=1$"
+  with pytest.raises(CheckpointError, match=flags):
+    train.train(wider, str(tmp_path / "new"), init_from=str(trained))
   perceiver = dataclasses.replace(config, model=PERCEIVER)
-  with pytest.raises(CheckpointError, match=r"does not fit this config; different: cross\."):
+  with pytest.raises(CheckpointError, match=has_settings):
     train.train(perceiver, str(tmp_path / "new"), init_from=str(trained))
   with pytest.raises(ConfigError, match=r"holds a run already, which did not start from x; take another --workdir"):
     train.train(dataclasses.replace(config, num_steps=15), str(trained), init_from="x")
