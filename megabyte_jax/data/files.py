@@ -23,7 +23,7 @@ from megabyte_jax.files.object_stores import in_parallel, is_remote
 
 _BLOCK = 4096  # bytes per place looked at for a fingerprint
 _SAMPLED_FILES = 1024  # files whose contents are looked at; names and sizes of all are
-_BEGINNING = 1 << 14  # bytes that tell whether a file is text
+_TOLD_BY = 1 << 14  # bytes per place of a large file that tell whether it is text
 _ENDINGS_OF, _MOST_ENDINGS = 100_000, 100  # of so many files, so many different endings are looked at
 _CONTROLS = re.compile(rb"[\x01-\x06\x10-\x19\x1c-\x1f]")  # those that texts in old encodings have none of
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -216,8 +216,8 @@ def sizes_of(paths: Sequence[str]) -> list[int]:
   return in_parallel(_size, paths, any(map(is_remote, paths)))
 
 
-class Beginnings(NamedTuple):
-  """Says what the beginnings of files hold.
+class Kinds(NamedTuple):
+  """Says which files hold no text, or text in another encoding.
 
   Attributes:
     looked_at: files that were looked at.
@@ -238,15 +238,17 @@ def files_of(source: Source) -> Iterator[tuple[ByteFiles, bool]]:
         yield files, isinstance(part, Joined)
 
 
-def look_at_beginnings(files: ByteFiles) -> Beginnings:
-  """Looks at the first 16 KiB of local files.
+def look_into(files: ByteFiles) -> Kinds:
+  """Looks into local files: as a whole where the fingerprint does, else at the beginning, in the middle and at the end.
 
-  Of more than 1,024 these are the evenly spaced ones that the fingerprint looks into, and the first with each ending.
+  Of more than 1,024 files these are the evenly spaced ones that the fingerprint looks into, and the first with each
+  ending.
   """
   chosen = [i for i in _to_look_at(files.paths) if not is_remote(files.paths[i])]
-  kinds = {i: _kind(files.paths[i]) for i in chosen}
+  whole = _read_whole_up_to(len(files.paths))
+  kinds = {i: _kind(files.paths[i], int(files.lengths[i]), whole) for i in chosen}
   binary, not_utf8 = ([files.names[i] for i in chosen if kinds[i] == kind] for kind in ("binary", "not UTF-8"))
-  return Beginnings(sum(map(bool, kinds.values())), binary, not_utf8)
+  return Kinds(sum(map(bool, kinds.values())), binary, not_utf8)
 
 
 def _to_look_at(paths: Sequence[str]) -> list[int]:
@@ -257,21 +259,29 @@ def _to_look_at(paths: Sequence[str]) -> list[int]:
   return sorted({*first.values(), *_evenly_spaced(len(paths))})
 
 
-def _kind(path: str) -> str:
-  """text | binary | not UTF-8, by the beginning of a file; '' where it cannot be read, which is said when it is."""
+def _kind(path: str, length: int, whole: int) -> str:
+  """text | binary | not UTF-8, by places in a file; '' where it cannot be read, which is said when it is."""
+  places = _places(length, whole, _TOLD_BY)
   try:
-    begins = read_block(path, 0, _BEGINNING)
+    blocks = [read_block(path, *place) for place in places]
   except DataError:
     return ""
-  if begins.startswith(UTF16_MARKS) and not begins.startswith(b"\xff\xfe\0\0"):  # which marks UTF-32
+  if blocks[0].startswith(UTF16_MARKS) and not blocks[0].startswith(b"\xff\xfe\0\0"):  # which marks UTF-32
     return "text"
-  if b"\0" in begins or begins.startswith(b"%PDF-"):
+  if any(b"\0" in block for block in blocks) or blocks[0].startswith(b"%PDF-"):
     return "binary"
+  odd = [block for block, place in zip(blocks, places, strict=True) if not _is_utf8(block, *place, length)]
+  return "text" if not odd else "binary" if any(map(_CONTROLS.search, odd)) else "not UTF-8"
+
+
+def _is_utf8(block: bytes, start: int, stop: int, length: int) -> bool:
+  """Tells whether bytes [start, stop) of a file are UTF-8, whose first and last character may be cut."""
+  begin = next((i for i, byte in enumerate(block[:4]) if byte & 0xC0 != 0x80), 4) if start else 0
   try:
-    codecs.getincrementaldecoder("utf-8")().decode(begins, final=len(begins) < _BEGINNING)
+    codecs.getincrementaldecoder("utf-8")().decode(block[begin:], final=stop == length)
   except UnicodeDecodeError:
-    return "binary" if _CONTROLS.search(begins) else "not UTF-8"
-  return "text"
+    return False
+  return True
 
 
 def _evenly_spaced(count: int) -> list[int]:
@@ -288,7 +298,7 @@ def fingerprint_files(paths: Sequence[str], names: Sequence[str], lengths: Seque
   Times of change are left out: a copy of the data counts as the same data.
   """
   sampled = _evenly_spaced(len(paths))
-  whole = min(_WHOLE_FILE, _WHOLE_TOTAL // len(sampled))
+  whole = _read_whole_up_to(len(paths))
   files = [(paths[i], int(lengths[i]), whole) for i in sampled]
   looked_into = in_parallel(_contents, files, any(map(is_remote, paths)))
   digest = hashlib.sha256()
@@ -299,11 +309,21 @@ def fingerprint_files(paths: Sequence[str], names: Sequence[str], lengths: Seque
   return digest.hexdigest()[:16]
 
 
+def _read_whole_up_to(files: int) -> int:
+  """Bytes up to which each of so many files is read as a whole."""
+  return min(_WHOLE_FILE, _WHOLE_TOTAL // max(1, min(files, _SAMPLED_FILES)))
+
+
+def _places(length: int, whole: int, block: int) -> list[tuple[int, int]]:
+  """Where a file is looked at: (first byte, byte after the last) of all of it, or of three blocks."""
+  starts = sorted({0, max(0, length // 2 - block // 2), max(0, length - block)})
+  return [(0, length)] if length <= whole else [(start, min(length, start + block)) for start in starts]
+
+
 def _contents(file: tuple[str, int, int]) -> bytes:
   """Returns a digest of a file, (path, bytes, bytes up to which it is read as a whole), or of three blocks of it."""
   path, length, whole = file
-  starts = sorted({0, max(0, length // 2 - _BLOCK // 2), max(0, length - _BLOCK)})
-  places = [(0, length)] if length <= whole else [(start, min(length, start + _BLOCK)) for start in starts]
+  places = _places(length, whole, _BLOCK)
   try:
     return hashlib.sha256(b"".join(read_block(path, *place) for place in places if length > 0)).digest()
   except DataError:  # one that is skipped; others are reported when they are read

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from megabyte_jax.config import Config, DataConfig
-from megabyte_jax.data.files import files_of, look_at_beginnings
+from megabyte_jax.data.files import files_of, look_into
 from megabyte_jax.data.folders import overlaps
 from megabyte_jax.data.open_data import decodable_as
 from megabyte_jax.data.source_names import split_list
@@ -98,7 +98,7 @@ def _text_notices(source: Source) -> list[str]:
   not_utf8: list[str] = []
   looked_at = there = 0
   for files, beside_records in files_of(source):
-    found = look_at_beginnings(files)
+    found = look_into(files)
     if beside_records or len(found.binary) < found.looked_at:
       not_text += [name for name in found.binary if not name.lower().endswith(_NOT_TEXT)]
     not_utf8 += [name for name in found.not_utf8 if not name.lower().endswith(_NOT_TEXT)]

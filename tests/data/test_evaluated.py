@@ -182,16 +182,26 @@ def test_files_among_texts_that_are_not_text_are_told_by_their_contents(tmp_path
 
 
 def test_files_that_are_not_in_utf8_are_told_with_a_remedy(tmp_path):
-  whole = b"x" * ((1 << 14) - 1) + "\xe9".encode()  # what is looked at ends within a character
-  write_all(tmp_path, a_txt=LATIN, b_txt=whole, c_txt=b"words", d_txt=b"x" * (1 << 14) + LATIN, e_txt=b"cut \xc3")
+  write_all(tmp_path, a_txt=LATIN, c_txt=b"words", d_txt=b"x" * (1 << 14) + LATIN, e_txt=b"cut \xc3")
   remedy = "; if that is Latin-1, convert it: iconv -f latin1 -t utf-8 OLD > NEW"
-  assert text_notices(tmp_path) == [f"not in UTF-8: a.txt, e.txt{remedy}"]
+  assert text_notices(tmp_path) == [f"not in UTF-8: a.txt, d.txt, e.txt{remedy}"]
   assert text_notices(tmp_path / "a.txt") == [f"not in UTF-8: a.txt{remedy}"]
   write_all(tmp_path, f_txt=LATIN, g_txt=LATIN, h_doc=LATIN)
   not_text, not_utf8 = text_notices(tmp_path)
-  assert "bytes: h.doc; move" in not_text and not_utf8 == f"not in UTF-8: a.txt, e.txt, f.txt and 1 more{remedy}"
+  assert "bytes: h.doc; move" in not_text and not_utf8 == f"not in UTF-8: a.txt, d.txt, e.txt and 2 more{remedy}"
   (tmp_path / "new\nline.txt").write_bytes(LATIN)
   assert r"new\nline.txt" in report.notice_lines(text_notices(tmp_path / "new\nline.txt"))[0]
+
+
+def test_large_files_are_looked_at_in_three_places(tmp_path):
+  large = b"x" + "\xe9".encode() * (1 << 19) + b"y"  # more than what is read whole; places may cut characters
+  half, end = len(large) // 2 & ~1, len(large) - 100
+  write_all(tmp_path, a_txt=large, b_txt=large + b"\n", c_txt=large[:half] + LATIN + large[half:])
+  write_all(tmp_path, d_txt=large[:end] + LATIN, e_txt=large[:half] + b"\0" + large[half:], f_txt=large + b"\xc3")
+  assert [line.split("; ")[0] for line in text_notices(tmp_path)] == [
+    "not plain text, read as raw bytes: e.txt",
+    "not in UTF-8: c.txt, d.txt, f.txt",
+  ]
 
 
 def test_few_of_many_files_are_looked_at(tmp_path, monkeypatch):
@@ -207,7 +217,7 @@ def test_few_of_many_files_are_looked_at(tmp_path, monkeypatch):
   monkeypatch.setattr(files, "is_remote", lambda path: True)
   source = files.ByteFiles.__new__(files.ByteFiles)
   source.paths = source.names = ["gs://bucket/a.png"]
-  assert files.look_at_beginnings(source) == (0, [], []) and len(opened) == 4
+  assert files.look_into(source) == (0, [], []) and len(opened) == 4
 
 
 def test_what_is_skipped_is_named(tmp_path):
