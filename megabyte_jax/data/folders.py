@@ -19,6 +19,8 @@ from megabyte_jax.files import object_stores
 
 _DEEPEST = 200  # folders within folders
 _MOST_VISITS = 100  # of one folder, through links
+ARRAYS = (".npz", ".npy", ".pkl", ".pickle")  # endings of files of arrays, which are no documents
+ARRAYS_HINT = "images in arrays are written as files first, as docs/data.md shows under Images in arrays"
 _PACKED = ("data.bin", "ends.npy", "ends", "names.txt", "manifest.json")  # see packing/packed_folder.py
 
 
@@ -133,6 +135,9 @@ def _nothing_in(folder: str, suffixes: Sequence[str], others: Sequence[str]) -> 
   if not others:
     return f"no files in folder {folder}{looked}; name one that has some"
   form = ", or set config.data.form to what these are" if suffixes else ""
+  seen = {os.path.splitext(path)[1].lower() for path in others if not os.path.basename(path).startswith(".")}
+  if ".png" in suffixes and seen and seen.issubset(("", *ARRAYS)):
+    form = f"; {ARRAYS_HINT}"
   return f"no files in folder {folder}{looked}, but others: {_kinds(others)}; name another folder{form}"
 
 

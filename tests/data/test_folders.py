@@ -141,6 +141,16 @@ def test_a_folder_of_other_files_says_what_it_has(folder):
     "1 without ending, 1 .md; name another folder, or set config.data.form to what these are"
   )
   (folder / "b" / "README").rename(folder / "b" / ".README")
+  (folder / "arrays").mkdir()
+  (folder / "arrays" / "train_data_batch_1").touch()
+  (folder / "arrays" / "val.npz").touch()
+  arrays = (
+    r"others: 1 without ending, 1 \.npz; name another folder; images in arrays are written as files first, as docs/"
+  )
+  with pytest.raises(DataError, match=arrays):
+    open_path(str(folder / "arrays"), DataConfig(form="image"))
+  with pytest.raises(DataError, match=r"to what these are$"):
+    open_path(str(folder / "arrays"), DataConfig(form="audio"))
   (folder / "b" / "c.txt").unlink()
   with pytest.raises(DataError, match=r"no files in folder .*/b, but others: 1 hidden; name another folder$"):
     open_path(str(folder / "b"), PLAIN)

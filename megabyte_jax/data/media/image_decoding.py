@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megabyte_jax.data.folders import ARRAYS_HINT
 from megabyte_jax.data.media import png
 from megabyte_jax.data.sources import said
 from megabyte_jax.errors import DataError
@@ -22,6 +23,8 @@ SUFFIXES = (
 )  # fmt: skip
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")
 _KINDS = "JPEG, PNG, WebP, GIF, TIFF, BMP or AVIF"
+_ARRAYS = {b"PK\3\4": "a zip or .npz file", b"\x93NUMPY": "NumPy's .npy file"}  # by their first bytes
+_ARRAYS |= {bytes([0x80, protocol]): "a pickle" for protocol in (2, 3, 4, 5)}
 MAX_PIXELS = 178_956_970  # Pillow's own limit, against small files that fill the memory
 _ALPHA, _GREY = ("RGBA", "LA", "PA", "RGBa", "La"), ("L", "1")
 _GREY_IMAGE, _CMYK_IMAGE = "a grey image", "an image of colours CMYK"  # what decoders of three channels make RGB
@@ -66,7 +69,7 @@ def open_image(
   except DataError:
     raise
   except Exception as error:  # decoders of damaged files raise nearly everything
-    raise _unreadable(name, error, remedy) from error
+    raise _unreadable(name, data, error, remedy) from error
   flags = "--config.data.convert_images=True (eval.py and prepare: --convert-images)"
   make_rgb = f"make it RGB with {flags}" if convertible else ""
   remedies = ", or ".join(filter(None, (remedy, make_rgb)))
@@ -81,10 +84,12 @@ def read_size(data: bytes, name: str, remedy: str = "", max_pixels: int = MAX_PI
   except DataError:
     raise
   except Exception as error:  # see open_image
-    raise _unreadable(name, error, remedy) from error
+    raise _unreadable(name, data, error, remedy) from error
 
 
-def _unreadable(name: str, error: Exception, remedy: str) -> DataError:
+def _unreadable(name: str, data: bytes, error: Exception, remedy: str) -> DataError:
+  if what := next((what for begins, what in _ARRAYS.items() if data.startswith(begins)), ""):
+    return DataError("; ".join(filter(None, (f"{name} is {what}, not an image; {ARRAYS_HINT}", remedy))))
   return DataError("; ".join(filter(None, (f"{name} is not a whole {_KINDS} image ({said(error)})", remedy))))
 
 

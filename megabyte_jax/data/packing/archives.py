@@ -15,7 +15,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Protocol
 
+from megabyte_jax.data.folders import ARRAYS_HINT
 from megabyte_jax.data.records.contents import OPENERS
+from megabyte_jax.data.records.file_types import holds_arrays
 from megabyte_jax.errors import DataError
 
 _TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
@@ -54,11 +56,11 @@ def documents(
 
   Args:
     path: of the archive.
-    skip_bad: take empty files for ones to be skipped.
+    skip_bad: take empty files, and files of arrays, for ones to be skipped.
     on_place: called now and then with the byte of the archive that has been reached.
 
   Raises:
-    DataError: the archive is damaged or cut short; or, without `skip_bad`, a file in it is empty.
+    DataError: the archive is damaged or cut short; or, without `skip_bad`, a file in it is empty or holds arrays.
     BadItem: while blocks are read: that file is damaged, which is not a hindrance to the next.
   """
   name = path
@@ -66,9 +68,11 @@ def documents(
     with open(path, "rb") as archive:
       for name, size, opened in _members(path, archive):
         on_place(archive.tell())
-        if size == 0 and not skip_bad:
-          raise DataError(f"{name} in {path} is empty; skip such files with --skip-bad")
-        yield None if size == 0 else (name, _blocks(opened, name, path, lambda: on_place(archive.tell())))
+        arrays = f"holds arrays, not text; unpack it: {ARRAYS_HINT}" if holds_arrays(name) else ""
+        odd = "is empty" if size == 0 else arrays
+        if odd and not skip_bad:
+          raise DataError(f"{name} in {path} {odd}; skip such files with --skip-bad")
+        yield None if odd else (name, _blocks(opened, name, path, lambda: on_place(archive.tell())))
   except _ERRORS as error:
     if isinstance(error, DataError):
       raise

@@ -10,7 +10,7 @@ import numpy as np
 
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data.files import UTF16_MARKS, ByteFiles
-from megabyte_jax.data.folders import find_files
+from megabyte_jax.data.folders import ARRAYS, ARRAYS_HINT, find_files
 from megabyte_jax.data.records.contents import decompressed, is_compressed, pack_command, stem
 from megabyte_jax.data.records.lines import Lines
 from megabyte_jax.data.records.parquet import Parquet
@@ -32,13 +32,18 @@ def kind_of(name: str, as_records: bool = False) -> str:
   """
   lower = name.lower()
   inside = stem(lower)
-  if lower.endswith(_UNREAD) or (is_compressed(inside) and inside != lower):
+  if lower.endswith(_UNREAD) or holds_arrays(inside) or (is_compressed(inside) and inside != lower):
     return "unread"
   if inside.endswith(_ARCHIVES) or lower.endswith(_ARCHIVES):
     return "archive"
   if inside.endswith(_LINES) or (inside.endswith(".json") and (as_records or inside != lower)):
     return "lines"
   return "parquet" if inside.endswith(_PARQUET) else "bytes"
+
+
+def holds_arrays(name: str) -> bool:
+  """Tells whether a name ends like that of a file of arrays, NumPy's or a pickle."""
+  return name.lower().endswith(ARRAYS)
 
 
 def open_documents(path: str, field: str, data: DataConfig, spec: str, skip_empty: bool = False) -> Source:
@@ -112,7 +117,12 @@ def _notice_utf16(files: Source) -> None:
 
 
 def unread(path: str) -> DataError:
-  """Returns the error about a file whose kind of compression is not read, or that is compressed twice."""
+  """Returns the error about a file of arrays, or whose kind of compression is not read, or that is compressed twice."""
+  if holds_arrays(stem(path)):
+    return DataError(
+      f"{path} holds arrays, not text; {ARRAYS_HINT}; or take its bytes as they are with {RAW_HINT}, or leave such "
+      f"files out with {SKIP_HINT}"
+    )
   how = "twice" if is_compressed(path) else "in a way that is not read"
   return DataError(
     f"{path} is compressed {how}; decompress it first, take its bytes as they are with {RAW_HINT}, or leave such files "
@@ -129,9 +139,10 @@ def _check_archives(paths: Sequence[str], kinds: Sequence[str], data: DataConfig
   if not archives:
     raise unread(paths[found[0]])
   more = f", one of {len(archives):,}" if len(archives) > 1 else ""
+  holds = "the files that it holds" if len(paths) == 1 else f"what {spec} and its archives hold"
   raise DataError(
-    f"{archives[0]} is an archive{more}; pack the files that it holds, and name that folder:",
-    f"  {pack_command(spec if paths == [spec] else archives[0], data)}",
+    f"{archives[0]} is an archive{more}; pack {holds}, and name that folder:",
+    f"  {pack_command(spec, data)}",
     f"or take the archive's own bytes: {RAW_HINT}" + ("" if len(paths) == 1 else f", or leave it out: {SKIP_HINT}"),
   )
 
