@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> str:
   keep_compiled_programs()
   model, _, step = load(args.workdir, args.step, mesh)
   unfinished = f" (of {config.num_steps:,} steps)" if step < config.num_steps else ""
-  print(f"step {step} of {args.workdir}{unfinished}, {report.count_documents(source)} of {args.data or args.split}")
+  print(f"step {step} of {args.workdir}{unfinished}, {report.count_documents(source, args.data or args.split)}")
   for line in report.notice_lines(report.data_notices(config.data, source)):
     print(line)
   if config.data.image_tiles and config.data.form == "image":

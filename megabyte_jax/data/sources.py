@@ -137,6 +137,11 @@ def check_unit(source: Source, context: int) -> None:
   )
 
 
+def documents_in_words(count: int) -> str:
+  """Returns `1 document`, `2 documents` and so on."""
+  return f"{count:,} document{'s' * (count != 1)}"
+
+
 def skipped_names(source: Source) -> list[str]:
   """Returns what the items that were left out are called, of those that the source knows; `skipped` counts all."""
   return getattr(source, "skipped_names", [])

@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 from megabyte_jax.config import Config, DataConfig
 from megabyte_jax.data.files import files_of, look_into
 from megabyte_jax.data.folders import overlaps
+from megabyte_jax.data.media.image_source import notice_of_scaling
 from megabyte_jax.data.open_data import decodable_as
 from megabyte_jax.data.source_names import split_list
-from megabyte_jax.data.sources import Source, first_names, skipped_names
+from megabyte_jax.data.sources import Source, documents_in_words, first_names, skipped_names
 from megabyte_jax.data.subwords.source import text_of
 from megabyte_jax.display.progress import Progress, duration, human
 from megabyte_jax.errors import in_one_line
@@ -83,12 +84,14 @@ def notices(config: Config, source: Source, validation: Source | None = None) ->
 
 
 def data_notices(data: DataConfig, source: Source) -> list[str]:
-  """Returns what was left out of data, and what among texts is none, or not in UTF-8; a line each."""
+  """Returns what was left out of data, what among texts is none or not in UTF-8, and scaled images; a line each."""
   told = []
   if names := skipped_names(source):
     told.append(f"skipped: {first_names(names, source.skipped)}")
   if data.form in ("bytes", "subwords") and not data.raw:
     told += _text_notices(text_of(source))
+  if scaled := notice_of_scaling(source):
+    told.append(scaled)
   return told
 
 
@@ -131,13 +134,10 @@ def attention_line(config: Config, mesh: Mesh) -> str:
   return "; ".join(parts)
 
 
-def count_documents(source: Source) -> str:
-  """Counts the documents of a source, and the items left out as empty or unreadable."""
-  return _documents(len(source.lengths)) + (f", {source.skipped:,} skipped" if source.skipped else "")
-
-
-def _documents(count: int) -> str:
-  return f"{count:,} document" if count == 1 else f"{count:,} documents"
+def count_documents(source: Source, name: str = "") -> str:
+  """Counts the documents of a source, of this name if one is given, and the items left out as empty or unreadable."""
+  of = f" of {name}" if name else ""
+  return documents_in_words(len(source.lengths)) + of + (f" ({source.skipped:,} skipped)" if source.skipped else "")
 
 
 def evaluate_and_print(
@@ -183,7 +183,7 @@ def results_table(
   config: Config, result: Evaluation, compressors: dict[str, Compressed], sources: Sequence[SourceBits] = ()
 ) -> str:
   """Renders bits per byte of the model and of the compressors, one line each."""
-  documents = _documents(int(np.count_nonzero(result.document_bytes)))
+  documents = documents_in_words(int(np.count_nonzero(result.document_bytes)))
   if config.data.unit == "token":
     documents += f", {result.tokens:,} tokens of {result.bytes / result.tokens:.2f} bytes each"
   lines = [

@@ -24,6 +24,8 @@ from megabyte_jax.errors import ConfigError, DataError
 def test_a_folder_packed_is_the_folder(tmp_path, capsys):
   pack(write_texts(tmp_path / "texts"), tmp_path / "packed")
   assert "3 documents, 331 bytes" in capsys.readouterr().out
+  pack(tmp_path / "texts/a.txt", tmp_path / "one")
+  assert f"one: 1 document, {len(TEXTS['a.txt'])} bytes" in capsys.readouterr().out
   source = open_path(str(tmp_path / "packed"), PLAIN)
   assert contents(source) == TEXTS and not (tmp_path / "packed.part").exists()
   manifest = json.loads((tmp_path / "packed" / "manifest.json").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.media import image_decoding, image_scaling, patch_scan
 from megabyte_jax.data.media.encoded_media import EncodedMedia
 from megabyte_jax.data.shared_cache import DOCUMENT_BYTES, SharedCache, array_bytes
-from megabyte_jax.data.sources import SKIP_HINT, check_range
+from megabyte_jax.data.sources import SKIP_HINT, Joined, Source, check_range
 from megabyte_jax.errors import DataError, require
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _REMEDY = (
   f"remove it before a run begins, or skip and count all such images with {SKIP_HINT}, also in a run that has begun"
 )
+_SIZES_OF = 16  # images of a source whose sizes are looked at
 _TILE_BYTES = DOCUMENT_BYTES >> 2  # that are kept as documents: cutting one from an image that is kept takes little
 
 
@@ -123,6 +125,14 @@ class Images:
   def _size(self, i: int) -> tuple[int, int]:
     return image_decoding.read_size(self.encoded.load(i), self.encoded.place(i), _REMEDY, self.data.max_pixels)
 
+  def sizes_of_some(self) -> list[tuple[int, int]]:
+    """Returns (width, height) of some images, evenly spaced, without those that cannot be read."""
+    found, count = [], len(self._image)
+    for k in np.unique(np.linspace(0, count - 1, min(count, _SIZES_OF)).astype(int)):
+      with contextlib.suppress(DataError):  # said where the image is decoded
+        found.append(self._size(self._image[k]))
+    return found
+
   def _scaled_size(self, i: int) -> tuple[int, int]:
     """(width, height) of an image from which tiles are cut. Raises DataError where they are too many pixels."""
     tiles, most = self.data.image_tiles, max(self.data.max_pixels, image_decoding.MAX_PIXELS)
@@ -165,6 +175,21 @@ class Images:
         self._places.append((row * n, column * n))
         names.append(f"{self.encoded.names[i]}[{row},{column}]")  # image_of knows this
     self._image, self.names = numbers, names
+
+
+def notice_of_scaling(source: Source) -> str:
+  """Says that images of other sizes are scaled; '' where none of some that are looked at is, or tiles are cut."""
+  parts = source.sources if isinstance(source, Joined) else [source]
+  images = [part for part in parts if isinstance(part, Images) and not part.data.image_tiles]
+  sizes = [size for part in images for size in part.sizes_of_some()]
+  n = images[0].data.image_size if images else 0
+  if not (other := [size for size in sizes if size != (n, n)]):
+    return ""
+  enlarged = sum(min(size) < n for size in other)
+  return (
+    f"scaled or cut to {n} x {n} pixels: {len(other)} of {len(sizes)} image{'s' * (len(sizes) != 1)} looked at"
+    f"{f' ({enlarged} enlarged)' if enlarged else ''}; compare bits per byte only with those of images scaled alike"
+  )
 
 
 def centred_square(data: bytes, name: str, config: DataConfig) -> np.ndarray:

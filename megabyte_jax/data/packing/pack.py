@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data.fingerprints import combine_fingerprints
+from megabyte_jax.data.media.image_source import notice_of_scaling
 from megabyte_jax.data.open_data import decodable_as, open_path
 from megabyte_jax.data.packing import archives, packed_folder
 from megabyte_jax.data.packing.archives import Item
@@ -16,7 +17,7 @@ from megabyte_jax.data.packing.streams import Stream, stream_of
 from megabyte_jax.data.packing.streams import documents as stream_documents
 from megabyte_jax.data.read_ahead import read_ahead
 from megabyte_jax.data.source_names import split_list
-from megabyte_jax.data.sources import Source
+from megabyte_jax.data.sources import Source, documents_in_words
 from megabyte_jax.errors import DataError
 
 _BLOCK = 1 << 24  # bytes read at once of a long document
@@ -40,10 +41,12 @@ def pack(spec: str, folder: str, data: DataConfig) -> None:
     source = open_path(spec, data)
     if data.form == "bytes" and not data.raw and (form := decodable_as(source.names)):
       print(f"notice  these files are packed as they are; --form={form} decodes them", file=sys.stderr, flush=True)
+    if scaled := notice_of_scaling(source):
+      print(f"notice  {scaled}", file=sys.stderr, flush=True)
     writer = PackWriter(folder, _request(spec, source.fingerprint, data, source.skipped), source.unit)
     writer.write(_documents(source, writer.items_done), total_bytes=int(source.lengths.sum()), skipped=source.skipped)
   manifest = packed_folder.Packed(folder, data).manifest
-  print(f"{folder}: {manifest['documents']:,} documents, {manifest['bytes']:,} bytes", end="")
+  print(f"{folder}: {documents_in_words(manifest['documents'])}, {manifest['bytes']:,} bytes", end="")
   print(f", {manifest['skipped']:,} skipped" if manifest["skipped"] else "")
 
 
