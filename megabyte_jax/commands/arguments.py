@@ -107,7 +107,8 @@ class Parser(argparse.ArgumentParser):
     begin = [end for end in by_end if end.startswith(wanted)]
     parts = [end for end in by_end if wanted in end.split("_")]
     close = [wanted] if wanted in by_end else begin or parts or difflib.get_close_matches(wanted, by_end, n=1)
-    return f"; did you mean --{name}.{by_end[close[0]]}?" if close else ""
+    meant = by_end[close[0]].replace("data.KEY", "data.train") if close else ""  # as --data of eval.py
+    return f"; did you mean --{name}.{meant}?" if close else ""
 
   def _check_given_once(self, arguments: Sequence[str]) -> None:
     """Refuses a second value of one flag; argparse would take the last without a word."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import glob
 import inspect
 import os
@@ -130,8 +131,7 @@ def _module(flag: str, path: str) -> types.ModuleType:
     name = str(file) if file.is_file() else f"<{file}>"  # a pipe must not be opened again, by a traceback for one
     code = compile(source, name, "exec")
   except OSError as error:
-    near = did_you_mean(path, glob.glob(os.path.join(os.path.dirname(path), "*.py"))) if os.path.dirname(path) else ""
-    raise FlagError(f"{flag}: {error.strerror}: {path!r}{near}") from error
+    raise FlagError(f"{flag}: {error.strerror}: {path!r}{_near_file(path)}") from error
   except SyntaxError as error:
     raise FlagError(f"{flag}: {path}, line {error.lineno}: {error.msg}") from error
   except ValueError as error:  # null bytes, which later Pythons call a SyntaxError
@@ -142,6 +142,17 @@ def _module(flag: str, path: str) -> types.ModuleType:
   with _ErrorsOf(flag, name):
     exec(code, module.__dict__)
   return module
+
+
+def _near_file(path: str) -> str:
+  """Returns `; did you mean FILE?` for a config file beside `path`; for a name alone, for one in configs/."""
+  if folder := os.path.dirname(path):
+    return did_you_mean(path, glob.glob(os.path.join(folder, "*.py")))
+  root = shipped("configs").parent
+  there = sorted(str(file.relative_to(root)) for file in (root / "configs").rglob("*.py"))
+  by_name = {os.path.basename(file).removesuffix(".py"): file for file in there}
+  close = difflib.get_close_matches(path.removesuffix(".py"), by_name, n=1)
+  return f"; did you mean {by_name[close[0]]}?" if close else ""
 
 
 def _call(flag: str, reference: str, module: types.ModuleType, row: list[str]) -> ConfigDict:
@@ -189,27 +200,36 @@ def _apply(config: ConfigDict, change: Override) -> None:
   parts = [int(i) if i else name for i, name in re.findall(r"\[(-?\d+)\]|(\w+)", change.key)]
   holder: Any = config
   for part in parts[:-1]:
-    holder = _item(holder, part, change)
-  current = _item(holder, parts[-1], change)
+    holder = _item(holder, part, change, config)
+  current = _item(holder, parts[-1], change, config)
   if isinstance(holder, tuple):
     raise FlagError(f"{change.written}: one element cannot be replaced; give the whole tuple")
   holder[parts[-1]] = _value(change, current)
 
 
-def _item(holder: Any, part: int | str, change: Override) -> Any:
+def _item(holder: Any, part: int | str, change: Override, config: ConfigDict) -> Any:
   """Returns what the holder has under a key or at an index."""
   known = list(holder) if isinstance(holder, (ConfigDict, dict)) else []
   if isinstance(part, str) and part in known:
     return holder[part]
   if isinstance(part, int) and isinstance(holder, (tuple, list)) and -len(holder) <= part < len(holder):
     return holder[part]
-  near = did_you_mean(str(part), known, change.flag.partition(f".{part}")[0] + ".")
+  near = _elsewhere(part, change, config) or did_you_mean(str(part), known, change.flag.partition(f".{part}")[0] + ".")
   if not near and isinstance(holder, (tuple, list)):
     near = f"; there are [0] to [{len(holder) - 1}]"
   elif not near:
     shown = f".{part}" if isinstance(part, str) else f"[{part}]"
     near = f"; there are {', '.join(known)}" if known else f"; before {shown} stands a value, which has no keys"
   raise FlagError(f"there is no such key: {change.written}{near}")
+
+
+def _elsewhere(part: int | str, change: Override, config: ConfigDict) -> str:
+  """Returns `; did you mean FLAG?` for the keys of other groups that are called as the one that is not there."""
+  before, _, behind = change.flag.partition(f".{part}")
+  start = before.partition(".")[0]
+  same = [key for key in (key.removesuffix(".KEY") for key in keys(config)) if key.rpartition(".")[2] == part]
+  flags = [f"{start}.{key}{behind}" for key in same]
+  return f"; did you mean {' or '.join(flags)}?" if flags else ""
 
 
 def _value(change: Override, current: Any) -> Any:

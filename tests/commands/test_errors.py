@@ -24,7 +24,12 @@ CASES = {
     2,
     r"unknown flag --learning-rate; did you mean --config\.optimizer\.learning_rate\? \(see",
   ),
-  "a group without --config": (["train.py", "--data=x"], 2, r"unknown flag --data; did you mean --config\.data\.KEY\?"),
+  "a group without --config": (
+    ["train.py", "--data=x"],
+    2,
+    r"unknown flag --data; did you mean --config\.data\.train\?",
+  ),
+  "another group without --config": (["train.py", "--mesh=x"], 2, r"did you mean --config\.mesh\.KEY\?"),
   "part of a key": (["train.py", "--steps=3"], 2, r"did you mean --config\.num_steps\?"),
   "unknown key": (
     ["train.py", "--config.nokey=1"],

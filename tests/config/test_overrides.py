@@ -75,6 +75,10 @@ def test_groups_are_given_as_dicts():
     (["--config.model.levels[0]={}"], r"one element cannot be replaced; give the whole tuple$"),
     (["--config.model..x=1"], r"--config\.model\.\.x=1 names no key"),
     (["--config.batch_sise=1"], r"--config\.batch_sise=1; did you mean --config\.batch_size\?$"),
+    (["--config.learning_rate=1"], r"learning_rate=1; did you mean --config\.optimizer\.learning_rate\?$"),
+    (["--config.levels[0].width=1"], r"width=1; did you mean --config\.model\.levels\[0\]\.width\?$"),
+    (["--config.data.batch_size=1"], r"did you mean --config\.batch_size or --config\.eval\.batch_size\?$"),
+    (["--noconfig.bias"], r"no such key: --noconfig\.bias; did you mean --noconfig\.model\.bias\?$"),
     (["--config.mesh.x=1"], r"--config\.mesh\.x=1; there are data, fsdp, seq, tensor$"),
     (["--config.seed.x=1"], r"there is no such key: --config\.seed\.x=1; before \.x stands a value, which has no keys"),
     (["--config.seed[0]=1"], r"--config\.seed\[0\]=1; before \[0\] stands a value, which has no keys$"),
@@ -127,6 +131,15 @@ def test_shipped_configs_are_found_from_anywhere(tmp_path, monkeypatch):
   assert changed(file="configs/quickstart.py") == here
   with pytest.raises(FlagError, match=r"No such file or directory: 'configs/nothing\.py'"):
     changed(file="configs/nothing.py")
+  for name, meant in {
+    "quickstart": "configs/quickstart",
+    "smal.py": "configs/small",
+    "table5": "configs/paper/table5",
+  }.items():
+    with pytest.raises(FlagError, match=rf"No such file or directory: '{name}'; did you mean {meant}\.py\?$"):
+      changed(file=name)
+  with pytest.raises(FlagError, match=r"No such file or directory: 'nothing'$"):
+    changed(file="nothing")
 
 
 def test_homes_are_expanded_in_lists(monkeypatch):
