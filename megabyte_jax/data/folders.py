@@ -124,8 +124,8 @@ def _refuse_packed(spec: str, paths: Sequence[str]) -> None:
     data, *ends = (os.path.join(inner, part) for part in ("data.bin", "ends.npy", "ends"))
     if name in _PACKED and exists(data) and any(map(exists, ends)):
       raise DataError(
-        f"{spec} has the packed folder {inner or os.curdir} in it, whose files are not documents; move it elsewhere, "
-        "or name sources one by one, separated by commas"
+        f"{spec} has the packed folder {inner or os.curdir} in it, whose files are not documents; name "
+        f"{inner or os.curdir} itself (several sources are separated by commas), or move it elsewhere"
       )
 
 
