@@ -7,8 +7,8 @@
   python -m megabyte_jax plan --config=... --save=step.pickle                  # keeps the executable; see `save`
 
 Needs libtpu, not a TPU: pip install "jax[tpu]". Topologies have the form KIND:SIZE, with sizes of chips: v4:2x2x2,
-v5e:4x4 ... 16x16, v5p:2x2x1 ..., v6e:4x4 ... 16x16, tpu7x:2x2x1 ... . Devices of v4 and tpu7x are half a chip. The exit
-code is 1 if the step does not fit.
+v5e:4x4 ... 16x16, v5p:2x2x1 ..., v6e:4x4 ... 16x16, tpu7x:2x2x1 ... . Devices of tpu7x are half a chip. The exit code
+is 1 if the step does not fit.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _GIB = 2**30
 
 def describe(plan: Plan) -> str:
   """Returns the plan as text for people."""
-  from megabyte_jax.planning.plans import BETWEEN, axes_text, windows_of
+  from megabyte_jax.planning.plans import BETWEEN, axes_text, remedies, windows_of
 
   config, model, unit = plan.config, plan.config.model, plan.config.data.unit
   counted = "B" if unit == "byte" else "tokens"
@@ -63,6 +63,8 @@ def describe(plan: Plan) -> str:
     shown = " + ".join(f"{size / _GIB:.2f} {name}" for size, name in parts)
     lines.append(f"memory      {plan.total / _GIB:.2f} GiB {of} ({shown})")
   lines.append("fits        yes" if plan.fits else f"fits        no: {plan.reason}")
+  if not plan.fits:
+    lines.append(f"try         {remedies(plan)}")
   for kind, (count, sent) in sorted(plan.wire.items()):
     lines.append(f"{kind:<26}{count:>6} a step, each device sends {human(sent, 'B')}")
   if plan.bounds:
@@ -148,6 +150,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
   if args.save:
     check_output_file("--save", args.save)
   require(not (args.search and args.quick), "--search ends with the real program; leave out --quick")
+  parts = args.config.accumulate
+  if args.batch_size and not args.accumulate and isinstance(parts, int) and parts > 1:
+    args.accumulate, args.config.accumulate = parts, 1  # they divide the batch that is planned, not the config's
   return args
 
 
@@ -156,10 +161,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
   args = parse_arguments(arguments)
   import jax
 
-  from megabyte_jax.planning.plans import changed, make_plan, topology_devices
+  from megabyte_jax.planning.plans import changed, lay_out, make_plan
   from megabyte_jax.planning.search import search
+  from megabyte_jax.planning.topologies import topology_devices
 
   jax.config.update("jax_platforms", "cpu")  # nothing runs here, and a TPU of this machine may be busy
+  devices = topology_devices(args.topology, args.slices)
   config = changed(
     Config.from_dict(args.config),
     batch_size=args.batch_size,
@@ -167,13 +174,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     remat=args.remat,
     mesh=args.mesh,
   )
-  devices = topology_devices(args.topology, args.slices)
-  print(f"compiling for {args.topology}, which can take minutes", file=sys.stderr, flush=True)
   with stopping.at_once():  # compilers hold Python for minutes, and nothing is lost
     if args.search:
       sizes = (config.batch_size,) if args.batch_size else ()
       plan, executable = search(config, args.topology, devices, args.step, tries=args.tries, batch_sizes=sizes)
     else:
+      lay_out(config, devices, args.step)  # what is wrong is said first
+      print(f"compiling for {args.topology}, which can take minutes", file=sys.stderr, flush=True)
       plan, executable = make_plan(config, args.topology, devices, args.step, quick=args.quick)
   print(to_json(plan) if args.json else describe(plan), flush=True)
   if args.save:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from typing import TextIO
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 _EVERY = 0.25  # seconds between two updates, at least
 _LINE_EVERY = 60.0  # the same where the stream is a file
+_ELAPSED_EVERY = 30.0  # seconds between two lines about work whose end is not known
 
 
 def human(value: float, unit: str = "") -> str:
@@ -40,6 +44,24 @@ def duration(seconds: float) -> str:
   if hours:
     return f"{hours}h{minutes:02}m"
   return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+@contextlib.contextmanager
+def elapsed(label: str, every: float = _ELAPSED_EVERY) -> Iterator[None]:
+  """Says on stderr every `every` seconds how long the block has taken: for work that reports nothing itself."""
+  start, over = time.monotonic(), threading.Event()
+
+  def say() -> None:
+    while not over.wait(every):
+      print(f"{label}: {duration(time.monotonic() - start)} so far", file=sys.stderr, flush=True)
+
+  thread = threading.Thread(target=say, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    over.set()
+    thread.join()
 
 
 class Progress:

@@ -54,7 +54,7 @@ class TpuChip:
 
 _GIB = 2**30
 _TPU_CHIP = {
-  "TPU v4": TpuChip(2, 30.5 * _GIB, 1.2e12, 45e9, None),
+  "TPU v4": TpuChip(2, 30.75 * _GIB, 1.2e12, 45e9, None),
   "TPU v5 lite": TpuChip(1, 15.75 * _GIB, 819e9, 50e9, 3.125e9),
   "TPU v5": TpuChip(2, 95 * _GIB, 2.765e12, 100e9, 6.25e9),
   "TPU v6 lite": TpuChip(1, 31.25 * _GIB, 1.638e12, 100e9, 12.5e9),
@@ -102,7 +102,7 @@ def tpu_chip(device: jax.Device) -> TpuChip:
 
 
 def devices_per_chip(device: jax.Device) -> int:
-  """Returns the devices per chip: two for v4 (as planned for) and tpu7x, one for all others."""
+  """Returns the devices per chip: two for tpu7x, one for all others that `plan` knows."""
   return tpu_chip(device).cores // getattr(device, "num_cores", 1) if is_known_tpu(device) else 1
 
 

@@ -110,8 +110,14 @@ def _divisors(count: int) -> list[int]:
   return [n for n in range(1, count + 1) if count % n == 0]
 
 
-def check_mesh(mesh: Mesh | AbstractMesh, model: ModelConfig, batch_size: int) -> None:
-  """Raises ConfigError, naming sizes that would fit, unless the model and batch can be spread over the mesh."""
+def check_mesh(mesh: Mesh | AbstractMesh, model: ModelConfig, batch_size: int, *, flags: str = "--config.") -> None:
+  """Raises ConfigError, naming sizes that would fit, unless the model and batch can be spread over the mesh.
+
+  Args:
+    mesh, model: what is spread over what.
+    batch_size: rows that are worked through at once.
+    flags: how the flags that the error recommends begin.
+  """
   sizes = {axis: mesh.shape.get(axis, 1) for axis in AXES}  # a mesh of the user's own may lack some
   spread = {
     "batch_size (per accumulation step)": (
@@ -136,7 +142,7 @@ def check_mesh(mesh: Mesh | AbstractMesh, model: ModelConfig, batch_size: int) -
       larger = (f"{below} or " if below else "") + str(below + parts)
       flag = f"{larger} here"
       if "batch_size" in what:
-        flag = f"fewer devices, or --config.batch_size={larger} (times config.accumulate, which could be smaller, too)"
+        flag = f"fewer devices, or {flags}batch_size={larger} (times {flags}accumulate, which could be smaller, too)"
       raise ConfigError(
         f"{what} is {size}, which {axis} = {parts} does not divide; {axis} could be {fits}, or take {flag}"
       )

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import math
-import os
 import re
 import time
 from collections import Counter, defaultdict
@@ -13,10 +10,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
+from jax.sharding import Mesh
 
-from megabyte_jax.config import Config
+from megabyte_jax.config import Config, MeshConfig
 from megabyte_jax.config.levels import Remat
-from megabyte_jax.errors import ConfigError, require
+from megabyte_jax.display.progress import elapsed
 from megabyte_jax.parallel import hardware
 from megabyte_jax.parallel.sharding import check_mesh, make_mesh, parse_mesh
 from megabyte_jax.planning import roofline
@@ -24,13 +22,6 @@ from megabyte_jax.planning.collectives import Collective, collectives
 from megabyte_jax.planning.lowering import lower, memory_of
 
 BETWEEN = " between slices"
-_LIBTPU = {  # environment variables that libtpu reads as it is loaded, unless they are set already
-  "TPU_SKIP_MDS_QUERY": "1",  # do not ask a cloud which TPU this machine has
-  "TPU_WORKER_HOSTNAMES": "localhost",  # nor complain that it has none: a topology is what its name says
-  "TPU_HOST_BOUNDS": "1,1,1",
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # a training run on this machine may hold it
-  "TPU_STDERR_LOG_LEVEL": "3",
-}
 _QUICK: dict[str, Any] = {"exec_time_optimization_effort": -1.0}  # Any: JAX declares texts and booleans alone
 
 
@@ -75,50 +66,6 @@ class Plan:
     return self.config.num_steps * self.bounds.step / 86_400 if self.bounds and self.step == "train" else None
 
 
-def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
-  """Returns the devices of `slices` slices of `topology` (KIND:SIZE); none of them need exist.
-
-  Raises:
-    ConfigError: libtpu is missing, or does not know the topology.
-  """
-  require(importlib.util.find_spec("libtpu") is not None, 'planning for TPUs needs libtpu: pip install "jax[tpu]"')
-  for name, value in _LIBTPU.items():
-    os.environ.setdefault(name, value)
-  from jax.experimental import topologies  # noqa: PLC0415
-
-  more = {"num_slices": slices} if slices > 1 else {}
-  devices: list[jax.Device]
-  try:
-    devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices)
-  except Exception as error:
-    if advice := in_chips(topology):
-      raise ConfigError(f"{topology} is not KIND:SIZE; {advice}") from None
-    raise ConfigError(
-      f"libtpu has no topology {topology!r}; write KIND:SIZE, such as v5p:4x4x4, v5e:16x16 or v6e:4x4 "
-      f"(libtpu: {' '.join(str(error).split())[:300]})"
-    ) from None
-  require(hardware.is_known_tpu(devices[0]), f"hardware.py does not know {devices[0].device_kind}")
-  return devices
-
-
-def in_chips(name: str) -> str:
-  """Returns what to write for a slice by its cloud name, `v5p-512` or `v5litepod-256`; "" where it is none."""
-  found = re.fullmatch(r"(v4|v5p|v5litepod|v5e|v6e|tpu7x)[-:](\d+)", name)
-  if not found:
-    return ""
-  kind, number = found[1].replace("v5litepod", "v5e"), int(found[2])
-  chips = number // 2 if kind in ("v4", "v5p", "tpu7x") and "-" in name else number  # they count cores
-  dimensions = 2 if kind in ("v5e", "v6e") else 3
-  if chips < 4 or (chips > 256 and dimensions == 2):
-    return ""
-  sides = [1] * dimensions
-  for doubling in range(chips.bit_length() - 1):
-    sides[doubling % dimensions] *= 2
-  if math.prod(sides) != chips:
-    return f"write its {chips} chips as sides, such as {kind}:{'x'.join('4' * dimensions)}"
-  return f"its {chips} chips are {kind}:{'x'.join(map(str, sorted(sides, key=lambda side: (side == 1, side))))}"
-
-
 def for_tpu(config: Config) -> Config:
   """Returns the config with `auto` resolved to bfloat16, its meaning on a TPU rather than on this machine."""
   if config.model.compute_dtype != "auto":
@@ -145,6 +92,47 @@ def windows_of(config: Config, step: str) -> int:
   return config.scored_at_once if step == "eval" else config.batch_size
 
 
+def lay_out(config: Config, devices: list[jax.Device], step: str) -> tuple[Config, Mesh]:
+  """Returns the config of a step on a TPU, and its mesh.
+
+  Raises:
+    ConfigError: the mesh does not suit the topology, the model or the batch.
+  """
+  config = for_tpu(config)
+  mesh = make_mesh(config.mesh, devices)
+  config = for_step(config, step, mesh.shape["data"] * mesh.shape["fsdp"])
+  check_mesh(mesh, config.model, config.batch_size // config.accumulate, flags="--")
+  return config, mesh
+
+
+def state_bytes(config: Config, mesh: MeshConfig, step: str) -> float:
+  """Returns the bytes of one device for the parameters and, in training, the optimizer's moments, all float32."""
+  values = 1 + config.optimizer.moments if step == "train" else 1
+  return 4 * values * config.model.parameter_count() / (mesh.fsdp * mesh.tensor)
+
+
+def remedies(plan: Plan) -> str:
+  """Returns what to try where a step does not fit; parts are the fewest that promise to, by what the step needs."""
+  config, mesh = plan.config, plan.mesh
+  found = []
+  if plan.step == "train":
+    rows = config.batch_size // (mesh["data"] * mesh["fsdp"])
+    state = state_bytes(config, MeshConfig(**mesh), plan.step)
+    more = [n for n in range(config.accumulate + 1, rows + 1) if rows % n == 0]
+    if more:
+      promising = (n for n in more if state + (plan.total - state) * config.accumulate / n < plan.memory)
+      found.append(f"--accumulate={next(promising, more[-1])} (up to {rows} on this mesh)")
+    if config.model.remat != "full":
+      found.append("--remat=full")
+  elif plan.step == "eval":
+    found.append("a smaller --config.eval.batch_size")
+  else:
+    found.append("a smaller --batch_size")
+  if config.model.sequence_parts and mesh["data"] * mesh["fsdp"] > 1:
+    found.append("a larger seq with a smaller data" if mesh["data"] > 1 else "a larger seq with a smaller fsdp")
+  return f"{', '.join(found)}, more chips, or --search"
+
+
 def make_plan(
   config: Config, topology: str, devices: list[jax.Device], step: str = "train", *, quick: bool = False
 ) -> tuple[Plan, Any]:
@@ -153,7 +141,7 @@ def make_plan(
   Args:
     config: the run, with its mesh and batch size.
     topology: its name (KIND:SIZE), for the report.
-    devices: those of `topology_devices`.
+    devices: those of `topologies.topology_devices`.
     step: train | eval | generate.
     quick: asks XLA for little optimisation, which takes a third of the time or less. Communication is the same, memory
       up to a fifth smaller. That is enough to choose among meshes, but not to conclude that a step fits.
@@ -164,9 +152,7 @@ def make_plan(
   Raises:
     ConfigError: the mesh does not suit the topology, the model or the batch.
   """
-  config = for_tpu(config)
-  mesh = make_mesh(config.mesh, devices)
-  config = for_step(config, step, mesh.shape["data"] * mesh.shape["fsdp"])
+  config, mesh = lay_out(config, devices, step)
   per_chip, chip = hardware.devices_per_chip(devices[0]), hardware.tpu_chip(devices[0])
   plan = Plan(
     config=config,
@@ -179,11 +165,11 @@ def make_plan(
     memory=int(chip.memory / per_chip),
     quick=quick,
   )
-  check_mesh(mesh, config.model, config.batch_size // config.accumulate)
   started = time.perf_counter()
   executable = None
   try:
-    executable = lower(config, mesh, step).compile(compiler_options=_QUICK if quick else None)
+    with elapsed(f"compiling{' quickly' if quick else ''}"):
+      executable = lower(config, mesh, step).compile(compiler_options=_QUICK if quick else None)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
@@ -195,7 +181,7 @@ def make_plan(
     plan.arguments, plan.temporaries, plan.output = memory
     plan.total = sum(memory)
     plan.fits = plan.total <= plan.memory
-    plan.reason = "" if plan.fits else "the compiler used more than the device has"
+    plan.reason = "" if plan.fits else f"the step needs {plan.total / 2**30:.2f} GiB of {plan.memory / 2**30:.1f} GiB"
     found = collectives(executable.as_text() or "")
     counts: Counter[str] = Counter()
     sent: dict[str, float] = defaultdict(float)
@@ -212,7 +198,8 @@ def make_plan(
 
 def _read_shortage(plan: Plan, text: str) -> None:
   """Takes the needed memory and the reason from the compiler's error about a step that does not fit."""
-  plan.reason = " ".join(text.split()).removeprefix("RESOURCE_EXHAUSTED: ").split(". ")[0][:200]
+  reason = " ".join(text.split()).removeprefix("RESOURCE_EXHAUSTED: ").split(". ")[0][:200]
+  plan.reason = re.sub(r"(\d)([KMGT])\b", r"\1 \2iB", reason)
   units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
   needed = re.search(r"(?:required[^(]*\(|Used )([\d.]+)([KMGT])", text)
   if needed:
@@ -227,15 +214,17 @@ def changed(
   Args:
     config: the run.
     batch_size: rows per step; the number of steps changes with it, so that the bytes trained on stay the same.
-    accumulate: parts of a step's batch.
+    accumulate: parts of a step's batch; the config's stay, also with another batch_size.
     remat: rematerialisation policy of the model.
     mesh: axes as --mesh takes them, `fsdp=16,seq=4`.
   """
-  if batch_size:
-    steps = max(1, round(config.num_steps * config.batch_size / batch_size))
-    config = dataclasses.replace(config, batch_size=batch_size, num_steps=steps, accumulate=1)
-  if accumulate:
-    config = dataclasses.replace(config, accumulate=accumulate)
+  steps = max(1, round(config.num_steps * config.batch_size / batch_size)) if batch_size else config.num_steps
+  config = dataclasses.replace(
+    config,
+    batch_size=batch_size or config.batch_size,
+    num_steps=steps,
+    accumulate=accumulate or config.accumulate,
+  )
   if remat:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
   return dataclasses.replace(config, mesh=parse_mesh(mesh)) if mesh else config

@@ -2,7 +2,8 @@
 
 Candidates are all combinations that divide evenly and whose train state alone fits. They are ordered by a closed-form
 estimate of the time per byte and compiled in that order until one fits: first with little optimisation, then, if that
-fits, as the real program. A program that did not fit rules out others, which are skipped.
+fits, as the real program. A program that did not fit rules out others, which are skipped, and puts off those of like
+need: after a near miss more parts or more recomputation come before another mesh.
 """
 
 from __future__ import annotations
@@ -24,7 +25,16 @@ from megabyte_jax.models import flops
 from megabyte_jax.parallel import hardware
 from megabyte_jax.parallel.sharding import check_mesh
 from megabyte_jax.planning import roofline
-from megabyte_jax.planning.plans import Plan, axes_text, changed, for_step, for_tpu, make_plan, windows_of
+from megabyte_jax.planning.plans import (
+  Plan,
+  axes_text,
+  changed,
+  for_step,
+  for_tpu,
+  make_plan,
+  state_bytes,
+  windows_of,
+)
 
 _REMAT: tuple[Remat, ...] = ("none", "named", "full")  # from the fastest to the smallest
 _MOST_PARTS = 64
@@ -48,7 +58,7 @@ def search(
   Args:
     config: the run; its mesh, rematerialisation and accumulation are replaced.
     topology: its name (KIND:SIZE), for the report.
-    devices: those of `topology_devices`.
+    devices: those of `topologies.topology_devices`.
     step: train | eval | generate.
     tries: combinations that are compiled at most.
     batch_sizes: windows per step to try; empty tries the config's and up to 16 times as many. A doubling must save a
@@ -67,10 +77,11 @@ def search(
       f"no mesh of {len(devices)} devices has room for the parameters and divides a batch of "
       f"{' or '.join(str(windows_of(each, step)) for each in sized)}; try another --batch_size or more chips"
     )
+  known = f"searching {len(ordered):,} combinations for {topology}, of which {tries} are compiled at most"
+  print(f"{known}; each can take minutes", file=sys.stderr, flush=True)
   failed: list[Plan] = []
-  for one in ordered:
-    if any(rules_out(other, one) for other in failed):
-      continue
+  while ordered and len(failed) < tries:
+    one = choose(ordered, failed, config.model.remat, last=len(failed) == tries - 1)
     for quick in (True, False):
       plan, executable = make_plan(one, topology, devices, step, quick=quick)
       print(_line(plan), file=sys.stderr, flush=True)
@@ -79,9 +90,31 @@ def search(
     if plan.fits:
       return plan, executable
     failed.append(plan)
-    if len(failed) == tries:
-      break
-  raise ConfigError(f"none of the {len(failed)} combinations tried fits {topology}; raise --tries or take more chips")
+    ordered = [other for other in ordered if other is not one and not rules_out(plan, other)]
+  left = f"{len(ordered):,} others are untried: raise --tries" if ordered else "all others need more; take more chips"
+  tried = (
+    "the combination tried does not fit" if len(failed) == 1 else f"none of the {len(failed)} combinations tried fits"
+  )
+  raise ConfigError(f"{tried} {topology}; {left}")
+
+
+def choose(ordered: Sequence[Config], failed: Sequence[Plan], remat: Remat, *, last: bool) -> Config:
+  """Returns which candidate to compile next.
+
+  It is the first that no failure makes unlikely to fit. The last try is kept for the run's own rematerialisation, if
+  none had it, with the fewest rows at once: it is the likeliest to fit.
+
+  Args:
+    ordered: candidates that are not ruled out, the fastest first.
+    failed: plans that did not fit.
+    remat: the run's own rematerialisation.
+    last: True if there are no more tries.
+  """
+  own = [one for one in ordered if one.model.remat == remat]
+  if last and failed and own and all(plan.config.model.remat != remat for plan in failed):
+    return min(own, key=_rows)
+  likely = (one for one in ordered if not any(expected_bytes(plan, one) > plan.memory for plan in failed))
+  return next(likely, ordered[0])
 
 
 def _priced(
@@ -147,12 +180,6 @@ def _memory(devices: list[jax.Device]) -> float:
   return hardware.tpu_chip(devices[0]).memory / hardware.devices_per_chip(devices[0])
 
 
-def state_bytes(config: Config, mesh: MeshConfig, step: str) -> float:
-  """Returns the bytes of one device for the parameters and, in training, the optimizer's moments, all float32."""
-  values = 1 + config.optimizer.moments if step == "train" else 1
-  return 4 * values * config.model.parameter_count() / (mesh.fsdp * mesh.tensor)
-
-
 def estimate(config: Config, devices: list[jax.Device], step: str) -> float:
   """Estimates the seconds of a step in closed form, without overlap; it decides what is compiled first."""
   mesh, model = config.mesh, config.model
@@ -178,12 +205,17 @@ def estimate(config: Config, devices: list[jax.Device], step: str) -> float:
 
 def rules_out(failed: Plan, one: Config) -> bool:
   """Returns True if `failed` implies that `one` will not fit: it surely needs as much, or by its rows far too much."""
+  return needs_at_least(one, failed.config) or expected_bytes(failed, one) > _HOPELESS * failed.memory
+
+
+def expected_bytes(failed: Plan, one: Config) -> float:
+  """Estimates what `one` needs from what `failed` needed; 0 where their rematerialisation differs."""
   other = failed.config
+  if other.model.remat != one.model.remat:
+    return 0.0
   state = state_bytes(other, other.mesh, failed.step)
   more_rows = _rows(one) / _rows(other)  # what is not state grows with the rows, whatever the mesh
-  expected = state_bytes(one, one.mesh, failed.step) + (failed.total - state) * more_rows
-  same = other.model.remat == one.model.remat
-  return needs_at_least(one, other) or (same and expected > _HOPELESS * failed.memory)
+  return state_bytes(one, one.mesh, failed.step) + (failed.total - state) * more_rows
 
 
 def _rows(config: Config) -> float:

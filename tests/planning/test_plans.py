@@ -20,7 +20,7 @@ from megabyte_jax.errors import ConfigError
 from megabyte_jax.evaluation.evaluate import make_eval_step
 from megabyte_jax.models import flops
 from megabyte_jax.parallel.sharding import batch_sharding, make_mesh, parse_mesh
-from megabyte_jax.planning import plans, roofline, search
+from megabyte_jax.planning import plans, roofline, search, topologies
 from megabyte_jax.planning.lowering import lower
 from megabyte_jax.training.state import initial_state
 
@@ -57,7 +57,7 @@ def test_mesh_and_batch_of_the_command_line():
 def test_without_libtpu_it_says_how_to_get_it(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ConfigError, match=r'pip install "jax\[tpu\]"'):
-    plans.topology_devices(TOPOLOGY)
+    topologies.topology_devices(TOPOLOGY)
 
 
 def test_recomputation_costs_time_but_counts_as_no_use(monkeypatch):
@@ -116,12 +116,12 @@ def test_saved_executable_runs_without_compiling(tmp_path):
 @pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "v5e:3x77"])
 def test_unknown_topology_is_one_clear_error(topology):
   with pytest.raises(ConfigError, match="libtpu has no topology"):
-    plans.topology_devices(topology)
+    topologies.topology_devices(topology)
 
 
 @needs_libtpu
 def test_nothing_is_said_of_the_tpu_that_is_not_here():
-  code = f"from megabyte_jax.planning import plans; print(len(plans.topology_devices({TOPOLOGY!r})))"
+  code = f"from megabyte_jax.planning import plans; print(len(topologies.topology_devices({TOPOLOGY!r})))"
   here = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "TF_CPP"))}
   done = subprocess.run([sys.executable, "-c", code], env=here, capture_output=True, text=True, check=True)
   assert (done.stdout, done.stderr) == ("4\n", "")
@@ -132,7 +132,7 @@ def test_devices_of_a_chip():
   from megabyte_jax.parallel import hardware  # noqa: PLC0415
 
   for topology, devices, per_chip in (("v4:2x2x2", 16, 2), ("v5p:2x2x2", 8, 1), ("tpu7x:2x2x2", 16, 2)):
-    found = plans.topology_devices(topology)
+    found = topologies.topology_devices(topology)
     assert (len(found), hardware.devices_per_chip(found[0])) == (devices, per_chip)
 
 
@@ -206,7 +206,7 @@ def test_the_cost_of_a_run_is_said_in_time_and_chip_hours():
 
 @needs_libtpu
 def test_train_step_for_four_chips(tmp_path):
-  devices = plans.topology_devices(TOPOLOGY)
+  devices = topologies.topology_devices(TOPOLOGY)
   found, executable = plans.make_plan(SMALL, TOPOLOGY, devices, quick=True)  # .ci/slow compiles a step fully
   assert found.quick and found.fits and found.memory == 15.75 * 2**30
   assert found.config.model.compute_dtype == "bfloat16"
@@ -226,7 +226,7 @@ def test_train_step_for_four_chips(tmp_path):
 
 @needs_libtpu
 def test_search_over_two_slices_ends_with_the_real_program(capsys):
-  devices = plans.topology_devices(TOPOLOGY, 2)
+  devices = topologies.topology_devices(TOPOLOGY, 2)
   found, executable = search.search(SMALL, TOPOLOGY, devices, "eval", batch_sizes=[8])
   assert found.fits and not found.quick and executable is not None
   assert (found.chips, found.mesh["data"] % 2) == (8, 0)
@@ -238,7 +238,7 @@ def test_search_over_two_slices_ends_with_the_real_program(capsys):
 @pytest.mark.slow
 def test_gradients_between_slices_go_at_the_networks_rate():
   config = dataclasses.replace(SMALL, mesh=MeshConfig(data=2, fsdp=4))
-  found, _ = plans.make_plan(config, TOPOLOGY, plans.topology_devices(TOPOLOGY, 2), quick=True)
+  found, _ = plans.make_plan(config, TOPOLOGY, topologies.topology_devices(TOPOLOGY, 2), quick=True)
   [(count, sent)] = [size for kind, size in found.wire.items() if kind.endswith("between slices")]
   # In bfloat16, summed by two slices: each device sends its quarter of them once, and small ones whole.
   gradients = 2 * SMALL.model.parameter_count() / 4
@@ -253,7 +253,7 @@ def test_gradients_between_slices_go_at_the_networks_rate():
 def test_other_steps(step):
   model = PerceiverARConfig(context=256, latents=128, width=64, num_layers=1, num_heads=2, dropout=0.0)
   config = dataclasses.replace(SMALL, model=model if step == "eval" else SMALL.model, mesh=MeshConfig(fsdp=4, data=1))
-  found, _ = plans.make_plan(config, TOPOLOGY, plans.topology_devices(TOPOLOGY), step)
+  found, _ = plans.make_plan(config, TOPOLOGY, topologies.topology_devices(TOPOLOGY), step)
   assert found.fits
   assert found.days is None
 
@@ -262,7 +262,7 @@ def test_other_steps(step):
 def test_too_large_is_an_answer():
   levels = (level(8, 8192, ff_width=65_536), level(1, 64))
   config = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, levels=levels))
-  found, executable = plans.make_plan(config, TOPOLOGY, plans.topology_devices(TOPOLOGY))
+  found, executable = plans.make_plan(config, TOPOLOGY, topologies.topology_devices(TOPOLOGY))
   assert not found.fits and executable is None
   assert found.total > found.memory
   assert "fits        no" in plan.describe(found)
@@ -302,4 +302,4 @@ def test_flags_are_the_documented_ones():
   ],
 )
 def test_cloud_names_are_translated_to_chips(name, told):
-  assert plans.in_chips(name) == told
+  assert topologies.in_chips(name) == told
