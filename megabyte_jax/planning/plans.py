@@ -113,13 +113,16 @@ def state_bytes(config: Config, mesh: MeshConfig, step: str) -> float:
 
 def remedies(plan: Plan) -> str:
   """Returns what to try where a step does not fit; parts are the fewest that promise to, by what the step needs."""
-  config, mesh = plan.config, plan.mesh
+  config, mesh = plan.config, MeshConfig(**{"data": 1, **plan.mesh})
+  replicas = mesh.data * mesh.fsdp
   found = []
   if plan.step == "train":
-    rows = config.batch_size // (mesh["data"] * mesh["fsdp"])
-    state = state_bytes(config, MeshConfig(**mesh), plan.step)
+    rows = config.batch_size // replicas
+    state = state_bytes(config, mesh, plan.step)
     more = [n for n in range(config.accumulate + 1, rows + 1) if rows % n == 0]
-    if more:
+    if state > plan.memory:
+      found.append("a larger fsdp")
+    elif more:
       promising = (n for n in more if state + (plan.total - state) * config.accumulate / n < plan.memory)
       found.append(f"--accumulate={next(promising, more[-1])} (up to {rows} on this mesh)")
     if config.model.remat != "full":
@@ -128,8 +131,8 @@ def remedies(plan: Plan) -> str:
     found.append("a smaller --config.eval.batch_size")
   else:
     found.append("a smaller --batch_size")
-  if config.model.sequence_parts and mesh["data"] * mesh["fsdp"] > 1:
-    found.append("a larger seq with a smaller data" if mesh["data"] > 1 else "a larger seq with a smaller fsdp")
+  if config.model.sequence_parts and replicas > 1:
+    found.append("a larger seq with a smaller data" if mesh.data > 1 else "a larger seq with a smaller fsdp")
   return f"{', '.join(found)}, more chips, or --search"
 
 
