@@ -77,8 +77,8 @@ def search(
       f"no mesh of {len(devices)} devices has room for the parameters and divides a batch of "
       f"{' or '.join(str(windows_of(each, step)) for each in sized)}; try another --batch_size or more chips"
     )
-  known = f"searching {len(ordered):,} combinations for {topology}, of which {tries} are compiled at most"
-  print(f"{known}; each can take minutes", file=sys.stderr, flush=True)
+  begin = f"searching {len(ordered):,} combinations for {topology} with --tries={tries}"
+  print(f"{begin}; each try can take minutes", file=sys.stderr, flush=True)
   failed: list[Plan] = []
   while ordered and len(failed) < tries:
     one = choose(ordered, failed, config.model.remat, last=len(failed) == tries - 1)

@@ -248,7 +248,7 @@ def test_search_over_two_slices_ends_with_the_real_program(capsys):
   assert found.fits and not found.quick and executable is not None
   assert (found.chips, found.mesh["data"] % 2) == (8, 0)
   begin, tried, checked = capsys.readouterr().err.splitlines()
-  assert begin.startswith("searching ") and "for v5e:2x2, of which 8 are compiled at most" in begin
+  assert begin.startswith("searching ") and "for v5e:2x2 with --tries=8; " in begin
   assert tried.startswith("tried batch 8, ") and checked == tried.replace("tried", "checked")
 
 
