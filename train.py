@@ -44,6 +44,7 @@ from megabyte_jax.files.folder_lock import locked
 from megabyte_jax.generation.final_samples import print_sample, write_samples
 from megabyte_jax.models.flops import flops_per_byte
 from megabyte_jax.parallel import distributed
+from megabyte_jax.parallel.backend import platform
 from megabyte_jax.parallel.compilation_cache import keep_compiled_programs
 from megabyte_jax.parallel.sharding import batch_sharding, check_mesh, make_mesh
 from megabyte_jax.training.resume import resume_or_start
@@ -157,7 +158,9 @@ def train(config: Config, workdir: str, init_from: str = "") -> bool:
         step_metrics.put(step, values)
         stopping = stop.requested or checkpoints.preempted(step)
         saving = is_due(step, config, checkpoints) or stopping
-        step_metrics.read(leave=0 if saving else 1)  # nothing is saved that is not known to be finite
+        # Nothing is saved that is not known to be finite. A CPU begins no step before the last is done: what is read
+        # a step late there would count as done a step late.
+        step_metrics.read(leave=0 if saving or platform() == "cpu" else 1)
         if saving:
           folder.check()
           save(checkpoints, step, state, start.identity | step_metrics.so_far())

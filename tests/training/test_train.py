@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import types
 
 import jax
 import numpy as np
@@ -33,6 +34,7 @@ from megabyte_jax.config import (
 )
 from megabyte_jax.data.batches import batches
 from megabyte_jax.data.open_data import open_source
+from megabyte_jax.display import metrics
 from megabyte_jax.errors import CheckpointError, ConfigError
 from megabyte_jax.evaluation.evaluate import make_eval_step
 from megabyte_jax.parallel.sharding import batch_sharding
@@ -257,6 +259,28 @@ def test_bytes_that_the_model_does_not_know(one_level, tmp_path):
   config = dataclasses.replace(one_level, model=dataclasses.replace(one_level.model, vocab_size=100))
   with pytest.raises(ConfigError, match=r"knows only bytes below 100 \(model\.vocab_size\); the data have \d+"):
     train.train(config, str(tmp_path))
+
+
+def test_speeds_beside_checkpoints_are_those_of_other_steps(one_level, tmp_path, monkeypatch):
+  """On a CPU a step is done when its call returns; read a step late, the steps that are saved took no time."""
+  now = [0.0]
+  monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+  made = train.make_train_step
+
+  def two_seconds_each(*arguments):
+    step = made(*arguments)
+
+    def timed(*batch):
+      now[0] += 2
+      return step(*batch)
+
+    return timed
+
+  monkeypatch.setattr(train, "make_train_step", two_seconds_each)
+  options = {"data": no_validation(one_level), "checkpoint": CheckpointConfig(every_steps=3), "num_steps": 7}
+  train.train(dataclasses.replace(one_level, **options), str(tmp_path))
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert [line["bytes_per_second"] for line in lines] == [None] + 6 * [8 * 32 / 2]
 
 
 @pytest.mark.slow
