@@ -33,7 +33,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from megabyte_jax.checkpoints.saved_config import is_shipped, load_config
-from megabyte_jax.checkpoints.trained_model import evaluation_mesh, load
+from megabyte_jax.checkpoints.trained_model import describe_step, evaluation_mesh, load
 from megabyte_jax.config import Config
 from megabyte_jax.data.open_data import open_path, open_source
 from megabyte_jax.data.sources import Source
@@ -85,8 +85,7 @@ def run(args: argparse.Namespace) -> str:
   words = perplexity.number_of_words(args.words, "" if args.data else args.split, source) if args.words else 0
   keep_compiled_programs()
   model, _, step = load(args.workdir, args.step, mesh)
-  unfinished = f" (of {config.num_steps:,} steps)" if step < config.num_steps else ""
-  print(f"step {step} of {args.workdir}{unfinished}, {report.count_documents(source, args.data or args.split)}")
+  print(f"{describe_step(args.workdir, step, config)}, {report.count_documents(source, args.data or args.split)}")
   for line in report.notice_lines(report.data_notices(config.data, source)):
     print(line)
   if config.data.image_tiles and config.data.form == "image":

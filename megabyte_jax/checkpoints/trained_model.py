@@ -72,6 +72,11 @@ def read_parameters(
   return restored.params, restored.step
 
 
+def describe_step(workdir: str, step: int, config: Config) -> str:
+  """Returns how commands call the model that they read: `step 100 of runs/mine (of 400 steps)`, or without the last."""
+  return f"step {step} of {workdir}" + (f" (of {config.num_steps:,} steps)" if step < config.num_steps else "")
+
+
 def evaluation_mesh(config: MeshConfig) -> Mesh:
   """Makes the run's own mesh where it fits the devices that are here, else one with all of them on `fsdp`."""
   try:

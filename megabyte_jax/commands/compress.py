@@ -4,23 +4,30 @@ python -m megabyte_jax compress FILE OUT --workdir=runs/quickstart
 python -m megabyte_jax compress --decompress OUT COPY --workdir=runs/quickstart
 
 The model's probabilities are adapted to the file as it goes, unless --no-adapt is given. Decompression needs the same
-checkpoint on the same kind of device with the same versions: it must compute the same probabilities to the last bit.
-The file says what it was made with, and a difference is an error. What the model makes no smaller, such as a PNG or
-MP3 file, is stored as it is: the result is at most 128 bytes larger.
+checkpoint on the same kind of device with as many CPU cores, the same XLA_FLAGS and the same versions of JAX and NumPy:
+it must compute the same probabilities to the last bit. The file says what it was made with, and a difference is an
+error. Training that goes on deletes old checkpoints, and what was compressed with them is lost: export such a model
+first (`python -m megabyte_jax export`). What the model makes no smaller, such as a PNG or MP3 file, is stored as it is:
+the result is at most 128 bytes larger.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from megabyte_jax.commands import arguments as flags
 from megabyte_jax.commands import command_line
 from megabyte_jax.display.progress import Progress, duration, human
 from megabyte_jax.errors import ConfigError, DataError, require
 from megabyte_jax.files import inputs, outputs
+
+if TYPE_CHECKING:
+  from megabyte_jax.config import Config
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -33,7 +40,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
   parser.add_argument("file", type=flags.path, help="what to compress; with --decompress the compressed file")
   parser.add_argument("out", type=flags.path, help="where the result goes")
   parser.add_argument("--decompress", action="store_true", help="get the original back")
-  parser.add_argument("--force", action="store_true", help="overwrite OUT, if it exists")
+  parser.add_argument("--force", action="store_true", help="overwrite OUT, and compress compressed files")
   flags.add_run_arguments(parser)
   parser.add_argument("--batch-size", type=int, default=0, help="windows side by side; default: 64")
   parser.add_argument("--window", type=int, default=0, help="bytes of a window; default: 2048, or the context if less")
@@ -53,11 +60,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> None:
   """Compresses or decompresses one file; the result appears whole or not at all."""
   args = parse_arguments(arguments)
+  from megabyte_jax.checkpoints.exported import is_exported
   from megabyte_jax.checkpoints.saved_config import load_config
-  from megabyte_jax.checkpoints.trained_model import load
+  from megabyte_jax.checkpoints.trained_model import describe_step, load
   from megabyte_jax.files.atomic_file import is_standard_output, replacing
-  from megabyte_jax.generation import entropy_coding
-  from megabyte_jax.generation.compression import BATCH, WINDOW, compress, decompress, read, what_bits_are_for
+  from megabyte_jax.generation import compression, entropy_coding
+  from megabyte_jax.generation.compression import BATCH, WINDOW, compress, decompress
   from megabyte_jax.parallel.compilation_cache import keep_compiled_programs
 
   entropy_coding.constriction()  # missing? then say so at once
@@ -65,14 +73,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     waiting.cancel()  # it opens when somebody writes
     data = file.read()
   with _naming(args.file):
-    header = read(data)[0] if args.decompress else None
+    again = compression.is_compressed(data) and not (args.decompress or args.force)
+    require(not again, "this is a compressed file; give --decompress to restore it, or --force to compress it again")
+    header = compression.read(data)[0] if args.decompress else None
     model, length, step = None, header.length if header else len(data), 0
     if header is None or header.coding:  # what is stored needs no model
-      form = load_config(args.workdir).data.form
+      config = load_config(args.workdir)
+      form = config.data.form
       require(form != "subwords", f"{args.workdir} is a model of subwords; compress with one that reads bytes")
       keep_compiled_programs()
       model, _, step = load(args.workdir, args.step)
-      print(f"step {step} of {args.workdir}", file=sys.stderr)
+      print(describe_step(args.workdir, step, config), file=sys.stderr)
+      if header is None and not is_exported(args.workdir):
+        _warn_of_unfinished(args.workdir, step, config)
     with Progress("decompressing" if args.decompress else "compressing", total=length, compiles=True) as progress:
       if model is None or args.decompress:
         made = decompress(model, data, on_bytes=progress.add)
@@ -90,9 +103,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path.write_bytes(made)
   seconds = progress.seconds
   speed = f"in {duration(seconds)} ({human(length / seconds, 'B/s')}, compilation included)"
-  more = "" if model is None or args.decompress else what_bits_are_for(made, model.config)
+  more = "" if model is None or args.decompress else compression.what_bits_are_for(made, model.config)
   to = sys.stderr if is_standard_output(args.out) else sys.stdout
   print(f"{len(data):,} bytes -> {len(made):,} {speed}{more}", file=to)
+
+
+def _warn_of_unfinished(workdir: str, step: int, config: Config) -> None:
+  """Says that training which goes on may delete the checkpoint that decompression needs."""
+  for_good = config.checkpoint.keep_every_steps
+  if step < config.num_steps and not (for_good and step % for_good == 0):
+    print(
+      f"notice  step {step:,} of {config.num_steps:,} may be deleted when training goes on, and the file cannot be "
+      "restored then; export the model first "
+      f"(python -m megabyte_jax export FOLDER --workdir={shlex.quote(workdir)} --step={step})",
+      file=sys.stderr,
+    )
 
 
 @contextlib.contextmanager

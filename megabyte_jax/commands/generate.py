@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   import numpy as np
 
   from megabyte_jax.checkpoints.saved_config import load_config
-  from megabyte_jax.checkpoints.trained_model import load
+  from megabyte_jax.checkpoints.trained_model import describe_step, load
   from megabyte_jax.data.subwords.tokenizer import load_tokenizer
   from megabyte_jax.generation import media_files
   from megabyte_jax.generation.media_files import Prompt
@@ -95,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
   from megabyte_jax.parallel.sharding import make_mesh, parse_mesh
 
   sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-  data = load_config(args.workdir).data
+  config = load_config(args.workdir)
+  data = config.data
   if args.prompt_file:
     prompt = media_files.read_prompt(args.prompt_file, data, args.keep)
   else:  # bytes that are not UTF-8 come through as they are
@@ -108,11 +109,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
   mesh = make_mesh(parse_mesh(args.mesh, data=1)) if args.mesh else None
   keep_compiled_programs()
   model, _, step = load(args.workdir, args.step, mesh)
-  print(f"step {step} of {args.workdir}", file=sys.stderr)
+  print(describe_step(args.workdir, step, config), file=sys.stderr)
   given = len(tokenizer.encode(prompt.kept.tobytes())) if tokenizer else prompt.kept.size
   if given > model.config.context and not model.config.recurrent:
     seen = f"the last {model.config.context:,} of the prompt's {given:,} {data.unit}s"
-    print(f"the model's context holds {seen} at most: it has not seen the others", file=sys.stderr)
+    print(f"the model sees at most {seen}", file=sys.stderr)
   streams = args.num_samples == 1 and not args.output
   show = Output()
   if streams:

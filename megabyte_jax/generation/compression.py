@@ -41,6 +41,24 @@ _REMEDY = "get a whole copy of it, or compress the original again"
 _WORD = 80  # letters of a field that a message shows
 _DIGEST = 16  # bytes of SHA-256, over the whole file before it
 
+# How a message names a circumstance that differs, and what to do; the others are versions.
+_SAID = {
+  "model": "with the model {}",
+  "dtype": "in {}",
+  "device": "on the device {}",
+  "cores": "on {} CPU cores",
+  "xla_flags": "with XLA_FLAGS {}",
+  "host": "with NumPy's instruction set {}",
+}
+_REMEDIES = {
+  "model": "give the --workdir and --step with which it was compressed",
+  "dtype": "use a machine of that kind",
+  "device": "use a machine of that kind",
+  "cores": "use a machine with as many",
+  "xla_flags": "set XLA_FLAGS to the same",
+  "host": "use a machine of that kind",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Coding:
@@ -154,20 +172,32 @@ def decompress(model: Model | None, packed: bytes, *, on_bytes: Callable[[int], 
   else:
     if model is None:
       raise ConfigError("it was compressed with a model; give the --workdir with which it was compressed")
-    here = _circumstances(model)
-    was = {key: getattr(coding, key) for key in here}
-    other = [f"{key} {_word(was[key])} (here {_word(here[key])})" for key in here if was[key] != here[key]]
-    if other:
-      at, remedy = "", "decompress it where they are the same"
-      if was["model"] != here["model"]:
-        at, remedy = f", step {coding.step} of its run", "give the --workdir and --step with which it was compressed"
-      raise ConfigError(f"it was compressed with another {', '.join(other)}{at}; {remedy}")
+    _check_circumstances(coding, _circumstances(model))
     short = for_windows(model, coding.window)
     text = entropy_coding.decode(short, code, header.length, coding.batch, on_bytes, adapt=coding.adapt).tobytes()
   if len(text) != header.length or _digest(text).hex() != header.digest:
     why = "this machine computes other probabilities" if header.coding else f"the file is altered; {_REMEDY}"
     raise DataError(f"what came out is not what was compressed: {why}")
   return text
+
+
+def _check_circumstances(coding: Coding, here: dict[str, Any]) -> None:
+  """Raises ConfigError where the model or the machine are not those of a file; says what to do about each."""
+  was = {key: getattr(coding, key) for key in here}
+  other = [key for key in here if was[key] != here[key]]
+  if "device" in other and not (was["cores"] and here["cores"]):
+    other = [key for key in other if key != "cores"]  # they count on a CPU alone
+  if not other:
+    return
+  said = _SAID | ({"cores": "on {} CPU core"} if was["cores"] == 1 else {})
+  differ = [said.get(key, f"with {key} {{}}").format(_word(was[key])) + f" (here {_word(here[key])})" for key in other]
+  at = f", step {coding.step} of its run" if "model" in other else ""
+  taskset = f"begin the command with `taskset -c 0-{was['cores'] - 1}` (Linux)"
+  known = _REMEDIES | ({"cores": taskset} if here["cores"] > was["cores"] > 0 else {})
+  remedies = dict.fromkeys(known.get(key, "install that version") for key in other)
+  if "model" in other:
+    remedies = {_REMEDIES["model"]: None}  # the rest may be right then, or is said next
+  raise ConfigError(f"it was compressed {', '.join(differ)}{at}; {', '.join(remedies)}")
 
 
 def stored_bytes(packed: bytes, config: ModelConfig) -> int:
@@ -192,13 +222,18 @@ def what_bits_are_for(packed: bytes, config: ModelConfig) -> str:
   return said + (f"; {stored:,} bytes are stored as they are, for the model makes them no smaller" if stored else "")
 
 
+def is_compressed(data: bytes) -> bool:
+  """Tells whether bytes begin as `compress` has its files begin."""
+  return data[: len(_MAGIC)] == _MAGIC
+
+
 def read(packed: bytes) -> tuple[Header, bytes]:
   """Returns the header and the code of a compressed file.
 
   Raises:
     DataError: it is none, cut short, altered or of another version, or its header says what cannot be.
   """
-  if packed[: len(_MAGIC)] != _MAGIC:
+  if not is_compressed(packed):
     raise DataError("this is not a file that `megabyte_jax compress` wrote")
   body, digest = packed[:-_DIGEST], packed[-_DIGEST:]
   if _digest(body) != digest:

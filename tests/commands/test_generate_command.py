@@ -127,7 +127,7 @@ class Terminal(io.TextIOWrapper):
 def test_a_prompt_beyond_the_context_is_told(text_run, monkeypatch, capfd):
   for length in (32, 33):
     run(monkeypatch, f"--workdir={text_run}", f"--prompt={'x' * length}", "--bytes=1")
-    told = "the model's context holds the last 32 of the prompt's 33 bytes at most" in capfd.readouterr().err
+    told = "the model sees at most the last 32 of the prompt's 33 bytes" in capfd.readouterr().err
     assert told == (length == 33)
 
 

@@ -12,7 +12,7 @@ from compressed_files import repacked, text_bytes
 from run_commands import evaluate_command, finish, start, write_data
 
 import train
-from megabyte_jax.checkpoints import saved_config, trained_model
+from megabyte_jax.checkpoints import exported, saved_config, trained_model
 from megabyte_jax.commands import compress
 from megabyte_jax.config import Config, DataConfig, EvalConfig
 from megabyte_jax.errors import ConfigError, DataError
@@ -68,7 +68,7 @@ def test_another_process_decompresses(workdir, tmp_path):
   packed = (tmp_path / "a.mz").read_bytes()
   (tmp_path / "short.mz").write_bytes(packed[:-5])
   (tmp_path / "other.mz").write_bytes(repacked(packed, model="0123456789abcdef"))
-  for name, message in {"short.mz": "cut short or altered", "other.mz": "another model 0123456789abcdef"}.items():
+  for name, message in {"short.mz": "cut short or altered", "other.mz": "with the model 0123456789abcdef"}.items():
     output, code = finish(
       start("-m", "megabyte_jax", "compress", "--decompress", tmp_path / name, tmp_path / "c", f"--workdir={workdir}")
     )
@@ -126,3 +126,37 @@ def test_the_command_says_which_file(workdir, monkeypatch, tmp_path):
   monkeypatch.setattr(sys, "argv", ["compress.py", "--decompress", str(tmp_path / "text"), "x", f"--workdir={workdir}"])
   with pytest.raises(DataError, match=r"text: this is not a file that `megabyte_jax compress` wrote"):
     compress.main()
+
+
+def test_a_compressed_file_is_not_compressed_again_by_mistake(model, monkeypatch, tmp_path):
+  monkeypatch.setattr(trained_model, "load", lambda workdir, step: (model, None, 3))
+  monkeypatch.setattr(
+    saved_config, "load_config", lambda workdir: Config(model=model.config, batch_size=1, num_steps=3)
+  )
+  for name, content in (("text", b"some text"), ("packed", compression.compress(model, b"some text"))):
+    (tmp_path / name).write_bytes(content)
+  with pytest.raises(ConfigError, match=r"packed: this is a compressed file; give --decompress to restore it, or"):
+    compress.main([str(tmp_path / "packed"), str(tmp_path / "twice"), "--workdir=run"])
+  assert not (tmp_path / "twice").exists()
+  compress.main([str(tmp_path / "packed"), str(tmp_path / "twice"), "--workdir=run", "--force"])
+  again = compression.decompress(model, (tmp_path / "twice").read_bytes())
+  assert again == (tmp_path / "packed").read_bytes()
+
+
+def test_files_that_a_run_which_goes_on_would_lose_are_told(workdir, monkeypatch, capsys, tmp_path):
+  """And none of a finished run, an exported model, or a step that is kept for good."""
+  (tmp_path / "text").write_bytes(b"some text")
+  saved = saved_config.load_config(workdir)
+  told = []
+  for steps, keep_every_steps, exported_model in ((12, 0, False), (400, 0, False), (400, 6, False), (400, 0, True)):
+    config = dataclasses.replace(
+      saved, num_steps=steps, checkpoint=dataclasses.replace(saved.checkpoint, keep_every_steps=keep_every_steps)
+    )
+    monkeypatch.setattr(saved_config, "load_config", lambda workdir, config=config: config)
+    monkeypatch.setattr(exported, "is_exported", lambda workdir, answer=exported_model: answer)
+    compress.main([str(tmp_path / "text"), str(tmp_path / "out"), "--force", "--workdir", str(workdir)])
+    told.append(capsys.readouterr().err)
+  assert f"step 12 of {workdir}\n" in told[0] and f"step 12 of {workdir} (of 400 steps)\n" in told[1]
+  assert ["notice" in text for text in told] == [False, True, False, False]
+  assert "step 12 of 400 may be deleted when training goes on, and the file cannot be restored then" in told[1]
+  assert f"python -m megabyte_jax export FOLDER --workdir={workdir} --step=12)" in told[1]

@@ -105,26 +105,34 @@ def test_blocks_are_stored_one_by_one(model, monkeypatch):
 
 
 @pytest.mark.usefixtures("always_coded")
-def test_other_models_and_circumstances_are_named(model):
+def test_other_models_and_circumstances_are_named(model, monkeypatch):
   text = text_bytes()[:30]
   packed = compression.compress(model, text, step=7)
   assert compression.decompress(model, repacked(packed)) == text
-  with pytest.raises(ConfigError, match=r"another model [0-9a-f]{16} .*step 7 of its run"):
+  at = r"with the model [0-9a-f]{16} \(here .*\), step 7 of its run; give the --workdir and --step with which"
+  with pytest.raises(ConfigError, match=at):
     compression.decompress(model_of(MEGABYTE, seed=1), packed)
-  with pytest.raises(ConfigError, match="another model"):
+  with pytest.raises(ConfigError, match="with the model"):
     compression.decompress(model_of(dataclasses.replace(MEGABYTE, activation="gelu")), packed)
-  with pytest.raises(ConfigError, match=r"another xla_flags --xla_a --xla_b \(here .*; decompress it where"):
-    compression.decompress(model, repacked(packed, xla_flags="--xla_a --xla_b"))
-  for key, value in {
-    "dtype": "bfloat16",
-    "device": "TPU v5",
-    "cores": 0,
-    "jax": "0.1",
-    "host": "0a1b",
-    "constriction": "9",
-  }.items():
-    with pytest.raises(ConfigError, match=rf"another {key} {value} \(here"):
+  here = compression._circumstances(model)
+  for key, value, said in (
+    ("xla_flags", "--xla_a --xla_b", r"with XLA_FLAGS --xla_a --xla_b \(here .*\); set XLA_FLAGS to the same"),
+    ("dtype", "bfloat16", r"in bfloat16 \(here float32\); use a machine of that kind"),
+    ("device", "TPU v5", r"on the device TPU v5 \(here .*\); use a machine of that kind"),
+    ("cores", 9999, rf"on 9999 CPU cores \(here {here['cores']}\); use a machine with as many"),
+    ("jax", "0.1", r"with jax 0.1 \(here .*\); install that version"),
+    ("host", "0a1b", r"with NumPy's instruction set 0a1b \(here .*\); use a machine of that kind"),
+    ("constriction", "9", r"with constriction 9 \(here .*\); install that version"),
+  ):
+    with pytest.raises(ConfigError, match=f"it was compressed {said}$"):
       compression.decompress(model, repacked(packed, **{key: value}))
+  monkeypatch.setattr(compression, "_circumstances", lambda _: here | {"cores": 4})
+  with pytest.raises(
+    ConfigError, match=r"on 2 CPU cores \(here 4\), with jax 9 .*; begin the .* `taskset -c 0-1` .*, in"
+  ):
+    compression.decompress(model, repacked(packed, cores=2, jax="9"))
+  with pytest.raises(ConfigError, match=r"it was compressed on the device H200 \(here [^,]*\); use a machine"):
+    compression.decompress(model, repacked(packed, cores=0, device="H200"))
   with pytest.raises(DataError, match="another version"):
     compression.decompress(model, repacked(packed, format=compression.FORMAT + 1))
 
