@@ -32,6 +32,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from megabyte_jax.checkpoints.exported import is_exported
 from megabyte_jax.checkpoints.saved_config import is_shipped, load_config
 from megabyte_jax.checkpoints.trained_model import describe_step, evaluation_mesh, load
 from megabyte_jax.config import Config
@@ -40,7 +41,6 @@ from megabyte_jax.data.sources import Source
 from megabyte_jax.display import plots
 from megabyte_jax.errors import ConfigError, DataError, in_one_line, require
 from megabyte_jax.evaluation import image_report, kept, perplexity, report, windows
-from megabyte_jax.evaluation.by_source import by_source
 from megabyte_jax.evaluation.evaluate import Evaluation
 from megabyte_jax.evaluation.nats_of_each_byte import PerByte
 from megabyte_jax.evaluation.positions import write_positions
@@ -81,12 +81,16 @@ def run(args: argparse.Namespace) -> str:
     try:
       source = open_source(config.data, args.split)
     except (ConfigError, DataError) as error:
+      if is_exported(args.workdir):
+        raise ConfigError(f"{args.workdir} comes without its data ({named}); give --data=FILE_OR_FOLDER") from error
       raise type(error)(*error.args, "use --data=FILE_OR_FOLDER to score other data") from error
   words = perplexity.number_of_words(args.words, "" if args.data else args.split, source) if args.words else 0
   keep_compiled_programs()
   model, _, step = load(args.workdir, args.step, mesh)
   print(f"{describe_step(args.workdir, step, config)}, {report.count_documents(source, args.data or args.split)}")
-  for line in report.notice_lines(report.data_notices(config.data, source)):
+  for line in report.notice_lines(
+    [*report.data_notices(config.data, source), *report.trained_on(config.data, args.data)]
+  ):
     print(line)
   if config.data.image_tiles and config.data.form == "image":
     print(f"images are scaled to {config.data.image_tiles} pixels and cut into tiles; --image-tiles=0 takes them whole")
@@ -95,26 +99,19 @@ def run(args: argparse.Namespace) -> str:
   if args.weights:
     parameters = in_eight_bits(config.model, parameters)
   result = score(config, args, parameters, source, mesh)
-  more = {"step": step, "data": args.data or getattr(config.data, args.split), "workdir": args.workdir}
-  if config.data.form == "subwords":
-    more["tokenizer_sha256"] = config.data.tokenizer_sha256
-  more |= {} if args.data else {"split": args.split}
-  more |= {"weights": args.weights} if args.weights else {}
-  more |= {name: value for name, value in (("skipped", source.skipped), ("stride", args.stride)) if value}
+  more = report.facts(config, source, result, step, args.workdir, args.split, args.data)
+  more |= {name: value for name, value in (("weights", args.weights), ("stride", args.stride)) if value}
   if words:
     per_word = perplexity.word_perplexity(result.nats, words)
     more |= {"words": words, "word_perplexity": per_word if math.isfinite(per_word) else None}  # JSON has no infinity
     print(f"word-level perplexity {per_word:.2f} ({words:,} words)")
   if jax.process_index() > 0:
     return ""
-  if sources := by_source(source, result):
-    more["sources"] = [one._asdict() for one in sources]
   images = image_report.summarize_evaluation(config.data, source, result)
   if images:
     print(images)
-    more |= images.as_json()
   line = report.result_json(result, **more)
-  keep(line, args, config, source, result, images)
+  keep(line, step, args, config, source, result, images)
   print(line)
   return line
 
@@ -164,6 +161,7 @@ def training_data(config: Config) -> Source | None:
 
 def keep(
   line: str,
+  step: int,
   args: argparse.Namespace,
   config: Config,
   source: Source,
@@ -183,12 +181,17 @@ def keep(
     for place in (folder, args.workdir):
       kept.write_line(place, "eval.json", line)
     if not (args.data or args.max_bytes or args.weights):
-      kept.write_line(args.workdir, f"eval_{args.split}_{method}.json", line)
-    write_positions(folder, result, config.data.unit)
+      later = kept.write_score(args.workdir, args.split, method, line, replace=args.step == "best")
+      if later:
+        print(in_one_line(f"{later} in {args.workdir} keeps the score of a later step"))
+    scored = args.data or getattr(config.data, args.split)
+    of = f"{'...' * (len(scored) > 40)}{scored[-40:]}, step {step:,}"
+    pictures = write_positions(folder, result, config.data.unit, in_one_line(of))
     if images:
-      print("pictures:", *image_report.write_best_and_worst(images, source, config.data, folder))
+      pictures += image_report.write_best_and_worst(images, source, config.data, folder)
     kept.copy_newest(folder, args.workdir)
     print(in_one_line(f"kept in {folder}"))
+    print(in_one_line(f"pictures: {' '.join(pictures)}"))
   except (OSError, plots.PlotError) as error:  # somebody else's run, perhaps; the result is worth more than its files
     print(in_one_line(f"warning: not all is kept in {args.workdir}: {outputs.in_words(error)}"), file=sys.stderr)
 
@@ -196,6 +199,7 @@ def keep(
 def folder_name(args: argparse.Namespace, method: str) -> str:
   """Returns a name for what is kept of an evaluation: what is scored, how, and what else was asked for."""
   parts = [kept.name_of_data(args.data) if args.data else args.split, method]
+  parts += [f"step{args.step}"] if args.step else []
   parts += ["raw"] * args.raw + ([] if args.image_tiles is None else [f"tiles{args.image_tiles}"])
   parts += ([f"first{args.max_bytes}"] if args.max_bytes else []) + ([args.weights] if args.weights else [])
   return "_".join(parts)

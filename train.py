@@ -36,7 +36,7 @@ from megabyte_jax.display import plots
 from megabyte_jax.display.metrics import Metrics
 from megabyte_jax.display.trackers import Tracker, check_tracker
 from megabyte_jax.errors import CheckpointError, PlotError, require
-from megabyte_jax.evaluation import report, windows
+from megabyte_jax.evaluation import kept, report, windows
 from megabyte_jax.evaluation.evaluate import evaluate, make_eval_step
 from megabyte_jax.evaluation.nats_of_each_byte import FirstBytes
 from megabyte_jax.files import outputs
@@ -170,13 +170,16 @@ def train(config: Config, workdir: str, init_from: str = "") -> bool:
 
     checkpoints.wait()
     metrics.flush()
-    stop.all_is_saved(workdir)
+    stop.all_is_saved(workdir, evaluates=validation is not None)
     if validation:
       # Evaluations during training may have scored a part: that part of the last one is what they are compared with.
       part = FirstBytes(validation, config.eval.max_bytes if config.eval.every_steps else 0)
-      report.evaluate_and_print(
+      result = report.evaluate_and_print(
         config, state.parameters, validation, primer=lambda: source, on_byte_nats=part.put, **scoring
       )
+      if jax.process_index() == 0:  # as eval.py would keep the same
+        facts = report.facts(config, validation, result, config.num_steps, workdir, "validation")
+        kept.write_score(workdir, "validation", result.method, report.result_json(result, **facts))
       metrics.write(config.num_steps, {"validation_bpb": part.bpb})
       checkpoints.record(config.num_steps, part.bpb)
     closing.close()  # metrics are whole before they are drawn

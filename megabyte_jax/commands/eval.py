@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from megabyte_jax.commands import arguments as flags
 from megabyte_jax.commands import scripts
-from megabyte_jax.errors import ConfigError
+from megabyte_jax.errors import ConfigError, require
 from megabyte_jax.evaluation.windows import METHODS
 from megabyte_jax.files import inputs, outputs
 from megabyte_jax.files.object_stores import is_remote
@@ -47,8 +47,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
   parser.add_argument("--batch-size", type=int, default=0, help="windows at once; default: config.eval.batch_size")
   parser.add_argument("--max-bytes", type=int, default=0, help="score only the first so many bytes")
   parser.add_argument(
-    "--per-byte-out", type=flags.path, default="", metavar="FILE.npy", help="write each byte's nats, float32"
+    "--per-byte-out",
+    type=flags.path,
+    default="",
+    metavar="FILE.npy",
+    help="write each byte's nats, float32, of all documents one after the other; NaN what --max-bytes leaves out",
   )
+  parser.add_argument("--force", action="store_true", help="overwrite the file of --per-byte-out, if it exists")
   parser.add_argument(
     "--weights", default="", choices=["", "int8"], help="int8: what `generate --weights=int8` costs in bits per byte"
   )
@@ -63,10 +68,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
   for name in ("stride", "batch_size", "max_bytes", "image_tiles", "max_pixels"):
     if (getattr(args, name) or 0) < 0:
       raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative")
+  require(bool(args.per_byte_out) or not args.force, "--force is for --per-byte-out")
   if args.per_byte_out:
     if is_remote(args.per_byte_out):
       raise ConfigError(f"--per-byte-out={args.per_byte_out} is not on this machine's disks; name a file there")
     inputs.check_not_replaced("--per-byte-out", args.per_byte_out, args.data)
+    if not args.force:
+      outputs.check_new_file("--per-byte-out", args.per_byte_out)
     outputs.check_output_file("--per-byte-out", args.per_byte_out)
   if args.words and args.max_bytes:
     raise ConfigError("--words and --max-bytes exclude each other: the words are those of the whole text")

@@ -105,6 +105,7 @@ def loss_by_position(
   xlabel: str,
   *,
   bin_width: int = 1,
+  weights: Sequence[float] | None = None,
 ) -> None:
   """Draws the mean loss by position in a patch (Fig. 5 of the paper) or in the context (Fig. 4).
 
@@ -114,6 +115,7 @@ def loss_by_position(
     out_png: path of the picture.
     title, xlabel: texts.
     bin_width: bytes per value, drawn at the middle of its bin; 1 draws at positions 0, 1, ...
+    weights: bytes at each position or in each bin of a single curve, for its mean; None takes all alike.
 
   Raises:
     PlotError: a curve has no finite value.
@@ -130,16 +132,18 @@ def loss_by_position(
       marker: dict[str, Any] = {"marker": "o", "markersize": 6, "markeredgecolor": "white"} if len(values) <= 64 else {}
       axes.plot(x, values, color=color, linewidth=2, label=name, **marker)
       if not several:
-        mean = float(np.nanmean(values))
+        known = np.isfinite(values)
+        mean = float(np.average(values[known], weights=None if weights is None else np.asarray(weights)[known]))
         axes.axhline(mean, color=_GREY, linewidth=1, linestyle=_DASHES[1], zorder=1)
         axes.annotate(
           f"mean {mean:.3f}",
           (1, mean),
           xycoords=axes.get_yaxis_transform(),
-          xytext=(-2, 4),
+          xytext=(4, 0),  # beside the picture: within it the curve would run through the number
           textcoords="offset points",
-          ha="right",
+          va="center",
           color=_GREY,
+          annotation_clip=False,
         )
     positions = max(map(len, curves.values()))
     if bin_width == 1 and positions <= 16:
@@ -256,7 +260,8 @@ def panels(out_png: epath.PathLike, count: int) -> Iterator[list[Axes]]:
 def _axes(out_png: epath.PathLike, title: str, xlabel: str, ylabel: str, width: float = 7.0) -> Iterator[Axes]:
   """Yields axes to draw on, saved as `out_png` if the block ends without an error."""
   with _figure(out_png, 1, width) as [axes]:
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.set_title(title, parse_math=False)  # names of files may hold a dollar sign
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     yield axes
 
 

@@ -40,17 +40,15 @@ class Evaluation:
 
   Attributes:
     method: as in windows.py.
-    cost: nominal, of documents much longer than the context: what reading each byte once costs is 1 (Table 11).
-    bytes_read: of all windows, prefixes of PerceiverAR too; over `bytes` it is the cost of these very documents.
     document_nats, document_bytes: [documents], summed over each.
     context_nats, context_bytes: [T], by a byte's (or token's) position in the window that scored it (Fig. 4).
     patch_nats, patch_bytes: [P], by a byte's position in its patch (Fig. 5), or in its span without a global model.
+    bytes_read, bytes_predicted: of all windows; prefixes of PerceiverAR are read and not predicted.
     tokens: scored; as many as bytes, unless the model reads subwords.
     seconds: wall time, compilation included.
   """
 
   method: str
-  cost: float
   document_nats: np.ndarray
   document_bytes: np.ndarray
   context_nats: np.ndarray
@@ -58,6 +56,7 @@ class Evaluation:
   patch_nats: np.ndarray
   patch_bytes: np.ndarray
   bytes_read: int = 0
+  bytes_predicted: int = 0
   tokens: int = 0
   seconds: float = 0.0
 
@@ -70,6 +69,11 @@ class Evaluation:
   def bytes(self) -> int:
     """Bytes scored."""
     return int(self.document_bytes.sum())
+
+  @property
+  def cost(self) -> float:
+    """How often each byte was predicted, on average of these documents; `windows.cost_factor` is that of long ones."""
+    return self.bytes_predicted / max(1, self.bytes)
 
   @property
   def bpb(self) -> float:
@@ -141,7 +145,6 @@ def evaluate(
   total = min(sizes, max_bytes or sizes)
   result = Evaluation(
     method,
-    windows.cost_factor(method, config.model, stride),
     document_nats=np.zeros(len(lengths)),
     document_bytes=np.zeros(len(lengths)),
     context_nats=np.zeros(context),
@@ -228,6 +231,7 @@ def _add(
 ) -> None:
   scored_T = mask * bytes_T
   result.bytes_read += int(bytes_T.sum())
+  result.bytes_predicted += int(bytes_T[window.latent_start :].sum())
   result.tokens += int(mask.sum())
   result.document_nats[document] += nats.sum()
   result.document_bytes[document] += scored_T.sum()

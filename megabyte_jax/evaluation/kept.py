@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 
@@ -27,6 +28,30 @@ def write_line(folder: epath.PathLike, name: str, line: str) -> None:
   """Writes one line as a file of `folder`, which is made where it is missing."""
   with replacing(os.path.join(folder, name)) as path:
     path.write_text(line + "\n")
+
+
+def write_score(workdir: epath.PathLike, split: str, method: str, line: str, *, replace: bool = False) -> str:
+  """Writes the line of a whole split as eval_SPLIT_METHOD.json of a run, which `tables --runs` reads.
+
+  Unless `replace` is given, the score of a later step stays.
+
+  Returns:
+    The file's name if it stayed; else ''.
+  """
+  name = f"eval_{split}_{method}.json"
+  file = epath.Path(workdir) / name
+  if not replace and file.exists() and _step_of(file.read_text()) > _step_of(line):
+    return name
+  write_line(workdir, name, line)
+  return ""
+
+
+def _step_of(line: str) -> int:
+  try:
+    step = json.loads(line)["step"]
+  except (ValueError, KeyError, TypeError, RecursionError):  # somebody else's file
+    return 0
+  return step if isinstance(step, int) else 0
 
 
 def copy_newest(folder: epath.PathLike, workdir: epath.PathLike) -> None:

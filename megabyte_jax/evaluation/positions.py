@@ -15,13 +15,14 @@ from megabyte_jax.models.loss import bits_per_byte
 _POINTS = 4096  # a file or a picture of more positions helps nobody
 
 
-def write_positions(workdir: str, result: Evaluation, unit: str = "byte") -> None:
-  """Writes eval_positions.json and a picture of each of its curves to `workdir`.
+def write_positions(workdir: str, result: Evaluation, unit: str = "byte", of: str = "") -> list[str]:
+  """Writes eval_positions.json and a picture of each of its curves to `workdir`; returns the pictures' paths.
 
   Long contexts are written in bins of equal width, `context_bin_width` positions each.
 
   Args:
     unit: what stands at a position: byte or token. Values are bits per byte in either case.
+    of: what was scored, and the step, for the pictures' titles.
   """
   width = -(-len(result.context_nats) // _POINTS)
   starts = np.arange(0, len(result.context_nats), width)
@@ -33,7 +34,13 @@ def write_positions(workdir: str, result: Evaluation, unit: str = "byte") -> Non
   values |= {"context_bin_width": width, "context": context.tolist(), "context_bytes": context_bytes.tolist()}
   with replacing(os.path.join(workdir, "eval_positions.json")) as path:
     path.write_text(json.dumps(values).replace("NaN", "null") + "\n")
-  picture = os.path.join(workdir, "eval_by_context.png")
-  plots.loss_by_position(context, picture, "Loss by position", f"{unit} in context", bin_width=width)
+  # The pictures' font has few other letters.
+  title = f"Loss by position: {of}".encode("latin-1", "replace").decode("latin-1") if of else "Loss by position"
+  pictures = [os.path.join(workdir, "eval_by_context.png")]
+  plots.loss_by_position(
+    context, pictures[0], title, f"{unit} in context", bin_width=width, weights=context_bytes.tolist()
+  )
   if len(patch) > 1 and result.method in ("basic", "sliding"):  # the others score only half of each patch
-    plots.loss_by_position(patch, os.path.join(workdir, "eval_by_patch.png"), "Loss by position", "byte in patch")
+    pictures.append(os.path.join(workdir, "eval_by_patch.png"))
+    plots.loss_by_position(patch, pictures[1], title, "byte in patch", weights=result.patch_bytes.tolist())
+  return pictures

@@ -23,6 +23,7 @@ from megabyte_jax.data.sources import Source, documents_in_words, first_names, s
 from megabyte_jax.data.subwords.source import text_of
 from megabyte_jax.display.progress import Progress, duration, human
 from megabyte_jax.errors import in_one_line
+from megabyte_jax.evaluation import image_report
 from megabyte_jax.evaluation.by_source import SourceBits, by_source
 from megabyte_jax.evaluation.compressors import Compressed, compress_all
 from megabyte_jax.evaluation.evaluate import Evaluation, evaluate
@@ -72,15 +73,27 @@ def notices(config: Config, source: Source, validation: Source | None = None) ->
   epochs = config.num_steps * config.bytes_per_step / max(1, int(source.lengths.sum()))
   if epochs >= _MANY_EPOCHS:
     told.append(f"the run reads these data {epochs:,.0f} times, and may learn them by heart")
+  scored, trained = int(validation.lengths.sum()) if validation else 0, config.num_steps * config.bytes_per_step
+  if scored > trained:
+    told.append(
+      f"all {scored:,} {data.unit}s of {data.validation} are scored after the last step, more than the {trained:,} "
+      "that the run trains on; --config.data.validation=FILE names less"
+    )
   warmup = config.optimizer.warmup_steps
   if warmup > config.num_steps:
     told.append(f"the warm-up of {warmup:,} steps is cut to the run's {config.num_steps:,}")
   if data.validation.startswith("sample:") and not data.train.startswith("sample:"):
     told.append(f"scored on {data.validation}, which comes with the package; --config.data.validation=FILE names yours")
-  for place in split_list(data.validation) if data.validation else ():
-    if place in split_list(data.train) or (os.path.exists(place) and overlaps(place, data.train)):
-      told.append(f"{place} is trained on, too; its score will be better than on texts not seen")
-  return told
+  return told + trained_on(data, data.validation)
+
+
+def trained_on(data: DataConfig, scored: str) -> list[str]:
+  """Returns which of the named sources that are scored are trained on, too, as their names say; a line each."""
+  return [
+    f"{place} is trained on, too; its score will be better than on texts not seen"
+    for place in (split_list(scored) if scored else ())
+    if place in split_list(data.train) or (os.path.exists(place) and overlaps(place, data.train))
+  ]
 
 
 def data_notices(data: DataConfig, source: Source) -> list[str]:
@@ -188,7 +201,7 @@ def results_table(
     documents += f", {result.tokens:,} tokens of {result.bytes / result.tokens:.2f} bytes each"
   lines = [
     f"bits per byte on {result.bytes:,} bytes ({documents}, {duration(result.seconds)})",
-    f"  {config.model.display_name:<12}{result.bpb:7.3f}   {result.method} inference, {result.cost:g}x",
+    f"  {config.model.display_name:<12}{result.bpb:7.3f}   {result.method} inference, {result.cost:.3g}x",
   ]
   lines += [f"{'':14}{one.bpb:7.3f}   of {one.name}, {one.bytes:,} bytes" for one in sources]
   for compressor, bits in sorted(compressors.items(), key=lambda item: item[1].alone):
@@ -207,10 +220,29 @@ def what_next(workdir: str, picture: str, data: DataConfig) -> str:
     f"  python -m megabyte_jax eval --workdir={shlex.quote(workdir)} --data=YOUR_FILE_OR_FOLDER",
     f"  python -m megabyte_jax generate --workdir={shlex.quote(workdir)} {what} --temperature=0.7",
   ]
-  if data.form == "bytes" and not workdir.rstrip("/").endswith("runs/mine"):  # of the default config
+  if data.form == "bytes" and data.train.startswith("sample:"):  # of the default config
     yours = "--config.data.train=YOUR_FOLDER --config.data.validation=YOUR_FILE"
     lines.append(f"  python -m megabyte_jax train --workdir=runs/mine {yours}")
   return "\n".join(lines)
+
+
+def facts(
+  config: Config, source: Source, result: Evaluation, step: int, workdir: str, split: str, data: str = ""
+) -> Any:
+  """Returns what a result's JSON says beside its numbers: the model, what was scored, and the bits of its parts.
+
+  Args:
+    split: what was scored, unless `data` names other data.
+  """
+  told: dict[str, Any] = {"step": step, "data": data or getattr(config.data, split), "workdir": workdir}
+  if config.data.form == "subwords":
+    told["tokenizer_sha256"] = config.data.tokenizer_sha256
+  told |= {} if data else {"split": split}
+  told |= {"skipped": source.skipped} if source.skipped else {}
+  if sources := by_source(source, result):
+    told["sources"] = [one._asdict() for one in sources]
+  images = image_report.summarize_evaluation(config.data, source, result)
+  return told | (images.as_json() if images else {})
 
 
 def result_json(result: Evaluation, **more: Any) -> str:
@@ -221,7 +253,7 @@ def result_json(result: Evaluation, **more: Any) -> str:
     "nats": result.nats,
     "seconds": round(result.seconds, 3),
     "method": result.method,
-    "cost": result.cost,
+    "cost": round(result.cost, 4),
     "bytes_read": result.bytes_read,
   }
   if result.tokens != result.bytes:

@@ -101,8 +101,9 @@ def _what_differs(config: Config, evaluation: Mapping[str, Any], row: Config) ->
   known = (None, row.data.validation, row.data.test, config.data.validation, config.data.test)
   if evaluation.get("data") not in known:
     other.append(f"scored on {human(evaluation.get('bytes') or 0, 'B')} of {evaluation['data']}")
-  cost, usual = evaluation.get("cost"), windows.cost_factor(row.eval.method, config.model)
-  if cost is not None and not math.isclose(cost, usual):
+  method, stride = row.eval.method, evaluation.get("stride") or 0
+  cost, usual = windows.cost_factor(method, config.model, stride), windows.cost_factor(method, config.model)
+  if not math.isclose(cost, usual):
     other.append(f"evaluated at {cost:g}x instead of {usual:g}x")
   return ", ".join(other)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import threading
 
@@ -48,9 +49,11 @@ class StopSignal:
     if self.requested:
       raise Interrupted
 
-  def all_is_saved(self, workdir: str) -> None:
+  def all_is_saved(self, workdir: str, evaluates: bool) -> None:
     """Lets a signal end the process at once from now on, with exit code 0: only measuring and drawing are left."""
-    self._finished = f"\nall steps are saved in {workdir}; the same command measures them again\n"
+    part = f"python -m megabyte_jax eval --workdir={shlex.quote(workdir)} --max-bytes=1000000"
+    rest = f"repeats the final evaluation, and `{part}` scores a part" if evaluates else "repeats the final samples"
+    self._finished = f"\nall steps are saved in {workdir}; the same command {rest}\n"
     if self.requested:
       self._end()
 

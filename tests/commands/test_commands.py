@@ -198,6 +198,8 @@ def test_commands_to_try_next_can_be_copied():
   commands = [line for line in told.splitlines() if line.startswith("  python")]
   flags = [flag for line in commands for flag in shlex.split(line) if flag.startswith("--workdir=")]
   assert flags == [f"--workdir={folder}", f"--workdir={folder}", "--workdir=runs/mine"]
+  for of_ones_own in (DataConfig(train="my texts"), DataConfig(train="sample:x", form="image", image_size=8)):
+    assert "runs/mine" not in what_next(folder, "", of_ones_own)
   assert '--prompt="It is a truth"' in told and "--prompt" not in what_next(folder, "", DataConfig(train="my texts"))
 
 

@@ -102,7 +102,7 @@ def test_what_is_not_as_in_the_row_is_told(tmp_path):
     config, batch_size=1, num_steps=config.num_steps * config.batch_size, optimizer=optimizer
   )
   (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-  evaluation = {"bpb": 1.0, "method": "sliding", "cost": 64.0, "step": config.num_steps, "split": "test"}
+  evaluation = {"bpb": 1.0, "method": "sliding", "stride": 128, "step": config.num_steps, "split": "test"}
   (tmp_path / "eval_test_sliding_stride128.json").write_text(json.dumps(evaluation))
   (found,) = measured.from_runs(tmp_path, rows)
   assert found.source.endswith("sliding_stride128.json")

@@ -7,6 +7,8 @@ import sys
 import pytest
 from run_commands import ROOT, environment
 
+from megabyte_jax.training import stop_signal
+
 
 def in_a_terminal(*arguments, **options):
   """The ended command `python ARGUMENTS`, which Ctrl-C ends as in a terminal, be it ignored here or not."""
@@ -111,3 +113,25 @@ def test_ctrl_c_is_left_alone_in_modules_of_others(tmp_path):
   (tmp_path / "theirs/program.py").write_text(check)
   result = in_a_terminal("-m", "theirs.program", cwd=tmp_path, env=environment() | {"PYTHONPATH": str(ROOT)})
   assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+  ("evaluates", "rest"),
+  [
+    (
+      True,
+      "repeats the final evaluation, and `python -m megabyte_jax eval --workdir='my run' --max-bytes=1000000` scores "
+      "a part",
+    ),
+    (False, "repeats the final samples"),
+  ],
+)
+def test_an_interrupt_after_the_last_step_says_what_there_is_to_do(monkeypatch, evaluates, rest):
+  told = []
+  monkeypatch.setattr(stop_signal, "_say", told.append)
+  monkeypatch.setattr(stop_signal.distributed, "end", lambda code, at_once: told.append(code))
+  with stop_signal.StopSignal() as stop:
+    stop.all_is_saved("my run", evaluates)
+    assert not told
+    signal.raise_signal(signal.SIGTERM)
+  assert told[:2] == [f"\nall steps are saved in my run; the same command {rest}\n", 0]
