@@ -6,9 +6,9 @@
 
 `python eval.py` at the top of a clone is the same command. The last line is one JSON object with bpb, bytes, nats,
 seconds and more. It is also kept in the work directory as eval.json and, where a whole split was scored, as
-eval_SPLIT_METHOD.json (eval_SPLIT_METHOD_strideN.json with --stride), which `python -m megabyte_jax tables` reads. The
-next evaluation replaces eval.json and the pictures beside it; in the folder of each evaluation, evaluations/NAME, they
-stay.
+eval_SPLIT_METHOD.json (eval_SPLIT_METHOD_strideN.json with --stride), which `python -m megabyte_jax tables` reads;
+there the score of a later step stays. The next evaluation replaces eval.json and the pictures beside it; in the folder
+of each evaluation, evaluations/NAME, they stay.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
   parser.add_argument("names", nargs="*", metavar="TABLE", help=f"1 to 17, audio or {FIGURE_3}; default: all tables")
   parser.add_argument("--format", default="text", choices=["text", "markdown", "json"], help="how to print")
   parser.add_argument(
-    "--runs", type=flags.path, default="", help="folder with run directories of train.py, evaluated by eval.py"
+    "--runs", type=flags.path, default="", help="folder with finished runs of train.py, or others scored by eval.py"
   )
   parser.add_argument("--plot", type=flags.path, default="", help=f"{FIGURE_3}: also draw it into this PNG file")
   args = parser.parse_args(arguments)

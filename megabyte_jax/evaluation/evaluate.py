@@ -72,7 +72,7 @@ class Evaluation:
 
   @property
   def cost(self) -> float:
-    """How often each byte was predicted, on average of these documents; `windows.cost_factor` is that of long ones."""
+    """Computes how often each byte of these documents was predicted; `windows.cost_factor` is that of long ones."""
     return self.bytes_predicted / max(1, self.bytes)
 
   @property

@@ -2,7 +2,7 @@
 
 A results file is JSON with a list `rows`. Each entry is an object with `row` (such as `table5:image640_megabyte`), any
 of the numbers that eval.py reports, and optionally `note` (what was smaller than in the paper, and the device).
-A run directory has config.json and an eval_SPLIT_METHOD.json for each whole split that eval.py scored. Such an
+A run directory has config.json and an eval_SPLIT_METHOD.json for each whole split that was scored. Such an
 evaluation counts for a row with the same method if the path ends in TABLE/ROW, or if model and data are the row's. All
 other differences from the row are listed beside its name.
 """

@@ -124,7 +124,10 @@ RUN_HERE = {
     *TINY_IMAGE64,
     "--config.data.validation=",
   ],
-  "python eval.py --workdir=runs/table5/image64_megabyte": ["--data=runs/photos", "--max-bytes=12288"],
+  "python eval.py --workdir=runs/table5/image64_megabyte --max-bytes=10000000": [
+    "--data=runs/photos",
+    "--max-bytes=12288",
+  ],
   "CUDA_VISIBLE_DEVICES=$i python train.py --config=configs/small.py:table5:image64_megabyte@4 "
   "--workdir=runs/sweep/${rates[i]} --config.optimizer.learning_rate=${rates[i]} "
   "--config.data.train=data/image64/train --config.data.validation= --config.num_steps=1085 "
