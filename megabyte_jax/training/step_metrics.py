@@ -1,4 +1,4 @@
-"""Reads the metrics of training steps one step late, while the devices are busy with the next, and logs them."""
+"""Reads the metrics of training steps, which may still be under way, and logs them."""
 
 from __future__ import annotations
 
