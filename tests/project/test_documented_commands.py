@@ -40,6 +40,7 @@ TINY_IMAGE64 = [
   "--config.model.levels[0].width=48",
   "--config.data.train=runs/photos",
 ]
+PHOTO = ["--data=runs/photos", "--max-bytes=12288"]
 TEXT = "megabyte_jax/data/sample/text/validation/pride_and_prejudice_last_tenth.txt"
 # What is added to a command to make it small. Those that name no config get tests/tiny_config.py:1. In this order.
 RUN_HERE = {
@@ -124,18 +125,12 @@ RUN_HERE = {
     *TINY_IMAGE64,
     "--config.data.validation=",
   ],
-  "python eval.py --workdir=runs/table5/image64_megabyte --max-bytes=10000000": [
-    "--data=runs/photos",
-    "--max-bytes=12288",
-  ],
+  "python eval.py --workdir=runs/table5/image64_megabyte --max-bytes=10000000": PHOTO,
   "CUDA_VISIBLE_DEVICES=$i python train.py --config=configs/small.py:table5:image64_megabyte@4 "
   "--workdir=runs/sweep/${rates[i]} --config.optimizer.learning_rate=${rates[i]} "
   "--config.data.train=data/image64/train --config.data.validation= --config.num_steps=1085 "
   "--config.optimizer.warmup_steps=43": TINY_IMAGE64,
-  "python eval.py --workdir=runs/sweep/$rate --data=data/image64/validation --max-bytes=10000000": [
-    "--data=runs/photos",
-    "--max-bytes=12288",
-  ],
+  "python eval.py --workdir=runs/sweep/$rate --data=data/image64/validation --max-bytes=10000000": PHOTO,
   "XLA_FLAGS=--xla_gpu_enable_triton_gemm=false python train.py ...": ["--workdir=runs/flag1"],
   "XLA_FLAGS=--xla_gpu_deterministic_ops=true python train.py ...": ["--workdir=runs/flag2"],
   "python train.py --coordinator=HOST:PORT --num_processes=N --process_id=I ...": [
