@@ -99,7 +99,8 @@ def run(args: argparse.Namespace) -> str:
   if args.weights:
     parameters = in_eight_bits(config.model, parameters)
   result = score(config, args, parameters, source, mesh)
-  more = report.facts(config, source, result, step, args.workdir, args.split, args.data)
+  images = image_report.summarize_evaluation(config.data, source, result)
+  more = report.facts(config, source, result, step, args.workdir, images, split=args.split, data=args.data)
   more |= {name: value for name, value in (("weights", args.weights), ("stride", args.stride)) if value}
   if words:
     per_word = perplexity.word_perplexity(result.nats, words)
@@ -107,7 +108,6 @@ def run(args: argparse.Namespace) -> str:
     print(f"word-level perplexity {per_word:.2f} ({words:,} words)")
   if jax.process_index() > 0:
     return ""
-  images = image_report.summarize_evaluation(config.data, source, result)
   if images:
     print(images)
   line = report.result_json(result, **more)
@@ -180,7 +180,7 @@ def keep(
     folder = os.path.join(args.workdir, kept.FOLDER, folder_name(args, method))
     for place in (folder, args.workdir):
       kept.write_line(place, "eval.json", line)
-    if not (args.data or args.max_bytes or args.weights):
+    if not (args.data or args.max_bytes or args.weights or other_reading(args)):
       later = kept.write_score(args.workdir, args.split, method, line, replace=args.step == "best")
       if later:
         print(in_one_line(f"{later} in {args.workdir} keeps the score of a later step"))
@@ -200,9 +200,16 @@ def folder_name(args: argparse.Namespace, method: str) -> str:
   """Returns a name for what is kept of an evaluation: what is scored, how, and what else was asked for."""
   parts = [kept.name_of_data(args.data) if args.data else args.split, method]
   parts += [f"step{args.step}"] if args.step else []
-  parts += ["raw"] * args.raw + ([] if args.image_tiles is None else [f"tiles{args.image_tiles}"])
+  parts += other_reading(args)
   parts += ([f"first{args.max_bytes}"] if args.max_bytes else []) + ([args.weights] if args.weights else [])
   return "_".join(parts)
+
+
+def other_reading(args: argparse.Namespace) -> list[str]:
+  """Returns names for the options that make other bytes of the same data than the run's own settings do."""
+  given = {"raw": args.raw, "rgb": args.convert_images, f"pixels{args.max_pixels}": args.max_pixels}
+  tiles = [] if args.image_tiles is None else [f"tiles{args.image_tiles}"]
+  return [name for name, value in given.items() if value] + tiles
 
 
 if __name__ == "__main__":

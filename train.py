@@ -177,9 +177,8 @@ def train(config: Config, workdir: str, init_from: str = "") -> bool:
       result = report.evaluate_and_print(
         config, state.parameters, validation, primer=lambda: source, on_byte_nats=part.put, **scoring
       )
-      if jax.process_index() == 0:  # as eval.py would keep the same
-        facts = report.facts(config, validation, result, config.num_steps, workdir, "validation")
-        kept.write_score(workdir, "validation", result.method, report.result_json(result, **facts))
+      if jax.process_index() == 0:
+        kept.write_last_score(config, validation, result, workdir)
       metrics.write(config.num_steps, {"validation_bpb": part.bpb})
       checkpoints.record(config.num_steps, part.bpb)
     closing.close()  # metrics are whole before they are drawn

@@ -79,7 +79,7 @@ def _remedy(workdir: str, other: Mapping[str, tuple[Any, Any]]) -> str:
   if any(is_absent(value) for values in other.values() for value in values):  # another family or number of levels
     return f"give the --config that it was trained with; {os.path.join(workdir, CONFIG_FILE)} has its settings"
   given = {key: tuple(was) if isinstance(was, list) else was for key, (was, _) in other.items()}
-  flags = (f"--config.{key}={shlex.quote(str(value))}" for key, value in given.items() if key not in _MAY_DIFFER)
+  flags = (shlex.quote(f"--config.{key}={value}") for key, value in given.items() if key not in _MAY_DIFFER)
   return f"give the --config that it was trained with, or its settings: {' '.join(flags)}"
 
 

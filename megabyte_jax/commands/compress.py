@@ -4,11 +4,11 @@ python -m megabyte_jax compress FILE OUT --workdir=runs/quickstart
 python -m megabyte_jax compress --decompress OUT COPY --workdir=runs/quickstart
 
 The model's probabilities are adapted to the file as it goes, unless --no-adapt is given. Decompression needs the same
-checkpoint on the same kind of device with as many CPU cores, the same XLA_FLAGS and the same versions of JAX and NumPy:
-it must compute the same probabilities to the last bit. The file says what it was made with, and a difference is an
-error. Training that goes on deletes old checkpoints, and what was compressed with them is lost: export such a model
-first (`python -m megabyte_jax export`). What the model makes no smaller, such as a PNG or MP3 file, is stored as it is:
-the result is at most 128 bytes larger.
+checkpoint on the same kind of device with as many CPU cores, the same XLA_FLAGS and the same versions of JAX, Flax,
+NumPy and constriction: it must compute the same probabilities to the last bit. The file says what it was made with, and
+a difference is an error. Training that goes on deletes old checkpoints, and what was compressed with them is lost:
+export such a model first (`python -m megabyte_jax export`). What the model makes no smaller, such as a PNG or MP3 file,
+is stored as it is: the result is at most 128 bytes larger.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
   parser.add_argument("file", type=flags.path, help="what to compress; with --decompress the compressed file")
   parser.add_argument("out", type=flags.path, help="where the result goes")
   parser.add_argument("--decompress", action="store_true", help="get the original back")
-  parser.add_argument("--force", action="store_true", help="overwrite OUT, and compress compressed files")
+  parser.add_argument("--force", action="store_true", help="overwrite OUT, if it exists")
   flags.add_run_arguments(parser)
   parser.add_argument("--batch-size", type=int, default=0, help="windows side by side; default: 64")
   parser.add_argument("--window", type=int, default=0, help="bytes of a window; default: 2048, or the context if less")
@@ -73,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     waiting.cancel()  # it opens when somebody writes
     data = file.read()
   with _naming(args.file):
-    again = compression.is_compressed(data) and not (args.decompress or args.force)
-    require(not again, "this is a compressed file; give --decompress to restore it, or --force to compress it again")
+    again = compression.is_compressed(data) and not args.decompress
+    require(not again, "this is a compressed file; give --decompress to restore it")
     header = compression.read(data)[0] if args.decompress else None
     model, length, step = None, header.length if header else len(data), 0
     if header is None or header.coding:  # what is stored needs no model
@@ -84,8 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
       keep_compiled_programs()
       model, _, step = load(args.workdir, args.step)
       print(describe_step(args.workdir, step, config), file=sys.stderr)
-      if header is None and not is_exported(args.workdir):
-        _warn_of_unfinished(args.workdir, step, config)
     with Progress("decompressing" if args.decompress else "compressing", total=length, compiles=True) as progress:
       if model is None or args.decompress:
         made = decompress(model, data, on_bytes=progress.add)
@@ -106,12 +104,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
   more = "" if model is None or args.decompress else compression.what_bits_are_for(made, model.config)
   to = sys.stderr if is_standard_output(args.out) else sys.stdout
   print(f"{len(data):,} bytes -> {len(made):,} {speed}{more}", file=to)
+  if not args.decompress and compression.read(made)[0].coding and not is_exported(args.workdir):
+    _warn_of_unfinished(args.workdir, step, config)
 
 
 def _warn_of_unfinished(workdir: str, step: int, config: Config) -> None:
   """Says that training which goes on may delete the checkpoint that decompression needs."""
+  from etils import epath
+
   for_good = config.checkpoint.keep_every_steps
-  if step < config.num_steps and not (for_good and step % for_good == 0):
+  finished = (epath.Path(workdir) / "checkpoints" / str(config.num_steps)).exists()
+  if not finished and not (for_good and step % for_good == 0):
     print(
       f"notice  step {step:,} of {config.num_steps:,} may be deleted when training goes on, and the file cannot be "
       "restored then; export the model first "

@@ -6,9 +6,16 @@ import hashlib
 import json
 import os
 import re
+import sys
 
 from etils import epath
 
+from megabyte_jax.config import Config
+from megabyte_jax.data.sources import Source
+from megabyte_jax.errors import in_one_line
+from megabyte_jax.evaluation import image_report, report
+from megabyte_jax.evaluation.evaluate import Evaluation
+from megabyte_jax.files import outputs
 from megabyte_jax.files.atomic_file import replacing
 
 FOLDER = "evaluations"
@@ -21,7 +28,8 @@ def name_of_data(spec: str) -> str:
   It has the end of the source's own name, without what file systems or shells make something of, and a checksum.
   """
   last = re.sub(r"[^\w.]+", "-", os.path.basename(spec.rstrip("/")))[-40:].strip("-.")
-  return "-".join(filter(None, (last, hashlib.sha256(os.fsencode(os.path.abspath(spec))).hexdigest()[:8])))
+  place = os.path.abspath(spec) if os.path.exists(spec) else spec  # such as tfds:NAME:SPLIT
+  return "-".join(filter(None, (last, hashlib.sha256(os.fsencode(place)).hexdigest()[:8])))
 
 
 def write_line(folder: epath.PathLike, name: str, line: str) -> None:
@@ -40,13 +48,26 @@ def write_score(workdir: epath.PathLike, split: str, method: str, line: str, *, 
   """
   name = f"eval_{split}_{method}.json"
   file = epath.Path(workdir) / name
-  if not replace and file.exists() and _step_of(file.read_text()) > _step_of(line):
+  if not replace and file.exists() and _step_of(file.read_bytes()) > _step_of(line):
     return name
   write_line(workdir, name, line)
   return ""
 
 
-def _step_of(line: str) -> int:
+def write_last_score(config: Config, validation: Source, result: Evaluation, workdir: str) -> None:
+  """Writes the score of a run's last step as `eval.py` would; warns where that is not possible.
+
+  It replaces that of any step: what is there of a later one is of another run that lay here.
+  """
+  images = image_report.summarize_evaluation(config.data, validation, result)
+  facts = report.facts(config, validation, result, config.num_steps, workdir, images, split="validation")
+  try:
+    write_score(workdir, "validation", result.method, report.result_json(result, **facts), replace=True)
+  except OSError as error:  # the run is done, and its score is on the screen
+    print(in_one_line(f"warning: the score is not kept in {workdir}: {outputs.in_words(error)}"), file=sys.stderr)
+
+
+def _step_of(line: str | bytes) -> int:
   try:
     step = json.loads(line)["step"]
   except (ValueError, KeyError, TypeError, RecursionError):  # somebody else's file
@@ -55,9 +76,11 @@ def _step_of(line: str) -> int:
 
 
 def copy_newest(folder: epath.PathLike, workdir: epath.PathLike) -> None:
-  """Copies an evaluation's bits by position and pictures, those that there are, into the work directory."""
+  """Copies an evaluation's bits by position and pictures into the work directory; what it has not goes there, too."""
   for name in _COPIED:
     file = epath.Path(folder) / name
     if file.exists():
       with replacing(os.path.join(workdir, name)) as path:
         file.copy(path)
+    else:
+      (epath.Path(workdir) / name).unlink(missing_ok=True)

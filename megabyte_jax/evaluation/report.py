@@ -77,7 +77,7 @@ def notices(config: Config, source: Source, validation: Source | None = None) ->
   if scored > trained:
     told.append(
       f"all {scored:,} {data.unit}s of {data.validation} are scored after the last step, more than the {trained:,} "
-      "that the run trains on; --config.data.validation=FILE names less"
+      "that the run trains on; --config.data.validation=FILE takes a smaller text"
     )
   warmup = config.optimizer.warmup_steps
   if warmup > config.num_steps:
@@ -227,11 +227,20 @@ def what_next(workdir: str, picture: str, data: DataConfig) -> str:
 
 
 def facts(
-  config: Config, source: Source, result: Evaluation, step: int, workdir: str, split: str, data: str = ""
-) -> Any:
+  config: Config,
+  source: Source,
+  result: Evaluation,
+  step: int,
+  workdir: str,
+  images: image_report.ImageSummary | None,
+  *,
+  split: str,
+  data: str = "",
+) -> dict[str, Any]:
   """Returns what a result's JSON says beside its numbers: the model, what was scored, and the bits of its parts.
 
   Args:
+    images: what was found of each image, if it was images that were scored.
     split: what was scored, unless `data` names other data.
   """
   told: dict[str, Any] = {"step": step, "data": data or getattr(config.data, split), "workdir": workdir}
@@ -241,7 +250,6 @@ def facts(
   told |= {"skipped": source.skipped} if source.skipped else {}
   if sources := by_source(source, result):
     told["sources"] = [one._asdict() for one in sources]
-  images = image_report.summarize_evaluation(config.data, source, result)
   return told | (images.as_json() if images else {})
 
 

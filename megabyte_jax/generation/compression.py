@@ -191,13 +191,14 @@ def _check_circumstances(coding: Coding, here: dict[str, Any]) -> None:
     return
   said = _SAID | ({"cores": "on {} CPU core"} if was["cores"] == 1 else {})
   differ = [said.get(key, f"with {key} {{}}").format(_word(was[key])) + f" (here {_word(here[key])})" for key in other]
-  at = f", step {coding.step} of its run" if "model" in other else ""
+  if "model" in other:
+    differ[other.index("model")] += f" of step {coding.step} of its run"
   taskset = f"begin the command with `taskset -c 0-{was['cores'] - 1}` (Linux)"
   known = _REMEDIES | ({"cores": taskset} if here["cores"] > was["cores"] > 0 else {})
   remedies = dict.fromkeys(known.get(key, "install that version") for key in other)
   if "model" in other:
     remedies = {_REMEDIES["model"]: None}  # the rest may be right then, or is said next
-  raise ConfigError(f"it was compressed {', '.join(differ)}{at}; {', '.join(remedies)}")
+  raise ConfigError(f"it was compressed {', '.join(differ)}; {', '.join(remedies)}")
 
 
 def stored_bytes(packed: bytes, config: ModelConfig) -> int:

@@ -133,7 +133,7 @@ def remedies(plan: Plan) -> str:
     found.append("a smaller --batch_size")
   if config.model.sequence_parts and replicas > 1:
     found.append("a larger seq with a smaller data" if mesh.data > 1 else "a larger seq with a smaller fsdp")
-  return f"{', '.join(found)}, more chips, or --search"
+  return f"{', '.join([*found, 'more chips'])}, or --search"
 
 
 def make_plan(

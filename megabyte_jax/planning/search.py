@@ -91,7 +91,8 @@ def search(
       return plan, executable
     failed.append(plan)
     ordered = [other for other in ordered if other is not one and not rules_out(plan, other)]
-  left = f"{len(ordered):,} others are untried: raise --tries" if ordered else "all others need more; take more chips"
+  none_left = "no other is likely to fit; take more chips or a smaller --batch_size"
+  left = f"{len(ordered):,} others are untried: raise --tries" if ordered else none_left
   tried = (
     "the combination tried does not fit" if len(failed) == 1 else f"none of the {len(failed)} combinations tried fits"
   )

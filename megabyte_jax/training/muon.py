@@ -143,9 +143,9 @@ def newton_schulz(x_NRC: jax.Array) -> jax.Array:
   x_NRC = lay_out(jnp.pad(x_NRC, ((0, -count % devices), (0, 0), (0, 0))), spread)
   dtype = product_dtype()
   a, b, c = _COEFFICIENTS
-  # A step is x + b/a S x + c/a S^2 x, with S = x x^T, times a, which is left to the end: cuBLAS adds to a sum in the
-  # product itself, but does not multiply it. For the same reason squares are scaled so that S^2 is added with a power
-  # of two, exact in bfloat16, and another in each step, since XLA leaves a constant that it meets twice by itself.
+  # A step is a (x + b/a S x + c/a S^2 x), S = x x^T. The factor a is left to the end, since XLA makes a sum part of
+  # cuBLAS's product only where what is added has no factor. S is scaled so that the factor of S^2 is a power of two,
+  # exact in bfloat16, and another one in each step: XLA does not make a constant that is used twice part of a product.
   scale = 1.0  # what x lacks
   for step in range(_STEPS):
     fraction = -(2.0 ** -(step + 1))

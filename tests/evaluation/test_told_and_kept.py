@@ -18,7 +18,7 @@ from megabyte_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig
 from megabyte_jax.data.open_data import open_source
 from megabyte_jax.display import plots
 from megabyte_jax.errors import ConfigError
-from megabyte_jax.evaluation import report
+from megabyte_jax.evaluation import kept, report
 from megabyte_jax.evaluation.evaluate import Evaluation
 from megabyte_jax.evaluation.positions import write_positions
 
@@ -77,10 +77,55 @@ def test_an_earlier_step_does_not_take_the_place_of_a_later_one(workdir, evaluat
   assert [json.loads(file.read_text()) for file in files] == [last, last]
   assert json.loads((workdir / "evaluations/validation_basic_step3/eval.json").read_text()) == earlier
   assert f"eval_validation_basic.json in {workdir} keeps the score of a later step\n" in capsys.readouterr().out
-  for content in ("[]", "{", '{"step": "x"}', json.dumps(earlier)):  # whose, or of the same or an earlier step
-    files[0].write_text(content)
+  for content in (b"[]", b"{", b"\xff", b'{"step": "x"}', json.dumps(earlier).encode()):  # whose, or of the same step
+    files[0].write_bytes(content)
     evaluate("--step=3")
     assert json.loads(files[0].read_text())["bpb"] == earlier["bpb"]
+
+
+def test_the_best_step_takes_the_place_of_a_later_one(workdir, evaluate):
+  evaluate()
+  best = evaluate("--step=best")
+  assert json.loads((workdir / "eval_validation_basic.json").read_text()) == best
+
+
+def test_a_run_that_ends_replaces_the_score_of_another_that_lay_there(workdir):
+  file = workdir / "eval_validation_basic.json"
+  file.write_text('{"step": 1000, "bpb": 0.1}')
+  train.train(load_config(workdir), str(workdir))
+  assert json.loads(file.read_text())["step"] == 6
+
+
+def test_a_score_that_cannot_be_kept_does_not_end_a_run(workdir, monkeypatch, capsys):
+  def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(kept, "write_score", full)
+  train.train(load_config(workdir), str(workdir))
+  assert f"warning: the score is not kept in {workdir}: No space left on device" in capsys.readouterr().err
+
+
+def test_other_bytes_of_a_split_do_not_take_the_place_of_its_score(workdir, evaluate):
+  evaluate()
+  file = workdir / "eval_validation_basic.json"
+  before = file.read_text()
+  assert evaluate("--raw")["split"] == "validation"
+  assert file.read_text() == before
+
+
+def test_pictures_beside_the_newest_result_are_its_own(workdir, evaluate):
+  evaluate()
+  old = workdir / "images_best.png"
+  old.write_text("of an evaluation of images")
+  evaluate()
+  assert not old.exists() and (workdir / "eval_positions.json").exists()
+
+
+def test_names_of_data_do_not_depend_on_the_current_folder(tmp_path, monkeypatch):
+  specs = ("tfds:x/y:test", "gs://bucket/a", "hf:a/b", str(tmp_path))
+  before = [kept.name_of_data(spec) for spec in specs]
+  monkeypatch.chdir(tmp_path)
+  assert [kept.name_of_data(spec) for spec in specs] == before
 
 
 def test_pictures_are_named_and_have_titles(workdir, folder, evaluate, drawn, capsys):
@@ -115,7 +160,13 @@ def test_the_cost_is_that_of_these_documents(workdir, folder, evaluate, tmp_path
   short.mkdir()
   for name in "ab":
     (short / name).write_bytes((folder / "train.txt").read_bytes()[:32])  # one context
-  for method, data, cost in (("sliding", short, 1), ("sliding", folder / "train.txt", 1.998), ("basic", short, 1)):
+  costs = (
+    ("sliding", short, 1),
+    ("sliding", folder / "train.txt", 1.998),
+    ("basic", short, 1),
+    ("strided", short, 1.938),
+  )
+  for method, data, cost in costs:
     assert evaluate(f"--method={method}", f"--data={data}")["cost"] == pytest.approx(cost, abs=1e-3), (method, data)
 
 
@@ -158,5 +209,5 @@ def test_a_validation_text_that_takes_longer_than_training_is_told(folder, steps
   if told:
     assert said == [
       f"all 1,000 bytes of {folder}/validation are scored after the last step, more than the 768 that the run trains "
-      "on; --config.data.validation=FILE names less"
+      "on; --config.data.validation=FILE takes a smaller text"
     ]

@@ -109,7 +109,7 @@ def test_other_models_and_circumstances_are_named(model, monkeypatch):
   text = text_bytes()[:30]
   packed = compression.compress(model, text, step=7)
   assert compression.decompress(model, repacked(packed)) == text
-  at = r"with the model [0-9a-f]{16} \(here .*\), step 7 of its run; give the --workdir and --step with which"
+  at = r"with the model [0-9a-f]{16} \(here .*\) of step 7 of its run; give the --workdir and --step with which"
   with pytest.raises(ConfigError, match=at):
     compression.decompress(model_of(MEGABYTE, seed=1), packed)
   with pytest.raises(ConfigError, match="with the model"):

@@ -84,6 +84,8 @@ def test_what_to_try_where_a_step_does_not_fit():
   )
   assert "--accumulate=16 (up to 16 on this mesh)" in told(900 * gib, {"fsdp": 4, "seq": 2}, config=wide)
   assert told(60 * gib, {"data": 8}).startswith("--remat=full, a larger seq with a smaller data, ")
+  one = dataclasses.replace(SMALL, batch_size=1, model=dataclasses.replace(SMALL.model, remat="full"))
+  assert told(60 * gib, {"seq": 8}, config=one) == "more chips, or --search"
   assert told(60 * gib, {"data": 8}, "eval").startswith("a smaller --config.eval.batch_size, ")
   large = dataclasses.replace(SMALL.model, levels=(level(8, 16_384), level(1, 64)))
   assert told(60 * gib, {"data": 8}, config=dataclasses.replace(SMALL, model=large)).startswith("a larger fsdp, ")

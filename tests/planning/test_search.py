@@ -74,7 +74,7 @@ def test_more_chips_are_advised_when_nothing_is_left(monkeypatch, capsys):
   assert "none of the 2 combinations tried fits v5e:2x2; " in error
   assert "others are untried: raise --tries" in error and "more chips" not in error
   _, error = searched(monkeypatch, capsys, lambda one: 1000, tries=8)
-  assert "all others need more; take more chips" in error
+  assert "no other is likely to fit; take more chips" in error
 
 
 def test_what_cannot_fit_is_not_tried_again():

@@ -238,7 +238,7 @@ def test_fine_tuning_from_what_does_not_fit(one_level, trained, tmp_path):
     train.train(deeper, str(tmp_path / "new"), init_from=str(trained))
   wide = dataclasses.replace(config.model.levels[0], num_layers=3, conv_filters=(3,))
   wider = dataclasses.replace(config, model=dataclasses.replace(config.model, levels=(wide,), context=64, dropout=0.0))
-  flags = r"or its settings: --config.model.levels\[0\].conv_filters='\(\)' --config.model.levels\[0\].num_layers=1$"
+  flags = r"or its settings: '--config.model.levels\[0\].conv_filters=\(\)' '--config.model.levels\[0\].num_layers=1'$"
   with pytest.raises(CheckpointError, match=flags):
     train.train(wider, str(tmp_path / "new"), init_from=str(trained))
   perceiver = dataclasses.replace(config, model=PERCEIVER)
