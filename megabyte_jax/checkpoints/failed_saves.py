@@ -38,8 +38,7 @@ def cannot_write(error: OSError, path: object, unsaved: int | None, good: int | 
     unsaved: the step whose checkpoint was being written, if one was.
     good: the newest step whose checkpoint is on disk, if there is one.
   """
-  logging.getLogger("asyncio").addFilter(_is_no_orphan)  # tasks and threads of the save may end after this
-  logging.getLogger("absl").addFilter(_is_news)
+  logging.getLogger("absl").addFilter(_is_news)  # threads of the save may end after this
   remedy = "make room there, or move the run to another place" if error.errno in NO_ROOM else "see to it"
   lost = "" if unsaved is None else f"the checkpoint of step {unsaved} was not saved, "
   if good is None:
@@ -63,6 +62,7 @@ def quiet() -> Iterator[None]:
   logger.addFilter(_is_news)
   sys.unraisablehook = on_unraisable
   # Not taken back: they are thrown away at any time after the save that failed.
+  logging.getLogger("asyncio").addFilter(_is_no_orphan)
   warnings.filterwarnings("ignore", r"coroutine '.*async_serialize.*' was never awaited", RuntimeWarning)
   try:
     yield
@@ -77,6 +77,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def _is_no_orphan(record: logging.LogRecord) -> bool:
-  """Returns False for the error of a task of Orbax's for which nobody waits any more: it was raised before."""
-  message = record.getMessage()
-  return not ("never retrieved" in message and "orbax" in message)
+  """Returns False for the error of a task or thread of Orbax's for which nobody waits: it was raised before."""
+  message, error = record.getMessage(), record.exc_info[1] if record.exc_info else None
+  of_the_save = "orbax" in message or (error is not None and file_system_error(error) is not None)
+  return not ("never retrieved" in message and of_the_save)

@@ -1,11 +1,16 @@
 """A disk without room ends a run with one line: the folder, what was not saved, and which checkpoint is good."""
 
+import asyncio
+import errno
+import gc
 import os
 import subprocess
 import sys
 
 import pytest
 from run_commands import ROOT, environment
+
+from megabyte_jax.checkpoints import failed_saves
 
 SAVES = """
 import resource, sys
@@ -95,3 +100,17 @@ def test_a_disk_that_fills_up_while_training(small_disk, step):
   assert line.startswith(f"error: {workdir}/") and ": No space left on device; make room there" in line
   assert f"that of step {step // 4 * 4} is good: the same command goes on from it" in line
   assert "Traceback" not in result.stderr
+
+
+def test_errors_of_a_save_that_nobody_waits_for_are_left_out(caplog):
+  loop = asyncio.new_event_loop()
+  with failed_saves.quiet():
+    pass
+  tensorstore = ValueError("RESOURCE_EXHAUSTED: Error writing local file [os_error_code='28']")
+  for error in (OSError(errno.ENOSPC, "No space left on device"), tensorstore, KeyError("of another's task")):
+    future = loop.create_future()
+    future.set_exception(error)
+    del future
+  gc.collect()
+  loop.close()
+  assert [type(record.exc_info[1]) for record in caplog.records] == [KeyError]

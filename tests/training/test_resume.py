@@ -218,7 +218,7 @@ def test_a_run_that_meets_a_bad_image_goes_on_as_it_is_advised(config, tmp_path,
   assert saved_state(tmp_path / "run")[0] == 5
   train.train(config, str(tmp_path / "run"))  # once it skips, it is the same run
   bad.unlink()
-  with pytest.raises(CheckpointError, match="have changed since the run"):
+  with pytest.raises(CheckpointError, match="images have changed"):
     train.train(config, str(tmp_path / "run"))
 
 
