@@ -99,6 +99,8 @@ def run(args: argparse.Namespace) -> str:
   if args.weights:
     parameters = in_eight_bits(config.model, parameters)
   result = score(config, args, parameters, source, mesh)
+  if jax.process_index() > 0:
+    return ""
   images = image_report.summarize_evaluation(config.data, source, result)
   more = report.facts(config, source, result, step, args.workdir, images, split=args.split, data=args.data)
   more |= {name: value for name, value in (("weights", args.weights), ("stride", args.stride)) if value}
@@ -106,8 +108,6 @@ def run(args: argparse.Namespace) -> str:
     per_word = perplexity.word_perplexity(result.nats, words)
     more |= {"words": words, "word_perplexity": per_word if math.isfinite(per_word) else None}  # JSON has no infinity
     print(f"word-level perplexity {per_word:.2f} ({words:,} words)")
-  if jax.process_index() > 0:
-    return ""
   if images:
     print(images)
   line = report.result_json(result, **more)

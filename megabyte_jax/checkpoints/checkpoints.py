@@ -23,7 +23,7 @@ from megabyte_jax.checkpoints.arrays import check_same_arrays, flat_arrays, hand
 from megabyte_jax.checkpoints.best_steps import BestSteps
 from megabyte_jax.checkpoints.checksums import find_damage, write_digests
 from megabyte_jax.checkpoints.failed_saves import cannot_write, file_system_error, quiet
-from megabyte_jax.checkpoints.format import FORMAT, check_format
+from megabyte_jax.checkpoints.format import FOLDER, FORMAT, check_format
 from megabyte_jax.checkpoints.processes_agree import check_shared, from_first_process
 from megabyte_jax.config import CheckpointConfig
 from megabyte_jax.errors import CheckpointError, UserError, in_one_line
@@ -62,7 +62,7 @@ class Checkpoints:
       config: when to save and what to keep.
       read_only: change nothing in the folder, so that evaluation can look on while training goes on.
     """
-    self.workdir, self.folder = str(workdir), epath.Path(workdir).resolve() / "checkpoints"
+    self.workdir, self.folder = str(workdir), epath.Path(workdir).resolve() / FOLDER
     self._config, self._read_only = config, read_only
     self._damage: dict[tuple[int, str], str | None] = {}  # what was found by checking (step, item)
     self._saved: set[int] = set()  # steps that this object wrote

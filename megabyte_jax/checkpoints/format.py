@@ -9,6 +9,7 @@ from etils import epath
 
 from megabyte_jax.errors import CheckpointError
 
+FOLDER = "checkpoints"  # of a run, in its work directory
 FORMAT = 1  # another number for each change of what is written; only this one is read
 
 

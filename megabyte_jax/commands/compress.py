@@ -112,8 +112,10 @@ def _warn_of_unfinished(workdir: str, step: int, config: Config) -> None:
   """Says that training which goes on may delete the checkpoint that decompression needs."""
   from etils import epath
 
+  from megabyte_jax.checkpoints.format import FOLDER
+
   for_good = config.checkpoint.keep_every_steps
-  finished = (epath.Path(workdir) / "checkpoints" / str(config.num_steps)).exists()
+  finished = (epath.Path(workdir) / FOLDER / str(config.num_steps)).exists()
   if not finished and not (for_good and step % for_good == 0):
     print(
       f"notice  step {step:,} of {config.num_steps:,} may be deleted when training goes on, and the file cannot be "

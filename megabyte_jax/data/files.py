@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from megabyte_jax.data.file_handles import BUDGET, Handles
-from megabyte_jax.data.sources import SKIP_HINT, Joined, Source, check_range, first_names
+from megabyte_jax.data.sources import SKIP_HINT, Joined, Source, check_range, evenly_spaced, first_names
 from megabyte_jax.errors import DataError
 from megabyte_jax.files.object_stores import in_parallel, is_remote
 
@@ -256,7 +256,7 @@ def _to_look_at(paths: Sequence[str]) -> list[int]:
   for i, path in enumerate(itertools.islice(paths, _ENDINGS_OF)):
     if len(first) < _MOST_ENDINGS:
       first.setdefault(os.path.splitext(path)[1].lower(), i)
-  return sorted({*first.values(), *_evenly_spaced(len(paths))})
+  return sorted({*first.values(), *evenly_spaced(len(paths), _SAMPLED_FILES)})
 
 
 def _kind(path: str, length: int, whole: int) -> str:
@@ -284,11 +284,6 @@ def _is_utf8(block: bytes, start: int, stop: int, length: int) -> bool:
   return True
 
 
-def _evenly_spaced(count: int) -> list[int]:
-  """Which of many files are looked into."""
-  return np.unique(np.linspace(0, count - 1, min(count, _SAMPLED_FILES)).astype(int)).tolist()
-
-
 def fingerprint_files(paths: Sequence[str], names: Sequence[str], lengths: Sequence[int] | np.ndarray) -> str:
   """Returns a fingerprint of all names and lengths and of what the files hold.
 
@@ -297,7 +292,7 @@ def fingerprint_files(paths: Sequence[str], names: Sequence[str], lengths: Seque
   those of at most 128 MiB / files (128 KiB where there are 1,024) as a whole. So it is cheap for data of any size.
   Times of change are left out: a copy of the data counts as the same data.
   """
-  sampled = _evenly_spaced(len(paths))
+  sampled = evenly_spaced(len(paths), _SAMPLED_FILES)
   whole = _read_whole_up_to(len(paths))
   files = [(paths[i], int(lengths[i]), whole) for i in sampled]
   looked_into = in_parallel(_contents, files, any(map(is_remote, paths)))

@@ -137,6 +137,11 @@ def check_unit(source: Source, context: int) -> None:
   )
 
 
+def evenly_spaced(count: int, most: int) -> list[int]:
+  """Returns which of `count` items are looked at where `most` are enough: from the first to the last, increasing."""
+  return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist()
+
+
 def documents_in_words(count: int) -> str:
   """Returns `1 document`, `2 documents` and so on."""
   return f"{count:,} document{'s' * (count != 1)}"

@@ -76,7 +76,7 @@ def _step_of(line: str | bytes) -> int:
 
 
 def copy_newest(folder: epath.PathLike, workdir: epath.PathLike) -> None:
-  """Copies an evaluation's bits by position and pictures into the work directory; what it has not goes there, too."""
+  """Copies an evaluation's bits by position and pictures into the work directory; files that it lacks go from there."""
   for name in _COPIED:
     file = epath.Path(folder) / name
     if file.exists():

@@ -2,7 +2,7 @@
 
 Matrices of one shape, from all parameters, are stacked and go through the same products. On a mesh every device takes
 its share of each stack, whichever axes the mesh has, rather than all devices the whole. On accelerators the operands of
-the products are bfloat16, and the matrices to which they are added stay float32.
+the products are bfloat16, and so are x x^T and its polynomial; the matrices x stay float32.
 
 Shapes: N matrices, R rows, C columns.
 """

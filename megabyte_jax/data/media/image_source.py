@@ -16,7 +16,7 @@ from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.media import image_decoding, image_scaling, patch_scan
 from megabyte_jax.data.media.encoded_media import EncodedMedia
 from megabyte_jax.data.shared_cache import DOCUMENT_BYTES, SharedCache, array_bytes
-from megabyte_jax.data.sources import SKIP_HINT, Joined, Source, check_range
+from megabyte_jax.data.sources import SKIP_HINT, Joined, Source, check_range, evenly_spaced
 from megabyte_jax.errors import DataError, require
 
 if TYPE_CHECKING:
@@ -127,8 +127,8 @@ class Images:
 
   def sizes_of_some(self) -> list[tuple[int, int]]:
     """Returns (width, height) of some images, evenly spaced, without those that cannot be read."""
-    found, count = [], len(self._image)
-    for k in np.unique(np.linspace(0, count - 1, min(count, _SIZES_OF)).astype(int)):
+    found = []
+    for k in evenly_spaced(len(self._image), _SIZES_OF):
       with contextlib.suppress(DataError):  # said where the image is decoded
         found.append(self._size(self._image[k]))
     return found

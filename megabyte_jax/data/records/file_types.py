@@ -6,8 +6,6 @@ import logging
 import os
 from collections.abc import Sequence
 
-import numpy as np
-
 from megabyte_jax.config import DataConfig
 from megabyte_jax.data.files import UTF16_MARKS, ByteFiles
 from megabyte_jax.data.folders import ARRAYS, ARRAYS_HINT, find_files
@@ -15,7 +13,7 @@ from megabyte_jax.data.records.contents import decompressed, is_compressed, pack
 from megabyte_jax.data.records.lines import Lines
 from megabyte_jax.data.records.parquet import Parquet
 from megabyte_jax.data.records.store import RecordStore, RecordTexts
-from megabyte_jax.data.sources import RAW_HINT, SKIP_HINT, Joined, Source
+from megabyte_jax.data.sources import RAW_HINT, SKIP_HINT, Joined, Source, evenly_spaced
 from megabyte_jax.errors import ConfigError, DataError, require
 
 _LINES = (".jsonl", ".ndjson")
@@ -103,9 +101,8 @@ _noticed: set[str] = set()
 
 def _notice_utf16(files: Source) -> None:
   """Says, once for each, which files begin with the byte-order mark of UTF-16; their bytes are taken as they are."""
-  count = len(files.names)
-  for i in np.unique(np.linspace(0, count - 1, min(count, _LOOKED_AT)).astype(int)):
-    begins = files.read(int(i), 0, min(2, int(files.lengths[i]))).tobytes()
+  for i in evenly_spaced(len(files.names), _LOOKED_AT):
+    begins = files.read(i, 0, min(2, int(files.lengths[i]))).tobytes()
     if begins in UTF16_MARKS and (name := files.names[i]) not in _noticed:
       _noticed.add(name)
       logging.warning(

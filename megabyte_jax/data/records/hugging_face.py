@@ -15,6 +15,7 @@ from megabyte_jax.data.fingerprints import combine_fingerprints, hash_values
 from megabyte_jax.data.records.columns import binary_column, byte_lengths, choose_field
 from megabyte_jax.data.records.store import Numbered
 from megabyte_jax.data.records.table_column import TableColumn
+from megabyte_jax.data.sources import evenly_spaced
 from megabyte_jax.errors import ConfigError, DataError
 
 _PART = r"[\w.-]+(?:\[[^\]]*\])?"
@@ -70,8 +71,7 @@ class HuggingFace(TableColumn):
   def fingerprint(self) -> str:
     """Changes with the number of rows, the column, all lengths of texts, and 1,024 evenly spaced values."""
     count = len(self.names)
-    sampled = np.unique(np.linspace(0, count - 1, min(count, _SAMPLED)).astype(int))
-    values = map(self._value_or_nothing, sampled.tolist())
+    values = map(self._value_or_nothing, evenly_spaced(count, _SAMPLED))
     return combine_fingerprints([hash_values([self._sizes.tobytes(), *values]), str(count), self._field])
 
   def _value_or_nothing(self, i: int) -> bytes:
