@@ -1,13 +1,8 @@
-"""Computes bits per byte of a trained model on any data; every byte is scored exactly once.
+"""Scores data with a trained model, in bits per byte; what is written where is in megabyte_jax/commands/eval.py.
 
-  python eval.py --workdir=runs/quickstart                                the validation split
-  python eval.py --workdir=runs/quickstart --data=FILE_OR_FOLDER          data of your own
-  python eval.py --workdir=runs/quickstart --method=both                  four passes, the best estimate (Table 11)
-
-The last line is one JSON object with bpb, bytes, nats, seconds and more. It is also kept in the work directory as
-eval.json and, where a whole split was scored, as eval_SPLIT_METHOD.json (eval_SPLIT_METHOD_strideN.json with --stride),
-which `python -m megabyte_jax tables` reads; there the score of a later step stays. The next evaluation replaces
-eval.json and the pictures beside it; in the folder of each evaluation, evaluations/NAME, they stay.
+python eval.py --workdir=runs/quickstart                                the validation split
+python eval.py --workdir=runs/quickstart --data=FILE_OR_FOLDER          data of your own
+python eval.py --workdir=runs/quickstart --method=both                  four passes, the best estimate (Table 11)
 """
 
 from __future__ import annotations
