@@ -118,7 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
   show = Output()
   if streams:
     show.write(prompt.kept.tobytes())
-  progress = Progress("generating", total=num_bytes * args.num_samples, compiles=True, enabled=not streams)
+  first_alone = tokenizer is not None and args.num_samples > 1  # samples of subwords differ in length: one is counted
+  label, total = ("first sample", num_bytes) if first_alone else ("generating", num_bytes * args.num_samples)
+  progress = Progress(label, total=total, compiles=True, enabled=not streams)
 
   def on_bytes(new: np.ndarray) -> None:
     if streams:

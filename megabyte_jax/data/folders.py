@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import glob
+import itertools
 import logging
 import os
 import stat
@@ -103,12 +104,17 @@ def inside_source(path: str, spec: str) -> str:
 
 
 def overlaps(path: str, spec: str) -> bool:
-  """Tells whether a local file or folder lies in a folder of a list of sources, or is or has a file of a glob there."""
+  """Tells whether a local file or folder lies in a folder of a list of sources, or is or has a file that it names.
+
+  Files are also named by globs, and are the same however their paths are written.
+  """
   if inside_source(path, spec):
     return True
   place = os.path.realpath(path)
-  globs = (folder for folder, _ in map(split_field, split_list(spec)) if _is_glob(folder))
-  files = (os.path.realpath(file) for pattern in globs for file in _local_glob(_fixed_part(pattern), pattern))
+  names = [name for name, _ in map(split_field, split_list(spec))]
+  globs = (name for name in names if _is_glob(name))
+  matched = (file for pattern in globs for file in _local_glob(_fixed_part(pattern), pattern))
+  files = map(os.path.realpath, itertools.chain(filter(os.path.isfile, names), matched))
   return any(file == place or file.startswith(f"{place}{os.sep}") for file in files)
 
 

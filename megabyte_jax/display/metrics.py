@@ -20,6 +20,7 @@ from megabyte_jax.files.object_stores import is_remote
 from megabyte_jax.parallel.hardware import memory_in_use, peak_flops
 
 METRICS_FILE = "metrics.jsonl"
+_OF_STEPS = {"loss", "extra_loss"}  # what lines of training have, unlike those of evaluation
 _REMOTE_SECONDS = 30.0  # object stores cannot append: there the file is written anew so often
 
 
@@ -234,7 +235,7 @@ def _naming(path: epath.Path) -> Iterator[None]:
 
 
 def _keep_until(path: epath.Path, last_step: int) -> list[str]:
-  """Removes broken lines of `path` and those after the `log` of `last_step`; returns the lines that stay."""
+  """Removes broken lines of `path` and those after training's of `last_step`; returns the lines that stay."""
   path.parent.mkdir(parents=True, exist_ok=True)
   if not path.exists():
     return []
@@ -247,9 +248,9 @@ def _keep_until(path: epath.Path, last_step: int) -> list[str]:
 
 
 def _stays(line: str, last_step: int) -> bool:
-  """Returns True if a line is whole and comes before the end of `last_step`."""
+  """Returns True if a line is whole and a run that goes on from `last_step` does not write it again."""
   try:
     record = json.loads(line) if line.endswith("\n") else {"step": math.inf}
-    return record["step"] < last_step or (record["step"] == last_step and "loss" in record)
+    return record["step"] < last_step or (record["step"] == last_step and bool(record.keys() & _OF_STEPS))
   except (ValueError, KeyError, TypeError, RecursionError):
     return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -10,10 +11,11 @@ from jax.sharding import Mesh
 
 from megabyte_jax.checkpoints.checkpoints import Checkpoints
 from megabyte_jax.checkpoints.init_from import parameters_from
-from megabyte_jax.checkpoints.saved_config import begins_to_skip, check_same_run
+from megabyte_jax.checkpoints.saved_config import begins_to_skip, check_same_run, is_shipped
 from megabyte_jax.config import Config
 from megabyte_jax.data.sources import Source
 from megabyte_jax.errors import ConfigError
+from megabyte_jax.files.object_stores import is_remote
 from megabyte_jax.training.schedule import same_rates
 from megabyte_jax.training.state import TrainState, abstract_state, initial_state
 
@@ -60,10 +62,11 @@ def resume_or_start(
       state = state._replace(parameters=parameters_from(init_from, state.parameters, config, mesh))
     return Start(0, state, 0.0, (0.0, 0.0, 0.0), identity)
   meta = checkpoints.meta(step)
-  if init_from and init_from != meta["init_from"]:
+  if init_from and not _same_folder(init_from, meta["init_from"]):
+    began = f" but from {meta['init_from']}" if meta["init_from"] else ""
     raise ConfigError(
-      f"{checkpoints.workdir} holds a run already, which did not start from {init_from}; take another --workdir, or "
-      "drop the flag"
+      f"{checkpoints.workdir} holds a run already, which did not start from {init_from}{began}; "
+      "take another --workdir, or drop the flag"
     )
   free = ("num_steps",) if _may_change_length(meta["config"], config, step) else ()
   check_same_run(
@@ -80,6 +83,13 @@ def resume_or_start(
   identity["init_from"] = meta["init_from"]
   state = restored_state(config, mesh, checkpoints, step)
   return Start(step, state, meta["seconds"], tuple(meta["since_logged"]), identity)
+
+
+def _same_folder(one: str, other: str) -> bool:
+  """Tells whether two paths name the same folder, however they are written."""
+  if not other or any(is_remote(path) or is_shipped(path) for path in (one, other)):
+    return one.rstrip("/") == other.rstrip("/")
+  return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _may_change_length(saved: Any, config: Config, step: int) -> bool:

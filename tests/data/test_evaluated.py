@@ -133,7 +133,8 @@ def test_what_may_not_be_meant_is_told(tmp_path, monkeypatch):
   assert told(train=f"{tmp_path}/a.txt", validation=f"{tmp_path}/paper.pdf") == [odd]
   for validation in (f"{tmp_path}/a.txt", f"{tmp_path}/../{tmp_path.name}"):
     assert "is trained on, too" in told(train=str(tmp_path), validation=validation)[-1]
-  assert "is trained on, too" in told(train=f"{tmp_path}/*.txt", validation=f"{tmp_path}/a.txt")[-1]
+  for train in (f"{tmp_path}/*.txt", f"{tmp_path}/../{tmp_path.name}/a.txt"):
+    assert "is trained on, too" in told(train=train, validation=f"{tmp_path}/a.txt")[-1]
   assert told(train=f"{tmp_path}/*.txt", validation=f"{tmp_path}/paper.pdf") == [odd]
   (tmp_path / "held_out").mkdir()
   (tmp_path / "held_out/b.txt").write_bytes(b"other words")

@@ -141,14 +141,16 @@ def test_resuming_cuts_off_what_is_done_again(tmp_path, monkeypatch, appends):
   with open_metrics(tmp_path) as metrics:
     for step in (10, 20, 30):
       metrics.log(step, loss=1.0, learning_rate=1.0, grad_norm=1.0)
+      metrics.write(step, {"extra_loss": step})
       metrics.write(step, {"validation_bpb": step})
   path = tmp_path / "metrics.jsonl"
   path.write_text(path.read_text() + '{"step": 5, "lo')
   with open_metrics(tmp_path, start_step=20) as metrics:
-    assert [line["step"] for line in lines_of(tmp_path)] == [10, 10, 20]
+    assert [line["step"] for line in lines_of(tmp_path)] == [10, 10, 10, 20, 20]
     metrics.log(30, loss=2.0, learning_rate=1.0, grad_norm=1.0)
-  assert [line["step"] for line in lines_of(tmp_path)] == [10, 10, 20, 30]
-  assert "loss" in lines_of(tmp_path)[2]  # not the evaluation, which comes after the checkpoint of step 20
+  assert [line["step"] for line in lines_of(tmp_path)] == [10, 10, 10, 20, 20, 30]
+  # Not the evaluation, which comes after the checkpoint of step 20.
+  assert "loss" in lines_of(tmp_path)[3] and "extra_loss" in lines_of(tmp_path)[4]
   assert lines_of(tmp_path)[-1]["loss"] == 2.0
   assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 

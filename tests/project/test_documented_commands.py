@@ -49,7 +49,7 @@ RUN_HERE = {
     "--config.eval.max_bytes=200",
   ],
   "python train.py --init_from=runs/pages --workdir=runs/tuned --config.data.train='docs/*.md' "
-  "--config.model.context=512": ["--config.batch_size=1"],
+  "--config.data.validation=README.md --config.model.context=512": ["--config.batch_size=1"],
   "python eval.py --workdir=runs/pages --data=CONTRIBUTING.md": ["--max-bytes=500", "--no-compressors"],
   "python train.py --config=configs/quickstart_images.py --workdir=runs/images": [
     *TINY_IMAGES,

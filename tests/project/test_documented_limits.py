@@ -20,7 +20,7 @@ LIMITS = {
     (r"every byte of a file of up to (\d+) MiB", files._WHOLE_FILE / MIB),
     (r"and (\d+) KiB each at the beginning, in the middle", files._BLOCK / KIB),
     (r"With more than (\d+) files, only files of up to", files._WHOLE_TOTAL / files._WHOLE_FILE),
-    (r"only files of up to (\d+) MiB / files", files._WHOLE_TOTAL / MIB),
+    (r"only files of up to (\d+) MiB divided by", files._WHOLE_TOTAL / MIB),
     (r"with more than ([\d,]+), only so many evenly spaced", files._SAMPLED_FILES),
     (r"Decoded records take at most (half) a gigabyte", {"half": parquet._KEPT == GIB // 2}),
     (r"up to (\d+) GiB of compressed bytes per source", contents.MOST / GIB),
