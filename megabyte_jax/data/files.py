@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from megabyte_jax.data.file_handles import BUDGET, Handles
-from megabyte_jax.data.sources import SKIP_HINT, Joined, Source, check_range, evenly_spaced, first_names
+from megabyte_jax.data.sources import SKIP_HINT, Joined, NothingInside, Source, check_range, evenly_spaced, first_names
 from megabyte_jax.errors import DataError
 from megabyte_jax.files.object_stores import in_parallel, is_remote
 
@@ -61,7 +61,8 @@ class ByteFiles:
         self.names.append(name)
         lengths.append(length)
     if not self.paths:
-      raise DataError(f"all {self.skipped} files are empty or unreadable, {paths[0]} for one")
+      kind = NothingInside if all(problem == _EMPTY for _, problem in found) else DataError
+      raise kind(f"all {self.skipped} files are empty or unreadable, {paths[0]} for one")
     self.lengths = np.array(lengths, np.int64)
     self._warned = False
     self._modified: dict[int, int] = {}  # times of modification, in nanoseconds, of files that have been read

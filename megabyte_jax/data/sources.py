@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from megabyte_jax.data.fingerprints import combine_fingerprints
-from megabyte_jax.errors import require
+from megabyte_jax.errors import DataError, require
 
 SKIP_HINT = "--config.data.skip_bad=True (eval.py and prepare: --skip-bad)"
 RAW_HINT = "--config.data.raw=True (eval.py and prepare: --raw)"
@@ -52,6 +52,10 @@ class Source(Protocol):
     Of subwords (subwords/source.py) all lengths and places count tokens, which are uint16 or uint32.
     """
     ...
+
+
+class NothingInside(DataError):
+  """No file of a source holds any data, as against damaged data or none in the field; others beside it may."""
 
 
 def said(error: Exception) -> str:
@@ -157,6 +161,13 @@ def first_names(names: Sequence[str], count: int) -> str:
   shown = names[:3]
   more = f" and {count - len(shown):,} more" if count > len(shown) else ""
   return ", ".join(shown) + more
+
+
+def nothing_in(paths: Sequence[str], what: str) -> NothingInside:
+  """Returns the error about files, all of a source, that hold no records, rows or the like."""
+  has, it = ("has", "it") if len(paths) == 1 else ("have", "them")
+  named = first_names(paths, len(paths))
+  return NothingInside(f"{named} {has} no {what}; remove {it}, or skip such files with {SKIP_HINT}")
 
 
 def subject(source: Source) -> str:

@@ -171,6 +171,40 @@ def test_hugging_face_data_sets_saved_to_disk(saved, data):
     open_path(f"hf:{saved}/saved:train#x", data)
 
 
+def test_parts_of_saved_data_sets_that_have_no_rows(saved, data):
+  for spec in ("saved:train[:1%]", "saved:train[:0]", "saved:train[2:2]", "table:train[:1%]"):
+    with pytest.raises(DataError, match=r"train\[\S*\] has no rows; name another split, or a larger part of it$"):
+      open_path(f"hf:{saved}/{spec}", data)
+  assert read_all(open_path(f"hf:{saved}/saved:train[:1%]+train[3:]+test", data)) == as_bytes(
+    [TEXTS[3], "last", TEXTS[1]]
+  )
+
+
+def test_the_split_of_a_single_saved_table(saved, data):
+  """A table that says of which split it is has no other; one that does not say counts as train."""
+  datasets = pytest.importorskip("datasets")
+  for name, split in (("said", "validation"), ("sum", "train[:50%]+test")):
+    rows = {"text": [*TEXTS, "last"]}
+    datasets.Dataset.from_dict(rows, split=datasets.NamedSplit(split)).save_to_disk(str(saved / name))
+  whole = as_bytes([*TEXTS, "last"])
+  for spec in ("said", "said:validation", "table:train", "sum", "sum:train[:50%]+test"):
+    assert read_all(open_path(f"hf:{saved}/{spec}", data)) == whole
+  for spec in ("said:validation[:40%]", "table:train[:40%]"):
+    assert read_all(open_path(f"hf:{saved}/{spec}", data)) == whole[:2]
+  assert read_all(open_path(f"hf:{saved}/table:train[:1]+train[4:]", data)) == [whole[0], whole[4]]
+  for spec, wrong, there in (
+    ("said:train", "train", "validation"),
+    ("said:train[:40%]", "train", "validation"),
+    ("said:validation+test", "test", "validation"),
+    ("table:validation", "validation", "train"),
+    ("table:validation[:1]", "validation", "train"),
+    ("table:train+validation", "validation", "train"),
+    ("sum:train", "train", r"train\[:50%\]\+test"),
+  ):
+    with pytest.raises(ConfigError, match=rf"there is no split '{wrong}'; there is {there} alone; without a split"):
+      open_path(f"hf:{saved}/{spec}", data)
+
+
 def test_hugging_face_data_sets_by_name(saved, data):
   """A folder that load_dataset reads is opened by its name, as one of the hub is, and is then in the cache."""
   (saved / "corpus").mkdir()

@@ -13,7 +13,7 @@ from megabyte_jax.data.records.contents import decompressed, is_compressed, pack
 from megabyte_jax.data.records.lines import Lines
 from megabyte_jax.data.records.parquet import Parquet
 from megabyte_jax.data.records.store import RecordStore, RecordTexts
-from megabyte_jax.data.sources import RAW_HINT, SKIP_HINT, Joined, Source, evenly_spaced
+from megabyte_jax.data.sources import RAW_HINT, SKIP_HINT, Joined, NothingInside, Source, evenly_spaced
 from megabyte_jax.errors import ConfigError, DataError, require
 
 _LINES = (".jsonl", ".ndjson")
@@ -74,19 +74,29 @@ def open_documents(path: str, field: str, data: DataConfig, spec: str, skip_empt
   chosen = [i for i, kind in enumerate(kinds) if kind in ("bytes", "lines", "parquet")]
   copies = decompressed([paths[i] for i in chosen], data, spec, skip_empty)
   sources: list[ByteFiles | RecordTexts] = []
+  empty: list[NothingInside] = []
   for kind in ("bytes", "lines", "parquet"):
     files = [(*copy, names[i]) for i, copy in zip(chosen, copies, strict=True) if copy and kinds[i] == kind]
-    if files:
-      where, shown, called = (list(column) for column in zip(*files, strict=True))
+    if not files:
+      continue
+    where, shown, called = (list(column) for column in zip(*files, strict=True))
+    try:
       if kind == "bytes":
         called = [stem(name) if is_compressed(name) else name for name in called]
         sources.append(ByteFiles(where, called, skip_bad=data.skip_bad, skip_empty=skip_empty))
         _notice_utf16(sources[-1])
       elif kind == "lines":
-        sources.append(RecordTexts(Lines(where, called, field or "text", data, shown)))
+        sources.append(RecordTexts(Lines(where, called, field or "text", data, shown, skip_empty)))
       else:
-        sources.append(RecordTexts(Parquet(where, called, field or "text", data, spec)))
+        sources.append(RecordTexts(Parquet(where, called, field or "text", data, spec, skip_empty)))
+    except NothingInside as error:  # files of the other kinds may hold data
+      if not (data.skip_bad or skip_empty):
+        raise
+      empty.append(error)
+      skipped += called
   skipped += [names[i] for i, copy in zip(chosen, copies, strict=True) if copy is None]
+  if not sources and empty:
+    raise empty[0]
   if not sources:
     raise DataError(f"none of {len(skipped):,} files of {spec} can be read; they are empty, damaged or archives")
   for source in sources[:1]:

@@ -37,7 +37,7 @@ class HuggingFace(TableColumn):
 
   Args:
     spec: hf:NAME:SPLIT, hf:NAME/CONFIG:SPLIT or hf:FOLDER:SPLIT, with #FIELD if need be; SPLIT may be a part, such as
-      train[:10%].
+      train[:10%]. A single table that was saved without the name of its split counts as train.
     data: form and skip_bad.
 
   Raises:
@@ -52,14 +52,14 @@ class HuggingFace(TableColumn):
     match = _SPEC.fullmatch(spec)
     if match is None:
       raise ConfigError(f"data source {spec!r} names no data set; write it like hf:NAME:train or hf:NAME/CONFIG:train")
-    self._spec = spec
+    self._shown = spec
     table = _open(spec, match["name"], match["split"] or "")
     types = {name: table.features.arrow_schema.field(name).type for name in table.column_names}
     self._field = choose_field(spec, types, match["field"] or "", data.form)
     self._table = table.select_columns([self._field]).with_format("arrow")
     self._rows = Numbered([spec], [len(table)])
     if not len(table):
-      raise DataError(f"{spec} has no rows")
+      raise DataError(f"{spec} has no rows; name another split, or a larger part of it")
     if data.form == "bytes":
       self._choose_rows(np.concatenate(list(self._lengths())), data.skip_bad)
 
@@ -142,16 +142,19 @@ def _load(datasets: Any, name: str, split: str) -> Any:
 
 def _part(datasets: Any, spec: str, saved: Any, split: str) -> Any:
   """A split, or a part of one, of what was saved by save_to_disk."""
+  there = ""
   if not isinstance(saved, dict):
-    if "[" not in split:
+    name = str(saved.split or "train")  # what `datasets` calls the rows of files that belong to no split
+    if split in ("", name):
       return saved
-    saved = {split.partition("[")[0]: saved}
+    saved, there = {name: saved}, f"there is {name} alone; without a split the whole table is read"
   if not split:
     raise ConfigError(f"data source {spec!r} names no split; there are {', '.join(saved)}: hf:FOLDER:SPLIT")
   for part in split.split("+"):
     if part.partition("[")[0] not in saved:
-      raise ConfigError(f"{spec}: there is no split {part.partition('[')[0]!r}; there are {', '.join(saved)}")
+      there = there or f"there are {', '.join(saved)}"
+      raise ConfigError(f"{spec}: there is no split {part.partition('[')[0]!r}; {there}")
   lengths = {name: len(table) for name, table in saved.items()}
   read = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
-  parts = [saved[part.splitname].select(range(part.from_ or 0, part.to or lengths[part.splitname])) for part in read]
+  parts = [saved[part.splitname].select(range(part.from_, part.to)) for part in read]
   return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)

@@ -16,7 +16,7 @@ from megabyte_jax.data.files import ByteFiles, open_file
 from megabyte_jax.data.fingerprints import combine_fingerprints
 from megabyte_jax.data.records import cache
 from megabyte_jax.data.records.store import Numbered
-from megabyte_jax.data.sources import RAW_HINT, SKIP_HINT
+from megabyte_jax.data.sources import RAW_HINT, SKIP_HINT, first_names, nothing_in
 from megabyte_jax.display.progress import Progress
 from megabyte_jax.errors import DataError
 
@@ -101,16 +101,23 @@ class Lines:
     field: holds the text.
     data: skip_bad leaves out and counts lines that cannot be read; cache_dir.
     shown: paths for errors, where `paths` are copies of other files.
+    skip_empty: leave out and count empty files.
 
   Raises:
-    DataError: a line holds no such text, and skip_bad is False; or no line does.
+    DataError: a line holds no such text, and skip_bad is False; or no line does, `NothingInside` if all are blank.
   """
 
   def __init__(
-    self, paths: Sequence[str], names: Sequence[str], field: str, data: DataConfig, shown: Sequence[str] | None = None
+    self,
+    paths: Sequence[str],
+    names: Sequence[str],
+    field: str,
+    data: DataConfig,
+    shown: Sequence[str] | None = None,
+    skip_empty: bool = False,
   ):
     shown_as = dict(zip(paths, shown or paths, strict=True))
-    self._files, self._field = ByteFiles(paths, names, skip_bad=data.skip_bad), field
+    self._files, self._field = ByteFiles(paths, names, skip_bad=data.skip_bad, skip_empty=skip_empty), field
     self._shown = [shown_as[path] for path in self._files.paths]
     self.skipped, self.slow = self._files.skipped, self._files.slow
     indexes = []
@@ -126,7 +133,11 @@ class Lines:
     self.sizes = self.sizes.astype(np.int64)
     self.names = Numbered(self._files.names, [len(arrays["start"]) for arrays in indexes])
     if not len(self.sizes):
-      raise DataError(f"none of {self.skipped:,} records of {self._shown[0]} has a text in its field {field!r}")
+      records = self.skipped - self._files.skipped
+      if not records:
+        raise nothing_in(self._shown, "records")
+      where = first_names(self._shown, len(self._shown))
+      raise DataError(f"none of {records:,} records of {where} has a text in its field {field!r}")
 
   @functools.cached_property
   def fingerprint(self) -> str:

@@ -19,6 +19,7 @@ from megabyte_jax.data.records.columns import binary_column, byte_lengths, choos
 from megabyte_jax.data.records.store import Numbered
 from megabyte_jax.data.records.table_column import TableColumn
 from megabyte_jax.data.shared_cache import SharedCache
+from megabyte_jax.data.sources import NothingInside, first_names, nothing_in
 from megabyte_jax.display.progress import Progress
 from megabyte_jax.errors import ConfigError, DataError
 
@@ -38,17 +39,21 @@ class Parquet(TableColumn):
     field: the column; '' as `choose_field` says.
     data: form, skip_bad and cache_dir.
     spec: the source, for errors.
+    skip_empty: leave out and count files without a byte.
 
   Raises:
     ConfigError: there is no such column.
-    DataError: a file is damaged; or a row has no value, and skip_bad is False.
+    DataError: a file is damaged; or a row has no value, and skip_bad is False; or no row has a text, `NothingInside`
+      if there are no rows.
   """
 
   slow = True
 
-  def __init__(self, paths: Sequence[str], names: Sequence[str], field: str, data: DataConfig, spec: str):
+  def __init__(
+    self, paths: Sequence[str], names: Sequence[str], field: str, data: DataConfig, spec: str, skip_empty: bool = False
+  ):
     self._module = import_arrow("pyarrow.parquet")
-    self._paths, self._names, self._spec = [], [], spec
+    self._paths, self._names = list[str](), list[str]()
     self._field, self._form, self._data = field, data.form, data
     failed = ""
     group_rows, lengths = [], []
@@ -56,7 +61,7 @@ class Parquet(TableColumn):
       try:
         rows, sizes = self._index(path)
       except DataError as error:
-        if not data.skip_bad:
+        if not (data.skip_bad or (skip_empty and sizes_of([path]) == [0])):
           raise
         self.skipped, failed = self.skipped + 1, failed or str(error)
         continue
@@ -65,10 +70,14 @@ class Parquet(TableColumn):
       group_rows.append(rows)
       lengths.append(sizes)
     if not self._paths:
-      raise DataError(f"none of {self.skipped:,} files of {spec} can be read: {failed}")
+      kind = DataError if any(sizes_of(paths)) else NothingInside
+      raise kind(f"none of {self.skipped:,} files of {spec} can be read: {failed}")
     self._groups = np.cumsum([len(rows) for rows in group_rows])  # row groups up to the end of each file
     self._group_ends = np.cumsum(np.concatenate(group_rows))  # rows up to the end of each row group, over all files
     self._rows = Numbered(self._names, [int(rows.sum()) for rows in group_rows])
+    self._shown = first_names(self._paths, len(self._paths))
+    if not len(self._rows):
+      raise nothing_in(self._paths, "rows")
     if data.form == "bytes":
       self._choose_rows(np.concatenate(lengths), data.skip_bad)
     self._group = SharedCache(self._read_group, _KEPT, lambda values: values.nbytes)

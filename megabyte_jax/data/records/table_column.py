@@ -21,7 +21,7 @@ class TableColumn:
   """
 
   skipped = 0
-  _spec: str
+  _shown: str  # the files or the data set, for errors
   _field: str
   _rows: Numbered
   _kept: np.ndarray | None = None  # rows that are records, where not all are
@@ -40,12 +40,13 @@ class TableColumn:
     without = np.flatnonzero(sizes < 0)
     if len(without) and not skip_bad:
       raise self._no_value(int(without[0]), len(without))
-    if (sizes <= 0).any():
-      self._kept = np.flatnonzero(sizes > 0)
+    kept = sizes > 0
+    if not kept.any():
+      raise DataError(f"none of {len(kept):,} rows of {self._shown} has a text in its field {self._field!r}")
+    if not kept.all():
+      self._kept = np.flatnonzero(kept)
       self.skipped += int(len(sizes) - len(self._kept))
-      sizes = sizes[self._kept]
-    if not len(sizes):
-      raise DataError(f"none of {self.skipped:,} rows of {self._spec} has a text in its field {self._field!r}")
+      sizes = sizes[kept]
     self._sizes = sizes
 
   @property
