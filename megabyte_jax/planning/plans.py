@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from megabyte_jax.config import Config, MeshConfig
 from megabyte_jax.config.levels import Remat
 from megabyte_jax.display.progress import elapsed
+from megabyte_jax.models.parameters import compute_dtype
 from megabyte_jax.parallel import hardware
 from megabyte_jax.parallel.sharding import check_mesh, make_mesh, parse_mesh
 from megabyte_jax.planning import roofline
@@ -106,9 +107,25 @@ def lay_out(config: Config, devices: list[jax.Device], step: str) -> tuple[Confi
 
 
 def state_bytes(config: Config, mesh: MeshConfig, step: str) -> float:
-  """Returns the bytes of one device for the parameters and, in training, the optimizer's moments, all float32."""
+  """Returns the bytes of one device for the parameters and, in training, the optimizer's moments.
+
+  All are float32, but for the parameters that generation has cast to the compute dtype. Those of norms, which it leaves
+  float32, are too few to count apart.
+  """
   values = 1 + config.optimizer.moments if step == "train" else 1
-  return 4 * values * config.model.parameter_count() / (mesh.fsdp * mesh.tensor)
+  width = compute_dtype(for_tpu(config).model).itemsize if step == "generate" else 4
+  return width * values * config.model.parameter_count() / (mesh.fsdp * mesh.tensor)
+
+
+def decoding_bytes(known: Config, total: float, one: Config) -> float:
+  """Estimates from below what generation needs for `one`, given the `total` that it needs for `known`.
+
+  Their meshes give the size of every axis. What decoding keeps of the rows is spread over `data` and `tensor` alone.
+  As much as the parameters take may be something else, such as a copy of them: only the rest is scaled with the rows.
+  """
+  kept = max(0.0, total - 2 * state_bytes(known, known.mesh, "generate"))
+  rows, known_rows = (each.batch_size / (each.mesh.data * each.mesh.tensor) for each in (one, known))
+  return state_bytes(one, one.mesh, "generate") + kept * rows / known_rows
 
 
 def remedies(plan: Plan) -> str:
@@ -129,9 +146,9 @@ def remedies(plan: Plan) -> str:
       found.append("--remat=full")
   elif plan.step == "eval":
     found.append("a smaller --config.eval.batch_size")
-  else:
+  elif config.batch_size > replicas:
     found.append("a smaller --batch_size")
-  if config.model.sequence_parts and replicas > 1:
+  if plan.step != "generate" and config.model.sequence_parts and replicas > 1:
     found.append("a larger seq with a smaller data" if mesh.data > 1 else "a larger seq with a smaller fsdp")
   return f"{', '.join([*found, 'more chips'])}, or --search"
 

@@ -29,6 +29,7 @@ from megabyte_jax.planning.plans import (
   Plan,
   axes_text,
   changed,
+  decoding_bytes,
   for_step,
   for_tpu,
   make_plan,
@@ -75,7 +76,7 @@ def search(
   if not ordered:
     raise ConfigError(
       f"no mesh of {len(devices)} devices has room for the parameters and divides a batch of "
-      f"{' or '.join(str(windows_of(each, step)) for each in sized)}; try another --batch_size or more chips"
+      f"{' or '.join(str(windows_of(each, step)) for each in sized)}; try another --batch_size or number of chips"
     )
   begin = f"searching {len(ordered):,} combinations for {topology} with --tries={tries}"
   print(f"{begin}; each try can take minutes", file=sys.stderr, flush=True)
@@ -140,7 +141,7 @@ def candidates(config: Config, devices: list[jax.Device], step: str) -> list[Con
   """Returns all combinations for the config's batch size that divide evenly and whose state alone fits."""
   config = for_tpu(config)
   found = []
-  for mesh_config in _meshes(config, devices):
+  for mesh_config in _meshes(config, devices, step):
     if state_bytes(config, mesh_config, step) > _memory(devices):
       continue
     sizes = dataclasses.asdict(mesh_config)
@@ -159,11 +160,14 @@ def candidates(config: Config, devices: list[jax.Device], step: str) -> list[Con
   return found
 
 
-def _meshes(config: Config, devices: list[jax.Device]) -> Iterator[MeshConfig]:
-  """Yields meshes of all devices on which every slice holds the same number of replicas."""
+def _meshes(config: Config, devices: list[jax.Device], step: str) -> Iterator[MeshConfig]:
+  """Yields meshes of all devices on which every slice holds the same number of replicas.
+
+  Generation spreads nothing over `seq`, whose devices would all do the same: it is 1 there.
+  """
   slices = _slices(devices)
   each = len(devices) // slices
-  seqs = _powers(each) if config.model.sequence_parts else (1,)
+  seqs = _powers(each) if config.model.sequence_parts and step != "generate" else (1,)
   for seq, tensor, replicas in itertools.product(seqs, (1, 2, 4), _powers(each)):
     if each % (seq * tensor * replicas) == 0:
       yield MeshConfig(data=slices * replicas, fsdp=each // (seq * tensor * replicas), seq=seq, tensor=tensor)
@@ -214,6 +218,8 @@ def expected_bytes(failed: Plan, one: Config) -> float:
   other = failed.config
   if other.model.remat != one.model.remat:
     return 0.0
+  if failed.step == "generate":
+    return decoding_bytes(other, failed.total, one)
   state = state_bytes(other, other.mesh, failed.step)
   more_rows = _rows(one) / _rows(other)  # what is not state grows with the rows, whatever the mesh
   return state_bytes(one, one.mesh, failed.step) + (failed.total - state) * more_rows

@@ -91,6 +91,16 @@ def test_what_to_try_where_a_step_does_not_fit():
   assert told(60 * gib, {"data": 8}, config=dataclasses.replace(SMALL, model=large)).startswith("a larger fsdp, ")
 
 
+def test_what_to_try_where_generation_does_not_fit():
+  def told(batch_size, **sizes):
+    config = dataclasses.replace(SMALL, batch_size=batch_size)
+    return plans.remedies(plans.Plan(config, "generate", "", "", 8, 8, sizes, 16 * 2**30, total=60 * 2**30))
+
+  # Without a larger seq, over which decoding spreads nothing.
+  assert told(64, data=2, fsdp=4) == "a smaller --batch_size, more chips, or --search"
+  assert told(8, data=8) == "more chips, or --search"  # a row a device
+
+
 def test_the_compilers_reason_is_in_the_units_of_the_plan():
   found = plans.Plan(SMALL, "train", "", "", 4, 4, {"fsdp": 4}, 16 * 2**30)
   plans._read_shortage(found, "RESOURCE_EXHAUSTED: Ran out: required (17.70G) exceeds available HBM (15.75G). More")

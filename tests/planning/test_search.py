@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import pytest
+
 from megabyte_jax.config import Config, Level, MegabyteConfig, MeshConfig
 from megabyte_jax.errors import ConfigError
 from megabyte_jax.planning import plans, search
@@ -96,3 +98,41 @@ def test_what_cannot_fit_is_not_tried_again():
   assert not search.rules_out(failed("none", 1, 110 * mb), variant("none", 8))
   assert not search.rules_out(failed("none", 1, 110 * mb), variant("full", 1))
   assert search.rules_out(failed("none", 1, 40 * mb), dataclasses.replace(variant("none", 1), batch_size=16))
+
+
+def with_dtype(config, dtype):
+  return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype))
+
+
+def test_generation_has_room_where_its_cast_parameters_fit():
+  model = dataclasses.replace(SMALL.model, levels=(level(8, 16_384), level(1, 64)))
+  large = dataclasses.replace(SMALL, model=model)  # 6.4 billion parameters on devices of 15.75 GiB
+
+  def parts(config, step):
+    """The numbers of devices over which the parameters are spread."""
+    return {one.mesh.fsdp * one.mesh.tensor for one in search.candidates(config, [Chip()] * 4, step)}
+
+  assert parts(large, "generate") == parts(with_dtype(large, "bfloat16"), "generate") == {1, 2, 4}
+  assert parts(with_dtype(large, "float32"), "generate") == {2, 4}
+  assert parts(large, "eval") == {2, 4}, "whose parameters stay float32"
+
+
+def test_generation_spreads_nothing_over_seq():
+  meshes = {step: [one.mesh for one in search.candidates(SMALL, [Chip()] * 4, step)] for step in ("eval", "generate")}
+  assert {mesh.seq for mesh in meshes["generate"]} == {1} and {mesh.seq for mesh in meshes["eval"]} == {1, 2, 4}
+  assert {(mesh.data, mesh.fsdp, mesh.tensor) for mesh in meshes["generate"]} >= {(4, 1, 1), (1, 4, 1), (2, 1, 2)}
+
+
+def test_what_generation_keeps_of_its_rows_is_not_spread_over_fsdp():
+  def one(**sizes):
+    return dataclasses.replace(SMALL, mesh=MeshConfig(**sizes))
+
+  def expected(known, needed, other):
+    sizes = {"memory": 16 * GB, "total": needed, "devices": 4, "chips": 4}
+    failed = plans.Plan(config=known, step="generate", topology="v5e:2x2", kind="", mesh={}, **sizes)
+    return search.expected_bytes(failed, other)
+
+  for spread, share in (({"data": 4}, 4), ({"data": 1, "tensor": 2, "fsdp": 2}, 2), ({"data": 1, "fsdp": 4}, 1)):
+    assert expected(one(data=1, fsdp=4), 20 * GB, one(**spread)) == pytest.approx(20 * GB / share, rel=0.01)
+  state = plans.state_bytes(SMALL, MeshConfig(data=4), "generate")
+  assert expected(one(data=4), 1.9 * state, one(data=1, fsdp=4)) == state / 4, "it may all be parameters"
